@@ -1,0 +1,29 @@
+//! Stagegate's pure part: ids, definitions, decisions, events, the store's contract, error codes.
+//!
+//! Nothing in this crate does I/O, reads a clock (but [`SystemClock`]) or draws a random number by itself: time and
+//! randomness are arguments. So everything here can be tested as a function.
+
+pub mod cache;
+pub mod clock;
+pub mod decide;
+pub mod error;
+pub mod event;
+pub mod ids;
+pub mod pipeline;
+pub mod run;
+pub mod secret;
+pub mod store;
+pub mod usage;
+
+pub use clock::{Clock, SystemClock};
+pub use error::{Code, Error, Violation};
+pub use event::{Event, EventKind};
+pub use ids::{Epoch, InvalidId, KeyId, ModelRef, PipelineName, ReplicaId, RunId, StageId, TenantId};
+pub use pipeline::Pipeline;
+pub use run::{
+    Assessment, Attempt, CallPurpose, Checkpoint, Evaluator, Failure, LedgerEntry, Origin, RunState, StageState,
+    Totals, Verdict,
+};
+pub use secret::Secret;
+pub use store::{Store, StoreError, StoreResult};
+pub use usage::{Usage, Usd};

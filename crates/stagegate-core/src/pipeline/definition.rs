@@ -1,0 +1,497 @@
+//! The definition as its author writes it: owns its keys, their defaults and the published JSON Schema. Never
+//! holds anything resolved; that is [`super::Pipeline`].
+
+use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{ModelRef, PipelineName, StageId, Usd};
+
+/// A pipeline: a DAG of stages, each gated, checkpointed, cached and metered.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Definition {
+    /// The pipeline's name, unique within its tenant.
+    pub name: PipelineName,
+    /// What it is for, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// A JSON Schema of the input. A run whose input does not fit is refused. Default: any JSON object.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<Value>,
+    /// What holds for each stage that does not say otherwise.
+    #[serde(default)]
+    pub defaults: Defaults,
+    /// What one run may spend.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
+    /// How long a run may take from its acceptance, holds included; then it expires. Default: 24h.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Span>,
+    /// The stages, in any order.
+    #[schemars(length(min = 1, max = 100))]
+    pub stages: Vec<StageDefinition>,
+    /// The run's output: any JSON whose strings are templates. Default: the outputs of the last stages, by id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<Value>,
+}
+
+/// What holds for each stage that does not say otherwise.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Defaults {
+    /// The model, or a fallback chain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelChain>,
+    /// Sampling parameters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub params: Option<Params>,
+    /// How often, and with which pauses, a stage is tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Retry>,
+    /// How long one attempt may take, judge included. Default: 60s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<Span>,
+    /// Whether and how long answers are reused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
+}
+
+/// A node of the DAG. It has exactly one of `prompt`, `messages` and `transform`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StageDefinition {
+    /// The stage's id, unique within the pipeline.
+    pub id: StageId,
+    /// What it is for, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// The stages whose outputs it uses; it starts once their checkpoints are durable.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub needs: Vec<StageId>,
+    /// A template that becomes the one user message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
+    /// A template that becomes the system message before `prompt`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// The whole conversation as templates, instead of `prompt`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 100))]
+    pub messages: Option<Vec<MessageTemplate>>,
+    /// A template whose text is the output itself: no model is called. Instead of `prompt`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transform: Option<String>,
+    /// The model, or a fallback chain that is tried in order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelChain>,
+    /// Sampling parameters; each one given here replaces the default's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub params: Option<Params>,
+    /// What the answer must be: `text` (the default), `json`, or `{ schema: … }`.
+    #[serde(default)]
+    pub output: Output,
+    /// What the output must pass before it becomes a checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<Gate>,
+    /// How often, and with which pauses, it is tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Retry>,
+    /// How long one attempt may take, judge included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<Span>,
+    /// Whether and how long its answers are reused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
+}
+
+/// One message of a conversation.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MessageTemplate {
+    /// Who speaks.
+    pub role: Role,
+    /// A template.
+    pub content: String,
+}
+
+/// Who speaks in a conversation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions that stand above the conversation.
+    System,
+    /// The one who asks.
+    User,
+    /// The model.
+    Assistant,
+}
+
+/// A model, or a list that is tried in order when one fails.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum ModelChain {
+    /// One model: `openai/gpt-5-mini`.
+    One(ModelRef),
+    /// A fallback chain.
+    Chain(Vec<ModelRef>),
+}
+
+impl ModelChain {
+    /// The models in order.
+    pub fn models(&self) -> &[ModelRef] {
+        match self {
+            Self::One(model) => std::slice::from_ref(model),
+            Self::Chain(models) => models,
+        }
+    }
+}
+
+/// Sampling parameters. What is absent is left to the provider.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Params {
+    /// 0 to 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 2.0))]
+    pub temperature: Option<f64>,
+    /// 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub top_p: Option<f64>,
+    /// The longest answer, in tokens. Default: 4096 where the provider demands one and for budgets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub max_output_tokens: Option<u32>,
+    /// For providers that sample reproducibly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<i64>,
+    /// Texts at which the answer ends.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 4))]
+    pub stop: Vec<String>,
+}
+
+/// What a stage's answer must be.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Output {
+    /// `text` or `json`.
+    Word(OutputWord),
+    /// A JSON value that fits a schema.
+    Schema(OutputSchema),
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Self::Word(OutputWord::Text)
+    }
+}
+
+/// `text` or `json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputWord {
+    /// Text as it comes.
+    Text,
+    /// Any JSON value.
+    Json,
+}
+
+/// `{ schema: … }`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OutputSchema {
+    /// The JSON Schema (2020-12) that the answer must fit.
+    pub schema: Value,
+}
+
+/// What an output must pass: deterministic checks first, a judge only if they pass.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Gate {
+    /// Deterministic checks, all of which must pass.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50))]
+    pub checks: Vec<Check>,
+    /// An LLM that scores the output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge: Option<Judge>,
+    /// What to do when it fails.
+    #[serde(default)]
+    pub on_fail: OnFail,
+    /// What to do when it fails and `retry` has no attempt left.
+    #[serde(default)]
+    pub on_exhausted: OnExhausted,
+}
+
+/// One deterministic check: a map with a single key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Check {
+    /// At least so many characters.
+    MinChars(u32),
+    /// At most so many characters.
+    MaxChars(u32),
+    /// A regular expression that must match somewhere.
+    Matches(String),
+    /// A regular expression that must match nowhere.
+    NotMatches(String),
+    /// A text that must stand in it.
+    Contains(String),
+    /// A text that must not stand in it.
+    NotContains(String),
+    /// A JSON Schema that the (JSON) output must fit.
+    Schema(Value),
+    /// An expression over `output`, `input` and `stages` that must be true.
+    Expression(String),
+}
+
+/// An LLM that scores the output against a rubric; its verdict is cached like any other answer.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Judge {
+    /// A template that says what a good output is.
+    pub rubric: String,
+    /// The lowest score, in [0, 1], that passes.
+    #[serde(default = "default_threshold")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub threshold: f64,
+    /// The judging model, or a fallback chain. Default: the stage's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelChain>,
+}
+
+fn default_threshold() -> f64 {
+    0.7
+}
+
+/// What to do when a gate fails.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFail {
+    /// Try again with the critique, while attempts are left.
+    #[default]
+    Retry,
+    /// Wait for a person to approve or reject.
+    Hold,
+    /// Take it, flagged.
+    Accept,
+    /// Fail the stage and the run.
+    Fail,
+}
+
+/// What to do when a gate fails and no attempt is left.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnExhausted {
+    /// Fail the stage and the run.
+    #[default]
+    Fail,
+    /// Wait for a person to approve or reject.
+    Hold,
+    /// Take the last output, flagged.
+    Accept,
+}
+
+/// How often, and with which pauses, a stage is tried. One loop serves failed calls and failed gates alike.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Retry {
+    /// Attempts in all, the first included.
+    #[serde(default = "default_max_attempts")]
+    #[schemars(range(min = 1, max = 20))]
+    pub max_attempts: u32,
+    /// The pause after a failed call: from the first to the longest, doubling, with jitter. A failed gate is
+    /// retried at once.
+    #[serde(default)]
+    pub backoff: Backoff,
+}
+
+fn default_max_attempts() -> u32 {
+    3
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { max_attempts: default_max_attempts(), backoff: Backoff::default() }
+    }
+}
+
+/// Whether and how long answers are reused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Cache {
+    /// How long an answer may be reused.
+    #[serde(default = "default_cache_ttl")]
+    pub ttl: Span,
+    /// `use`, `refresh`, `read_only` or `off`.
+    #[serde(default)]
+    pub mode: CacheMode,
+}
+
+fn default_cache_ttl() -> Span {
+    Span(Duration::from_secs(24 * 3600))
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { ttl: default_cache_ttl(), mode: CacheMode::Use }
+    }
+}
+
+/// How the response cache is used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheMode {
+    /// Read and write.
+    #[default]
+    Use,
+    /// Do not read, but write: buys anew and replaces.
+    Refresh,
+    /// Read, but never write.
+    ReadOnly,
+    /// Neither; the answer is kept for its run alone, so that a crash does not buy it twice.
+    Off,
+}
+
+/// What one run may spend.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Budget {
+    /// US dollars. A call starts only if its worst case still fits.
+    pub max_cost_usd: Usd,
+}
+
+/// A length of time: `250ms`, `30s`, `5m`, `24h`, `7d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Span(pub Duration);
+
+/// The longest time that a definition may name.
+pub const SPAN_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// Why a text is no length of time.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not a length of time: write a number and a unit, such as `250ms`, `30s`, `5m`, `24h` or `7d`")]
+pub struct InvalidSpan(String);
+
+impl FromStr for Span {
+    type Err = InvalidSpan;
+    fn from_str(text: &str) -> Result<Self, InvalidSpan> {
+        let invalid = || InvalidSpan(text.chars().take(40).collect());
+        let span = humantime::parse_duration(text).map_err(|_| invalid())?;
+        if span.is_zero() || span > SPAN_MAX { Err(invalid()) } else { Ok(Self(span)) }
+    }
+}
+
+impl TryFrom<String> for Span {
+    type Error = InvalidSpan;
+    fn try_from(text: String) -> Result<Self, InvalidSpan> {
+        text.parse()
+    }
+}
+
+impl From<Span> for String {
+    fn from(span: Span) -> String {
+        span.to_string()
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        humantime::format_duration(self.0).fmt(f)
+    }
+}
+
+impl JsonSchema for Span {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Span".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "pattern": r"^([0-9]+(ms|s|m|h|d|sec|min|hour|day|hours|days) ?)+$",
+            "description": "A length of time: a number and a unit, such as `250ms`, `30s`, `5m`, `24h` or `7d`"
+        })
+    }
+}
+
+/// A growing pause: `1s..30s`, from the first to the longest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Backoff {
+    /// The first pause.
+    pub first: Duration,
+    /// The longest pause.
+    pub longest: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self { first: Duration::from_secs(1), longest: Duration::from_secs(30) }
+    }
+}
+
+impl TryFrom<String> for Backoff {
+    type Error = InvalidSpan;
+    fn try_from(text: String) -> Result<Self, InvalidSpan> {
+        let (first, longest) = text.split_once("..").ok_or_else(|| InvalidSpan(text.chars().take(40).collect()))?;
+        let (first, longest) = (first.trim().parse::<Span>()?.0, longest.trim().parse::<Span>()?.0);
+        if first > longest {
+            return Err(InvalidSpan(text));
+        }
+        Ok(Self { first, longest })
+    }
+}
+
+impl From<Backoff> for String {
+    fn from(backoff: Backoff) -> String {
+        format!("{}..{}", Span(backoff.first), Span(backoff.longest))
+    }
+}
+
+impl JsonSchema for Backoff {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Backoff".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "pattern": r"^[0-9a-z ]+\.\.[0-9a-z ]+$",
+            "description": "The pause after a failed call, from the first to the longest: `1s..30s`"
+        })
+    }
+}
+
+/// Labels that a run carries, for filters and for people.
+pub type Labels = BTreeMap<String, String>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_read_as_people_write_them() {
+        assert_eq!("250ms".parse(), Ok(Span(Duration::from_millis(250))));
+        for bad in ["", "5", "0s", "1000d", "soon"] {
+            assert!(bad.parse::<Span>().is_err(), "{bad}");
+        }
+        let backoff = Backoff::try_from("1s..30s".to_owned()).expect("valid");
+        assert_eq!((backoff.first.as_secs(), backoff.longest.as_secs()), (1, 30));
+        assert!(Backoff::try_from("30s..1s".to_owned()).is_err());
+    }
+
+    #[test]
+    fn an_output_is_a_word_or_a_schema() {
+        let read = |json| serde_json::from_value::<Output>(json);
+        assert_eq!(read(serde_json::json!("text")).expect("text"), Output::default());
+        assert_eq!(read(serde_json::json!("json")).expect("json"), Output::Word(OutputWord::Json));
+        assert!(matches!(read(serde_json::json!({"schema": {}})), Ok(Output::Schema(_))));
+        assert!(read(serde_json::json!("xml")).is_err());
+    }
+}

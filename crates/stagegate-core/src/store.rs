@@ -1,0 +1,659 @@
+//! The store's contract: one method per atomic transition. Owns what recovery may rely on; holds no SQL and no
+//! transaction handle. Implemented by Postgres and SQLite, proven by one suite (`stagegate-testkit`).
+//!
+//! What every implementation promises:
+//! - A method either happens whole or not at all, and is durable when it returns `Ok`.
+//! - A method that returned `Err` may have happened (a connection can break after the commit). So every write can
+//!   be repeated: [`Store::commit`] answers [`Committed::Already`], [`Store::submit`] finds the run by its id.
+//! - Leases run on the database's clock alone. An owner's write names its epoch; a stale one changes nothing.
+//! - Only the owner of a run writes its events, so `seq` is gap-free. Others leave a [`Signal`].
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use crate::{
+    Attempt, Checkpoint, Epoch, Event, Failure, KeyId, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState,
+    StageId, StageState, TenantId, Totals, Verdict,
+    pipeline::{CacheMode, Labels},
+};
+
+/// Why a store method failed. What a method answers in the ordinary course is in its result, not here.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database is away, the pool is exhausted, or a statement timed out. Worth trying again.
+    #[error("the database is unavailable: {0}")]
+    Unavailable(String),
+    /// A stored row cannot be read.
+    #[error("corrupt row: {table}.{column} of {id}: {message}")]
+    Corrupt {
+        /// The table.
+        table: &'static str,
+        /// The column.
+        column: &'static str,
+        /// The row.
+        id: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The schema is older than this binary needs.
+    #[error("the database's schema is at version {found}, this binary needs {needed}: run `stagegate migrate`")]
+    SchemaBehind {
+        /// The newest migration applied.
+        found: i64,
+        /// The newest migration that this binary has.
+        needed: i64,
+    },
+    /// The schema is newer than this binary knows, or a migration was changed after it ran.
+    #[error("the database's schema does not fit this binary: {0}")]
+    SchemaAhead(String),
+    /// The disk is full.
+    #[error("the database has no space left: {0}")]
+    Full(String),
+    /// Anything else: a defect of ours.
+    #[error("the database refused a statement: {0}")]
+    Defect(String),
+}
+
+impl StoreError {
+    /// Whether the same call may succeed later.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Full(_))
+    }
+}
+
+/// The result of a store method.
+pub type StoreResult<T> = Result<T, StoreError>;
+
+// ---- Pipelines ----------------------------------------------------------------------------------------------
+
+/// A definition to be registered.
+#[derive(Debug, Clone)]
+pub struct NewVersion {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Its name.
+    pub name: PipelineName,
+    /// BLAKE3 of the canonical JSON.
+    pub digest: [u8; 32],
+    /// The canonical JSON.
+    pub definition: Value,
+    /// When.
+    pub now: DateTime<Utc>,
+}
+
+/// A registered version. Immutable.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PipelineVersion {
+    /// Its name.
+    pub name: PipelineName,
+    /// Counted from 1 per name.
+    pub version: u32,
+    /// BLAKE3 of the canonical JSON, hex.
+    pub digest: String,
+    /// When it was registered.
+    pub created_at: DateTime<Utc>,
+    /// The canonical JSON.
+    pub definition: Value,
+}
+
+// ---- Submitting ---------------------------------------------------------------------------------------------
+
+/// A run to be accepted.
+#[derive(Debug, Clone)]
+pub struct NewRun {
+    /// Its id, made by the caller, so that a repeated insert is recognised.
+    pub id: RunId,
+    /// Whose.
+    pub tenant: TenantId,
+    /// The pipeline.
+    pub pipeline: PipelineName,
+    /// The version that it is pinned to.
+    pub version: u32,
+    /// How many stages it has.
+    pub stages_total: u32,
+    /// The input.
+    pub input: Value,
+    /// Overrides the stages' cache mode.
+    pub cache_mode: Option<CacheMode>,
+    /// Higher goes first.
+    pub priority: i16,
+    /// For filters and people.
+    pub labels: Labels,
+    /// The client's key and what it stands for.
+    pub idempotency: Option<Idempotency>,
+    /// The correlation id of the request that submitted it.
+    pub request_id: Option<String>,
+    /// When it was accepted.
+    pub created_at: DateTime<Utc>,
+    /// When it expires.
+    pub deadline_at: DateTime<Utc>,
+    /// Its first events, from seq 1.
+    pub events: Vec<Event>,
+    /// The stages that the events start, where it is leased at once.
+    pub stages: Vec<StageRecord>,
+    /// The replica that takes it in the same insert, at epoch 1. None leaves it queued.
+    pub lease_to: Option<ReplicaId>,
+}
+
+/// A client's idempotency key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Idempotency {
+    /// The key, unique within its tenant.
+    pub key: String,
+    /// BLAKE3 of the request that it stands for.
+    pub digest: [u8; 32],
+}
+
+/// How the longest an idempotency key is remembered.
+pub const IDEMPOTENCY_TTL: Duration = Duration::from_secs(24 * 3600);
+
+/// What became of a submitted run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Submitted {
+    /// It is there (now, or since an earlier try with the same id). With an epoch, `lease_to` owns it.
+    Accepted(Option<Epoch>),
+    /// The key was used for this run, with the same request.
+    Existing(RunId),
+    /// The key was used with another request.
+    Conflict(RunId),
+}
+
+// ---- Reading ------------------------------------------------------------------------------------------------
+
+/// A run without its payloads.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RunRecord {
+    /// Its id.
+    pub id: RunId,
+    /// Whose.
+    pub tenant: TenantId,
+    /// The pipeline.
+    pub pipeline: PipelineName,
+    /// The version that it is pinned to.
+    pub version: u32,
+    /// Where it stands.
+    pub state: RunState,
+    /// True once somebody asked to cancel it.
+    pub cancel_requested: bool,
+    /// Higher goes first.
+    pub priority: i16,
+    /// For filters and people.
+    pub labels: Labels,
+    /// Overrides the stages' cache mode.
+    pub cache_mode: Option<CacheMode>,
+    /// How many stages it has.
+    pub stages_total: u32,
+    /// How many have their checkpoint.
+    pub stages_done: u32,
+    /// What it took so far.
+    pub totals: Totals,
+    /// Why it failed.
+    pub failure: Option<Failure>,
+    /// The correlation id of the request that submitted it.
+    pub request_id: Option<String>,
+    /// When it was accepted.
+    pub created_at: DateTime<Utc>,
+    /// When a replica first took it.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it reached a terminal state.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// When it expires.
+    pub deadline_at: DateTime<Utc>,
+    /// The seq of its last event.
+    pub last_seq: u64,
+}
+
+/// A stage of a run, without its payloads. A stage that was never started may have no row.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct StageRecord {
+    /// The stage.
+    pub id: StageId,
+    /// Where it stands.
+    pub state: StageState,
+    /// The attempt that is under way, or the last one; 0 before the first.
+    pub attempt: u32,
+    /// The first attempt of the present round; a retried run begins a new round.
+    pub round_start: u32,
+    /// When the next attempt starts, while it waits.
+    pub not_before: Option<DateTime<Utc>>,
+    /// What the gate decided last.
+    pub verdict: Option<Verdict>,
+    /// The quality that was reached last.
+    pub score: Option<f64>,
+    /// The model that answered last.
+    pub model: Option<ModelRef>,
+    /// Where that answer came from.
+    pub origin: Option<Origin>,
+    /// What it took so far, over all attempts.
+    pub totals: Totals,
+    /// Why it failed.
+    pub failure: Option<Failure>,
+    /// When its first attempt started.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it got its checkpoint or failed.
+    pub finished_at: Option<DateTime<Utc>>,
+}
+
+impl StageRecord {
+    /// A stage before its first attempt.
+    pub fn pending(id: StageId) -> Self {
+        Self {
+            id,
+            state: StageState::Pending,
+            attempt: 0,
+            round_start: 1,
+            not_before: None,
+            verdict: None,
+            score: None,
+            model: None,
+            origin: None,
+            totals: Totals::default(),
+            failure: None,
+            started_at: None,
+            finished_at: None,
+        }
+    }
+}
+
+/// A run with its payloads and stages.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunDetail {
+    /// The run.
+    pub run: RunRecord,
+    /// The input.
+    pub input: Value,
+    /// The output, once it succeeded.
+    pub output: Option<Value>,
+    /// The stages that have a row, in no particular order.
+    pub stages: Vec<StageRecord>,
+}
+
+/// A stage with everything that is kept of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StageDetail {
+    /// The stage.
+    pub stage: StageRecord,
+    /// Its checkpoint.
+    pub checkpoint: Option<Checkpoint>,
+    /// Its attempts, in order.
+    pub attempts: Vec<Attempt>,
+}
+
+/// Which runs to list. Newest first.
+#[derive(Debug, Clone)]
+pub struct RunQuery {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Only of this pipeline.
+    pub pipeline: Option<PipelineName>,
+    /// Only of this version.
+    pub version: Option<u32>,
+    /// Only in one of these states; empty for all.
+    pub states: Vec<RunState>,
+    /// Only those that carry all of these labels.
+    pub labels: Labels,
+    /// Only those accepted at or after this.
+    pub created_from: Option<DateTime<Utc>>,
+    /// Only those accepted before this.
+    pub created_before: Option<DateTime<Utc>>,
+    /// Only those older than this run (the cursor).
+    pub before: Option<RunId>,
+    /// At most so many, 1 to 200.
+    pub limit: u32,
+}
+
+/// How much waits and works, over all tenants.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Runs that could be claimed now.
+    pub queued: u64,
+    /// Runs that a live replica owns.
+    pub running: u64,
+    /// Parked runs.
+    pub waiting: u64,
+    /// How long the oldest claimable run has waited.
+    pub oldest_queued_ms: u64,
+}
+
+// ---- Leases and progress ------------------------------------------------------------------------------------
+
+/// A replica, as it reports itself.
+#[derive(Debug, Clone)]
+pub struct Heartbeat {
+    /// Which.
+    pub replica: ReplicaId,
+    /// Its host name, for people.
+    pub name: String,
+    /// Its version, for people.
+    pub version: String,
+    /// It is shutting down.
+    pub draining: bool,
+    /// How long it counts as alive after this.
+    pub ttl: Duration,
+}
+
+/// What a heartbeat found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pulse {
+    /// False where the replica had been declared dead: its leases are gone, it must stop its work and take a new id.
+    pub alive: bool,
+    /// Runs of this replica that have signals.
+    pub signalled: Vec<RunId>,
+}
+
+/// A replica's exclusive right to execute a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// The run.
+    pub run: RunId,
+    /// The generation that fences every write.
+    pub epoch: Epoch,
+}
+
+/// Everything that an owner needs to go on with a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Snapshot {
+    /// The lease under which it was read.
+    pub lease: Lease,
+    /// The run.
+    pub run: RunRecord,
+    /// The input.
+    pub input: Value,
+    /// The stages that have a row.
+    pub stages: Vec<StageRecord>,
+    /// The checkpoints.
+    pub checkpoints: Vec<(StageId, Checkpoint)>,
+    /// The last attempt of each stage that has attempts but no checkpoint.
+    pub last_attempts: Vec<(StageId, Attempt)>,
+}
+
+/// What somebody else asks of a run's owner. Consumed by a commit of the owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signal {
+    /// Its id, growing.
+    pub id: i64,
+    /// What is asked.
+    pub kind: SignalKind,
+    /// Who asks, for the record.
+    pub by: Option<String>,
+}
+
+/// What can be asked of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum SignalKind {
+    /// Stop.
+    Cancel,
+    /// Start over what failed. Only of a run that failed, was cancelled or expired; it gets a new deadline.
+    Retry {
+        /// The new deadline.
+        deadline_at: DateTime<Utc>,
+    },
+    /// Take the held output.
+    Approve {
+        /// The held stage.
+        stage: StageId,
+    },
+    /// Do not take the held output: the stage fails.
+    Reject {
+        /// The held stage.
+        stage: StageId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A signal to be left.
+#[derive(Debug, Clone)]
+pub struct NewSignal {
+    /// Whose run.
+    pub tenant: TenantId,
+    /// The run.
+    pub run: RunId,
+    /// What is asked.
+    pub kind: SignalKind,
+    /// Who asks.
+    pub by: Option<String>,
+}
+
+/// What became of a signal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Signalled {
+    /// It is there, and the run is awake: its owner sees it at its next heartbeat, or somebody claims the run.
+    Accepted {
+        /// The replica that owns the run now.
+        owner: Option<ReplicaId>,
+    },
+    /// No such run for this tenant.
+    NoSuchRun,
+    /// The run's state does not allow it.
+    WrongRunState(RunState),
+    /// The stage is not held (or does not exist, or a decision on it is already pending).
+    StageNotHeld(Option<StageState>),
+}
+
+/// What an owner writes: one atomic step of one run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Commit {
+    /// The run and the epoch that fences the write.
+    pub lease: Lease,
+    /// The events, gap-free; never empty. The first one's `seq` must be the run's `last_seq` + 1.
+    pub events: Vec<Event>,
+    /// Rows of the stages that changed, whole.
+    pub stages: Vec<StageRecord>,
+    /// Attempts that ended, with their ledger rows.
+    pub attempts: Vec<(StageId, Attempt)>,
+    /// New checkpoints; at most one per stage, ever.
+    pub checkpoints: Vec<(StageId, Checkpoint)>,
+    /// The run's new state.
+    pub state: RunState,
+    /// Stages that have their checkpoint.
+    pub stages_done: u32,
+    /// What the run took so far.
+    pub totals: Totals,
+    /// Why it failed.
+    pub failure: Option<Failure>,
+    /// When it was first taken.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it reached a terminal state.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// The output, when it succeeds.
+    pub output: Option<Value>,
+    /// Signals that this answers; they are removed.
+    pub consumed: Vec<i64>,
+    /// What becomes of the lease.
+    pub then: Disposition,
+}
+
+/// What becomes of a lease with a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disposition {
+    /// The owner goes on.
+    Keep,
+    /// The lease ends; the run can be claimed after the delay, or with None only once it is signalled. A run that
+    /// has unconsumed signals can be claimed at once.
+    Park(Option<Duration>),
+    /// The lease ends with the run.
+    End,
+}
+
+/// What became of a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Committed {
+    /// It happened now.
+    Now,
+    /// It had happened: an earlier try was committed but reported failed.
+    Already,
+    /// The lease is gone. Nothing changed; the author must stop.
+    Stale,
+}
+
+// ---- Access -------------------------------------------------------------------------------------------------
+
+/// What a key may do, inside its tenant. Each includes the ones before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Reads.
+    Viewer,
+    /// Submits, cancels, retries, approves.
+    Operator,
+    /// Registers pipelines, purges the cache.
+    Admin,
+}
+
+impl Role {
+    /// Every role, lowest first.
+    pub const ALL: [Self; 3] = [Self::Viewer, Self::Operator, Self::Admin];
+
+    /// As stored and shown.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Operator => "operator",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// From its stored form.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == text)
+    }
+}
+
+/// An API key, without its secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ApiKey {
+    /// Its id.
+    pub id: KeyId,
+    /// Its tenant.
+    pub tenant: TenantId,
+    /// What it may do.
+    pub role: Role,
+    /// For people.
+    pub name: String,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+    /// When it ends by itself.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// When it was revoked.
+    pub revoked_at: Option<DateTime<Utc>>,
+}
+
+/// A key to be stored: what is kept of the secret is its SHA-256.
+#[derive(Debug, Clone)]
+pub struct NewApiKey {
+    /// The key.
+    pub key: ApiKey,
+    /// SHA-256 of the secret.
+    pub hash: [u8; 32],
+}
+
+/// The store. See the module's documentation for what every implementation promises.
+#[async_trait]
+pub trait Store: Send + Sync + std::fmt::Debug + 'static {
+    /// Registers a version; the same content of the same name gives the version that is there. The flag tells
+    /// whether it is new.
+    async fn register(&self, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)>;
+
+    /// A version, or with None the newest.
+    async fn pipeline(
+        &self,
+        tenant: &TenantId,
+        name: &PipelineName,
+        version: Option<u32>,
+    ) -> StoreResult<Option<PipelineVersion>>;
+
+    /// The newest version of each pipeline, by name, after `after`.
+    async fn pipelines(
+        &self,
+        tenant: &TenantId,
+        after: Option<&PipelineName>,
+        limit: u32,
+    ) -> StoreResult<Vec<PipelineVersion>>;
+
+    /// The versions of a pipeline, newest first, below `before`.
+    async fn versions(
+        &self,
+        tenant: &TenantId,
+        name: &PipelineName,
+        before: Option<u32>,
+        limit: u32,
+    ) -> StoreResult<Vec<PipelineVersion>>;
+
+    /// Accepts runs, each on its own: one conflict leaves the others alone. Answers in the same order.
+    async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>>;
+
+    /// A run of this tenant.
+    async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>>;
+
+    /// A run of this tenant, without payloads and stages.
+    async fn run_record(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>>;
+
+    /// Runs of a tenant.
+    async fn runs(&self, query: &RunQuery) -> StoreResult<Vec<RunRecord>>;
+
+    /// A stage of a run; None where it has no row.
+    async fn stage(&self, tenant: &TenantId, run: RunId, stage: &StageId) -> StoreResult<Option<StageDetail>>;
+
+    /// Events after a seq, in order, at most `limit`.
+    async fn events(&self, tenant: &TenantId, run: RunId, after: u64, limit: u32) -> StoreResult<Vec<Event>>;
+
+    /// Leaves a signal and wakes the run.
+    async fn signal(&self, signal: &NewSignal) -> StoreResult<Signalled>;
+
+    /// Reports a replica alive. The first one enters it.
+    async fn heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse>;
+
+    /// Takes up to `limit` runs that can go on: queued, due, or left by replicas that are dead. Priority first,
+    /// then those that have waited longest. Each gets a higher epoch. Takes nothing for a replica that is not alive.
+    async fn claim(&self, replica: ReplicaId, limit: u32) -> StoreResult<Vec<Lease>>;
+
+    /// What this replica owns according to the database: after an error, the truth about a claim or submit.
+    async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>>;
+
+    /// Everything needed to go on with leased runs. A lease that is gone is left out.
+    async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>>;
+
+    /// The unconsumed signals of a leased run, oldest first. Clears its mark, so that a later signal marks it anew.
+    async fn signals(&self, lease: Lease) -> StoreResult<Vec<Signal>>;
+
+    /// Writes steps, each fenced on its own: a stale one fails alone. Answers in the same order. Two steps of one
+    /// run must not be in one call.
+    async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>>;
+
+    /// Hands runs back: others can claim them at once. A lease that is gone is passed over.
+    async fn release(&self, leases: &[Lease]) -> StoreResult<()>;
+
+    /// The replica is gone for good: whatever it still owns is handed back.
+    async fn leave(&self, replica: ReplicaId) -> StoreResult<()>;
+
+    /// How much waits and works.
+    async fn queue(&self) -> StoreResult<QueueStats>;
+
+    /// Stores a key.
+    async fn create_key(&self, key: &NewApiKey) -> StoreResult<()>;
+
+    /// The key with this hash, whatever its state.
+    async fn key_by_hash(&self, hash: &[u8; 32]) -> StoreResult<Option<ApiKey>>;
+
+    /// The keys of a tenant, or of all.
+    async fn keys(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<ApiKey>>;
+
+    /// Revokes a key; false where there is none. Revoking twice changes nothing.
+    async fn revoke_key(&self, id: KeyId, now: DateTime<Utc>) -> StoreResult<bool>;
+
+    /// Answers if the database does.
+    async fn ping(&self) -> StoreResult<()>;
+
+    /// `postgres` or `sqlite`, for people and metrics.
+    fn kind(&self) -> &'static str;
+
+    /// Waits until what is under way is done, and closes.
+    async fn close(&self);
+}

@@ -1,0 +1,1 @@
+//! Routes, layers, problem details, OpenAPI, SSE.

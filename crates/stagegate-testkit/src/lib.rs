@@ -1,0 +1,1 @@
+//! Test support: throwaway servers, a fake provider, the store's contract suite.
