@@ -1,6 +1,8 @@
 //! The engine: owns runs from their acceptance to their end. It is the only caller of the model layer and the only
 //! writer of a run's progress; it knows nothing of HTTP.
 
+pub mod config;
+
 use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
@@ -108,6 +110,17 @@ pub enum PlannedOutcome {
 }
 
 impl Engine {
+    /// Starts: enters this replica, and begins to claim and to execute. Must be called inside a tokio runtime.
+    pub async fn start(
+        _config: config::EngineConfig,
+        _store: Arc<dyn Store>,
+        _llm: Arc<Llm>,
+        _metrics: Metrics,
+        _clock: Arc<dyn Clock>,
+    ) -> Result<Self, Error> {
+        unimplemented!()
+    }
+
     /// Registers a definition (YAML or JSON text). The flag tells whether the version is new.
     pub async fn register(&self, _tenant: &TenantId, _source: &str) -> Result<(PipelineVersion, bool), Error> {
         unimplemented!()

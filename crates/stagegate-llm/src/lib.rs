@@ -4,6 +4,9 @@
 //! attempt is the engine's to record and to repeat (docs/decisions.md), so that each one is seen, paid for and bounded
 //! in one place. The fallback chain is here: when one model fails, the next is asked at once.
 
+pub mod config;
+pub mod provider;
+
 use std::{sync::Arc, time::Duration};
 
 use stagegate_core::{
@@ -86,6 +89,16 @@ pub struct CallError {
 pub struct Llm {}
 
 impl Llm {
+    /// From the configuration. `tier` is the shared cache: Redis, the SQLite file, or none.
+    pub fn new(
+        _config: &config::LlmConfig,
+        _tier: Option<Arc<dyn CacheTier>>,
+        _metrics: Metrics,
+        _clock: Arc<dyn Clock>,
+    ) -> Result<Self, Error> {
+        unimplemented!()
+    }
+
     /// Whether some configured provider serves the model; else [`Code::UnknownModel`] or [`Code::ProviderWithoutKey`]
     /// with what to configure.
     pub fn check_model(&self, _model: &ModelRef) -> Result<(), Error> {

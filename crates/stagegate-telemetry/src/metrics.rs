@@ -4,7 +4,7 @@
 //! To add a metric, add an entry below: its doc comment is the help text.
 
 use prometheus::{
-    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    CounterVec, Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
@@ -26,7 +26,6 @@ macro_rules! make {
     (IntCounterVec, $name:literal, $help:expr, [$($label:literal),+]) => { IntCounterVec::new(Opts::new($name, $help), &[$($label),+]) };
     (CounterVec, $name:literal, $help:expr, [$($label:literal),+]) => { CounterVec::new(Opts::new($name, $help), &[$($label),+]) };
     (IntGaugeVec, $name:literal, $help:expr, [$($label:literal),+]) => { IntGaugeVec::new(Opts::new($name, $help), &[$($label),+]) };
-    (GaugeVec, $name:literal, $help:expr, [$($label:literal),+]) => { GaugeVec::new(Opts::new($name, $help), &[$($label),+]) };
     (Histogram, $name:literal, $help:expr, [] $buckets:expr) => {
         Histogram::with_opts(HistogramOpts::new($name, $help).buckets($buckets.to_vec()))
     };

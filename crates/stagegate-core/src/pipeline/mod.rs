@@ -15,7 +15,7 @@ pub use definition::{
     StageDefinition,
 };
 
-use crate::{ModelRef, PipelineName, StageId};
+use crate::{Assessment, Error, Failure, ModelRef, PipelineName, StageId, Violation};
 
 /// A checked, resolved pipeline: what the engine runs. Immutable; shared by every run of its version.
 #[derive(Debug)]
@@ -100,9 +100,84 @@ pub struct Message {
     pub content: String,
 }
 
+/// What the model layer knows of models, for checking a definition.
+pub trait Models {
+    /// Whether some configured provider serves the model; else the code and what to configure.
+    fn check(&self, model: &ModelRef) -> Result<(), Error>;
+    /// Whether the price table knows it.
+    fn is_priced(&self, model: &ModelRef) -> bool;
+}
+
+/// What templates and expressions see: `input`, `stages.<id>.output`, `run.id`.
+#[derive(Debug, Clone, Copy)]
+pub struct RenderContext<'a> {
+    /// The run's id, or a placeholder where there is none yet (a plan).
+    pub run_id: &'a str,
+    /// The run's input.
+    pub input: &'a Value,
+    /// The outputs that are there, by stage index.
+    pub outputs: &'a [Option<Arc<Value>>],
+}
+
+/// A rendered stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rendered {
+    /// Messages for a model.
+    Messages(Vec<Message>),
+    /// The output itself.
+    Text(String),
+}
+
 impl Pipeline {
+    /// From YAML or JSON text. Every mistake at once, each with line and column.
+    pub fn parse(_source: &str, _models: &dyn Models) -> Result<Self, Vec<Violation>> {
+        unimplemented!()
+    }
+
+    /// From a stored definition; models are not checked again. Fails only on a definition that an older version
+    /// accepted and this one does not.
+    pub fn from_stored(_definition: Value) -> Result<Self, Vec<Violation>> {
+        unimplemented!()
+    }
+
+    /// Every way in which an input does not fit, with paths below `input`.
+    pub fn check_input(&self, _input: &Value) -> Result<(), Vec<Violation>> {
+        unimplemented!()
+    }
+
+    /// Renders a stage's messages or its transform.
+    pub fn render(&self, _stage: usize, _context: &RenderContext<'_>) -> Result<Rendered, Failure> {
+        unimplemented!()
+    }
+
+    /// Renders the judge's rubric; None where the stage has no judge.
+    pub fn render_rubric(&self, _stage: usize, _context: &RenderContext<'_>) -> Result<Option<String>, Failure> {
+        unimplemented!()
+    }
+
+    /// Reads an answer as the stage's output: text as it is; JSON parsed (a fenced code block around it is taken
+    /// off). An answer that is no JSON is returned as the text with the assessment that says so.
+    pub fn read_output(&self, _stage: usize, _content: &str) -> Result<Value, Assessment> {
+        unimplemented!()
+    }
+
+    /// The deterministic assessments of an output: its schema first, then the gate's checks, all of them.
+    pub fn assess(&self, _stage: usize, _output: &Value, _context: &RenderContext<'_>) -> Vec<Assessment> {
+        unimplemented!()
+    }
+
+    /// Renders the run's output.
+    pub fn render_output(&self, _context: &RenderContext<'_>) -> Result<Value, Failure> {
+        unimplemented!()
+    }
+
     /// The index of a stage.
     pub fn stage_index(&self, id: &str) -> Option<usize> {
         self.stages.iter().position(|stage| stage.id.as_str() == id)
     }
+}
+
+/// The published JSON Schema (2020-12) of a definition.
+pub fn definition_schema() -> Value {
+    unimplemented!()
 }

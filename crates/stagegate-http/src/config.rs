@@ -1,0 +1,64 @@
+//! The HTTP API's part of the configuration.
+
+use std::{net::SocketAddr, time::Duration};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use stagegate_core::pipeline::Span;
+
+/// The listener, its limits, and who may call.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Where it listens. An address beyond loopback needs `auth = "keys"`.
+    #[schemars(with = "String")]
+    pub listen: SocketAddr,
+    /// Who may call: `keys` (a valid API key), `open` (anybody, as the default tenant; loopback only), or `auto`:
+    /// open for an embedded daemon on loopback, else keys.
+    pub auth: AuthMode,
+    /// The largest body, in bytes.
+    pub body_max_bytes: usize,
+    /// The deepest nesting of a JSON body.
+    pub json_max_depth: usize,
+    /// How long a request may take; event streams are exempt.
+    pub request_timeout: Span,
+    /// How long a client may take to send its headers.
+    pub header_timeout: Span,
+    /// The largest head of a request, in bytes.
+    pub head_max_bytes: usize,
+    /// Connections at once.
+    pub max_connections: usize,
+    /// Event streams at once.
+    pub max_event_streams: usize,
+    /// The pause between two keep-alive comments of an event stream.
+    pub sse_keep_alive: Span,
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            auth: AuthMode::Auto,
+            body_max_bytes: 2 * 1024 * 1024,
+            json_max_depth: 64,
+            request_timeout: Span(Duration::from_secs(30)),
+            header_timeout: Span(Duration::from_secs(10)),
+            head_max_bytes: 32 * 1024,
+            max_connections: 20_000,
+            max_event_streams: 15_000,
+            sse_keep_alive: Span(Duration::from_secs(15)),
+        }
+    }
+}
+
+/// Who may call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AuthMode {
+    /// Open for an embedded daemon on loopback, else keys.
+    Auto,
+    /// A valid API key.
+    Keys,
+    /// Anybody, as the default tenant. Refused beyond loopback.
+    Open,
+}

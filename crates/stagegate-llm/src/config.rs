@@ -1,0 +1,134 @@
+//! The model layer's part of the configuration.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use stagegate_core::{Secret, pipeline::Span};
+
+/// Providers, prices, cache and breaker.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LlmConfig {
+    /// The providers by name; the name is the part before the slash of a model (`openai/gpt-5-mini`). `openai`,
+    /// `anthropic`, `gemini` and `sim` are there without being named.
+    pub providers: BTreeMap<String, ProviderConfig>,
+    /// Prices by model (`provider/model`), beside and above the table that ships.
+    pub prices: BTreeMap<String, Price>,
+    /// The largest answer that is read from a provider, in bytes.
+    pub answer_max_bytes: usize,
+    /// The size of the cache in this process, in bytes of answers.
+    pub local_cache_max_bytes: u64,
+    /// How long a shared cache may take to answer before a call goes on without it.
+    pub shared_cache_timeout: Span,
+    /// When a failing model is spared.
+    pub breaker: BreakerConfig,
+}
+
+impl Default for LlmConfig {
+    fn default() -> Self {
+        Self {
+            providers: BTreeMap::new(),
+            prices: BTreeMap::new(),
+            answer_max_bytes: 4 * 1024 * 1024,
+            local_cache_max_bytes: 64 * 1024 * 1024,
+            shared_cache_timeout: Span(Duration::from_millis(250)),
+            breaker: BreakerConfig::default(),
+        }
+    }
+}
+
+/// A provider of models.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProviderConfig {
+    /// Which protocol it speaks.
+    pub kind: ProviderKind,
+    /// Where it listens; default: the vendor's own address. A local OpenAI-compatible server goes here.
+    #[serde(default)]
+    pub base_url: Option<String>,
+    /// Its key. Default: the vendor's usual environment variable (`OPENAI_API_KEY`, `ANTHROPIC_API_KEY`,
+    /// `GEMINI_API_KEY`). An OpenAI-compatible server with a base URL of its own needs none.
+    #[serde(default)]
+    pub api_key: Option<Secret>,
+    /// Calls under way at once, at most; more wait for their turn inside their deadline.
+    #[serde(default = "default_max_concurrency")]
+    pub max_concurrency: usize,
+    /// How the simulator behaves; for `kind = "sim"` only.
+    #[serde(default)]
+    pub sim: SimConfig,
+}
+
+fn default_max_concurrency() -> usize {
+    64
+}
+
+/// Which protocol a provider speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ProviderKind {
+    /// OpenAI's chat completions, and every server that is compatible with them.
+    Openai,
+    /// Anthropic's messages.
+    Anthropic,
+    /// Google's Gemini.
+    Gemini,
+    /// The simulator: needs no key, and says in every answer that it is simulated.
+    Sim,
+}
+
+/// How the simulator behaves.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SimConfig {
+    /// The seed of its answers, latencies and faults.
+    pub seed: u64,
+    /// The median time of an answer.
+    pub latency: Span,
+    /// The share of calls, 0 to 1, that fail with a fault drawn from every kind that real providers have.
+    pub fault_rate: f64,
+    /// The share of judged outputs, 0 to 1, that the simulated judge finds lacking at the first attempt.
+    pub first_attempt_fail_rate: f64,
+}
+
+impl Default for SimConfig {
+    fn default() -> Self {
+        Self { seed: 1, latency: Span(Duration::from_millis(300)), fault_rate: 0.0, first_attempt_fail_rate: 0.0 }
+    }
+}
+
+/// US dollars per million tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Price {
+    /// Prompt tokens.
+    pub input: f64,
+    /// Answer tokens, reasoning included.
+    pub output: f64,
+    /// Prompt tokens read from the provider's cache. Default: as `input`.
+    #[serde(default)]
+    pub cache_read: Option<f64>,
+    /// Prompt tokens written to the provider's cache. Default: as `input`.
+    #[serde(default)]
+    pub cache_write: Option<f64>,
+}
+
+/// When a failing model is spared: a sliding window of calls per provider and model.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BreakerConfig {
+    /// How many of the last calls count.
+    pub window_calls: usize,
+    /// Calls needed before it may open.
+    pub min_calls: usize,
+    /// The share of failures, 0 to 1, at which it opens.
+    pub failure_rate: f64,
+    /// How long it stays open before one call probes.
+    pub open_for: Span,
+}
+
+impl Default for BreakerConfig {
+    fn default() -> Self {
+        Self { window_calls: 20, min_calls: 10, failure_rate: 0.5, open_for: Span(Duration::from_secs(10)) }
+    }
+}

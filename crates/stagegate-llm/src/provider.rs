@@ -1,0 +1,89 @@
+//! What a provider is to the rest: owns the request, the answer and the error that all of them share.
+//! To add a provider, implement [`Provider`] in a file of its own and name it in [`crate::providers`].
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use stagegate_core::{
+    Code, Usage,
+    pipeline::{Message, OutputFormat, Params},
+};
+
+/// One request to one model of one provider.
+#[derive(Debug, Clone, Copy)]
+pub struct ProviderRequest<'a> {
+    /// The provider's own name of the model.
+    pub model: &'a str,
+    /// The conversation.
+    pub messages: &'a [Message],
+    /// Sampling parameters.
+    pub params: &'a Params,
+    /// What the answer must be.
+    pub format: &'a OutputFormat,
+    /// Which of several answers to the same question.
+    pub sample: u32,
+}
+
+/// What a provider answered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// The text.
+    pub content: String,
+    /// Why it ended.
+    pub finish: Finish,
+    /// The tokens, where the provider told.
+    pub usage: Option<Usage>,
+    /// What is left of the provider's limits, where it told.
+    pub limits: Limits,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// It was complete.
+    Stop,
+    /// It met the limit on tokens.
+    Length,
+    /// It was filtered, or the model refused.
+    Refused,
+}
+
+/// What is left of a provider's limits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests.
+    pub requests_remaining: Option<u64>,
+    /// Tokens.
+    pub tokens_remaining: Option<u64>,
+}
+
+/// Why a provider did not answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct ProviderError {
+    /// One of the `Provider…` codes.
+    pub code: Code,
+    /// A sentence for people; bounded, without keys and prompts.
+    pub message: String,
+    /// Whether the same call may succeed later.
+    pub retryable: bool,
+    /// What the provider asked for.
+    pub retry_after: Option<Duration>,
+    /// Tokens that were paid for all the same, where the provider told.
+    pub usage: Option<Usage>,
+    /// What is left of the provider's limits, where it told.
+    pub limits: Limits,
+}
+
+/// A provider of models. Dropping the future of a call abandons it; deadlines are the caller's.
+#[async_trait]
+pub trait Provider: Send + Sync + std::fmt::Debug {
+    /// Asks a model.
+    async fn call(&self, request: ProviderRequest<'_>) -> Result<Answer, ProviderError>;
+
+    /// `openai`, `anthropic`, `gemini` or `sim`.
+    fn kind(&self) -> &'static str;
+
+    /// Whether it has a key, or needs none.
+    fn is_configured(&self) -> bool;
+}
