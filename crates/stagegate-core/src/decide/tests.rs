@@ -1,0 +1,1 @@
+//! Decisions, one promise a test.
