@@ -1,1 +1,3 @@
 //! Test support: throwaway servers, a fake provider, the store's contract suite.
+
+pub mod cache;
