@@ -15,6 +15,7 @@ mod limit;
 mod meter;
 pub mod prices;
 pub mod provider;
+pub mod providers;
 pub mod tls;
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
@@ -121,6 +122,18 @@ impl fmt::Debug for Llm {
 }
 
 impl Llm {
+    /// From the configuration. `tier` is the shared cache: Redis, the SQLite file, or none.
+    pub fn new(
+        config: &LlmConfig,
+        tier: Option<Arc<dyn CacheTier>>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, Error> {
+        install_tls();
+        let providers = providers::build(config, &providers::client()?)?;
+        Ok(Self::with_providers(providers, Prices::new(config)?, config, tier, metrics, clock))
+    }
+
     /// With these providers instead of the configured ones: for tests, and for providers from elsewhere.
     pub fn with_providers(
         providers: BTreeMap<String, Arc<dyn Provider>>,
