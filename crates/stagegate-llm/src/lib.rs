@@ -38,7 +38,6 @@ use self::{
 
 pub use self::{
     cache::redis::{RedisConfig, RedisTier},
-    key::KEY_VERSION,
     tls::install_tls,
 };
 
@@ -159,13 +158,16 @@ impl Llm {
                     "gemini" => "set GEMINI_API_KEY or ",
                     _ => "set ",
                 };
-                let detail = format!("`{model}`: the provider `{name}` has no key: {variable}`llm.providers.{name}.api_key`");
+                let detail =
+                    format!("`{model}`: the provider `{name}` has no key: {variable}`llm.providers.{name}.api_key`");
                 Err(Error::new(Code::ProviderWithoutKey, detail))
             }
             None => {
                 let known: Vec<_> = self.caller.providers.keys().map(String::as_str).collect();
-                let mend = nearest(name, known.iter().copied())
-                    .map_or_else(|| format!("configured are {}", known.join(", ")), |near| format!("did you mean `{near}`?"));
+                let mend = nearest(name, known.iter().copied()).map_or_else(
+                    || format!("configured are {}", known.join(", ")),
+                    |near| format!("did you mean `{near}`?"),
+                );
                 let detail = format!("`{model}`: no provider is called `{name}`; {mend}");
                 Err(Error::new(Code::UnknownModel, detail))
             }
