@@ -32,7 +32,7 @@ use tokio::time::Instant;
 use self::{
     call::Caller,
     config::LlmConfig,
-    prices::{DEFAULT_MAX_OUTPUT_TOKENS, Prices, count_tokens_typical, count_tokens_upper},
+    prices::{DEFAULT_MAX_OUTPUT_TOKENS, Prices, count_tokens_upper},
     provider::Provider,
 };
 
@@ -186,16 +186,10 @@ impl Llm {
         costs.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
-    /// What the call would probably cost with so many output tokens; None where the first model has no price.
-    pub fn estimate(&self, request: &Request, output_tokens: u64) -> Option<Usd> {
-        let input_tokens = count_tokens_typical(&request.messages);
-        let usage = Usage { input_tokens, output_tokens, estimated: true, ..Usage::default() };
-        self.caller.prices.cost(request.models.first()?, &usage)
-    }
-
     /// What so many tokens would cost at the first model's price; None where it has none.
-    pub fn estimate_tokens(&self, _models: &[ModelRef], _input_tokens: u64, _output_tokens: u64) -> Option<Usd> {
-        unimplemented!()
+    pub fn estimate(&self, models: &[ModelRef], input_tokens: u64, output_tokens: u64) -> Option<Usd> {
+        let usage = Usage { input_tokens, output_tokens, estimated: true, ..Usage::default() };
+        self.caller.prices.cost(models.first()?, &usage)
     }
 
     /// Asks. Dropping the future abandons the call (a coalesced one goes on for the others).
@@ -254,16 +248,6 @@ impl Models for Llm {
 
     fn is_priced(&self, model: &ModelRef) -> bool {
         self.caller.prices.is_priced(model)
-    }
-}
-
-impl stagegate_core::pipeline::Models for Llm {
-    fn check(&self, model: &ModelRef) -> Result<(), Error> {
-        self.check_model(model)
-    }
-
-    fn is_priced(&self, _model: &ModelRef) -> bool {
-        unimplemented!()
     }
 }
 
