@@ -1,4 +1,8 @@
 //! Test support: throwaway servers, a fake provider, the store's contract suite.
 
+pub mod cache;
+pub mod provider;
 pub mod servers;
 pub mod store;
+
+pub use provider::FakeProvider;
