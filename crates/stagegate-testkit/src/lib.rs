@@ -1,3 +1,5 @@
-//! Test support: throwaway servers, a fake provider, the store's contract suite.
+//! Test support: throwaway servers, a fake provider, the contract suites of store and cache.
 
 pub mod cache;
+pub mod servers;
+pub mod store;
