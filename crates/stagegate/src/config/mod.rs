@@ -21,7 +21,7 @@ use stagegate_llm::config::LlmConfig;
 use stagegate_store_postgres::config::PoolConfig;
 use stagegate_telemetry::config::{LogConfig, SentryConfig};
 
-pub(crate) use layers::{Environment, Flags};
+pub(crate) use layers::{Environment, Flags, listen_address};
 
 /// Everything that can be configured.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
