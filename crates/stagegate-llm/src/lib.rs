@@ -115,6 +115,11 @@ impl Llm {
         unimplemented!()
     }
 
+    /// What so many tokens would cost at the first model's price; None where it has none.
+    pub fn estimate_tokens(&self, _models: &[ModelRef], _input_tokens: u64, _output_tokens: u64) -> Option<Usd> {
+        unimplemented!()
+    }
+
     /// Asks. Dropping the future abandons the call (a coalesced one goes on for the others).
     pub async fn complete(&self, _context: &CallContext, _request: &Request) -> Result<Reply, CallError> {
         unimplemented!()
@@ -142,6 +147,16 @@ impl Llm {
 
     /// The providers and the shared cache, for `/readyz` and `/health`.
     pub async fn health(&self) -> LlmHealth {
+        unimplemented!()
+    }
+}
+
+impl stagegate_core::pipeline::Models for Llm {
+    fn check(&self, model: &ModelRef) -> Result<(), Error> {
+        self.check_model(model)
+    }
+
+    fn is_priced(&self, _model: &ModelRef) -> bool {
         unimplemented!()
     }
 }
