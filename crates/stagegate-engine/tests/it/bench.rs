@@ -151,10 +151,10 @@ pub fn canonical() -> String {
         "defaults": { "model": "fake/model", "retry": { "max_attempts": 3, "backoff": "10ms..50ms" } },
         "stages": [
             { "id": "one", "prompt": "stage-one {{ input.text }}" },
-            { "id": "two", "needs": ["one"], "prompt": "stage-two {{ stages.one.output }}" },
-            { "id": "three", "needs": ["two"], "prompt": "stage-three {{ stages.two.output }}" },
-            { "id": "four", "needs": ["three"], "prompt": "stage-four {{ stages.three.output }}" },
-            { "id": "five", "needs": ["three"], "prompt": "stage-five {{ stages.three.output }}" }
+            { "id": "two", "needs": ["one"], "prompt": "stage-two {{ input.text }} {{ stages.one.output | length }}" },
+            { "id": "three", "needs": ["two"], "prompt": "stage-three {{ input.text }} {{ stages.two.output | length }}" },
+            { "id": "four", "needs": ["three"], "prompt": "stage-four {{ input.text }} {{ stages.three.output | length }}" },
+            { "id": "five", "needs": ["three"], "prompt": "stage-five {{ input.text }} {{ stages.three.output | length }}" }
         ]
     })
     .to_string()
