@@ -77,6 +77,18 @@ pub enum ProviderKind {
     Sim,
 }
 
+impl ProviderKind {
+    /// As it stands in the configuration, in metrics and in `/health`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Openai => "openai",
+            Self::Anthropic => "anthropic",
+            Self::Gemini => "gemini",
+            Self::Sim => "sim",
+        }
+    }
+}
+
 /// How the simulator behaves.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]

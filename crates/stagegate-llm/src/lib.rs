@@ -5,7 +5,10 @@
 //! in one place. The fallback chain is here: when one model fails, the next is asked at once.
 
 pub mod config;
+pub mod prices;
 pub mod provider;
+pub mod providers;
+pub mod tls;
 
 use std::{sync::Arc, time::Duration};
 

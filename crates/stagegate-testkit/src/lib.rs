@@ -1,1 +1,5 @@
 //! Test support: throwaway servers, a fake provider, the store's contract suite.
+
+pub mod provider;
+
+pub use provider::FakeProvider;
