@@ -68,7 +68,7 @@ impl Daemon {
             notes.push("cache: in the same SQLite file; survives restarts, is not shared between machines".to_owned());
             opened.tier
         } else {
-            shared_cache(config, &mut notes).await?
+            shared_cache(config, &mut notes)?
         };
         notes.push(models(config));
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
@@ -152,12 +152,12 @@ pub(crate) fn told(error: &StoreError, what: &str) -> Error {
 }
 
 /// The shared cache of a daemon on Postgres: Redis, or none.
-async fn shared_cache(config: &Config, notes: &mut Vec<String>) -> Result<Option<Arc<dyn CacheTier>>, Error> {
+fn shared_cache(config: &Config, notes: &mut Vec<String>) -> Result<Option<Arc<dyn CacheTier>>, Error> {
     let Some(url) = &config.redis.url else {
         notes.push("cache: in this process only: replicas do not share answers; set REDIS_URL to share".to_owned());
         return Ok(None);
     };
-    let tier = stagegate_llm::cache::redis::RedisTier::connect(url, &config.redis.limits).await?;
+    let tier = stagegate_llm::cache::redis::RedisTier::connect(url, &config.redis.limits)?;
     notes.push(format!("cache: Redis at {}, shared by every replica", host_of(url)));
     Ok(Some(Arc::new(tier)))
 }

@@ -30,7 +30,7 @@ Examples:
   stagegate keys revoke 0198c2d0-7c3e-7b1a-8f0e-2d4c6a8b0e1f
 
 Roles: viewer reads; operator also submits, cancels, retries and approves; admin also registers pipelines and
-purges the cache. The keys are those of the configured database; a running daemon knows of a change at once.";
+purges the cache. The keys are those of the configured database; a running daemon follows within seconds.";
 
 /// Manage API keys.
 #[derive(Debug, clap::Args)]

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use stagegate_core::{Code, Error};
-use stagegate_http::{App, config::AuthMode};
+use stagegate_http::App;
 use stagegate_telemetry::logs;
 use tokio::{net::TcpListener, sync::oneshot};
 
@@ -52,7 +52,9 @@ impl Serve {
         flags.set("--auth", &["http", "auth"], self.auth.as_ref());
         let config = config::load(&flags, &Environment::of_process())?.config;
         let _guard = logs::init(&config.log, &config.sentry, env!("CARGO_PKG_VERSION"))?;
-        refuse_open_listener(&config)?;
+        // The API holds to this as well; here it is told before a database is touched.
+        let embedded = config.store.database_url.is_none();
+        stagegate_http::is_open(&config.http, embedded, config.http.listen)?;
         // Bound before anything is started, so that a taken port costs nothing.
         let listener = bind(config.http.listen).await?;
         let options = Options { migrate: self.migrate, ..Options::default() };
@@ -112,19 +114,6 @@ async fn serve(config: Config, daemon: Daemon, listener: TcpListener, signals: &
     }
 }
 
-/// The same rule that the API holds to, told before a database is touched.
-fn refuse_open_listener(config: &Config) -> Result<(), Error> {
-    let listen = config.http.listen;
-    if config.http.auth == AuthMode::Open && !listen.ip().is_loopback() {
-        let message = format!(
-            "`http.auth = \"open\"` lets anybody in, and {listen} can be reached from other machines; use `keys` (and \
-             make one with `stagegate keys create`), or listen on 127.0.0.1"
-        );
-        return Err(Error::new(Code::OpenListener, message));
-    }
-    Ok(())
-}
-
 /// Binds, or says what to do about it.
 pub(crate) async fn bind(listen: SocketAddr) -> Result<TcpListener, Error> {
     TcpListener::bind(listen).await.map_err(|error| {
@@ -143,11 +132,7 @@ async fn announce(config: &Config, daemon: &Daemon, address: SocketAddr) {
     for note in &daemon.notes {
         tracing::info!("{note}");
     }
-    let open = match config.http.auth {
-        AuthMode::Open => true,
-        AuthMode::Keys => false,
-        AuthMode::Auto => daemon.embedded && address.ip().is_loopback(),
-    };
+    let open = stagegate_http::is_open(&config.http, daemon.embedded, address).unwrap_or(false);
     if open {
         tracing::info!("access: open to everybody on this machine, as tenant `default`; `http.auth = \"keys\"` asks for API keys");
     } else {

@@ -17,7 +17,7 @@ use serde_json::Value;
 use stagegate_core::{Code, Error, Secret, Violation};
 use stagegate_engine::config::EngineConfig;
 use stagegate_http::config::HttpConfig;
-use stagegate_llm::config::LlmConfig;
+use stagegate_llm::{cache::redis::RedisConfig, config::LlmConfig};
 use stagegate_store_postgres::config::PoolConfig;
 use stagegate_telemetry::config::{LogConfig, SentryConfig};
 
@@ -59,11 +59,14 @@ pub(crate) struct StoreConfig {
 
 /// The shared cache of a daemon on Postgres.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub(crate) struct RedisSection {
     /// The Redis server, as `redis://host:6379` or `rediss://…`. Without it replicas do not share answers. Also
     /// `REDIS_URL`.
     pub url: Option<Secret>,
+    /// Its limits.
+    #[serde(flatten)]
+    pub limits: RedisConfig,
 }
 
 /// A configuration and where each of its values came from.
