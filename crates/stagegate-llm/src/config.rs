@@ -59,8 +59,11 @@ pub struct ProviderConfig {
     pub sim: SimConfig,
 }
 
+/// Calls under way at once to a provider whose configuration does not say otherwise.
+pub const DEFAULT_MAX_CONCURRENCY: usize = 64;
+
 fn default_max_concurrency() -> usize {
-    64
+    DEFAULT_MAX_CONCURRENCY
 }
 
 /// Which protocol a provider speaks.
