@@ -255,16 +255,6 @@ impl Models for Llm {
     }
 }
 
-impl stagegate_core::pipeline::Models for Llm {
-    fn check(&self, model: &ModelRef) -> Result<(), Error> {
-        self.check_model(model)
-    }
-
-    fn is_priced(&self, _model: &ModelRef) -> bool {
-        unimplemented!()
-    }
-}
-
 /// What `/readyz` and `/health` tell of this layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlmHealth {

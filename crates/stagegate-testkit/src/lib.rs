@@ -2,5 +2,7 @@
 
 pub mod cache;
 pub mod provider;
+pub mod servers;
+pub mod store;
 
 pub use provider::FakeProvider;
