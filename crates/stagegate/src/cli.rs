@@ -41,12 +41,24 @@ pub(crate) struct Cli {
 /// What every command takes.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub(crate) struct Global {
-    /// The configuration file [default: $STAGEGATE_CONFIG, else ./stagegate.toml if it is there]
-    #[arg(long, global = true, value_name = "FILE", help_heading = "Everywhere")]
+    /// The configuration file
+    #[arg(
+        help = "The configuration file [default: $STAGEGATE_CONFIG, else ./stagegate.toml if it is there]",
+        long,
+        global = true,
+        value_name = "FILE",
+        help_heading = "Everywhere"
+    )]
     pub config: Option<PathBuf>,
 
-    /// Where embedded state and the cache lie [default: $XDG_DATA_HOME/stagegate or ~/.local/share/stagegate]
-    #[arg(long, global = true, value_name = "DIR", help_heading = "Everywhere")]
+    /// Where embedded state and the cache lie
+    #[arg(
+        help = "Where embedded state and the cache lie [default: $XDG_DATA_HOME/stagegate or ~/.local/share/stagegate]",
+        long,
+        global = true,
+        value_name = "DIR",
+        help_heading = "Everywhere"
+    )]
     pub data_dir: Option<PathBuf>,
 
     /// What is logged to stderr: `warn`, `info`, `info,stagegate_engine=debug` …

@@ -79,7 +79,10 @@ impl Client {
             }
             fruitless = if last_seq > before { 0 } else { fruitless + 1 };
             if fruitless > RECONNECTS_MAX {
-                return Err(Error::new(Code::Unavailable, format!("the events of run {run} break off again and again")));
+                return Err(Error::new(
+                    Code::Unavailable,
+                    format!("the events of run {run} break off again and again"),
+                ));
             }
             tokio::time::sleep(Duration::from_millis(100) * fruitless.min(20)).await;
         }
@@ -101,7 +104,7 @@ impl Client {
         if !response.status().is_success() {
             return Err(problem(response).await);
         }
-        let mut stream = SseStream::from_byte_stream(response.bytes_stream());
+        let mut stream = SseStream::from_bytes_stream(response.bytes_stream());
         while let Some(item) = stream.next().await {
             // A connection that breaks is taken up again by the caller.
             let Ok(item) = item else { return Ok(None) };

@@ -10,7 +10,7 @@ use std::{
 
 use stagegate_core::{Clock, Code, Error, Secret, Store, StoreError, SystemClock, cache::CacheTier};
 use stagegate_engine::Engine;
-use stagegate_llm::Llm;
+use stagegate_llm::{Llm, RedisTier};
 use stagegate_store_postgres::PostgresStore;
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
@@ -118,8 +118,7 @@ pub(crate) async fn open_postgres(
 ) -> Result<PostgresStore, Error> {
     let host = host_of(url);
     let unreachable = |error: StoreError| told(&error, &format!("Postgres at {host}"));
-    let store =
-        PostgresStore::connect(url, &config.store.pool, metrics.clone()).await.map_err(unreachable)?;
+    let store = PostgresStore::connect(url, &config.store.pool, metrics.clone()).await.map_err(unreachable)?;
     if migrate {
         store.migrate().await.map_err(unreachable)?;
     } else {
@@ -157,7 +156,7 @@ fn shared_cache(config: &Config, notes: &mut Vec<String>) -> Result<Option<Arc<d
         notes.push("cache: in this process only: replicas do not share answers; set REDIS_URL to share".to_owned());
         return Ok(None);
     };
-    let tier = stagegate_llm::cache::redis::RedisTier::connect(url, &config.redis.limits)?;
+    let tier = RedisTier::connect(url, &config.redis.limits)?;
     notes.push(format!("cache: Redis at {}, shared by every replica", host_of(url)));
     Ok(Some(Arc::new(tier)))
 }

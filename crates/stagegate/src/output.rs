@@ -99,8 +99,7 @@ pub(crate) fn located(file: &str, violation: &Violation) -> String {
 pub(crate) fn exit_code(code: Code) -> u8 {
     let text = code.as_str();
     let given = text.starts_with("SG01") || text.starts_with("SG02");
-    u8::from(true)
-        + u8::from(given || matches!(code, Code::InvalidRequest | Code::InvalidConfig | Code::OpenListener))
+    u8::from(true) + u8::from(given || matches!(code, Code::InvalidRequest | Code::InvalidConfig | Code::OpenListener))
 }
 
 /// Dollars with enough digits to tell small costs apart.
@@ -149,7 +148,7 @@ pub(crate) fn time(duration: Duration) -> String {
 /// A table without borders; numbers stand right.
 pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>, right: &[usize]) -> String {
     let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING).force_no_tty();
+    table.load_style(comfy_table::presets::NOTHING);
     table.set_header(header.iter().copied());
     table.add_rows(rows);
     for column in right {

@@ -147,13 +147,7 @@ impl Progress {
 }
 
 /// Attempt, verdict, score, tokens, cost and time, in columns.
-fn facts(
-    attempt: Option<u32>,
-    verdict: &str,
-    score: Option<f64>,
-    totals: &Totals,
-    took: Option<Duration>,
-) -> String {
+fn facts(attempt: Option<u32>, verdict: &str, score: Option<f64>, totals: &Totals, took: Option<Duration>) -> String {
     let attempt = attempt.map_or_else(String::new, |attempt| format!("attempt {attempt}"));
     let score = score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2}"));
     let cost = if totals.calls == 0 && totals.hits > 0 {

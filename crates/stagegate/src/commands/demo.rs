@@ -13,10 +13,7 @@ use stagegate_llm::config::{ProviderConfig, ProviderKind, SimConfig};
 use stagegate_telemetry::{config::LogConfig, config::SentryConfig, logs};
 use tokio::sync::oneshot;
 
-use super::{
-    run::Signals,
-    serve::bind,
-};
+use super::{run::Signals, serve::bind};
 use crate::{
     cli::Global,
     client::Client,
@@ -75,9 +72,10 @@ impl Demo {
         let filter = global.log.clone().unwrap_or_else(|| "error".to_owned());
         let log = LogConfig { filter, ..LogConfig::default() };
         let _guard = logs::init(&log, &SentryConfig::default(), env!("CARGO_PKG_VERSION"))?;
-        let place = tempfile::Builder::new().prefix("stagegate-demo-").tempdir().map_err(|error| {
-            Error::new(Code::Internal, format!("a temporary directory could not be made: {error}"))
-        })?;
+        let place = tempfile::Builder::new()
+            .prefix("stagegate-demo-")
+            .tempdir()
+            .map_err(|error| Error::new(Code::Internal, format!("a temporary directory could not be made: {error}")))?;
         let listener = bind(SocketAddr::from(([127, 0, 0, 1], self.port))).await?;
         let address = listener.local_addr().map_err(|error| Error::new(Code::Internal, error.to_string()))?;
         let mut config = Config::default();
@@ -95,8 +93,9 @@ impl Demo {
             // A dropped sender stops it as well.
             let _ = stopped.await;
         }));
+        let base = format!("http://{address}");
         let done = tokio::select! {
-            done = Box::pin(show(&format!("http://{address}"), self.once)) => done.map(|()| 0),
+            done = Box::pin(show(&base, self.once)) => done.map(|()| 0),
             code = signals.next() => Ok(u8::try_from(code).unwrap_or(1)),
         };
         let done = match done {
@@ -132,8 +131,11 @@ async fn show(base: &str, once: bool) -> Result<(), Error> {
     say(&format!(
         "{} A product brief becomes an engineering spec, in five gated stages.\n{}\n",
         paint(STRONG, concat!("Stagegate ", env!("CARGO_PKG_VERSION"), ".")),
-        paint(WARN, "All answers are simulated (models sim/…): no key, no network. Costs are made up by the same price \
-                     table\nthat prices real models; nothing is paid.")
+        paint(
+            WARN,
+            "All answers are simulated (models sim/…): no key, no network. Costs are made up by the same price \
+                     table\nthat prices real models; nothing is paid."
+        )
     ))?;
     let definition = register(&client).await?;
     let input = json!({ "brief": BRIEF });
@@ -153,11 +155,7 @@ async fn show(base: &str, once: bool) -> Result<(), Error> {
 
     let changed = change(&client, &definition).await?;
     let third = perform(&client, "one late prompt changed", &changed, &input).await?;
-    say(&format!(
-        "  bought: {}; from the cache: {}.\n\n",
-        listed(&third.bought()),
-        listed(&third.cached())
-    ))?;
+    say(&format!("  bought: {}; from the cache: {}.\n\n", listed(&third.bought()), listed(&third.cached())))?;
 
     say(&summary(&[&first, &second, &third]))?;
     say(&what_next(base, &first, once))
@@ -221,7 +219,8 @@ async fn perform(client: &Client, title: &'static str, version: &Value, input: &
     let followed = client.follow(&id, |event| progress.event(event)).await;
     progress.done();
     followed?;
-    let told = Told::new(id, title, client.get(&format!("/v1/runs/{}", read["id"].as_str().unwrap_or_default())).await?)?;
+    let told =
+        Told::new(id, title, client.get(&format!("/v1/runs/{}", read["id"].as_str().unwrap_or_default())).await?)?;
     if told.state != "succeeded" {
         let message = told.detail["failure"]["message"].as_str().unwrap_or("no reason was given").to_owned();
         return Err(Error::new(Code::Internal, format!("the run {}: {message}", told.state)));

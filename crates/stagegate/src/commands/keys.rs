@@ -175,7 +175,8 @@ fn delta(span: Duration) -> TimeDelta {
 }
 
 fn until(expires_at: Option<DateTime<Utc>>) -> String {
-    expires_at.map_or_else(|| "until it is revoked".to_owned(), |at| format!("until {}", at.format("%Y-%m-%d %H:%M UTC")))
+    expires_at
+        .map_or_else(|| "until it is revoked".to_owned(), |at| format!("until {}", at.format("%Y-%m-%d %H:%M UTC")))
 }
 
 fn state(key: &ApiKey, now: DateTime<Utc>) -> String {

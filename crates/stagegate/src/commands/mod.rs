@@ -12,7 +12,7 @@ pub(crate) mod schema;
 pub(crate) mod serve;
 pub(crate) mod validate;
 
-use stagegate_core::Error;
+use stagegate_core::{Code, Error, Violation};
 use stagegate_telemetry::{config::SentryConfig, logs};
 
 use crate::config::Loaded;
@@ -25,4 +25,18 @@ fn quiet_logs(loaded: &mut Loaded) -> Result<logs::Guard, Error> {
         "error".clone_into(&mut loaded.config.log.filter);
     }
     logs::init(&loaded.config.log, &SentryConfig::default(), env!("CARGO_PKG_VERSION"))
+}
+
+/// The mistakes of a definition, each told as compilers do: `file:line:column: SGnnnn path: message (mend)`.
+fn in_file(file: &str, violations: Vec<Violation>) -> Error {
+    let located = |violation: Violation| {
+        let place = match (violation.line, violation.column) {
+            (Some(line), Some(column)) => format!("{file}:{line}:{column}"),
+            _ => file.to_owned(),
+        };
+        let separator = if violation.path.is_empty() { "" } else { " " };
+        let message = format!("{}{separator}{}: {}", violation.code, violation.path, violation.message);
+        Violation { mend: violation.mend, ..Violation::new(Code::InvalidDefinition, place, message) }
+    };
+    Error::violations(Code::InvalidDefinition, violations.into_iter().map(located).collect())
 }

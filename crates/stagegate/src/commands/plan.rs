@@ -1,11 +1,11 @@
 //! `stagegate plan`: what a run would cost. Calls no model, registers nothing, executes nothing.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt::Write as _, sync::Arc, time::Duration};
 
 use stagegate_core::{Code, Error, Pipeline, StageId, TenantId};
 use stagegate_engine::{Plan as Planned, PlannedOutcome, PlannedStage};
 
-use super::quiet_logs;
+use super::{in_file, quiet_logs};
 use crate::{
     cli::Global,
     daemon::{Daemon, Options},
@@ -50,7 +50,8 @@ impl Plan {
         let source = files::read(&self.file)?;
         let mut loaded = global.load()?;
         let _guard = quiet_logs(&mut loaded)?;
-        let daemon = Daemon::start(&loaded.config, Options { embedded: true, idle: true, ..Options::default() }).await?;
+        let daemon =
+            Daemon::start(&loaded.config, Options { embedded: true, idle: true, ..Options::default() }).await?;
         let plan = self.plan_in(&daemon, &source).await;
         daemon.stop(Duration::ZERO).await;
         let plan = plan?;
@@ -65,15 +66,8 @@ impl Plan {
     }
 
     async fn plan_in(&self, daemon: &Daemon, source: &str) -> Result<Planned, Error> {
-        let pipeline = match daemon.engine.validate(source) {
-            Ok(pipeline) => Arc::new(pipeline),
-            Err(mut violations) => {
-                for violation in &mut violations {
-                    violation.path = format!("{} {}", self.file, violation.path).trim_end().to_owned();
-                }
-                return Err(Error::violations(Code::InvalidDefinition, violations));
-            }
-        };
+        let refused = |violations| in_file(&self.file, violations);
+        let pipeline = Arc::new(daemon.engine.validate(source).map_err(refused)?);
         let input = files::input(self.input.as_deref(), &self.sets, &pipeline.definition)?;
         let version = self.version_of(daemon, &pipeline).await?;
         daemon.engine.plan(&self.tenant, pipeline, version, &input).await
@@ -99,7 +93,10 @@ impl Plan {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 fn as_text(plan: &Planned) -> String {
@@ -110,7 +107,8 @@ fn as_text(plan: &Planned) -> String {
     let unpriced = plan.stages.iter().filter(|s| s.outcome == PlannedOutcome::Buy && s.cost_usd.is_none()).count();
     let unknown = if unpriced > 0 { format!(" + {unpriced} without a price") } else { String::new() };
     let path = plan.critical_path.iter().map(StageId::as_str).collect::<Vec<_>>().join(" → ");
-    text.push_str(&format!(
+    let _ = write!(
+        text,
         "\n\n {} {} to buy, {} cached, {} free\n {} about {} tokens, {}{unknown}; the cache saves {}\n",
         paint(STRONG, "stages:"),
         of(PlannedOutcome::Buy),
@@ -120,9 +118,9 @@ fn as_text(plan: &Planned) -> String {
         grouped(plan.tokens),
         usd(plan.cost_usd),
         usd(plan.saved_usd),
-    ));
+    );
     let path = if path.is_empty() { "nothing would be bought".to_owned() } else { path };
-    text.push_str(&format!(" {} {path}\n", paint(STRONG, "critical path:")));
+    let _ = writeln!(text, " {} {path}", paint(STRONG, "critical path:"));
     text
 }
 

@@ -1,7 +1,7 @@
 //! `stagegate run`: one run of a definition, here and now. Owns what a person at a terminal sees of it; the result is
 //! all that goes to stdout.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt::Write as _, time::Duration};
 
 use futures::StreamExt as _;
 use serde_json::Value;
@@ -13,7 +13,7 @@ use stagegate_core::{
 use stagegate_engine::{Action, Engine, Submit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::quiet_logs;
+use super::{in_file, quiet_logs};
 use crate::{
     cli::Global,
     daemon::{Daemon, Options},
@@ -79,8 +79,7 @@ impl Run {
         let source = files::read(&self.file)?;
         let mut loaded = global.load()?;
         let _guard = quiet_logs(&mut loaded)?;
-        let daemon =
-            Daemon::start(&loaded.config, Options { embedded: true, ..Options::default() }).await?;
+        let daemon = Daemon::start(&loaded.config, Options { embedded: true, ..Options::default() }).await?;
         let done = self.run_in(&daemon, &source, &mut signals).await;
         daemon.stop(DRAIN_GRACE).await;
         let (code, result) = done?;
@@ -91,22 +90,10 @@ impl Run {
     }
 
     /// Submits and follows the run. Returns the exit code and the result.
-    async fn run_in(
-        &self,
-        daemon: &Daemon,
-        source: &str,
-        signals: &mut Signals,
-    ) -> Result<(u8, Option<Value>), Error> {
+    async fn run_in(&self, daemon: &Daemon, source: &str, signals: &mut Signals) -> Result<(u8, Option<Value>), Error> {
         let engine = &daemon.engine;
-        let pipeline = match engine.validate(source) {
-            Ok(pipeline) => pipeline,
-            Err(mut violations) => {
-                for violation in &mut violations {
-                    violation.path = format!("{} {}", self.file, violation.path).trim_end().to_owned();
-                }
-                return Err(Error::violations(Code::InvalidDefinition, violations));
-            }
-        };
+        let refused = |violations| in_file(&self.file, violations);
+        let pipeline = engine.validate(source).map_err(refused)?;
         let input = files::input(self.input.as_deref(), &self.sets, &pipeline.definition)?;
         pipeline.check_input(&input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
         note_unfinished(engine, &self.tenant).await;
@@ -231,13 +218,7 @@ fn runs_word(number: usize) -> String {
     if number == 1 { "1 run that was left".to_owned() } else { format!("{number} runs, each of which was left") }
 }
 
-fn tell_end(
-    run: RunId,
-    state: RunState,
-    totals: &Totals,
-    failure: Option<&stagegate_core::Failure>,
-    took: Duration,
-) {
+fn tell_end(run: RunId, state: RunState, totals: &Totals, failure: Option<&stagegate_core::Failure>, took: Duration) {
     let style = match state {
         RunState::Succeeded => GOOD,
         RunState::Cancelled => WARN,
@@ -247,17 +228,17 @@ fn tell_end(
     if totals.calls > 0 {
         let tokens = grouped(totals.usage.total_tokens());
         let calls = if totals.calls == 1 { "1 call".to_owned() } else { format!("{} calls", totals.calls) };
-        text.push_str(&format!(": {calls}, {tokens} tokens, {}", output::paid(totals)));
+        let _ = write!(text, ": {calls}, {tokens} tokens, {}", output::paid(totals));
     }
     if totals.hits > 0 {
         let hits = if totals.hits == 1 { "1 cache hit".to_owned() } else { format!("{} cache hits", totals.hits) };
-        text.push_str(&format!("; {hits} saved {}", output::usd(totals.saved_usd)));
+        let _ = write!(text, "; {hits} saved {}", output::usd(totals.saved_usd));
     }
     output::note(&format!("{text} {}", paint(DIM, &format!("(run {run})"))));
     if let Some(failure) = failure.filter(|_| state != RunState::Succeeded) {
-        let stage = failure.stage.as_ref().map_or_else(String::new, |stage| format!("stage `{stage}`: "));
+        let place = failure.stage.as_ref().map_or_else(String::new, |stage| format!("stage `{stage}`: "));
         let label = paint(style.bold(), if state == RunState::Cancelled { "why:" } else { "error:" });
-        output::note(&format!("{label} {} {stage}{}", failure.code, failure.message));
+        output::note(&format!("{label} {} {place}{}", failure.code, failure.message));
         if state != RunState::Cancelled {
             output::note(&paint(DIM, &format!("  see {}", output::page_of(failure.code))));
         }

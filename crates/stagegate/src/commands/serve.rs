@@ -134,7 +134,9 @@ async fn announce(config: &Config, daemon: &Daemon, address: SocketAddr) {
     }
     let open = stagegate_http::is_open(&config.http, daemon.embedded, address).unwrap_or(false);
     if open {
-        tracing::info!("access: open to everybody on this machine, as tenant `default`; `http.auth = \"keys\"` asks for API keys");
+        tracing::info!(
+            "access: open to everybody on this machine, as tenant `default`; `http.auth = \"keys\"` asks for API keys"
+        );
     } else {
         tracing::info!("access: an API key on every call but the probes");
         if daemon.store.keys(None).await.is_ok_and(|keys| keys.is_empty()) {

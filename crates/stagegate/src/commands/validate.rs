@@ -81,7 +81,8 @@ fn as_text(file: &str, result: &Result<Pipeline, Vec<Violation>>) -> String {
             format!("{} {file}: {} is valid ({stages})\n", paint(GOOD, "✓"), pipeline.name)
         }
         Err(violations) => {
-            violations.iter().map(|violation| format!("{}\n", output::located(file, violation))).collect()
+            let located: Vec<String> = violations.iter().map(|violation| output::located(file, violation)).collect();
+            format!("{}\n", located.join("\n"))
         }
     }
 }

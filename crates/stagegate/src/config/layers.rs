@@ -192,15 +192,14 @@ pub(crate) fn file(tree: &Node, flags: &Flags, environment: &Environment, mistak
         (None, Some(path)) => Some(("STAGEGATE_CONFIG", PathBuf::from(path))),
         (None, None) => None,
     };
-    let (named_by, path) = match asked {
-        Some((by, path)) => (by, environment.directory.join(path)),
-        None => {
-            let path = environment.directory.join(FILE);
-            if !path.is_file() {
-                return layer;
-            }
-            ("", path)
+    let (named_by, path) = if let Some((by, path)) = asked {
+        (by, environment.directory.join(path))
+    } else {
+        let path = environment.directory.join(FILE);
+        if !path.is_file() {
+            return layer;
         }
+        ("", path)
     };
     let shown = path.strip_prefix(".").unwrap_or(&path).display().to_string();
     let text = match read(&path) {
@@ -435,13 +434,14 @@ fn variable(
             let mistake = Violation::new(Code::InvalidConfig, by_file, format!("`{name}` is given too"));
             mistakes.push(mistake.mend("give one of the two"));
         }
-        (Some(text), None) => match coerce(&leaf.kind, text) {
-            Some(value) => layer.put(path, value, format!("variable {name}")),
-            None => {
+        (Some(text), None) => {
+            if let Some(value) = coerce(&leaf.kind, text) {
+                layer.put(path, value, format!("variable {name}"));
+            } else {
                 let message = format!("expected {}, found `{text}`", describe(&leaf.kind));
                 mistakes.push(Violation::new(Code::InvalidConfig, name, message));
             }
-        },
+        }
         (None, Some(file)) => match read_secret(&environment.directory.join(file)) {
             Ok(secret) => layer.put(path, ValueKind::String(secret), format!("variable {by_file}")),
             Err(message) => mistakes.push(Violation::new(Code::InvalidConfig, by_file, format!("{file}: {message}"))),

@@ -17,7 +17,7 @@ use serde_json::Value;
 use stagegate_core::{Code, Error, Secret, Violation};
 use stagegate_engine::config::EngineConfig;
 use stagegate_http::config::HttpConfig;
-use stagegate_llm::{cache::redis::RedisConfig, config::LlmConfig};
+use stagegate_llm::{RedisConfig, config::LlmConfig};
 use stagegate_store_postgres::config::PoolConfig;
 use stagegate_telemetry::config::{LogConfig, SentryConfig};
 

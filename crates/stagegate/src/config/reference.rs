@@ -1,6 +1,8 @@
 //! What the documentation says of the configuration: owns the reference page and the example file, both made from the
 //! keys themselves. A test holds the committed files to them.
 
+use std::fmt::Write as _;
+
 use super::{
     keys::{self, Kind, Leaf, Node},
     layers::CONVENTIONAL,
@@ -42,10 +44,10 @@ pub(crate) fn page() -> String {
     text.push_str("| `STAGEGATE_CONFIG` | the path of the file |\n");
     for (name, path) in CONVENTIONAL {
         let path: Vec<String> = path.iter().map(|part| (*part).to_owned()).collect();
-        text.push_str(&format!("| `{name}` | `{}` |\n", keys::dotted(&path)));
+        let _ = writeln!(text, "| `{name}` | `{}` |", keys::dotted(&path));
     }
     section(&tree, &mut Vec::new(), &mut |path, doc, keys| {
-        text.push_str(&format!("\n## `[{}]`\n\n{}\n", keys::dotted(path), flat(doc)));
+        let _ = write!(text, "\n## `[{}]`\n\n{}\n", keys::dotted(path), flat(doc));
         if keys.is_empty() {
             return;
         }
@@ -53,7 +55,7 @@ pub(crate) fn page() -> String {
         for (key, leaf) in keys {
             let default = default_of(leaf);
             let meaning = meaning(leaf).replace('|', "\\|");
-            text.push_str(&format!("| `{key}` | {default} | {meaning} |\n"));
+            let _ = writeln!(text, "| `{key}` | {default} | {meaning} |");
         }
     });
     text
@@ -72,16 +74,16 @@ pub(crate) fn example() -> String {
         }
         text.push('\n');
         for line in wrap(&flat(doc), 116) {
-            text.push_str(&format!("# {line}\n"));
+            let _ = writeln!(text, "# {line}");
         }
         let path: Vec<String> = path.iter().map(|part| placeholder(part, path)).collect();
-        text.push_str(&format!("# [{}]\n", keys::dotted(&path)));
+        let _ = writeln!(text, "# [{}]", keys::dotted(&path));
         for (key, leaf) in keys {
             text.push('\n');
             for line in wrap(&meaning(leaf), 114) {
-                text.push_str(&format!("#   {line}\n"));
+                let _ = writeln!(text, "#   {line}");
             }
-            text.push_str(&format!("# {key} = {}\n", sample(key, leaf)));
+            let _ = writeln!(text, "# {key} = {}", sample(key, leaf));
         }
     });
     text
@@ -131,7 +133,7 @@ fn meaning(leaf: &Leaf) -> String {
         && !words.iter().all(|word| text.contains(&format!("`{word}`")))
     {
         let quoted: Vec<String> = words.iter().map(|word| format!("`{word}`")).collect();
-        text.push_str(&format!(" One of {}.", quoted.join(", ")));
+        let _ = write!(text, " One of {}.", quoted.join(", "));
     }
     if leaf.secret {
         text.push_str(" Secret.");

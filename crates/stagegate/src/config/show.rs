@@ -1,6 +1,8 @@
 //! The configuration in force, for people and programs: owns how values and their origins are printed. Secrets come
 //! here redacted.
 
+use std::fmt::Write as _;
+
 use serde_json::{Value, json};
 
 use super::{DEFAULT, Effective, Loaded, keys};
@@ -12,13 +14,16 @@ pub(crate) fn toml(loaded: &Loaded) -> String {
          # Defaults < file < environment < flags; docs/configuration.md explains every key.\n",
     );
     for (section, values) in sections(&loaded.values) {
-        text.push_str(&format!("\n[{}]\n", keys::dotted(&section)));
+        let _ = write!(text, "\n[{}]\n", keys::dotted(&section));
         let lines: Vec<(String, &str)> =
             values.iter().map(|value| (assignment(value), value.source.as_str())).collect();
         let width = lines.iter().map(|(line, _)| line.chars().count()).filter(|width| *width <= 56).max().unwrap_or(0);
         for (line, source) in lines {
-            let set = format!("{line:<width$}  # {source}\n");
-            text.push_str(&if line.starts_with('#') { format!("{line}\n") } else { set });
+            // What is unset has no source to tell.
+            let _ = match line.starts_with('#') {
+                true => writeln!(text, "{line}"),
+                false => writeln!(text, "{line:<width$}  # {source}"),
+            };
         }
     }
     text
