@@ -144,11 +144,7 @@ async fn ask(
 }
 
 /// Looks in each place; the standing of the last one where nothing is found.
-async fn find(
-    caller: &Caller,
-    reader: &Reader,
-    places: &Places,
-) -> Result<(Arc<Entry>, Origin, CacheKey), Standing> {
+async fn find(caller: &Caller, reader: &Reader, places: &Places) -> Result<(Arc<Entry>, Origin, CacheKey), Standing> {
     let mut last = None;
     for place in places.reads.iter().flatten() {
         match caller.cache.find(look(reader, *place)).await {
@@ -160,14 +156,7 @@ async fn find(
 }
 
 /// A reused answer: the original tokens, and what they cost then as what is saved now.
-fn hit(
-    caller: &Caller,
-    request: &Request,
-    entry: &Entry,
-    origin: Origin,
-    key: CacheKey,
-    started: Instant,
-) -> Answered {
+fn hit(caller: &Caller, request: &Request, entry: &Entry, origin: Origin, key: CacheKey, started: Instant) -> Answered {
     let paid = Paid { usage: entry.usage, cost: entry.cost(), priced: entry.priced, latency: started.elapsed() };
     caller.meter.saved(&entry.model, paid.cost);
     tracing::debug!(model = %entry.model, origin = origin.as_str(), latency_ms = millis(paid.latency), "cache hit");

@@ -19,7 +19,7 @@ const PROBE_WAIT: Duration = Duration::from_secs(1);
 
 /// Where a breaker stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum BreakerState {
+pub(crate) enum BreakerState {
     /// Calls pass.
     Closed,
     /// One call probes; others are refused.
@@ -30,7 +30,7 @@ pub enum BreakerState {
 
 /// One breaker. Cheap to clone; clones share its state.
 #[derive(Debug, Clone)]
-pub struct Breaker {
+pub(crate) struct Breaker {
     config: Arc<BreakerConfig>,
     inner: Arc<Mutex<Inner>>,
 }
@@ -45,9 +45,15 @@ struct Inner {
 #[derive(Debug)]
 enum Phase {
     /// True for each failure among the last calls.
-    Closed { window: VecDeque<bool> },
-    Open { until: Instant },
-    HalfOpen { probing: bool },
+    Closed {
+        window: VecDeque<bool>,
+    },
+    Open {
+        until: Instant,
+    },
+    HalfOpen {
+        probing: bool,
+    },
 }
 
 impl Inner {
@@ -66,7 +72,7 @@ impl Inner {
 
 impl Breaker {
     /// A closed one.
-    pub fn new(config: Arc<BreakerConfig>) -> Self {
+    pub(crate) fn new(config: Arc<BreakerConfig>) -> Self {
         let phase = Phase::Closed { window: VecDeque::new() };
         Self { config, inner: Arc::new(Mutex::new(Inner { phase, round: 0 })) }
     }
@@ -78,7 +84,7 @@ impl Breaker {
 
     /// Lets a call pass, or says how long to wait. Whoever got a permit says how the call went; a permit that is
     /// dropped says nothing.
-    pub fn admit(&self) -> Result<Permit, Duration> {
+    pub(crate) fn admit(&self) -> Result<Permit, Duration> {
         let mut inner = self.lock();
         inner.wake();
         match &mut inner.phase {
@@ -92,7 +98,7 @@ impl Breaker {
     }
 
     /// How long to wait, if a call would be refused now. Admits nothing.
-    pub fn refusal(&self) -> Option<Duration> {
+    pub(crate) fn refusal(&self) -> Option<Duration> {
         let mut inner = self.lock();
         inner.wake();
         match inner.phase {
@@ -103,7 +109,7 @@ impl Breaker {
     }
 
     /// Where it stands.
-    pub fn state(&self) -> BreakerState {
+    pub(crate) fn state(&self) -> BreakerState {
         let mut inner = self.lock();
         inner.wake();
         match inner.phase {
@@ -168,7 +174,7 @@ enum Outcome {
 /// The right to make one call.
 #[derive(Debug)]
 #[must_use = "say how the call went"]
-pub struct Permit {
+pub(crate) struct Permit {
     breaker: Breaker,
     round: u64,
     told: bool,
@@ -180,18 +186,18 @@ impl Permit {
     }
 
     /// The call succeeded. True where this closed the breaker.
-    pub fn success(mut self) -> bool {
+    pub(crate) fn success(mut self) -> bool {
         self.tell(Outcome::Success)
     }
 
     /// The other side is ill. True where this opened the breaker.
-    pub fn failure(mut self) -> bool {
+    pub(crate) fn failure(mut self) -> bool {
         self.tell(Outcome::Failure)
     }
 
     /// The other side answered, and refused: it is reachable, and that is all that is known. True where this closed
     /// the breaker.
-    pub fn reached(mut self) -> bool {
+    pub(crate) fn reached(mut self) -> bool {
         self.tell(Outcome::Reached)
     }
 }
@@ -204,14 +210,14 @@ impl Drop for Permit {
 
 /// The breakers of the models.
 #[derive(Debug)]
-pub struct Breakers {
+pub(crate) struct Breakers {
     config: Arc<BreakerConfig>,
     by_model: Mutex<HashMap<ModelRef, Breaker>>,
 }
 
 impl Breakers {
     /// None yet.
-    pub fn new(config: BreakerConfig) -> Self {
+    pub(crate) fn new(config: BreakerConfig) -> Self {
         Self { config: Arc::new(config), by_model: Mutex::default() }
     }
 
@@ -220,7 +226,7 @@ impl Breakers {
     }
 
     /// The breaker of a model.
-    pub fn of(&self, model: &ModelRef) -> Breaker {
+    pub(crate) fn of(&self, model: &ModelRef) -> Breaker {
         let mut by_model = self.lock();
         if let Some(breaker) = by_model.get(model) {
             return breaker.clone();
@@ -235,7 +241,7 @@ impl Breakers {
     }
 
     /// Models of a provider whose breaker is open.
-    pub fn open_of(&self, provider: &str) -> Vec<String> {
+    pub(crate) fn open_of(&self, provider: &str) -> Vec<String> {
         let by_model = self.lock();
         let mut open: Vec<_> = by_model
             .iter()
@@ -247,7 +253,7 @@ impl Breakers {
     }
 
     /// Publishes the state of a model. Models that share a label show the worst of them.
-    pub fn publish(&self, model: &ModelRef, meter: &Meter) {
+    pub(crate) fn publish(&self, model: &ModelRef, meter: &Meter) {
         let label = meter.labels(model);
         let by_model = self.lock();
         let worst = by_model
@@ -269,8 +275,7 @@ mod tests {
     const OPEN_FOR: Duration = Duration::from_secs(10);
 
     fn breaker() -> Breaker {
-        let config =
-            BreakerConfig { window_calls: 4, min_calls: 2, failure_rate: 0.5, open_for: Span(OPEN_FOR) };
+        let config = BreakerConfig { window_calls: 4, min_calls: 2, failure_rate: 0.5, open_for: Span(OPEN_FOR) };
         Breaker::new(Arc::new(config))
     }
 

@@ -12,7 +12,7 @@ use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
 
 use crate::{
-    breaker::{Breakers, BreakerState, Permit},
+    breaker::{BreakerState, Breakers, Permit},
     cache::{
         AnswerCache, Look,
         entry::{Entry, NewEntry, jittered},
@@ -162,12 +162,7 @@ impl Caller {
     /// A flight, from its first look to the stored answer.
     pub(crate) async fn fly(self: Arc<Self>, job: Job, progress: Arc<Progress>) -> Landed {
         // Between this one's look-up and its beginning, another flight may have landed.
-        let look = Look {
-            reader: &job.reader,
-            key: job.key,
-            ttl: job.ttl,
-            only_run: job.refresh.then_some(job.run),
-        };
+        let look = Look { reader: &job.reader, key: job.key, ttl: job.ttl, only_run: job.refresh.then_some(job.run) };
         if let Some(entry) = self.cache.find_local(look) {
             return Landed::Cached(entry);
         }
@@ -354,9 +349,7 @@ fn is_illness(error: &ProviderError) -> bool {
 fn is_well_formed(format: &OutputFormat, content: &str) -> bool {
     match format {
         OutputFormat::Text => !content.trim().is_empty(),
-        OutputFormat::Json { .. } => {
-            serde_json::from_str::<serde::de::IgnoredAny>(without_fence(content)).is_ok()
-        }
+        OutputFormat::Json { .. } => serde_json::from_str::<serde::de::IgnoredAny>(without_fence(content)).is_ok(),
     }
 }
 

@@ -16,10 +16,10 @@ use crate::Request;
 
 /// The version of the encoding. Moving it on makes every cached answer unreachable, so it is done on purpose only:
 /// a test pins what the encoding gives.
-pub const KEY_VERSION: u32 = 1;
+pub(crate) const KEY_VERSION: u32 = 1;
 
 /// The key of one model's answer to a request, shared by every run of the tenant.
-pub fn answer_key(tenant: &TenantId, model: &ModelRef, request: &Request) -> CacheKey {
+pub(crate) fn answer_key(tenant: &TenantId, model: &ModelRef, request: &Request) -> CacheKey {
     // The chain is not part of it (an answer belongs to the model that gave it); nor is what the call is for.
     let Request { models: _, messages, params, format, sample, purpose: _ } = request;
     let mut encoder = Encoder::new("answer");
@@ -37,7 +37,7 @@ pub fn answer_key(tenant: &TenantId, model: &ModelRef, request: &Request) -> Cac
 }
 
 /// The key of an answer that is kept for one run alone.
-pub fn run_key(answer: CacheKey, run: RunId) -> CacheKey {
+pub(crate) fn run_key(answer: CacheKey, run: RunId) -> CacheKey {
     let mut encoder = Encoder::new("run");
     encoder.bytes(&answer.0);
     encoder.bytes(run.0.as_bytes());
@@ -269,9 +269,10 @@ mod tests {
     #[test]
     fn tenants_and_models_have_keys_of_their_own() {
         let request = request();
-        let keys: HashSet<_> = [("acme", "sim/quick"), ("acme2", "sim/quick"), ("acme", "sim/Quick"), ("acme", "sim2/quick")]
-            .map(|(tenant_name, model_name)| answer_key(&tenant(tenant_name), &model(model_name), &request))
-            .into();
+        let keys: HashSet<_> =
+            [("acme", "sim/quick"), ("acme2", "sim/quick"), ("acme", "sim/Quick"), ("acme", "sim2/quick")]
+                .map(|(tenant_name, model_name)| answer_key(&tenant(tenant_name), &model(model_name), &request))
+                .into();
         assert_eq!(keys.len(), 4);
     }
 
@@ -291,8 +292,7 @@ mod tests {
         let mut same = request();
         same.purpose = CallPurpose::Judge;
         same.models.push(model("openai/gpt-5-mini"));
-        same.format =
-            OutputFormat::Json { schema: Some(Arc::new(json!({"required": ["a", "b"], "type": "object"}))) };
+        same.format = OutputFormat::Json { schema: Some(Arc::new(json!({"required": ["a", "b"], "type": "object"}))) };
         assert_eq!(key(&same), base);
 
         let zero = |temperature| {

@@ -32,13 +32,12 @@ use tokio::time::Instant;
 use self::{
     call::Caller,
     config::LlmConfig,
-    prices::{DEFAULT_MAX_OUTPUT_TOKENS, Prices, count_tokens_typical, count_tokens_upper},
+    prices::{DEFAULT_MAX_OUTPUT_TOKENS, Prices, count_tokens_upper},
     provider::Provider,
 };
 
 pub use self::{
     cache::redis::{RedisConfig, RedisTier},
-    key::KEY_VERSION,
     tls::install_tls,
 };
 
@@ -159,13 +158,16 @@ impl Llm {
                     "gemini" => "set GEMINI_API_KEY or ",
                     _ => "set ",
                 };
-                let detail = format!("`{model}`: the provider `{name}` has no key: {variable}`llm.providers.{name}.api_key`");
+                let detail =
+                    format!("`{model}`: the provider `{name}` has no key: {variable}`llm.providers.{name}.api_key`");
                 Err(Error::new(Code::ProviderWithoutKey, detail))
             }
             None => {
                 let known: Vec<_> = self.caller.providers.keys().map(String::as_str).collect();
-                let mend = nearest(name, known.iter().copied())
-                    .map_or_else(|| format!("configured are {}", known.join(", ")), |near| format!("did you mean `{near}`?"));
+                let mend = nearest(name, known.iter().copied()).map_or_else(
+                    || format!("configured are {}", known.join(", ")),
+                    |near| format!("did you mean `{near}`?"),
+                );
                 let detail = format!("`{model}`: no provider is called `{name}`; {mend}");
                 Err(Error::new(Code::UnknownModel, detail))
             }
@@ -184,16 +186,10 @@ impl Llm {
         costs.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
-    /// What the call would probably cost with so many output tokens; None where the first model has no price.
-    pub fn estimate(&self, request: &Request, output_tokens: u64) -> Option<Usd> {
-        let input_tokens = count_tokens_typical(&request.messages);
-        let usage = Usage { input_tokens, output_tokens, estimated: true, ..Usage::default() };
-        self.caller.prices.cost(request.models.first()?, &usage)
-    }
-
     /// What so many tokens would cost at the first model's price; None where it has none.
-    pub fn estimate_tokens(&self, _models: &[ModelRef], _input_tokens: u64, _output_tokens: u64) -> Option<Usd> {
-        unimplemented!()
+    pub fn estimate(&self, models: &[ModelRef], input_tokens: u64, output_tokens: u64) -> Option<Usd> {
+        let usage = Usage { input_tokens, output_tokens, estimated: true, ..Usage::default() };
+        self.caller.prices.cost(models.first()?, &usage)
     }
 
     /// Asks. Dropping the future abandons the call (a coalesced one goes on for the others).

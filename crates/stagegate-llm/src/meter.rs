@@ -19,7 +19,7 @@ const OTHER: &str = "other";
 
 /// Measures. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Meter {
+pub(crate) struct Meter {
     metrics: Metrics,
     prices: Arc<Prices>,
     providers: Arc<HashSet<String>>,
@@ -28,12 +28,12 @@ pub struct Meter {
 
 impl Meter {
     /// For these providers.
-    pub fn new(metrics: Metrics, prices: Arc<Prices>, providers: impl IntoIterator<Item = String>) -> Self {
+    pub(crate) fn new(metrics: Metrics, prices: Arc<Prices>, providers: impl IntoIterator<Item = String>) -> Self {
         Self { metrics, prices, providers: Arc::new(providers.into_iter().collect()), named: Arc::default() }
     }
 
     /// The labels of a model: its provider and itself, each as far as it is known.
-    pub fn labels<'a>(&self, model: &'a ModelRef) -> [&'a str; 2] {
+    pub(crate) fn labels<'a>(&self, model: &'a ModelRef) -> [&'a str; 2] {
         if !self.providers.contains(model.provider()) {
             return [OTHER, OTHER];
         }
@@ -46,14 +46,14 @@ impl Meter {
     }
 
     /// A provider was called: what came of it, and how long it took.
-    pub fn call(&self, model: &ModelRef, error: Option<Code>, latency: Duration) {
+    pub(crate) fn call(&self, model: &ModelRef, error: Option<Code>, latency: Duration) {
         let [provider, name] = self.labels(model);
         self.metrics.llm_calls.with_label_values(&[provider, name, error.map_or("ok", Code::as_str)]).inc();
         self.metrics.llm_duration.with_label_values(&[provider, name]).observe(latency.as_secs_f64());
     }
 
     /// Tokens were bought, at this cost; None where the model has no price.
-    pub fn bought(&self, model: &ModelRef, usage: &Usage, cost: Option<Usd>) {
+    pub(crate) fn bought(&self, model: &ModelRef, usage: &Usage, cost: Option<Usd>) {
         let labels @ [provider, name] = self.labels(model);
         let classes = [
             ("input", usage.input_tokens),
@@ -71,12 +71,12 @@ impl Meter {
     }
 
     /// A hit saved this.
-    pub fn saved(&self, model: &ModelRef, saved: Usd) {
+    pub(crate) fn saved(&self, model: &ModelRef, saved: Usd) {
         self.metrics.llm_saved.with_label_values(&self.labels(model)).inc_by(saved.dollars().max(0.0));
     }
 
     /// The breaker of a model stands so.
-    pub fn breaker(&self, model: &ModelRef, state: BreakerState) {
+    pub(crate) fn breaker(&self, model: &ModelRef, state: BreakerState) {
         let state = match state {
             BreakerState::Closed => 0,
             BreakerState::HalfOpen => 1,
@@ -86,17 +86,17 @@ impl Meter {
     }
 
     /// A look-up in a tier of the cache.
-    pub fn cache_lookup(&self, tier: &'static str, outcome: &'static str) {
+    pub(crate) fn cache_lookup(&self, tier: &'static str, outcome: &'static str) {
         self.metrics.cache_lookups.with_label_values(&[tier, outcome]).inc();
     }
 
     /// A write to a tier of the cache.
-    pub fn cache_write(&self, tier: &'static str, done: bool) {
+    pub(crate) fn cache_write(&self, tier: &'static str, done: bool) {
         self.metrics.cache_writes.with_label_values(&[tier, if done { "ok" } else { "error" }]).inc();
     }
 
     /// Answers were removed before their time.
-    pub fn cache_eviction(&self, reason: &'static str) {
+    pub(crate) fn cache_eviction(&self, reason: &'static str) {
         self.metrics.cache_evictions.with_label_values(&[reason]).inc();
     }
 }

@@ -46,13 +46,7 @@ impl Expiry<LocalKey, Arc<Held>> for ByLife {
         Some(held.life)
     }
 
-    fn expire_after_update(
-        &self,
-        _: &LocalKey,
-        held: &Arc<Held>,
-        _: Instant,
-        _: Option<Duration>,
-    ) -> Option<Duration> {
+    fn expire_after_update(&self, _: &LocalKey, held: &Arc<Held>, _: Instant, _: Option<Duration>) -> Option<Duration> {
         Some(held.life)
     }
 }

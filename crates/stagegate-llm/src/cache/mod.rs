@@ -5,7 +5,7 @@
 pub(crate) mod entry;
 pub(crate) mod floors;
 mod local;
-pub mod redis;
+pub(crate) mod redis;
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -119,7 +119,8 @@ impl AnswerCache {
     async fn look_up(&self, look: Look<'_>, trace: bool) -> Found {
         let (standing, fresh) = self.floors.standing(look.reader);
         let held = self.local.get(&look.reader.tenant, look.key);
-        let counts = held.as_ref().is_some_and(|held| held.generation >= standing.floor && self.suits(look, &held.entry));
+        let counts =
+            held.as_ref().is_some_and(|held| held.generation >= standing.floor && self.suits(look, &held.entry));
         let asked = Instant::now();
         let told = match &self.tier {
             Some(tier) if !(fresh && counts) => {
@@ -198,7 +199,8 @@ impl AnswerCache {
         if held.is_none() && trace {
             self.local.remove(tenant, look.key);
         }
-        let usable = shared.as_ref().filter(|(entry, generation)| *generation >= standing.floor && self.suits(look, entry));
+        let usable =
+            shared.as_ref().filter(|(entry, generation)| *generation >= standing.floor && self.suits(look, entry));
         if trace {
             let outcome = match (&usable, &shared) {
                 (Some(_), _) => "hit",

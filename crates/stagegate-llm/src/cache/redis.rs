@@ -114,7 +114,9 @@ impl RedisTier {
             invalid(format!("the Redis URL is not valid ({}): write `redis://host:6379/0`", error.category()))
         })?;
         let prefix = &config.key_prefix;
-        if prefix.is_empty() || prefix.len() > 64 || !prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-:".contains(&b))
+        if prefix.is_empty()
+            || prefix.len() > 64
+            || !prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-:".contains(&b))
         {
             return Err(invalid(format!("`{prefix}` is no key prefix: use 1 to 64 letters, digits, `_`, `-` and `:`")));
         }
@@ -178,7 +180,8 @@ impl CacheTier for RedisTier {
             return Err(CacheError("Redis answered MGET with too few values".to_owned()));
         };
         // A floor that is there but unreadable hides an invalidation: nothing counts until it is replaced.
-        let floors: Option<Vec<u64>> = floors.iter().map(|floor| if *floor == Value::Nil { Some(0) } else { number(floor) }).collect();
+        let floors: Option<Vec<u64>> =
+            floors.iter().map(|floor| if *floor == Value::Nil { Some(0) } else { number(floor) }).collect();
         let (Some(generation), Some(tenant_floor)) = (number(generation), number(tenant_floor)) else {
             let generation =
                 self.script(&self.init, &[self.key(tenant, "g"), self.floor_key(tenant, &CacheScope::Tenant)]).await?;
@@ -217,8 +220,7 @@ impl CacheTier for RedisTier {
     }
 
     async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<u64, CacheError> {
-        let keys =
-            [self.key(tenant, "g"), self.floor_key(tenant, &CacheScope::Tenant), self.floor_key(tenant, scope)];
+        let keys = [self.key(tenant, "g"), self.floor_key(tenant, &CacheScope::Tenant), self.floor_key(tenant, scope)];
         self.script(&self.invalidate, &keys).await
     }
 
