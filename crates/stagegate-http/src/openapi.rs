@@ -1,7 +1,7 @@
 //! The OpenAPI document: owns what holds for every operation (errors, security, the definition's schema), so that a
 //! route states only what is its own. Also holds request bodies against the published schemas.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt::Write as _};
 
 use bytes::Bytes;
 use jsonschema::{ValidationError, Validator, error::ValidationErrorKind};
@@ -258,7 +258,8 @@ fn path_of(pointer: &str) -> String {
     for segment in pointer.split('/').skip(1) {
         let segment = segment.replace("~1", "/").replace("~0", "~");
         if !segment.is_empty() && segment.bytes().all(|b| b.is_ascii_digit()) {
-            path.push_str(&format!("[{segment}]"));
+            // Writing to a string cannot fail.
+            let _ = write!(path, "[{segment}]");
         } else {
             if !path.is_empty() {
                 path.push('.');

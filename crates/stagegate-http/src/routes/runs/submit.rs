@@ -67,10 +67,10 @@ fn labels_schema() -> Object {
         .schema_type(SchemaType::Type(Type::Object))
         .property_names(Some(text("^[A-Za-z0-9_.-]{1,63}$").build()))
         .additional_properties(Some(utoipa::openapi::Schema::Object(
-            text("^[^\\u0000-\\u001f\\u007f]*$").max_length(Some(256)).build(),
+            text("^[^\\u0000-\\u001f\\u007f]*$").max_length(Some(128)).build(),
         )))
         .max_properties(Some(32))
-        .description(Some("Up to 32 labels: names of 1 to 63 of `A-Z a-z 0-9 _ . -`, values of up to 256 characters."))
+        .description(Some("Up to 32 labels: names of 1 to 63 of `A-Z a-z 0-9 _ . -`, values of up to 128 characters."))
         .build()
 }
 
