@@ -98,7 +98,7 @@ async fn plan_stage(
     }
     let judged = u64::from(stage.gate.judge.is_some());
     let judge_tokens = judged * (planned.output_tokens + EXPECTED_OUTPUT_TOKENS / 4);
-    planned.cost_usd = llm.estimate_tokens(&work.models, planned.input_tokens + judge_tokens, planned.output_tokens);
+    planned.cost_usd = llm.estimate(&work.models, planned.input_tokens + judge_tokens, planned.output_tokens);
     (planned, None)
 }
 

@@ -1,1 +1,6 @@
 //! Test support: throwaway servers, a fake provider, the store's contract suite.
+
+pub mod cache;
+pub mod provider;
+
+pub use provider::FakeProvider;
