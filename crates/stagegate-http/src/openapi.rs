@@ -275,6 +275,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_json_body_is_held_against_its_schema() {
+        let document = Document::new(&crate::router::document(), false);
+        let mut names: Vec<&str> = document.checks.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["InvalidateRequest", "PlanRequest", "RejectRequest", "SubmitRequest"]);
+        let mistakes = document.check("SubmitRequest", &json!({ "pipelin": "p", "input": {}, "cache_mode": "often" }));
+        let told: Vec<(Code, &str)> = mistakes.iter().map(|m| (m.code, m.path.as_str())).collect();
+        for expected in
+            [(Code::MissingKey, "pipeline"), (Code::UnknownKey, "pipelin"), (Code::WrongValue, "cache_mode")]
+        {
+            assert!(told.contains(&expected), "{expected:?} in {mistakes:#?}");
+        }
+    }
+
+    #[test]
     fn pointers_read_as_paths() {
         assert_eq!(path_of("/stages/2/gate~1x/y"), "stages[2].gate/x.y");
         assert_eq!(path_of(""), "");

@@ -214,20 +214,7 @@ impl From<Error> for Problem {
 
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
-        (&error).into()
-    }
-}
-
-impl From<&StoreError> for Problem {
-    fn from(error: &StoreError) -> Self {
-        let code = match error {
-            StoreError::Unavailable(_) | StoreError::Full(_) => Code::Unavailable,
-            StoreError::Corrupt { .. } => Code::CorruptRow,
-            StoreError::SchemaBehind { .. } => Code::SchemaBehind,
-            StoreError::SchemaAhead(_) => Code::SchemaAhead,
-            StoreError::Defect(_) => Code::Internal,
-        };
-        Self::new(code, error.to_string())
+        Error::from(error).into()
     }
 }
 
