@@ -15,7 +15,7 @@ use http::{
     HeaderMap, Method, Uri,
     header::{AUTHORIZATION, HOST, ORIGIN, WWW_AUTHENTICATE},
 };
-use moka::future::Cache;
+use moka::sync::Cache;
 use sha2::{Digest, Sha256};
 use stagegate_core::{
     Code, Store, StoreError, TenantId,
@@ -60,9 +60,14 @@ impl KeyCache {
         Self(Cache::builder().max_capacity(KEY_CACHE_MAX).time_to_live(KEY_CACHE_TTL).build())
     }
 
-    /// Requests with the same key share one look-up; a failed one is not remembered.
-    async fn find(&self, store: &Arc<dyn Store>, hash: [u8; 32]) -> Result<Option<Arc<ApiKey>>, Arc<StoreError>> {
-        self.0.try_get_with(hash, async { Ok(store.key_by_hash(&hash).await?.map(Arc::new)) }).await
+    /// A failed look-up is not remembered. Two requests may look up the same new key at once: it is one index read.
+    async fn find(&self, store: &Arc<dyn Store>, hash: [u8; 32]) -> Result<Option<Arc<ApiKey>>, StoreError> {
+        if let Some(known) = self.0.get(&hash) {
+            return Ok(known);
+        }
+        let found = store.key_by_hash(&hash).await?.map(Arc::new);
+        self.0.insert(hash, found.clone());
+        Ok(found)
     }
 }
 
@@ -76,8 +81,7 @@ pub(crate) async fn authenticate(
         Identity { tenant: TenantId::default(), role: Role::Admin, key: None }
     } else {
         let secret = credential(request.headers())?;
-        let key = shared.keys.find(shared.engine.store(), hash_secret(secret)).await;
-        let key = key.map_err(|error| Problem::from(&*error))?;
+        let key = shared.keys.find(shared.engine.store(), hash_secret(secret)).await?;
         let key = key.ok_or_else(|| refused("The API key is not known."))?;
         check_alive(&key, shared.clock.now())?;
         Identity { tenant: key.tenant.clone(), role: key.role, key: Some(key.id) }

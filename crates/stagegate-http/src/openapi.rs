@@ -1,7 +1,7 @@
 //! The OpenAPI document: owns what holds for every operation (errors, security, the definition's schema), so that a
 //! route states only what is its own. Also holds request bodies against the published schemas.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt::Write as _};
 
 use bytes::Bytes;
 use jsonschema::{ValidationError, Validator, error::ValidationErrorKind};
@@ -258,7 +258,8 @@ fn path_of(pointer: &str) -> String {
     for segment in pointer.split('/').skip(1) {
         let segment = segment.replace("~1", "/").replace("~0", "~");
         if !segment.is_empty() && segment.bytes().all(|b| b.is_ascii_digit()) {
-            path.push_str(&format!("[{segment}]"));
+            // Writing to a string cannot fail.
+            let _ = write!(path, "[{segment}]");
         } else {
             if !path.is_empty() {
                 path.push('.');
@@ -272,6 +273,21 @@ fn path_of(pointer: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_json_body_is_held_against_its_schema() {
+        let document = Document::new(&crate::router::document(), false);
+        let mut names: Vec<&str> = document.checks.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["InvalidateRequest", "PlanRequest", "RejectRequest", "SubmitRequest"]);
+        let mistakes = document.check("SubmitRequest", &json!({ "pipelin": "p", "input": {}, "cache_mode": "often" }));
+        let told: Vec<(Code, &str)> = mistakes.iter().map(|m| (m.code, m.path.as_str())).collect();
+        for expected in
+            [(Code::MissingKey, "pipeline"), (Code::UnknownKey, "pipelin"), (Code::WrongValue, "cache_mode")]
+        {
+            assert!(told.contains(&expected), "{expected:?} in {mistakes:#?}");
+        }
+    }
 
     #[test]
     fn pointers_read_as_paths() {

@@ -197,7 +197,13 @@ fn of_status(response: &Response) -> Option<Problem> {
         status if status.is_client_error() => Code::InvalidRequest,
         _ => Code::Internal,
     };
-    Some(Problem::new(code, code.title()))
+    let allowed = response.headers().get(ALLOW).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let detail = match code {
+        Code::RouteNotFound => "No route has this path; `/docs` shows them all.".to_owned(),
+        Code::MethodNotAllowed => format!("This path takes {}.", allowed.replace(',', ", ")),
+        _ => code.title().to_owned(),
+    };
+    Some(Problem::new(code, detail))
 }
 
 impl From<Error> for Problem {
@@ -208,20 +214,7 @@ impl From<Error> for Problem {
 
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
-        (&error).into()
-    }
-}
-
-impl From<&StoreError> for Problem {
-    fn from(error: &StoreError) -> Self {
-        let code = match error {
-            StoreError::Unavailable(_) | StoreError::Full(_) => Code::Unavailable,
-            StoreError::Corrupt { .. } => Code::CorruptRow,
-            StoreError::SchemaBehind { .. } => Code::SchemaBehind,
-            StoreError::SchemaAhead(_) => Code::SchemaAhead,
-            StoreError::Defect(_) => Code::Internal,
-        };
-        Self::new(code, error.to_string())
+        Error::from(error).into()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use stagegate_core::{Clock, SystemClock};
+use stagegate_core::Clock;
 use stagegate_engine::Engine;
 use stagegate_telemetry::Metrics;
 use tokio::{sync::Semaphore, time::Instant};
@@ -42,11 +42,11 @@ impl Parts {
             keys: KeyCache::new(),
             slots: Semaphore::new(MAX_REQUESTS_IN_FLIGHT),
             streams: Arc::new(Semaphore::new(app.config.max_event_streams.min(Semaphore::MAX_PERMITS))),
-            engine: app.engine,
             metrics: app.metrics,
             config: app.config,
             open,
-            clock: Arc::new(SystemClock),
+            clock: Arc::clone(app.engine.clock()),
+            engine: app.engine,
             shutdown,
             probes: Probes::default(),
             started: Instant::now(),

@@ -10,7 +10,10 @@ use stagegate_core::{
     pipeline::{CacheMode, Labels},
     store::{PipelineVersion, RunRecord, StageRecord},
 };
-use utoipa::ToSchema;
+use utoipa::{
+    ToSchema,
+    openapi::schema::{Object, ObjectBuilder, Schema, SchemaType, Type},
+};
 
 /// One page of a list.
 #[derive(Debug, Serialize, ToSchema)]
@@ -129,6 +132,18 @@ impl From<PipelineVersion> for PipelineView {
     }
 }
 
+/// At most 32 labels of a short name and a short text each.
+pub(crate) fn labels_schema() -> Object {
+    let text = |pattern: &str| ObjectBuilder::new().schema_type(SchemaType::Type(Type::String)).pattern(Some(pattern));
+    ObjectBuilder::new()
+        .schema_type(SchemaType::Type(Type::Object))
+        .property_names(Some(text("^[A-Za-z0-9_.-]{1,63}$").build()))
+        .additional_properties(Some(Schema::Object(text("^[^\\u0000-\\u001f\\u007f]*$").max_length(Some(128)).build())))
+        .max_properties(Some(32))
+        .description(Some("Up to 32 labels: names of 1 to 63 of `A-Z a-z 0-9 _ . -`, values of up to 128 characters."))
+        .build()
+}
+
 /// A run, without its payloads and stages.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct RunView {
@@ -148,6 +163,7 @@ pub(crate) struct RunView {
     /// Higher goes first.
     priority: i16,
     /// For filters and people.
+    #[schema(schema_with = labels_schema)]
     labels: Labels,
     /// Overrides the stages' cache mode.
     cache_mode: Option<CacheMode>,

@@ -5,7 +5,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use stagegate_core::{Code, PipelineName, Violation};
 use stagegate_engine::Plan;
-use utoipa::ToSchema;
+use utoipa::{
+    ToSchema,
+    openapi::schema::{Object, ObjectBuilder, SchemaType, Type},
+};
 
 use crate::{
     context::{Context, Viewer},
@@ -26,9 +29,17 @@ pub(crate) struct PlanRequest {
     version: Option<u32>,
     /// A definition: an object, or YAML in a string. This, or `pipeline`.
     #[serde(default)]
+    #[schema(schema_with = definition_schema)]
     definition: Option<Value>,
     /// The input. It must fit the pipeline's schema.
     input: Value,
+}
+
+/// What is in the text or the object is checked as a definition is, with its own codes.
+fn definition_schema() -> Object {
+    let kinds = SchemaType::Array(vec![Type::Object, Type::String, Type::Null]);
+    let description = "A definition: an object, or YAML in a string. This, or `pipeline`.";
+    ObjectBuilder::new().schema_type(kinds).description(Some(description)).build()
 }
 
 /// Plan a run

@@ -15,17 +15,14 @@ use stagegate_core::{
     store::Idempotency,
 };
 use stagegate_engine::Submit;
-use utoipa::{
-    ToSchema,
-    openapi::schema::{Object, ObjectBuilder, SchemaType, Type},
-};
+use utoipa::ToSchema;
 
 use crate::{
     context::{Context, Operator},
     extract,
     problem::Problem,
     routes::header_text,
-    views::{RunView, run_path},
+    views::{RunView, labels_schema, run_path},
 };
 
 /// The client's key: the same key with the same request is the same run.
@@ -58,20 +55,6 @@ pub(crate) struct SubmitRequest {
     #[serde(default)]
     #[schema(schema_with = labels_schema)]
     labels: Labels,
-}
-
-/// At most 32 labels of a short name and a short text each.
-fn labels_schema() -> Object {
-    let text = |pattern: &str| ObjectBuilder::new().schema_type(SchemaType::Type(Type::String)).pattern(Some(pattern));
-    ObjectBuilder::new()
-        .schema_type(SchemaType::Type(Type::Object))
-        .property_names(Some(text("^[A-Za-z0-9_.-]{1,63}$").build()))
-        .additional_properties(Some(utoipa::openapi::Schema::Object(
-            text("^[^\\u0000-\\u001f\\u007f]*$").max_length(Some(256)).build(),
-        )))
-        .max_properties(Some(32))
-        .description(Some("Up to 32 labels: names of 1 to 63 of `A-Z a-z 0-9 _ . -`, values of up to 256 characters."))
-        .build()
 }
 
 /// Submit a run
