@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 
 /// Where the time comes from. Leases never use it: theirs is the database's clock.
-pub trait Clock: Send + Sync + 'static {
+pub trait Clock: Send + Sync + std::fmt::Debug + 'static {
     /// The wall clock.
     fn now(&self) -> DateTime<Utc>;
 }

@@ -657,3 +657,19 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Waits until what is under way is done, and closes.
     async fn close(&self);
 }
+
+impl From<StoreError> for crate::Error {
+    fn from(error: StoreError) -> Self {
+        use crate::{Code, Error};
+        const RETRY_AFTER: Duration = Duration::from_secs(1);
+        match &error {
+            StoreError::Unavailable(_) | StoreError::Full(_) => {
+                Error::new(Code::Unavailable, error.to_string()).retry_after(RETRY_AFTER)
+            }
+            StoreError::Corrupt { .. } => Error::new(Code::CorruptRow, error.to_string()),
+            StoreError::SchemaBehind { .. } => Error::new(Code::SchemaBehind, error.to_string()),
+            StoreError::SchemaAhead(_) => Error::new(Code::SchemaAhead, error.to_string()),
+            StoreError::Defect(_) => Error::new(Code::Internal, error.to_string()),
+        }
+    }
+}

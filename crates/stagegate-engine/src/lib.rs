@@ -1,205 +1,241 @@
 //! The engine: owns runs from their acceptance to their end. It is the only caller of the model layer and the only
 //! writer of a run's progress; it knows nothing of HTTP.
+//!
+//! submit → one insert, leased at once where there is room → a driver per run: decide → commit (in batches with
+//! others) → act → … → the last commit ends the run and the lease. What is queued, due, or left by a dead replica is
+//! claimed. Nothing here reads a database clock or holds a connection while a model is awaited.
 
+mod api;
+mod batch;
+mod budget;
 pub mod config;
+mod follow;
+mod kinds;
+mod observe;
+mod plan;
+mod replica;
+mod runner;
+mod shared;
+mod submit;
+mod writer;
 
 use std::{sync::Arc, time::Duration};
 
-use chrono::{DateTime, Utc};
 use futures::stream::BoxStream;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use stagegate_core::{
-    Clock, Code, Error, Event, ModelRef, Pipeline, PipelineName, ReplicaId, RunId, StageId, Store, TenantId, Usd,
-    Violation,
-    pipeline::{CacheMode, Labels},
-    store::{Idempotency, PipelineVersion, RunRecord},
+    Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId, Violation,
+    store::{NewSignal, NewVersion, PipelineVersion, RunRecord, SignalKind, Signalled},
 };
 use stagegate_llm::Llm;
 use stagegate_telemetry::Metrics;
-use utoipa::ToSchema;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
+
+use shared::Shared;
 
 /// A running engine. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Engine {}
-
-/// A run to be submitted.
-#[derive(Debug, Clone)]
-pub struct Submit {
-    /// Whose.
-    pub tenant: TenantId,
-    /// The pipeline.
-    pub pipeline: PipelineName,
-    /// None for the newest version.
-    pub version: Option<u32>,
-    /// The input; refused with every violation where it does not fit.
-    pub input: Value,
-    /// Overrides the stages' cache mode.
-    pub cache_mode: Option<CacheMode>,
-    /// Higher goes first; 0 is usual.
-    pub priority: i16,
-    /// For filters and people.
-    pub labels: Labels,
-    /// The client's key, and the digest of the request that it stands for.
-    pub idempotency: Option<Idempotency>,
-    /// The correlation id.
-    pub request_id: Option<String>,
-}
-
-/// What a person asks of a run.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// Stop it.
-    Cancel,
-    /// Start over what failed.
-    Retry,
-    /// Take a held output.
-    Approve(StageId),
-    /// Do not take a held output.
-    Reject(StageId, String),
-}
-
-/// What a run would cost.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Plan {
-    /// The pipeline.
-    pub pipeline: PipelineName,
-    /// Each stage, in topological order.
-    pub stages: Vec<PlannedStage>,
-    /// What would probably be paid; hits cost nothing. Leaves out unpriced stages.
-    pub cost_usd: Usd,
-    /// What hits would save.
-    pub saved_usd: Usd,
-    /// Tokens that would probably be bought.
-    pub tokens: u64,
-    /// The longest chain of stages that would be bought: it sets the run's time.
-    pub critical_path: Vec<StageId>,
-}
-
-/// What a stage would cost.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct PlannedStage {
-    /// The stage.
-    pub id: StageId,
-    /// The stages that it needs.
-    pub needs: Vec<StageId>,
-    /// The first model of its chain; none for a transform.
-    pub model: Option<ModelRef>,
-    /// `hit` (the cache has it), `buy` (it would be bought), or `free` (no model is called).
-    pub outcome: PlannedOutcome,
-    /// Estimated prompt tokens.
-    pub input_tokens: u64,
-    /// Estimated answer tokens.
-    pub output_tokens: u64,
-    /// What would probably be paid; null where the model has no price.
-    pub cost_usd: Option<Usd>,
-    /// What a hit would save.
-    pub saved_usd: Usd,
-}
-
-/// What would happen to a stage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum PlannedOutcome {
-    /// The cache has its answer.
-    Hit,
-    /// It would be bought.
-    Buy,
-    /// No model is called.
-    Free,
+pub struct Engine {
+    shared: Arc<Shared>,
+    /// Ends the heartbeat, once everything is handed back.
+    stop: CancellationToken,
+    background: TaskTracker,
 }
 
 impl Engine {
     /// Starts: enters this replica, and begins to claim and to execute. Must be called inside a tokio runtime.
     pub async fn start(
-        _config: config::EngineConfig,
-        _store: Arc<dyn Store>,
-        _llm: Arc<Llm>,
-        _metrics: Metrics,
-        _clock: Arc<dyn Clock>,
+        config: config::EngineConfig,
+        store: Arc<dyn Store>,
+        llm: Arc<Llm>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
     ) -> Result<Self, Error> {
-        unimplemented!()
+        let background = TaskTracker::new();
+        let batch_max = config.commit_batch_max;
+        let steps = writer::steps(&background, &store, &metrics, batch_max);
+        let submits = writer::submits(&background, &store, batch_max);
+        let replica = replica::new_replica_id();
+        let shared = Arc::new(Shared::new(config, store, llm, metrics, clock, steps, submits, replica));
+        shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
+        let stop = CancellationToken::new();
+        background.spawn(replica::beat(Arc::clone(&shared), stop.clone()));
+        background.spawn(replica::claim(Arc::clone(&shared)));
+        Ok(Self { shared, stop, background })
     }
 
     /// Registers a definition (YAML or JSON text). The flag tells whether the version is new.
-    pub async fn register(&self, _tenant: &TenantId, _source: &str) -> Result<(PipelineVersion, bool), Error> {
-        unimplemented!()
+    pub async fn register(&self, tenant: &TenantId, source: &str) -> Result<(PipelineVersion, bool), Error> {
+        let pipeline =
+            self.validate(source).map_err(|violations| Error::violations(Code::InvalidDefinition, violations))?;
+        let new = NewVersion {
+            tenant: tenant.clone(),
+            name: pipeline.name,
+            digest: pipeline.digest,
+            definition: pipeline.definition,
+            now: self.shared.clock.now(),
+        };
+        Ok(self.shared.store.register(&new).await?)
     }
 
     /// Every mistake of a definition, models included; the pipeline where there is none.
-    pub fn validate(&self, _source: &str) -> Result<Pipeline, Vec<Violation>> {
-        unimplemented!()
+    pub fn validate(&self, source: &str) -> Result<Pipeline, Vec<Violation>> {
+        Pipeline::parse(source, &*self.shared.llm)
     }
 
     /// Accepts a run. The flag tells whether it is new, or the one that the idempotency key stands for.
-    pub async fn submit(&self, _submit: Submit) -> Result<(RunRecord, bool), Error> {
-        unimplemented!()
+    pub async fn submit(&self, submit: Submit) -> Result<(RunRecord, bool), Error> {
+        // In a task of its own: a caller who hangs up must not leave the insert without a driver.
+        let shared = Arc::clone(&self.shared);
+        let submitted = tokio::spawn(async move { submit::submit(&shared, submit).await });
+        submitted.await.map_err(|_| Error::new(Code::Internal, "the submit did not end as it should"))?
     }
 
-    /// What a run would cost. Calls no model and changes nothing. With a source, of that definition instead of a
-    /// registered one.
+    /// What a run would cost. Calls no model and changes nothing.
     pub async fn plan(
         &self,
-        _tenant: &TenantId,
-        _pipeline: Arc<Pipeline>,
-        _version: u32,
-        _input: &Value,
+        tenant: &TenantId,
+        pipeline: Arc<Pipeline>,
+        version: u32,
+        input: &Value,
     ) -> Result<Plan, Error> {
-        unimplemented!()
+        pipeline.check_input(input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
+        plan::plan(&self.shared.llm, tenant, &pipeline, version, input).await
     }
 
     /// A registered version, compiled. None for the newest.
     pub async fn pipeline(
         &self,
-        _tenant: &TenantId,
-        _name: &PipelineName,
-        _version: Option<u32>,
+        tenant: &TenantId,
+        name: &PipelineName,
+        version: Option<u32>,
     ) -> Result<(Arc<Pipeline>, u32), Error> {
-        unimplemented!()
+        known_pipeline(&self.shared, tenant, name, version).await
     }
 
     /// Asks something of a run. It is durable when this returns; the owner obeys within a heartbeat.
     pub async fn act(
         &self,
-        _tenant: &TenantId,
-        _run: RunId,
-        _action: Action,
-        _by: Option<String>,
+        tenant: &TenantId,
+        run: RunId,
+        action: Action,
+        by: Option<String>,
     ) -> Result<RunRecord, Error> {
-        unimplemented!()
+        let not_found = || Error::new(Code::RunNotFound, format!("there is no run {run}"));
+        let record = self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)?;
+        let asked = describe(&action);
+        let kind = match action {
+            Action::Cancel => SignalKind::Cancel,
+            Action::Retry => {
+                let (pipeline, _) = self.pipeline(tenant, &record.pipeline, Some(record.version)).await?;
+                let span =
+                    chrono::TimeDelta::from_std(pipeline.deadline).unwrap_or_else(|_| chrono::TimeDelta::days(1));
+                SignalKind::Retry { deadline_at: self.shared.clock.now() + span }
+            }
+            Action::Approve(stage) => SignalKind::Approve { stage },
+            Action::Reject(stage, reason) => SignalKind::Reject { stage, reason },
+        };
+        let signal = NewSignal { tenant: tenant.clone(), run, kind, by };
+        match self.shared.store.signal(&signal).await? {
+            Signalled::Accepted { owner } => {
+                if owner.is_none() || (owner == Some(self.replica()) && !self.shared.notify(run)) {
+                    self.shared.work.notify_one();
+                }
+            }
+            Signalled::NoSuchRun => return Err(not_found()),
+            Signalled::WrongRunState(state) => {
+                let message = format!("the run is {}: it cannot be {asked}", state.as_str());
+                return Err(Error::new(Code::WrongState, message));
+            }
+            Signalled::StageNotHeld(state) => {
+                let is = state.map_or("not there, or not started", |state| state.as_str());
+                let message = format!("the stage is {is}: only a held output can be {asked}, and only once");
+                return Err(Error::new(Code::WrongState, message));
+            }
+        }
+        self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)
     }
 
-    /// The events of a run after a seq, as they come, in order and gap-free; ends after `run.finished`. The run must
-    /// exist; yields at least one batch or nothing.
-    pub fn follow(&self, _tenant: TenantId, _run: RunId, _after: u64) -> BoxStream<'static, Result<Vec<Event>, Error>> {
-        unimplemented!()
+    /// The events of a run after a seq, as they come, in order and gap-free; ends after `run.finished`. Ends at once
+    /// where the run does not exist, or has ended and all its events were seen.
+    pub fn follow(&self, tenant: TenantId, run: RunId, after: u64) -> BoxStream<'static, Result<Vec<Event>, Error>> {
+        follow::follow(Arc::clone(&self.shared.store), &self.shared.hub, tenant, run, after)
     }
 
     /// The store, for reads.
     pub fn store(&self) -> &Arc<dyn Store> {
-        unimplemented!()
+        &self.shared.store
     }
 
     /// The model layer, for cache operations and health.
     pub fn llm(&self) -> &Arc<Llm> {
-        unimplemented!()
+        &self.shared.llm
+    }
+
+    /// The clock that everything here runs by.
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.shared.clock
     }
 
     /// This life of this replica.
     pub fn replica(&self) -> ReplicaId {
-        unimplemented!()
+        self.shared.replica()
     }
 
     /// True once it is shutting down: `/readyz` says so, submits are refused.
     pub fn is_draining(&self) -> bool {
-        unimplemented!()
+        self.shared.drain.is_cancelled()
     }
 
-    /// Takes nothing new, gives what is under way `grace`, hands the rest back, leaves. Idempotent.
-    pub async fn drain(&self, _grace: Duration) {
-        unimplemented!()
+    /// Stops taking anything new: readiness goes false. What is under way goes on.
+    pub fn begin_drain(&self) {
+        self.shared.drain.cancel();
+    }
+
+    /// Takes nothing new, gives the attempts under way `grace` to end and be checkpointed, hands the rest back, and
+    /// leaves. Idempotent.
+    pub async fn drain(&self, grace: Duration) {
+        self.begin_drain();
+        self.shared.drivers.close();
+        if tokio::time::timeout(grace, self.shared.drivers.wait()).await.is_err() {
+            let stopped = self.shared.stop_all();
+            tracing::warn!(stopped, "the grace period is over; the attempts under way are abandoned");
+            let _ = tokio::time::timeout(Duration::from_secs(5), self.shared.drivers.wait()).await;
+        }
+        self.stop.cancel();
+        if let Err(error) = self.shared.store.leave(self.replica()).await {
+            tracing::warn!(%error, "this replica could not leave; its runs are taken over when its lease ends");
+        }
+        self.background.close();
     }
 }
 
-#[expect(dead_code, reason = "the skeleton names what the parts will need")]
-type Parts = (Arc<dyn Clock>, Metrics, DateTime<Utc>, Code);
+fn describe(action: &Action) -> &'static str {
+    match action {
+        Action::Cancel => "cancelled",
+        Action::Retry => "retried",
+        Action::Approve(_) => "approved",
+        Action::Reject(..) => "rejected",
+    }
+}
+
+/// A registered version, or the error that says which part is not there.
+async fn known_pipeline(
+    shared: &Shared,
+    tenant: &TenantId,
+    name: &PipelineName,
+    version: Option<u32>,
+) -> Result<(Arc<Pipeline>, u32), Error> {
+    match (shared.pipeline(tenant, name, version).await?, version) {
+        (Some(found), _) => Ok(found),
+        (None, Some(version)) if shared.store.pipeline(tenant, name, None).await?.is_some() => {
+            Err(Error::new(Code::VersionNotFound, format!("pipeline `{name}` has no version {version}")))
+        }
+        (None, _) => Err(Error::new(
+            Code::PipelineNotFound,
+            format!("there is no pipeline `{name}`: register it with POST /v1/pipelines"),
+        )),
+    }
+}

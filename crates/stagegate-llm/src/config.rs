@@ -59,8 +59,11 @@ pub struct ProviderConfig {
     pub sim: SimConfig,
 }
 
+/// Calls under way at once to a provider whose configuration does not say otherwise.
+pub const DEFAULT_MAX_CONCURRENCY: usize = 64;
+
 fn default_max_concurrency() -> usize {
-    64
+    DEFAULT_MAX_CONCURRENCY
 }
 
 /// Which protocol a provider speaks.
@@ -75,6 +78,18 @@ pub enum ProviderKind {
     Gemini,
     /// The simulator: needs no key, and says in every answer that it is simulated.
     Sim,
+}
+
+impl ProviderKind {
+    /// As it stands in the configuration, in metrics and in `/health`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Openai => "openai",
+            Self::Anthropic => "anthropic",
+            Self::Gemini => "gemini",
+            Self::Sim => "sim",
+        }
+    }
 }
 
 /// How the simulator behaves.

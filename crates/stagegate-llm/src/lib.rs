@@ -4,18 +4,42 @@
 //! attempt is the engine's to record and to repeat (docs/decisions.md), so that each one is seen, paid for and bounded
 //! in one place. The fallback chain is here: when one model fails, the next is asked at once.
 
+mod ask;
+mod breaker;
+mod cache;
+mod call;
 pub mod config;
+mod inflight;
+mod key;
+mod limit;
+mod meter;
+pub mod prices;
 pub mod provider;
+pub mod providers;
+pub mod tls;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use stagegate_core::{
-    CallPurpose, Clock, Code, Error, LedgerEntry, ModelRef, PipelineName, RunId, StageId, TenantId, Usd,
+    CallPurpose, Clock, Code, Error, LedgerEntry, ModelRef, PipelineName, RunId, StageId, TenantId, Usage, Usd,
     cache::{CacheKey, CacheScope, CacheTier},
-    pipeline::{CacheMode, Message, OutputFormat, Params},
+    error::nearest,
+    pipeline::{CacheMode, Message, Models, OutputFormat, Params},
 };
 use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
+
+use self::{
+    call::Caller,
+    config::LlmConfig,
+    prices::{DEFAULT_MAX_OUTPUT_TOKENS, Prices, count_tokens_upper},
+    provider::Provider,
+};
+
+pub use self::{
+    cache::redis::{RedisConfig, RedisTier},
+    tls::install_tls,
+};
 
 /// Who asks, for cache scopes, limits and logs. Not part of the request itself.
 #[derive(Debug, Clone)]
@@ -84,65 +108,146 @@ pub struct CallError {
     pub calls: Vec<LedgerEntry>,
 }
 
-/// The model layer. Shared by every run.
-#[derive(Debug)]
-pub struct Llm {}
+/// The model layer. Shared by every run; cheap to clone.
+#[derive(Clone)]
+pub struct Llm {
+    caller: Arc<Caller>,
+}
+
+impl fmt::Debug for Llm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Llm").field("providers", &self.caller.providers.keys()).finish_non_exhaustive()
+    }
+}
 
 impl Llm {
     /// From the configuration. `tier` is the shared cache: Redis, the SQLite file, or none.
     pub fn new(
-        _config: &config::LlmConfig,
-        _tier: Option<Arc<dyn CacheTier>>,
-        _metrics: Metrics,
-        _clock: Arc<dyn Clock>,
+        config: &LlmConfig,
+        tier: Option<Arc<dyn CacheTier>>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
     ) -> Result<Self, Error> {
-        unimplemented!()
+        install_tls();
+        let providers = providers::build(config, &providers::client()?)?;
+        Ok(Self::with_providers(providers, Prices::new(config)?, config, tier, metrics, clock))
+    }
+
+    /// With these providers instead of the configured ones: for tests, and for providers from elsewhere.
+    pub fn with_providers(
+        providers: BTreeMap<String, Arc<dyn Provider>>,
+        prices: Prices,
+        config: &LlmConfig,
+        tier: Option<Arc<dyn CacheTier>>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self { caller: Arc::new(Caller::new(providers, prices, config, tier, metrics, clock)) }
     }
 
     /// Whether some configured provider serves the model; else [`Code::UnknownModel`] or [`Code::ProviderWithoutKey`]
     /// with what to configure.
-    pub fn check_model(&self, _model: &ModelRef) -> Result<(), Error> {
-        unimplemented!()
+    pub fn check_model(&self, model: &ModelRef) -> Result<(), Error> {
+        let name = model.provider();
+        match self.caller.providers.get(name) {
+            Some(served) if served.provider.is_configured() => Ok(()),
+            Some(served) => {
+                let variable = match served.provider.kind() {
+                    "openai" => "set OPENAI_API_KEY or ",
+                    "anthropic" => "set ANTHROPIC_API_KEY or ",
+                    "gemini" => "set GEMINI_API_KEY or ",
+                    _ => "set ",
+                };
+                let detail =
+                    format!("`{model}`: the provider `{name}` has no key: {variable}`llm.providers.{name}.api_key`");
+                Err(Error::new(Code::ProviderWithoutKey, detail))
+            }
+            None => {
+                let known: Vec<_> = self.caller.providers.keys().map(String::as_str).collect();
+                let mend = nearest(name, known.iter().copied()).map_or_else(
+                    || format!("configured are {}", known.join(", ")),
+                    |near| format!("did you mean `{near}`?"),
+                );
+                let detail = format!("`{model}`: no provider is called `{name}`; {mend}");
+                Err(Error::new(Code::UnknownModel, detail))
+            }
+        }
     }
 
     /// The worst case of one call to the dearest model of the chain; None where a model has no price.
-    pub fn worst_case(&self, _request: &Request) -> Option<Usd> {
-        unimplemented!()
+    pub fn worst_case(&self, request: &Request) -> Option<Usd> {
+        let schema_bytes = match &request.format {
+            OutputFormat::Json { schema: Some(schema) } => schema.to_string().len(),
+            OutputFormat::Json { schema: None } | OutputFormat::Text => 0,
+        };
+        let input = count_tokens_upper(&request.messages) + schema_bytes.div_ceil(2) as u64;
+        let output = u64::from(request.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS));
+        let costs = request.models.iter().map(|model| self.caller.prices.worst_case(model, input, output));
+        costs.collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
-    /// What the call would probably cost with so many output tokens; None where the first model has no price.
-    pub fn estimate(&self, _request: &Request, _output_tokens: u64) -> Option<Usd> {
-        unimplemented!()
+    /// What so many tokens would cost at the first model's price; None where it has none.
+    pub fn estimate(&self, models: &[ModelRef], input_tokens: u64, output_tokens: u64) -> Option<Usd> {
+        let usage = Usage { input_tokens, output_tokens, estimated: true, ..Usage::default() };
+        self.caller.prices.cost(models.first()?, &usage)
     }
 
     /// Asks. Dropping the future abandons the call (a coalesced one goes on for the others).
-    pub async fn complete(&self, _context: &CallContext, _request: &Request) -> Result<Reply, CallError> {
-        unimplemented!()
+    ///
+    /// Each model of the chain in order: the cache, then a call. Whatever goes wrong with one, a refusal too, the next
+    /// is asked at once, until the deadline.
+    pub async fn complete(&self, context: &CallContext, request: &Request) -> Result<Reply, CallError> {
+        ask::complete(&self.caller, context, request).await
     }
 
-    /// The cached answer of the first model, if there is one. Never calls a provider.
-    pub async fn peek(&self, _context: &CallContext, _request: &Request) -> Option<Reply> {
-        unimplemented!()
+    /// The cached answer of the first model, if there is one. Never calls a provider, and changes nothing.
+    pub async fn peek(&self, context: &CallContext, request: &Request) -> Option<Reply> {
+        ask::peek(&self.caller, context, request).await
     }
 
-    /// Stores an answer under another request too: the one whose attempts led to it.
-    pub async fn remember(&self, _context: &CallContext, _request: &Request, _reply: &Reply) {
-        unimplemented!()
+    /// Stores an answer under another request too: the one whose attempts led to it. It is stored as the answer of the
+    /// model that gave it, and only where that is one of the request's; it counts as long, and is stale as soon, as the
+    /// original. An answer that is not cached (any more) is not remembered.
+    pub async fn remember(&self, context: &CallContext, request: &Request, reply: &Reply) {
+        ask::remember(&self.caller, context, request, reply).await;
     }
 
     /// Removes an answer: its gate failed.
-    pub async fn evict(&self, _tenant: &TenantId, _key: CacheKey) {
-        unimplemented!()
+    pub async fn evict(&self, tenant: &TenantId, key: CacheKey) {
+        self.caller.cache.evict(tenant, key).await;
     }
 
-    /// Makes every answer in a scope stale.
-    pub async fn invalidate(&self, _tenant: &TenantId, _scope: &CacheScope) -> Result<(), Error> {
-        unimplemented!()
+    /// Makes every answer in a scope stale. [`Code::CacheUnavailable`] where the shared cache could not be told.
+    pub async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<(), Error> {
+        self.caller.cache.invalidate(tenant, scope).await
     }
 
     /// The providers and the shared cache, for `/readyz` and `/health`.
     pub async fn health(&self) -> LlmHealth {
-        unimplemented!()
+        let shared_cache = self.caller.cache.ping().await;
+        let providers = self.caller.providers.iter().map(|(name, served)| {
+            let seen = served.seen();
+            let remaining = (seen.limits.requests_remaining, seen.limits.tokens_remaining);
+            ProviderHealth {
+                name: name.clone(),
+                kind: served.provider.kind(),
+                configured: served.provider.is_configured(),
+                open_breakers: self.caller.breakers.open_of(name),
+                remaining: (remaining != (None, None)).then_some(remaining),
+                quota_exhausted: seen.quota_exhausted,
+            }
+        });
+        LlmHealth { shared_cache, providers: providers.collect() }
+    }
+}
+
+impl Models for Llm {
+    fn check(&self, model: &ModelRef) -> Result<(), Error> {
+        self.check_model(model)
+    }
+
+    fn is_priced(&self, model: &ModelRef) -> bool {
+        self.caller.prices.is_priced(model)
     }
 }
 
@@ -171,6 +276,3 @@ pub struct ProviderHealth {
     /// Set while the provider says that the account has no quota left.
     pub quota_exhausted: bool,
 }
-
-#[expect(dead_code, reason = "the skeleton names what the parts will need")]
-type Parts = (Arc<dyn CacheTier>, Arc<dyn Clock>, Metrics);

@@ -17,6 +17,7 @@ pub struct Definition {
     pub name: PipelineName,
     /// What it is for, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 2000))]
     pub description: Option<String>,
     /// A JSON Schema of the input. A run whose input does not fit is refused. Default: any JSON object.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -62,20 +63,25 @@ pub struct Defaults {
 /// A node of the DAG. It has exactly one of `prompt`, `messages` and `transform`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{"required": ["prompt"]}, {"required": ["messages"]}, {"required": ["transform"]}]))]
 pub struct StageDefinition {
     /// The stage's id, unique within the pipeline.
     pub id: StageId,
     /// What it is for, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 2000))]
     pub description: Option<String>,
     /// The stages whose outputs it uses; it starts once their checkpoints are durable.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100))]
     pub needs: Vec<StageId>,
     /// A template that becomes the one user message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 131_072))]
     pub prompt: Option<String>,
     /// A template that becomes the system message before `prompt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 131_072))]
     pub system: Option<String>,
     /// The whole conversation as templates, instead of `prompt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,6 +89,7 @@ pub struct StageDefinition {
     pub messages: Option<Vec<MessageTemplate>>,
     /// A template whose text is the output itself: no model is called. Instead of `prompt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 131_072))]
     pub transform: Option<String>,
     /// The model, or a fallback chain that is tried in order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -114,6 +121,7 @@ pub struct MessageTemplate {
     /// Who speaks.
     pub role: Role,
     /// A template.
+    #[schemars(length(max = 131_072))]
     pub content: String,
 }
 
@@ -136,7 +144,7 @@ pub enum ModelChain {
     /// One model: `openai/gpt-5-mini`.
     One(ModelRef),
     /// A fallback chain.
-    Chain(Vec<ModelRef>),
+    Chain(#[schemars(length(min = 1, max = 8))] Vec<ModelRef>),
 }
 
 impl ModelChain {
@@ -170,7 +178,7 @@ pub struct Params {
     pub seed: Option<i64>,
     /// Texts at which the answer ends.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 4))]
+    #[schemars(length(max = 4), inner(length(min = 1, max = 256)))]
     pub stop: Vec<String>,
 }
 
@@ -236,17 +244,17 @@ pub enum Check {
     /// At most so many characters.
     MaxChars(u32),
     /// A regular expression that must match somewhere.
-    Matches(String),
+    Matches(#[schemars(length(min = 1, max = 10_000))] String),
     /// A regular expression that must match nowhere.
-    NotMatches(String),
+    NotMatches(#[schemars(length(min = 1, max = 10_000))] String),
     /// A text that must stand in it.
-    Contains(String),
+    Contains(#[schemars(length(min = 1, max = 10_000))] String),
     /// A text that must not stand in it.
-    NotContains(String),
+    NotContains(#[schemars(length(min = 1, max = 10_000))] String),
     /// A JSON Schema that the (JSON) output must fit.
     Schema(Value),
     /// An expression over `output`, `input` and `stages` that must be true.
-    Expression(String),
+    Expression(#[schemars(length(min = 1, max = 10_000))] String),
 }
 
 /// An LLM that scores the output against a rubric; its verdict is cached like any other answer.
@@ -254,6 +262,7 @@ pub enum Check {
 #[serde(deny_unknown_fields)]
 pub struct Judge {
     /// A template that says what a good output is.
+    #[schemars(length(min = 1, max = 131_072))]
     pub rubric: String,
     /// The lowest score, in [0, 1], that passes.
     #[serde(default = "default_threshold")]
@@ -362,6 +371,7 @@ pub enum CacheMode {
 #[serde(deny_unknown_fields)]
 pub struct Budget {
     /// US dollars. A call starts only if its worst case still fits.
+    #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1_000_000_000))]
     pub max_cost_usd: Usd,
 }
 
@@ -414,7 +424,8 @@ impl JsonSchema for Span {
     fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
         schemars::json_schema!({
             "type": "string",
-            "pattern": r"^([0-9]+(ms|s|m|h|d|sec|min|hour|day|hours|days) ?)+$",
+            "format": "span",
+            "pattern": r"^ *([0-9]+ *[a-z]+ *)+$",
             "description": "A length of time: a number and a unit, such as `250ms`, `30s`, `5m`, `24h` or `7d`"
         })
     }
@@ -462,6 +473,7 @@ impl JsonSchema for Backoff {
     fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
         schemars::json_schema!({
             "type": "string",
+            "format": "backoff",
             "pattern": r"^[0-9a-z ]+\.\.[0-9a-z ]+$",
             "description": "The pause after a failed call, from the first to the longest: `1s..30s`"
         })

@@ -1,9 +1,19 @@
 //! Pipelines: owns the way from an author's text to a [`Pipeline`] that cannot be wrong. Calls no model, reads no clock.
 //!
-//! text → [`source`] (a value with positions) → schema and decoding → [`check`] (everything that a schema cannot
-//! say) → [`Pipeline`]. Every mistake found on the way is reported at once.
+//! text → `source` (a value with positions) → `schema` (form) → `check` (everything that a schema cannot say) →
+//! `resolve` → [`Pipeline`]. Every mistake found on the way is reported at once.
 
+mod assess;
+mod check;
 mod definition;
+mod graph;
+mod json;
+mod path;
+mod render;
+mod resolve;
+mod schema;
+mod source;
+mod template;
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +25,11 @@ pub use definition::{
     StageDefinition,
 };
 
-use crate::{Assessment, Error, Failure, ModelRef, PipelineName, StageId, Violation};
+use self::{
+    check::{Compiled, Report},
+    source::Source,
+};
+use crate::{Error, ModelRef, PipelineName, StageId, Violation};
 
 /// A checked, resolved pipeline: what the engine runs. Immutable; shared by every run of its version.
 #[derive(Debug)]
@@ -34,6 +48,8 @@ pub struct Pipeline {
     pub budget: Option<Budget>,
     /// How long a run may take.
     pub deadline: Duration,
+    /// Templates, validators and regular expressions; stages in the order of `stages`.
+    compiled: Compiled,
 }
 
 /// A stage with every default resolved.
@@ -130,45 +146,23 @@ pub enum Rendered {
 
 impl Pipeline {
     /// From YAML or JSON text. Every mistake at once, each with line and column.
-    pub fn parse(_source: &str, _models: &dyn Models) -> Result<Self, Vec<Violation>> {
-        unimplemented!()
+    pub fn parse(source: &str, models: &dyn Models) -> Result<Self, Vec<Violation>> {
+        let (source, mistakes) = Source::read(source)?;
+        Self::from_source(&source, mistakes, models)
     }
 
     /// From a stored definition; models are not checked again. Fails only on a definition that an older version
     /// accepted and this one does not.
-    pub fn from_stored(_definition: Value) -> Result<Self, Vec<Violation>> {
-        unimplemented!()
+    pub fn from_stored(definition: Value) -> Result<Self, Vec<Violation>> {
+        Self::from_source(&Source::without_text(definition), Vec::new(), &AnyModels)
     }
 
-    /// Every way in which an input does not fit, with paths below `input`.
-    pub fn check_input(&self, _input: &Value) -> Result<(), Vec<Violation>> {
-        unimplemented!()
-    }
-
-    /// Renders a stage's messages or its transform.
-    pub fn render(&self, _stage: usize, _context: &RenderContext<'_>) -> Result<Rendered, Failure> {
-        unimplemented!()
-    }
-
-    /// Renders the judge's rubric; None where the stage has no judge.
-    pub fn render_rubric(&self, _stage: usize, _context: &RenderContext<'_>) -> Result<Option<String>, Failure> {
-        unimplemented!()
-    }
-
-    /// Reads an answer as the stage's output: text as it is; JSON parsed (a fenced code block around it is taken
-    /// off). An answer that is no JSON is returned as the text with the assessment that says so.
-    pub fn read_output(&self, _stage: usize, _content: &str) -> Result<Value, Assessment> {
-        unimplemented!()
-    }
-
-    /// The deterministic assessments of an output: its schema first, then the gate's checks, all of them.
-    pub fn assess(&self, _stage: usize, _output: &Value, _context: &RenderContext<'_>) -> Vec<Assessment> {
-        unimplemented!()
-    }
-
-    /// Renders the run's output.
-    pub fn render_output(&self, _context: &RenderContext<'_>) -> Result<Value, Failure> {
-        unimplemented!()
+    fn from_source(source: &Source, mistakes: Vec<Violation>, models: &dyn Models) -> Result<Self, Vec<Violation>> {
+        let mut report = Report::new(source, mistakes);
+        let compiled = check::check(source, models, &mut report);
+        report.finish()?;
+        let definition = check::decode(source)?;
+        Ok(resolve::resolve(definition, &source.value, compiled))
     }
 
     /// The index of a stage.
@@ -177,7 +171,20 @@ impl Pipeline {
     }
 }
 
+/// Takes every model: what was registered once stays runnable where a provider is away.
+struct AnyModels;
+
+impl Models for AnyModels {
+    fn check(&self, _: &ModelRef) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn is_priced(&self, _: &ModelRef) -> bool {
+        true
+    }
+}
+
 /// The published JSON Schema (2020-12) of a definition.
 pub fn definition_schema() -> Value {
-    unimplemented!()
+    schema::definition_schema()
 }

@@ -18,7 +18,7 @@ use super::{
 };
 
 /// How long a server may take until it answers.
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_mins(1);
 /// How often a start is tried: somebody else can take the port first.
 const START_TRIES: u32 = 3;
 
@@ -99,7 +99,8 @@ impl Postgres {
 
     /// Lets a frozen server go on.
     pub fn thaw(&self) -> anyhow::Result<()> {
-        self.server()?.thaw()
+        self.server()?.thaw();
+        Ok(())
     }
 
     fn server(&self) -> anyhow::Result<&Server> {

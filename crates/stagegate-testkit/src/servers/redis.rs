@@ -85,7 +85,8 @@ impl Redis {
 
     /// Lets a frozen server go on.
     pub fn thaw(&self) -> anyhow::Result<()> {
-        self.server()?.thaw()
+        self.server()?.thaw();
+        Ok(())
     }
 
     /// Removes every key. Only of a private server.

@@ -101,7 +101,7 @@ impl Server {
 
     /// Stops it with a signal and keeps its folder.
     pub(super) async fn stop(&self, signal: &str) -> anyhow::Result<()> {
-        self.thaw()?;
+        self.thaw();
         let Some(mut running) = self.running().take() else { return Ok(()) };
         if let Some(mut pipe) = running.pipe.take() {
             writeln!(pipe, "keep {signal}")?;
@@ -131,13 +131,12 @@ impl Server {
     }
 
     /// Lets it go on.
-    pub(super) fn thaw(&self) -> anyhow::Result<()> {
+    pub(super) fn thaw(&self) {
         let mut running = self.running();
-        let Some(running) = running.as_mut() else { return Ok(()) };
-        for pid in std::mem::take(&mut running.frozen) {
+        for pid in running.as_mut().map(|running| std::mem::take(&mut running.frozen)).unwrap_or_default() {
+            // One that ended meanwhile is no loss.
             let _ = send("CONT", &[pid]);
         }
-        Ok(())
     }
 
     /// The end of what it wrote, for an error message.
@@ -151,7 +150,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.thaw();
+        self.thaw();
         if let Some(mut running) = self.running().take() {
             drop(running.pipe.take());
             let limit = Instant::now() + Duration::from_secs(5);

@@ -1,0 +1,471 @@
+//! Decisions: owns how a run changes. Pure: (run, stimulus, time, jitter) → one commit, then effects.
+//!
+//! The owner of a run keeps a [`Run`] in memory. It feeds it stimuli ([`Run::on`]), takes what they add up to
+//! ([`Run::take_step`]), has that committed, and only then performs the effects. A stale commit means that the lease
+//! is gone: the whole `Run` is dropped, so nothing that was decided after it matters.
+
+mod accept;
+mod stages;
+mod step;
+#[cfg(test)]
+mod tests;
+
+use std::{sync::Arc, time::Duration};
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+
+pub use accept::Accept;
+pub use step::{Effect, Step};
+
+use crate::{
+    Assessment, Attempt, Checkpoint, Code, EventKind, Failure, LedgerEntry, ModelRef, Origin, Pipeline, RunState,
+    StageState, TenantId, Totals, Verdict,
+    decide::step::Draft,
+    pipeline::{CacheMode, RenderContext},
+    store::{Disposition, Lease, Signal, SignalKind, Snapshot, StageRecord},
+};
+
+/// What happened to a run.
+#[derive(Debug)]
+pub enum Stimulus {
+    /// A replica took it, with the signals that were waiting.
+    Taken(Vec<Signal>),
+    /// An attempt ended.
+    Attempted {
+        /// The stage.
+        stage: usize,
+        /// Which attempt; an answer to an older one is ignored.
+        attempt: u32,
+        /// How.
+        outcome: Outcome,
+    },
+    /// A waiting stage's time has come.
+    Due {
+        /// The stage.
+        stage: usize,
+    },
+    /// Somebody asks something.
+    Signalled(Vec<Signal>),
+    /// The run's deadline passed.
+    DeadlinePassed,
+}
+
+/// How an attempt ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// When it started.
+    pub started_at: DateTime<Utc>,
+    /// Its model calls, in order.
+    pub calls: Vec<LedgerEntry>,
+    /// What came of it.
+    pub result: AttemptResult,
+}
+
+/// What came of an attempt.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AttemptResult {
+    /// An output, measured.
+    Output {
+        /// The output.
+        output: Value,
+        /// False where it cannot be a checkpoint whatever the gate says: no JSON, or not of the stage's schema.
+        usable: bool,
+        /// What was measured.
+        assessments: Vec<Assessment>,
+        /// The model that answered.
+        model: Option<ModelRef>,
+        /// Where the answer came from.
+        origin: Origin,
+    },
+    /// No output.
+    Failed {
+        /// Why.
+        code: Code,
+        /// In a sentence.
+        message: String,
+        /// Whether another attempt may fare better.
+        retryable: bool,
+        /// What the provider asked for.
+        retry_after: Option<Duration>,
+    },
+}
+
+/// A previous answer that did not pass, for the next attempt to mend.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Critique {
+    /// The answer.
+    pub output: Value,
+    /// What was wrong with it.
+    pub reasons: Vec<String>,
+}
+
+/// A run in its owner's memory.
+#[derive(Debug)]
+pub struct Run {
+    lease: Lease,
+    tenant: TenantId,
+    pipeline: Arc<Pipeline>,
+    version: u32,
+    input: Arc<Value>,
+    cache_mode: Option<CacheMode>,
+    created_at: DateTime<Utc>,
+    deadline_at: DateTime<Utc>,
+    park_after: Duration,
+
+    state: RunState,
+    last_seq: u64,
+    totals: Totals,
+    failure: Option<Failure>,
+    started_at: Option<DateTime<Utc>>,
+    finished_at: Option<DateTime<Utc>>,
+    stages: Vec<StageRun>,
+    /// By stage index; shared with the attempts that render from it.
+    outputs: Arc<Vec<Option<Arc<Value>>>>,
+    draft: Draft,
+}
+
+/// A stage in its owner's memory.
+#[derive(Debug)]
+struct StageRun {
+    record: StageRecord,
+    /// The last attempt with an output that did not become the checkpoint: held, or to be mended.
+    last_output: Option<Attempt>,
+}
+
+impl Run {
+    /// From what the store keeps. `park_after` is the longest pause that is waited out in memory.
+    pub fn from_snapshot(snapshot: Snapshot, pipeline: Arc<Pipeline>, park_after: Duration) -> Self {
+        let Snapshot { lease, run, input, stages, checkpoints, last_attempts } = snapshot;
+        let mut outputs = vec![None; pipeline.stages.len()];
+        for (id, checkpoint) in checkpoints {
+            if let Some(index) = pipeline.stage_index(id.as_str()) {
+                outputs[index] = Some(Arc::new(checkpoint.output));
+            }
+        }
+        let mut states: Vec<StageRun> = pipeline
+            .stages
+            .iter()
+            .map(|stage| StageRun { record: StageRecord::pending(stage.id.clone()), last_output: None })
+            .collect();
+        for record in stages {
+            if let Some(index) = pipeline.stage_index(record.id.as_str()) {
+                states[index].record = record;
+            }
+        }
+        for (id, attempt) in last_attempts {
+            if let Some(index) = pipeline.stage_index(id.as_str()) {
+                states[index].last_output = Some(attempt);
+            }
+        }
+        Self {
+            lease,
+            tenant: run.tenant,
+            version: run.version,
+            input: Arc::new(input),
+            cache_mode: run.cache_mode,
+            created_at: run.created_at,
+            deadline_at: run.deadline_at,
+            park_after,
+            state: run.state,
+            last_seq: run.last_seq,
+            totals: run.totals,
+            failure: run.failure,
+            started_at: run.started_at,
+            finished_at: run.finished_at,
+            stages: states,
+            outputs: Arc::new(outputs),
+            draft: Draft::default(),
+            pipeline,
+        }
+    }
+
+    /// Takes in what happened. `jitter` in [0, 1) spreads a back-off.
+    pub fn on(&mut self, stimulus: Stimulus, now: DateTime<Utc>, jitter: f64) {
+        if self.draft.disposition != Disposition::Keep {
+            // Ended or parked by an earlier stimulus of this step. A signal that is not consumed here keeps a parked
+            // run claimable, and timers are set anew by whoever takes it.
+            return;
+        }
+        match stimulus {
+            Stimulus::Taken(signals) => self.on_taken(signals, now),
+            Stimulus::Attempted { stage, attempt, outcome } => self.on_attempted(stage, attempt, outcome, now, jitter),
+            Stimulus::Due { stage } => {
+                if self.stages[stage].record.state == StageState::Waiting {
+                    self.start_attempt(stage, now);
+                }
+            }
+            Stimulus::Signalled(signals) => self.on_signals(signals, now),
+            Stimulus::DeadlinePassed => {
+                let failure = Failure {
+                    code: Code::DeadlinePassed,
+                    message: format!("the run was not finished by its deadline, {}", self.deadline_at.to_rfc3339()),
+                    stage: None,
+                };
+                self.stop(RunState::Expired, failure, now);
+            }
+        }
+        self.settle(now);
+    }
+
+    fn on_taken(&mut self, signals: Vec<Signal>, now: DateTime<Utc>) {
+        let retried = signals.iter().any(|signal| matches!(signal.kind, SignalKind::Retry { .. }));
+        if self.started_at.is_none() {
+            self.started_at = Some(now);
+            self.emit(now, EventKind::RunStarted);
+        } else if !retried {
+            let checkpoints = u32::try_from(self.stages_done()).unwrap_or(u32::MAX);
+            self.emit(now, EventKind::RunResumed { checkpoints });
+        }
+        self.state = RunState::Running;
+        self.on_signals(signals, now);
+        for stage in 0..self.stages.len() {
+            let record = &self.stages[stage].record;
+            match record.state {
+                StageState::Running => {
+                    self.draft.effects.push(Effect::Start { stage, attempt: record.attempt });
+                }
+                StageState::Waiting => {
+                    let at = record.not_before.unwrap_or(now);
+                    self.draft.effects.push(Effect::WakeAt { stage, at });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn on_signals(&mut self, signals: Vec<Signal>, now: DateTime<Utc>) {
+        // What came before a retry was meant for the life that had ended.
+        let moot = signals.iter().rposition(|signal| matches!(signal.kind, SignalKind::Retry { .. })).unwrap_or(0);
+        for (index, signal) in signals.into_iter().enumerate() {
+            self.draft.consumed.push(signal.id);
+            if index < moot || self.state.is_terminal() {
+                continue;
+            }
+            match signal.kind {
+                SignalKind::Cancel => {
+                    let by = signal.by.map_or_else(String::new, |by| format!(" by {by}"));
+                    let failure =
+                        Failure { code: Code::Cancelled, message: format!("the run was cancelled{by}"), stage: None };
+                    self.stop(RunState::Cancelled, failure, now);
+                }
+                SignalKind::Retry { deadline_at } => self.reopen(deadline_at, now),
+                SignalKind::Approve { stage } => self.approve(&stage, now),
+                SignalKind::Reject { stage, reason } => self.reject(&stage, &reason, now),
+            }
+        }
+    }
+
+    /// Starts over whatever has no checkpoint. Attempts go on counting, so that their record stays whole.
+    fn reopen(&mut self, deadline_at: DateTime<Utc>, now: DateTime<Utc>) {
+        self.failure = None;
+        self.finished_at = None;
+        self.deadline_at = deadline_at;
+        let mut stages = Vec::new();
+        for index in 0..self.stages.len() {
+            let stage = &mut self.stages[index];
+            let record = &mut stage.record;
+            if record.state == StageState::Succeeded || record.attempt == 0 {
+                continue;
+            }
+            record.state = StageState::Pending;
+            record.round_start = record.attempt + 1;
+            record.not_before = None;
+            record.failure = None;
+            record.finished_at = None;
+            stage.last_output = None;
+            stages.push(record.id.clone());
+            self.draft.touch(index);
+        }
+        self.emit(now, EventKind::RunRetried { stages });
+    }
+
+    /// Ends the run at once: attempts under way are abandoned.
+    fn stop(&mut self, state: RunState, failure: Failure, now: DateTime<Utc>) {
+        if self.state.is_terminal() {
+            return;
+        }
+        self.draft.effects.retain(|effect| !effect.is_work());
+        self.draft.effects.push(Effect::Abort);
+        for index in 0..self.stages.len() {
+            let record = &mut self.stages[index].record;
+            if matches!(record.state, StageState::Running | StageState::Waiting | StageState::Held) {
+                record.state = StageState::Cancelled;
+                record.not_before = None;
+                record.finished_at = Some(now);
+                self.draft.touch(index);
+            }
+        }
+        self.failure = Some(failure);
+        self.finish(state, now);
+    }
+
+    /// Whatever follows from where things stand: successors start, or the run ends, or it parks.
+    fn settle(&mut self, now: DateTime<Utc>) {
+        if self.state.is_terminal() {
+            return;
+        }
+        let any = |run: &Self, state| run.stages.iter().any(|stage| stage.record.state == state);
+        if self.failure.is_some() {
+            // Siblings under way are paid for: they may finish and be checkpointed, nothing new starts.
+            for index in 0..self.stages.len() {
+                let record = &mut self.stages[index].record;
+                if matches!(record.state, StageState::Waiting | StageState::Held) {
+                    record.state = StageState::Cancelled;
+                    record.not_before = None;
+                    record.finished_at = Some(now);
+                    self.draft.touch(index);
+                }
+            }
+            if !any(self, StageState::Running) {
+                self.finish(RunState::Failed, now);
+            }
+            return;
+        }
+        for index in 0..self.stages.len() {
+            if self.is_ready(index) {
+                self.start_attempt(index, now);
+            }
+        }
+        if self.stages.iter().all(|stage| stage.record.state == StageState::Succeeded) {
+            self.succeed(now);
+        } else if !any(self, StageState::Running) {
+            self.wait(now);
+        }
+    }
+
+    fn is_ready(&self, index: usize) -> bool {
+        self.stages[index].record.state == StageState::Pending
+            && self.pipeline.stages[index]
+                .needs
+                .iter()
+                .all(|need| self.stages[*need].record.state == StageState::Succeeded)
+    }
+
+    /// Nothing is under way: either a short pause in memory, or the run parks until its next time, at the latest its
+    /// deadline.
+    fn wait(&mut self, now: DateTime<Utc>) {
+        let next = self.stages.iter().filter_map(|stage| stage.record.not_before).min();
+        let until = next.map_or(self.deadline_at, |next| next.min(self.deadline_at));
+        let pause = (until - now).to_std().unwrap_or(Duration::ZERO);
+        if pause <= self.park_after {
+            return; // The timer (of the stage or of the deadline) is already set.
+        }
+        self.state = RunState::Waiting;
+        self.emit(now, EventKind::RunWaiting { until: next });
+        self.draft.disposition = Disposition::Park(Some(pause));
+        self.draft.effects.retain(|effect| !effect.is_work());
+    }
+
+    fn succeed(&mut self, now: DateTime<Utc>) {
+        let id = self.lease.run.to_string();
+        match self.pipeline.render_output(&self.render_context(&id)) {
+            Ok(output) => {
+                self.draft.output = Some(output);
+                self.finish(RunState::Succeeded, now);
+            }
+            Err(failure) => {
+                self.failure = Some(failure);
+                self.finish(RunState::Failed, now);
+            }
+        }
+    }
+
+    fn finish(&mut self, state: RunState, now: DateTime<Utc>) {
+        self.state = state;
+        self.finished_at = Some(now);
+        self.draft.disposition = Disposition::End;
+        let (failure, totals) = (self.failure.clone(), self.totals);
+        self.emit(now, EventKind::RunFinished { state, failure, totals });
+    }
+
+    fn emit(&mut self, now: DateTime<Utc>, kind: EventKind) {
+        self.last_seq += 1;
+        self.draft.events.push(crate::Event { seq: self.last_seq, at: now, kind });
+    }
+
+    fn stages_done(&self) -> usize {
+        self.stages.iter().filter(|stage| stage.record.state == StageState::Succeeded).count()
+    }
+
+    /// What templates see; `run_id` is the run's id as text.
+    pub fn render_context<'a>(&'a self, run_id: &'a str) -> RenderContext<'a> {
+        RenderContext { run_id, input: &self.input, outputs: &self.outputs }
+    }
+
+    /// The lease that every write carries.
+    pub fn lease(&self) -> Lease {
+        self.lease
+    }
+
+    /// Whose run it is.
+    pub fn tenant(&self) -> &TenantId {
+        &self.tenant
+    }
+
+    /// What it runs.
+    pub fn pipeline(&self) -> &Arc<Pipeline> {
+        &self.pipeline
+    }
+
+    /// The version that it is pinned to.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The input.
+    pub fn input(&self) -> &Arc<Value> {
+        &self.input
+    }
+
+    /// The outputs that are there, by stage index.
+    pub fn outputs(&self) -> &Arc<Vec<Option<Arc<Value>>>> {
+        &self.outputs
+    }
+
+    /// Overrides the stages' cache mode.
+    pub fn cache_mode(&self) -> Option<CacheMode> {
+        self.cache_mode
+    }
+
+    /// When it was accepted.
+    pub fn created_at(&self) -> DateTime<Utc> {
+        self.created_at
+    }
+
+    /// When it expires.
+    pub fn deadline_at(&self) -> DateTime<Utc> {
+        self.deadline_at
+    }
+
+    /// Where it stands.
+    pub fn state(&self) -> RunState {
+        self.state
+    }
+
+    /// What it took so far.
+    pub fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    /// What the next attempt at a stage must mend: the last answer of this round whose gate failed.
+    pub fn critique(&self, stage: usize) -> Option<Critique> {
+        let stage = &self.stages[stage];
+        let last = stage.last_output.as_ref()?;
+        if last.verdict != Verdict::Retry || last.number < stage.record.round_start {
+            return None;
+        }
+        let reasons = last
+            .assessments
+            .iter()
+            .filter(|assessment| !assessment.passed)
+            .map(|assessment| format!("{}: {}", assessment.name, assessment.reason))
+            .collect();
+        Some(Critique { output: last.output.clone()?, reasons })
+    }
+
+    fn set_output(&mut self, stage: usize, checkpoint: &Checkpoint) {
+        // Attempts under way hold the old vector; they do not see outputs that they do not need.
+        Arc::make_mut(&mut self.outputs)[stage] = Some(Arc::new(checkpoint.output.clone()));
+    }
+}

@@ -1,0 +1,434 @@
+//! Decisions, one promise a test; and every promise at once under random histories.
+
+use std::collections::HashSet;
+
+use chrono::TimeDelta;
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+use crate::{
+    Error, Evaluator, ReplicaId, RunId, StageId,
+    pipeline::Models,
+    store::{Commit, NewRun},
+};
+
+#[derive(Debug)]
+struct AnyModel;
+
+impl Models for AnyModel {
+    fn check(&self, _: &ModelRef) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn is_priced(&self, _: &ModelRef) -> bool {
+        true
+    }
+}
+
+const CANONICAL: &str = "
+name: canonical
+defaults: { model: sim/quick, retry: { max_attempts: 2, backoff: 1s..30s } }
+stages:
+  - { id: one, prompt: p }
+  - { id: two, needs: [one], prompt: p }
+  - { id: three, needs: [two], prompt: p, gate: { checks: [ { min_chars: 1 } ] } }
+  - { id: four, needs: [three], prompt: p }
+  - { id: five, needs: [three], prompt: p }
+";
+
+fn pipeline(source: &str) -> Arc<Pipeline> {
+    Arc::new(Pipeline::parse(source, &AnyModel).expect("a valid definition"))
+}
+
+fn at(second: i64) -> DateTime<Utc> {
+    DateTime::from_timestamp(1_000_000 + second, 0).expect("in range")
+}
+
+fn begin(source: &str) -> (NewRun, Run, Vec<Effect>) {
+    let accept = Accept {
+        id: RunId(uuid::Uuid::from_u128(1)),
+        tenant: TenantId::default(),
+        pipeline: pipeline(source),
+        version: 1,
+        input: json!({}),
+        cache_mode: None,
+        priority: 0,
+        labels: crate::pipeline::Labels::new(),
+        idempotency: None,
+        request_id: None,
+        lease_to: Some(ReplicaId(uuid::Uuid::from_u128(2))),
+        park_after: Duration::from_secs(5),
+    };
+    let (new, leased) = accept.begin(at(0));
+    let (run, effects) = leased.expect("leased");
+    (new, run, effects)
+}
+
+fn assessment(passed: bool) -> Assessment {
+    Assessment {
+        evaluator: Evaluator::Check,
+        name: "min_chars".to_owned(),
+        version: 1,
+        passed,
+        score: f64::from(u8::from(passed)),
+        threshold: 1.0,
+        reason: "too short".to_owned(),
+        model: None,
+    }
+}
+
+fn output(passed: bool, usable: bool) -> Outcome {
+    let result = AttemptResult::Output {
+        output: json!("an answer"),
+        usable,
+        assessments: vec![assessment(passed)],
+        model: None,
+        origin: Origin::Provider,
+    };
+    Outcome { started_at: at(0), calls: Vec::new(), result }
+}
+
+fn error(retryable: bool, retry_after: Option<Duration>) -> Outcome {
+    let (code, message) = (Code::ProviderFailed, "503".to_owned());
+    Outcome {
+        started_at: at(0),
+        calls: Vec::new(),
+        result: AttemptResult::Failed { code, message, retryable, retry_after },
+    }
+}
+
+fn attempted(run: &mut Run, stage: usize, attempt: u32, outcome: Outcome) -> Step {
+    run.on(Stimulus::Attempted { stage, attempt, outcome }, at(1), 0.5);
+    run.take_step().expect("something was decided")
+}
+
+fn started(effects: &[Effect]) -> Vec<(usize, u32)> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Start { stage, attempt } => Some((*stage, *attempt)),
+            _ => None,
+        })
+        .collect()
+}
+
+fn names(commit: &Commit) -> Vec<&'static str> {
+    commit.events.iter().map(|event| event.kind.name()).collect()
+}
+
+fn signal(kind: SignalKind) -> Vec<Signal> {
+    vec![Signal { id: 7, kind, by: Some("ada".to_owned()) }]
+}
+
+fn stage_id(id: &str) -> StageId {
+    StageId::new(id).expect("valid")
+}
+
+#[test]
+fn an_accepted_run_begins_in_its_insert() {
+    let (new, run, effects) = begin(CANONICAL);
+    let names: Vec<_> = new.events.iter().map(|event| event.kind.name()).collect();
+    assert_eq!(names, ["run.accepted", "run.started", "stage.started"]);
+    assert_eq!(started(&effects), [(0, 1)]);
+    assert_eq!(run.state(), RunState::Running);
+}
+
+#[test]
+fn one_commit_a_stage_and_the_last_one_ends_the_run() {
+    let (_, mut run, _) = begin(CANONICAL);
+    let step = attempted(&mut run, 0, 1, output(true, true));
+    assert_eq!(names(&step.commit), ["stage.succeeded", "stage.started"]);
+    assert_eq!(started(&step.effects), [(1, 1)]);
+    attempted(&mut run, 1, 1, output(true, true));
+    let step = attempted(&mut run, 2, 1, output(true, true));
+    assert_eq!(started(&step.effects), [(3, 1), (4, 1)], "4 and 5 begin together");
+    let step = attempted(&mut run, 4, 1, output(true, true));
+    assert_eq!(names(&step.commit), ["stage.succeeded"]);
+    let step = attempted(&mut run, 3, 1, output(true, true));
+    assert_eq!(names(&step.commit), ["stage.succeeded", "run.finished"]);
+    assert_eq!((step.commit.state, step.commit.then), (RunState::Succeeded, Disposition::End));
+    assert_eq!(step.commit.output, Some(json!({ "four": "an answer", "five": "an answer" })));
+}
+
+#[test]
+fn what_happens_while_a_commit_is_under_way_makes_the_next_one() {
+    let (_, mut run, _) = begin(CANONICAL);
+    for stage in 0..3 {
+        attempted(&mut run, stage, 1, output(true, true));
+    }
+    for stage in [3, 4] {
+        run.on(Stimulus::Attempted { stage, attempt: 1, outcome: output(true, true) }, at(1), 0.0);
+    }
+    let step = run.take_step().expect("both");
+    assert_eq!(names(&step.commit), ["stage.succeeded", "stage.succeeded", "run.finished"]);
+    assert!(run.take_step().is_none());
+}
+
+#[test]
+fn a_failed_gate_is_retried_with_the_critique_and_the_pass_is_marked_as_mended() {
+    let (_, mut run, _) = begin(CANONICAL);
+    let step = attempted(&mut run, 0, 1, output(false, true));
+    assert_eq!(names(&step.commit), ["stage.retrying", "stage.started"]);
+    assert_eq!(started(&step.effects), [(0, 2)]);
+    let critique = run.critique(0).expect("a critique");
+    assert_eq!(critique.reasons, ["min_chars: too short"]);
+    let step = attempted(&mut run, 0, 2, output(true, true));
+    assert!(step.effects.contains(&Effect::Judged {
+        stage: 0,
+        attempt: 2,
+        verdict: Verdict::Passed,
+        gate_failed: false,
+        mended: true
+    }));
+}
+
+#[test]
+fn a_gate_that_fails_to_the_end_fails_the_run_after_its_siblings() {
+    let (_, mut run, _) = begin(CANONICAL);
+    for stage in 0..3 {
+        attempted(&mut run, stage, 1, output(true, true));
+    }
+    attempted(&mut run, 3, 1, output(false, true));
+    let step = attempted(&mut run, 3, 2, output(false, true));
+    assert_eq!(names(&step.commit), ["stage.failed"], "five is under way and paid for");
+    let step = attempted(&mut run, 4, 1, output(true, true));
+    assert_eq!(names(&step.commit), ["stage.succeeded", "run.finished"]);
+    assert_eq!(step.commit.checkpoints.len(), 1);
+    let failure = step.commit.failure.expect("why");
+    assert_eq!((failure.code, failure.stage), (Code::GateFailed, Some(stage_id("four"))));
+}
+
+const HELD: &str = "
+name: held
+defaults: { model: sim/quick }
+stages:
+  - { id: one, prompt: p, gate: { checks: [ { min_chars: 9 } ], on_fail: hold } }
+  - { id: two, needs: [one], prompt: p }
+";
+
+#[test]
+fn a_hold_parks_the_run_and_an_approval_goes_on() {
+    let (_, mut run, _) = begin(HELD);
+    let step = attempted(&mut run, 0, 1, output(false, true));
+    assert_eq!(names(&step.commit), ["stage.held", "run.waiting"]);
+    assert!(matches!(step.commit.then, Disposition::Park(Some(_))), "the deadline wakes it at the latest");
+    run.on(Stimulus::Taken(signal(SignalKind::Approve { stage: stage_id("one") })), at(60), 0.0);
+    let step = run.take_step().expect("approved");
+    assert_eq!(names(&step.commit), ["run.resumed", "stage.succeeded", "stage.started"]);
+    assert_eq!(step.commit.checkpoints[0].1.verdict, Verdict::Approved);
+    assert_eq!(step.commit.consumed, [7]);
+}
+
+#[test]
+fn a_rejection_fails_the_stage_with_its_reason() {
+    let (_, mut run, _) = begin(HELD);
+    attempted(&mut run, 0, 1, output(false, true));
+    let reject = SignalKind::Reject { stage: stage_id("one"), reason: "off topic".to_owned() };
+    run.on(Stimulus::Taken(signal(reject)), at(60), 0.0);
+    let commit = run.take_step().expect("rejected").commit;
+    assert_eq!(commit.state, RunState::Failed);
+    let failure = commit.failure.expect("why");
+    assert_eq!(failure.code, Code::Rejected);
+    assert!(failure.message.contains("off topic"));
+}
+
+#[test]
+fn an_output_without_the_stages_form_is_never_accepted() {
+    let source = CANONICAL.replace("prompt: p }", "prompt: p, gate: { on_fail: accept } }");
+    let (_, mut run, _) = begin(&source);
+    let step = attempted(&mut run, 0, 1, output(false, true));
+    assert_eq!(step.commit.checkpoints[0].1.verdict, Verdict::Accepted);
+    attempted(&mut run, 1, 1, output(false, false));
+    let step = attempted(&mut run, 1, 2, output(false, false));
+    assert_eq!(step.commit.state, RunState::Failed);
+}
+
+#[test]
+fn a_short_pause_is_waited_out_and_a_long_one_parks() {
+    let (_, mut run, _) = begin(CANONICAL);
+    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::from_secs(2))));
+    assert_eq!(step.commit.then, Disposition::Keep);
+    assert!(step.effects.contains(&Effect::WakeAt { stage: 0, at: at(3) }));
+
+    let (_, mut run, _) = begin(CANONICAL);
+    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::from_secs(600))));
+    assert_eq!(step.commit.then, Disposition::Park(Some(Duration::from_secs(600))));
+    assert_eq!(names(&step.commit), ["stage.retrying", "run.waiting"]);
+    run.on(Stimulus::Taken(Vec::new()), at(601), 0.0);
+    let step = run.take_step().expect("resumed");
+    assert!(step.effects.contains(&Effect::WakeAt { stage: 0, at: at(601) }));
+    run.on(Stimulus::Due { stage: 0 }, at(601), 0.0);
+    assert_eq!(started(&run.take_step().expect("due").effects), [(0, 2)]);
+}
+
+#[test]
+fn what_cannot_be_retried_fails_at_once_and_what_can_fails_at_the_end() {
+    let (_, mut run, _) = begin(CANONICAL);
+    let commit = attempted(&mut run, 0, 1, error(false, None)).commit;
+    assert_eq!(commit.failure.expect("why").code, Code::ProviderFailed);
+
+    let (_, mut run, _) = begin(CANONICAL);
+    attempted(&mut run, 0, 1, error(true, None));
+    run.on(Stimulus::Due { stage: 0 }, at(9), 0.0);
+    run.take_step();
+    let commit = attempted(&mut run, 0, 2, error(true, None)).commit;
+    assert_eq!(commit.failure.expect("why").code, Code::AttemptsExhausted);
+}
+
+#[test]
+fn a_cancel_abandons_what_is_under_way_and_late_answers_change_nothing() {
+    let (_, mut run, _) = begin(CANONICAL);
+    run.on(Stimulus::Signalled(signal(SignalKind::Cancel)), at(1), 0.0);
+    let step = run.take_step().expect("cancelled");
+    assert_eq!(step.effects, [Effect::Abort]);
+    assert_eq!((step.commit.state, step.commit.then), (RunState::Cancelled, Disposition::End));
+    run.on(Stimulus::Attempted { stage: 0, attempt: 1, outcome: output(true, true) }, at(2), 0.0);
+    assert!(run.take_step().is_none());
+}
+
+#[test]
+fn a_retry_starts_over_only_what_has_no_checkpoint_and_ignores_what_was_asked_before() {
+    let (_, mut run, _) = begin(CANONICAL);
+    attempted(&mut run, 0, 1, output(true, true));
+    attempted(&mut run, 1, 1, error(false, None));
+    let signals = vec![
+        Signal { id: 1, kind: SignalKind::Cancel, by: None },
+        Signal { id: 2, kind: SignalKind::Retry { deadline_at: at(9_999) }, by: None },
+    ];
+    run.state = RunState::Queued; // As the store leaves a run that is to be retried.
+    run.on(Stimulus::Taken(signals), at(100), 0.0);
+    let step = run.take_step().expect("retried");
+    assert_eq!(names(&step.commit), ["run.retried", "stage.started"]);
+    assert_eq!(started(&step.effects), [(1, 2)]);
+    assert_eq!(step.commit.failure, None);
+    assert_eq!(run.deadline_at(), at(9_999));
+    let step = attempted(&mut run, 1, 2, output(false, true));
+    assert_eq!(started(&step.effects), [(1, 3)], "a round has all its attempts");
+}
+
+#[test]
+fn the_deadline_ends_a_run_wherever_it_stands() {
+    let (_, mut run, _) = begin(HELD);
+    attempted(&mut run, 0, 1, output(false, true));
+    run.on(Stimulus::Taken(Vec::new()), run.deadline_at(), 0.0);
+    run.on(Stimulus::DeadlinePassed, run.deadline_at(), 0.0);
+    let commit = run.take_step().expect("expired").commit;
+    assert_eq!(commit.state, RunState::Expired);
+}
+
+#[test]
+fn a_resumed_run_repeats_the_attempt_that_was_under_way() {
+    let (_, mut run, _) = begin(CANONICAL);
+    attempted(&mut run, 0, 1, output(true, true));
+    run.on(Stimulus::Taken(Vec::new()), at(50), 0.0);
+    let step = run.take_step().expect("resumed");
+    assert_eq!(names(&step.commit), ["run.resumed"]);
+    assert_eq!(started(&step.effects), [(1, 1)]);
+}
+
+/// What may happen next, drawn at random.
+#[derive(Debug, Clone)]
+enum Move {
+    Attempt { pick: usize, outcome: u8 },
+    Due { pick: usize },
+    Taken,
+    Signal(u8),
+    Commit,
+    Deadline,
+}
+
+fn moves() -> impl Strategy<Value = Vec<Move>> {
+    let one = prop_oneof![
+        8 => (0..5_usize, 0..8_u8).prop_map(|(pick, outcome)| Move::Attempt { pick, outcome }),
+        3 => (0..5_usize).prop_map(|pick| Move::Due { pick }),
+        1 => Just(Move::Taken),
+        1 => (0..5_u8).prop_map(Move::Signal),
+        6 => Just(Move::Commit),
+        1 => Just(Move::Deadline),
+    ];
+    proptest::collection::vec(one, 1..60)
+}
+
+/// The promises, held against what was committed.
+#[derive(Debug, Default)]
+struct Ledger {
+    last_seq: u64,
+    checkpointed: HashSet<StageId>,
+    ended: bool,
+}
+
+impl Ledger {
+    fn commit(&mut self, pipeline: &Pipeline, commit: &Commit) {
+        assert!(!self.ended, "nothing is written after the end");
+        for event in &commit.events {
+            assert_eq!(event.seq, self.last_seq + 1, "seq is gap-free");
+            self.last_seq = event.seq;
+        }
+        for (stage, _) in &commit.checkpoints {
+            assert!(self.checkpointed.insert(stage.clone()), "at most one checkpoint per stage");
+        }
+        for event in &commit.events {
+            if let EventKind::StageStarted { stage, .. } = &event.kind {
+                let index = pipeline.stage_index(stage.as_str()).expect("known");
+                for need in &pipeline.stages[index].needs {
+                    assert!(self.checkpointed.contains(&pipeline.stages[*need].id), "needs are durable first");
+                }
+            }
+        }
+        self.ended = commit.then == Disposition::End;
+        assert_eq!(self.ended, commit.state.is_terminal());
+        assert_eq!(commit.stages_done as usize, self.checkpointed.len());
+    }
+}
+
+proptest! {
+    #[test]
+    fn the_promises_hold_under_every_history(moves in moves()) {
+        let source = CANONICAL.replace("id: four, needs: [three], prompt: p",
+            "id: four, needs: [three], prompt: p, gate: { on_fail: hold }");
+        let (new, mut run, _) = begin(&source);
+        let pipeline = Arc::clone(run.pipeline());
+        let mut ledger = Ledger { last_seq: new.events.len() as u64, ..Ledger::default() };
+        let mut now = at(1);
+        for one in moves {
+            now += TimeDelta::seconds(1);
+            match one {
+                Move::Attempt { pick, outcome } => {
+                    let attempt = run.stages[pick].record.attempt;
+                    let outcome = match outcome {
+                        0..=3 => output(true, true),
+                        4 => output(false, true),
+                        5 => output(false, false),
+                        6 => error(true, Some(Duration::from_secs(60))),
+                        _ => error(true, None),
+                    };
+                    run.on(Stimulus::Attempted { stage: pick, attempt, outcome }, now, 0.3);
+                }
+                Move::Due { pick } => run.on(Stimulus::Due { stage: pick }, now, 0.0),
+                Move::Taken => if run.draft.events.is_empty() && !run.state.is_terminal() {
+                    run.on(Stimulus::Taken(Vec::new()), now, 0.0);
+                },
+                Move::Signal(which) => {
+                    let kind = match which {
+                        0 => SignalKind::Cancel,
+                        1 | 2 => SignalKind::Approve { stage: stage_id("four") },
+                        3 => SignalKind::Approve { stage: stage_id("one") },
+                        _ => SignalKind::Reject { stage: stage_id("four"), reason: "no".to_owned() },
+                    };
+                    run.on(Stimulus::Signalled(signal(kind)), now, 0.0);
+                }
+                Move::Commit => if let Some(step) = run.take_step() {
+                    ledger.commit(&pipeline, &step.commit);
+                },
+                Move::Deadline => run.on(Stimulus::DeadlinePassed, now, 0.0),
+            }
+        }
+        if let Some(step) = run.take_step() {
+            ledger.commit(&pipeline, &step.commit);
+        }
+        let busy = run.stages.iter().any(|stage| matches!(stage.record.state,
+            StageState::Running | StageState::Waiting | StageState::Held));
+        prop_assert!(run.state.is_terminal() || busy, "a run that has not ended has something to wait for");
+    }
+}

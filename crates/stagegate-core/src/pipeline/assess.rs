@@ -1,0 +1,213 @@
+//! What an output is worth without asking a model: owns reading an answer and the deterministic assessments. Decides
+//! nothing; that is the gate's.
+
+use std::borrow::Cow;
+
+use jsonschema::{Validator, error::ValidationErrorKind};
+use serde_json::Value;
+
+use super::{
+    Check, OutputFormat, Pipeline, RenderContext,
+    check::CompiledCheck,
+    path::{Path, cut},
+    schema,
+};
+use crate::{Assessment, Code, Evaluator, Violation};
+
+/// The version of these rules; a verdict is stored with it.
+const RULES_VERSION: u32 = 1;
+/// How many violations of a schema a reason lists.
+const REASONS_MAX: usize = 5;
+/// How many violations of an input are listed.
+const INPUT_MISTAKES_MAX: usize = 100;
+
+fn assessment(name: &str, passed: bool, reason: String) -> Assessment {
+    Assessment {
+        evaluator: Evaluator::Check,
+        name: name.to_owned(),
+        version: RULES_VERSION,
+        passed,
+        score: if passed { 1.0 } else { 0.0 },
+        threshold: 1.0,
+        reason,
+        model: None,
+    }
+}
+
+impl Check {
+    /// Its key in a definition, which names its assessments too.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::MinChars(_) => "min_chars",
+            Self::MaxChars(_) => "max_chars",
+            Self::Matches(_) => "matches",
+            Self::NotMatches(_) => "not_matches",
+            Self::Contains(_) => "contains",
+            Self::NotContains(_) => "not_contains",
+            Self::Schema(_) => "schema",
+            Self::Expression(_) => "expression",
+        }
+    }
+}
+
+impl Pipeline {
+    /// Reads an answer as the stage's output: text as it is; JSON parsed (a fenced code block around it is taken
+    /// off). An answer that is no JSON is told by the assessment that says so.
+    pub fn read_output(&self, stage: usize, content: &str) -> Result<Value, Assessment> {
+        match self.stages[stage].output {
+            OutputFormat::Text => Ok(Value::String(content.to_owned())),
+            OutputFormat::Json { .. } => serde_json::from_str(unfenced(content)).map_err(|error| {
+                let reason = format!("the answer is not JSON ({error}); answer with the JSON value alone");
+                assessment("json", false, reason)
+            }),
+        }
+    }
+
+    /// The deterministic assessments of an output: its schema first, then the gate's checks, all of them.
+    pub fn assess(&self, stage: usize, output: &Value, context: &RenderContext<'_>) -> Vec<Assessment> {
+        let compiled = &self.compiled.stages[stage];
+        let own = compiled.schema.iter().map(|validator| assess_schema(validator, output));
+        let checks = self.stages[stage].gate.checks.iter().zip(&compiled.checks);
+        let text = match output {
+            Value::String(text) => Cow::Borrowed(text.as_str()),
+            json => Cow::Owned(json.to_string()),
+        };
+        own.chain(checks.map(|(check, compiled)| self.assess_check(check, compiled, output, &text, context))).collect()
+    }
+
+    fn assess_check(
+        &self,
+        check: &Check,
+        compiled: &CompiledCheck,
+        output: &Value,
+        text: &str,
+        context: &RenderContext<'_>,
+    ) -> Assessment {
+        let chars = || u64::try_from(text.chars().count()).unwrap_or(u64::MAX);
+        let (passed, reason) = match (check, compiled) {
+            (Check::MinChars(min), _) => {
+                let chars = chars();
+                (chars >= u64::from(*min), format!("has {chars} characters, at least {min} are needed"))
+            }
+            (Check::MaxChars(max), _) => {
+                let chars = chars();
+                (chars <= u64::from(*max), format!("has {chars} characters, at most {max} are allowed"))
+            }
+            (Check::Contains(part), _) => {
+                let found = text.contains(part.as_str());
+                (
+                    found,
+                    format!(
+                        "{} `{}`, which it must contain",
+                        if found { "contains" } else { "does not contain" },
+                        cut(part, 200)
+                    ),
+                )
+            }
+            (Check::NotContains(part), _) => {
+                let found = text.contains(part.as_str());
+                (
+                    !found,
+                    format!(
+                        "{} `{}`, which it must not contain",
+                        if found { "contains" } else { "does not contain" },
+                        cut(part, 200)
+                    ),
+                )
+            }
+            (Check::Matches(pattern), CompiledCheck::Regex(regex)) => match regex.find(text) {
+                Some(_) => (true, format!("matches `{}`, as it must", cut(pattern, 200))),
+                None => (false, format!("does not match `{}`, which it must", cut(pattern, 200))),
+            },
+            (Check::NotMatches(pattern), CompiledCheck::Regex(regex)) => match regex.find(text) {
+                Some(found) => {
+                    let found = cut(found.as_str(), 80);
+                    (false, format!("matches `{}`, which it must not: it says `{found}`", cut(pattern, 200)))
+                }
+                None => (true, format!("does not match `{}`, as it must not", cut(pattern, 200))),
+            },
+            (Check::Schema(_), CompiledCheck::Schema(validator)) => return assess_schema(validator, output),
+            (Check::Expression(source), CompiledCheck::Expression(expression)) => {
+                let source = cut(source, 200);
+                match self.with_vars(context, Some(output), |vars| expression.holds(vars)) {
+                    Ok(true) => (true, format!("`{source}` holds")),
+                    Ok(false) => (false, format!("`{source}` does not hold, but must")),
+                    Err(cause) => (false, format!("`{source}` could not be evaluated: {cause}")),
+                }
+            }
+            // Checks and their compiled forms are made pairwise; a mismatch must not let an output through.
+            _ => (false, "the check was not compiled".to_owned()),
+        };
+        assessment(check.name(), passed, reason)
+    }
+
+    /// Every way in which an input does not fit, with paths below `input`.
+    pub fn check_input(&self, input: &Value) -> Result<(), Vec<Violation>> {
+        let root = Path::root().key("input");
+        let Some(validator) = &self.compiled.input else {
+            if input.is_object() {
+                return Ok(());
+            }
+            let message = format!("is {}, but an input is a map", schema::told(input));
+            return Err(vec![Violation::new(Code::InvalidInput, "input", message)]);
+        };
+        let mut found = Vec::new();
+        for error in validator.iter_errors(input) {
+            let path = root.below(error.instance_path());
+            let mut push = |path: Path, message: String| {
+                found.push(Violation::new(Code::InvalidInput, path.to_string(), message));
+            };
+            match error.kind() {
+                ValidationErrorKind::Required { property } => {
+                    push(path.key(property.as_str().unwrap_or_default()), "is required".to_owned());
+                }
+                ValidationErrorKind::AdditionalProperties { unexpected } => {
+                    for key in unexpected.iter().take(INPUT_MISTAKES_MAX) {
+                        push(path.key(key), "is not a key of this input".to_owned());
+                    }
+                }
+                _ => push(path, schema::sentence(&error)),
+            }
+            if found.len() >= INPUT_MISTAKES_MAX {
+                break;
+            }
+        }
+        found.truncate(INPUT_MISTAKES_MAX);
+        if found.is_empty() { Ok(()) } else { Err(found) }
+    }
+}
+
+fn assess_schema(validator: &Validator, output: &Value) -> Assessment {
+    let mut errors = validator.iter_errors(output);
+    let mut reasons: Vec<String> = errors
+        .by_ref()
+        .take(REASONS_MAX)
+        .map(|error| {
+            let path = Path::root().below(error.instance_path()).to_string();
+            let place = if path.is_empty() { "the output".to_owned() } else { format!("`{path}`") };
+            match error.kind() {
+                ValidationErrorKind::Required { property } => {
+                    format!("{place} lacks `{}`", property.as_str().unwrap_or_default())
+                }
+                _ => format!("{place} {}", schema::sentence(&error)),
+            }
+        })
+        .collect();
+    if reasons.is_empty() {
+        return assessment("schema", true, "fits the schema".to_owned());
+    }
+    if errors.next().is_some() {
+        reasons.push("and more".to_owned());
+    }
+    assessment("schema", false, format!("does not fit the schema: {}", reasons.join("; ")))
+}
+
+/// The inside of a fenced code block that is the whole answer; models like to wrap JSON in one.
+fn unfenced(content: &str) -> &str {
+    let content = content.trim();
+    let inside = content.strip_prefix("```").and_then(|rest| rest.strip_suffix("```"));
+    match inside.and_then(|inside| inside.split_once('\n')) {
+        Some((language, body)) if !language.contains(['{', '[', '"']) => body.trim(),
+        _ => content,
+    }
+}

@@ -1,0 +1,584 @@
+//! Everything that a schema cannot say: owns the meaning of a definition, and what it takes to run it compiled once.
+//! Each part is looked at even where its neighbour is broken, so that an author sees every mistake at once.
+
+use std::collections::{HashMap, HashSet};
+
+use jsonschema::{PatternOptions, Validator};
+use regex::{Regex, RegexBuilder};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::{
+    Budget, Check, Defaults, Definition, Gate, MessageTemplate, ModelChain, Models, Output, OutputSchema, Role,
+    StageDefinition, graph,
+    path::{Path, cut},
+    schema,
+    source::{MISTAKES_MAX, Source},
+    template::{Flaw, Scope, Template},
+};
+use crate::{Code, StageId, Violation, error::nearest};
+
+/// The most stages.
+const STAGES_MAX: usize = 100;
+/// The largest compiled regular expression, in bytes.
+const REGEX_MAX_BYTES: usize = 1024 * 1024;
+
+/// What has been compiled of a definition; stages in the author's order.
+#[derive(Debug, Default)]
+pub(super) struct Compiled {
+    pub(super) input: Option<Validator>,
+    pub(super) stages: Vec<CompiledStage>,
+    pub(super) output: Option<OutputNode>,
+}
+
+/// What has been compiled of a stage.
+#[derive(Debug, Default)]
+pub(super) struct CompiledStage {
+    pub(super) messages: Vec<(Role, Template)>,
+    pub(super) transform: Option<Template>,
+    pub(super) schema: Option<Validator>,
+    pub(super) checks: Vec<CompiledCheck>,
+    pub(super) rubric: Option<Template>,
+}
+
+/// What has been compiled of a check.
+#[derive(Debug)]
+pub(super) enum CompiledCheck {
+    /// Nothing; the check says it all.
+    Plain,
+    Regex(Regex),
+    Schema(Validator),
+    Expression(Template),
+}
+
+/// The output mapping with its strings as templates.
+#[derive(Debug)]
+pub(super) enum OutputNode {
+    Plain(Value),
+    Template(Template),
+    List(Vec<Self>),
+    Map(Vec<(String, Self)>),
+}
+
+/// Collects mistakes and gives each its place.
+#[derive(Debug)]
+pub(super) struct Report<'a> {
+    source: &'a Source,
+    found: Vec<Violation>,
+}
+
+impl<'a> Report<'a> {
+    pub(super) fn new(source: &'a Source, found: Vec<Violation>) -> Self {
+        Self { source, found }
+    }
+
+    fn add(&mut self, mut violation: Violation, path: &Path, at_key: bool) {
+        let mark = if at_key { self.source.key_mark(path) } else { self.source.value_mark(path) };
+        violation.path = path.to_string();
+        violation.line = violation.line.or(mark.map(|m| m.line));
+        violation.column = violation.column.or(mark.map(|m| m.column));
+        let is_told = |v: &Violation| {
+            v.path == violation.path
+                && v.code == violation.code
+                && (v.code == Code::WrongValue || v.message == violation.message)
+        };
+        if !self.found.iter().any(is_told) {
+            self.found.push(violation);
+        }
+    }
+
+    fn at_value(&mut self, path: &Path, violation: Violation) {
+        self.add(violation, path, false);
+    }
+
+    fn at_key(&mut self, path: &Path, violation: Violation) {
+        self.add(violation, path, true);
+    }
+
+    fn inside(&mut self, path: &Path, flaw: Flaw) {
+        let mark = self.source.inner_mark(path, flaw.line.max(1), flaw.column);
+        let message = match (mark, flaw.line) {
+            (None, line) if line > 1 => format!("{} (in line {line} of the text)", flaw.message),
+            _ => flaw.message,
+        };
+        let mut violation = Violation::new(flaw.code, "", message);
+        violation.mend = flaw.mend;
+        violation.line = mark.map(|m| m.line);
+        violation.column = mark.map(|m| m.column);
+        self.at_value(path, violation);
+    }
+
+    /// All mistakes in the order of the text, or that there are none.
+    pub(super) fn finish(mut self) -> Result<(), Vec<Violation>> {
+        if self.found.is_empty() {
+            return Ok(());
+        }
+        self.found.sort_by_key(|v| (v.line.unwrap_or(u32::MAX), v.column.unwrap_or(u32::MAX)));
+        self.found.truncate(MISTAKES_MAX);
+        Err(self.found)
+    }
+}
+
+/// A definition as far as it can be read.
+struct Draft<'a> {
+    defaults: Defaults,
+    has_default_model: bool,
+    budget: Option<Budget>,
+    input: Option<&'a Value>,
+    output: Option<&'a Value>,
+    stages: Vec<StageDraft<'a>>,
+}
+
+/// A stage as far as it can be read.
+struct StageDraft<'a> {
+    path: Path,
+    raw: &'a Map<String, Value>,
+    /// Its id as written, valid or not.
+    id: Option<&'a str>,
+    definition: StageDefinition,
+}
+
+fn field<T: DeserializeOwned>(map: &Map<String, Value>, key: &str) -> Option<T> {
+    map.get(key).and_then(|value| T::deserialize(value).ok())
+}
+
+fn readable<T: DeserializeOwned>(map: &Map<String, Value>, key: &str) -> Vec<T> {
+    let items = map.get(key).and_then(Value::as_array).into_iter().flatten();
+    items.filter_map(|item| T::deserialize(item).ok()).collect()
+}
+
+fn draft(root: &Map<String, Value>) -> Draft<'_> {
+    let default_map = root.get("defaults").and_then(Value::as_object);
+    let defaults = Defaults { model: default_map.and_then(|map| field(map, "model")), ..Defaults::default() };
+    let stages = root.get("stages").and_then(Value::as_array).into_iter().flatten().take(STAGES_MAX).enumerate();
+    Draft {
+        defaults,
+        has_default_model: default_map.is_some_and(|map| map.contains_key("model")),
+        budget: field(root, "budget"),
+        input: root.get("input"),
+        output: root.get("output"),
+        stages: stages.filter_map(|(index, stage)| stage_draft(index, stage)).collect(),
+    }
+}
+
+fn stage_draft(index: usize, stage: &Value) -> Option<StageDraft<'_>> {
+    let raw = stage.as_object()?;
+    let gate = raw.get("gate").and_then(Value::as_object).map(|map| Gate {
+        checks: Vec::new(),
+        judge: field(map, "judge"),
+        on_fail: field(map, "on_fail").unwrap_or_default(),
+        on_exhausted: field(map, "on_exhausted").unwrap_or_default(),
+    });
+    Some(StageDraft {
+        path: Path::root().key("stages").index(index),
+        raw,
+        id: raw.get("id").and_then(Value::as_str),
+        definition: StageDefinition {
+            id: field(raw, "id").or_else(|| StageId::new("unnamed").ok())?,
+            description: None,
+            needs: Vec::new(),
+            prompt: field(raw, "prompt"),
+            system: field(raw, "system"),
+            messages: None,
+            transform: field(raw, "transform"),
+            model: field(raw, "model"),
+            params: None,
+            output: field(raw, "output").unwrap_or_default(),
+            gate,
+            retry: None,
+            timeout: None,
+            cache: None,
+        },
+    })
+}
+
+/// Finds every mistake, of form and of meaning, and compiles what is right.
+pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_>) -> Compiled {
+    for mistake in schema::mistakes(&source.value) {
+        report.add(mistake.violation, &mistake.path, mistake.at_key);
+    }
+    let Some(root) = source.value.as_object() else { return Compiled::default() };
+    let draft = draft(root);
+    let needs = needs(&draft, report);
+    let upstream = graph::upstream(&needs);
+    let ids: Vec<&str> = draft.stages.iter().filter_map(|stage| stage.id).collect();
+    if let Some(ModelChain::One(_) | ModelChain::Chain(_)) = &draft.defaults.model {
+        let path = Path::root().key("defaults").key("model");
+        check_chain(draft.defaults.model.as_ref(), &path, &draft, models, report);
+    }
+    let input_keys = closed_keys(draft.input);
+    let mut compiled = Compiled {
+        input: draft.input.and_then(|schema| compile_schema(schema, &Path::root().key("input"), report)),
+        ..Compiled::default()
+    };
+    for (index, stage) in draft.stages.iter().enumerate() {
+        let scope = Scope {
+            stage: stage.id,
+            stages: ids.clone(),
+            upstream: upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect(),
+            input: input_keys.clone(),
+            run: true,
+            output: false,
+        };
+        check_kind(stage, report);
+        check_models(stage, &draft, models, report);
+        compiled.stages.push(compile_stage(stage, &scope, report));
+    }
+    let scope = Scope {
+        upstream: ids.iter().copied().collect(),
+        stages: ids,
+        input: input_keys,
+        run: true,
+        ..Scope::default()
+    };
+    compiled.output = draft.output.map(|output| compile_output(output, &Path::root().key("output"), &scope, report));
+    compiled
+}
+
+/// Ids and needs as numbers; every wrong one is reported.
+fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
+    let mut index_of = HashMap::new();
+    for (index, stage) in draft.stages.iter().enumerate() {
+        let Some(id) = stage.id else { continue };
+        if let Some(first) = index_of.get(id) {
+            let message = format!("the stage id `{id}` is given twice, first at stages[{first}]");
+            report.at_value(
+                &stage.path.key("id"),
+                Violation::new(Code::Duplicate, "", message).mend("rename one of them"),
+            );
+        } else {
+            index_of.insert(id, index);
+        }
+    }
+    let mut edges = vec![Vec::new(); draft.stages.len()];
+    for (index, stage) in draft.stages.iter().enumerate() {
+        let list = stage.raw.get("needs").and_then(Value::as_array).into_iter().flatten();
+        for (position, need) in list.enumerate().filter_map(|(position, need)| Some((position, need.as_str()?))) {
+            let path = stage.path.key("needs").index(position);
+            match index_of.get(need) {
+                None => report.at_value(&path, unknown_need(need, index_of.keys().copied())),
+                Some(needed) if *needed == index => {
+                    let message = format!("stage `{need}` needs itself");
+                    report.at_value(&path, Violation::new(Code::Cycle, "", message).mend("remove it from `needs`"));
+                }
+                Some(needed) if edges[index].contains(needed) => {
+                    let message = format!("`{need}` is needed twice");
+                    report.at_value(&path, Violation::new(Code::Duplicate, "", message).mend("remove one of them"));
+                }
+                Some(needed) => edges[index].push(*needed),
+            }
+        }
+    }
+    for cycle in graph::cycles(&edges) {
+        let named: Vec<_> = cycle.iter().chain(cycle.first()).filter_map(|stage| draft.stages[*stage].id).collect();
+        let Some(first) = cycle.first() else { continue };
+        let message = format!("the stages need each other in a circle: {}", named.join(" → "));
+        let violation = Violation::new(Code::Cycle, "", message).mend("remove one of these from a `needs`");
+        report.at_value(&draft.stages[*first].path.key("needs"), violation);
+    }
+    edges
+}
+
+fn unknown_need<'a>(need: &str, ids: impl Iterator<Item = &'a str>) -> Violation {
+    let mut ids: Vec<_> = ids.collect();
+    ids.sort_unstable();
+    let mend = match nearest(need, ids.iter().copied()) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => format!("known stages: {}", ids.join(", ")),
+    };
+    Violation::new(Code::UnknownNeed, "", format!("there is no stage `{}`", cut(need, 80))).mend(mend)
+}
+
+const KINDS: [&str; 3] = ["prompt", "messages", "transform"];
+
+/// A stage does exactly one thing, and has only the keys that go with it.
+fn check_kind(stage: &StageDraft<'_>, report: &mut Report<'_>) {
+    let has = |key: &&str| stage.raw.contains_key(*key);
+    let given: Vec<&str> = KINDS.into_iter().filter(has).collect();
+    let wrong = |message: String, mend: &str| Violation::new(Code::WrongValue, "", message).mend(mend);
+    match given.as_slice() {
+        [] => {
+            // A misspelt key has been told already.
+            let misspelt = stage.raw.keys().any(|key| nearest(&cut(key, 40), KINDS).is_some());
+            if !misspelt {
+                let message = "the stage does nothing: it has no `prompt`, `messages` or `transform`";
+                let violation = Violation::new(Code::MissingKey, "", message).mend("add `prompt:` with a template");
+                report.at_value(&stage.path, violation);
+            }
+        }
+        [_] => {}
+        [first, others @ ..] => {
+            for other in others {
+                let message = format!("`{first}` and `{other}` exclude each other");
+                report.at_key(&stage.path.key(other), wrong(message, "keep one of them"));
+            }
+        }
+    }
+    if stage.raw.contains_key("system") && !stage.raw.contains_key("prompt") && given != [""; 0] {
+        let message = "`system` goes with `prompt` alone".to_owned();
+        report.at_key(&stage.path.key("system"), wrong(message, "write it as a message with `role: system`"));
+    }
+    if given == ["transform"] {
+        for key in ["model", "params", "cache"].iter().filter(|key| has(key)) {
+            let message = format!("a transform calls no model, so that `{key}` means nothing");
+            report.at_key(&stage.path.key(key), wrong(message, "remove it; a judge has its own `model`"));
+        }
+    }
+}
+
+fn check_models(stage: &StageDraft<'_>, draft: &Draft<'_>, models: &dyn Models, report: &mut Report<'_>) {
+    let definition = &stage.definition;
+    let is_transform = stage.raw.contains_key("transform");
+    let has_model = stage.raw.contains_key("model") || draft.has_default_model;
+    check_chain(definition.model.as_ref(), &stage.path.key("model"), draft, models, report);
+    if !has_model && !is_transform && KINDS.iter().any(|key| stage.raw.contains_key(*key)) {
+        let violation = Violation::new(Code::MissingKey, "", "no model is named, neither here nor in `defaults`");
+        report.at_value(&stage.path.key("model"), violation.mend("add `model: provider/model` here or in `defaults`"));
+    }
+    let gate = stage.raw.get("gate").and_then(Value::as_object);
+    let Some(judge) = gate.and_then(|gate| gate.get("judge")).and_then(Value::as_object) else { return };
+    let path = stage.path.key("gate").key("judge").key("model");
+    check_chain(field::<ModelChain>(judge, "model").as_ref(), &path, draft, models, report);
+    if is_transform && !judge.contains_key("model") {
+        let violation = Violation::new(Code::MissingKey, "", "a transform has no model that its judge could use");
+        report.at_value(&path, violation.mend("add `model: provider/model` to the judge"));
+    }
+}
+
+fn check_chain(
+    chain: Option<&ModelChain>,
+    path: &Path,
+    draft: &Draft<'_>,
+    models: &dyn Models,
+    report: &mut Report<'_>,
+) {
+    let Some(chain) = chain else { return };
+    let mut seen = HashSet::new();
+    for (position, model) in chain.models().iter().enumerate() {
+        let path = match chain {
+            ModelChain::One(_) => path.clone(),
+            ModelChain::Chain(_) => path.index(position),
+        };
+        if !seen.insert(model) {
+            let violation =
+                Violation::new(Code::Duplicate, "", format!("`{model}` stands twice in the fallback chain"));
+            report.at_value(&path, violation.mend("remove one of them"));
+        } else if let Err(error) = models.check(model) {
+            report.at_value(&path, Violation::new(error.code, "", error.detail));
+        } else if draft.budget.is_some() && !models.is_priced(model) {
+            let message = format!("the pipeline has a budget, but `{model}` has no price");
+            let mend = "add its price to the price table, use a model that has one, or remove `budget`";
+            report.at_value(&path, Violation::new(Code::BudgetUnpriced, "", message).mend(mend));
+        }
+    }
+}
+
+/// The keys that an input can have, where its schema allows no others.
+fn closed_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
+    let schema = schema?.as_object()?;
+    let is_closed = schema.get("additionalProperties") == Some(&Value::Bool(false));
+    if !is_closed || schema.contains_key("patternProperties") {
+        return None;
+    }
+    Some(schema.get("properties")?.as_object()?.keys().map(String::as_str).collect())
+}
+
+fn template(text: Option<&String>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
+    match Template::template(text?, scope) {
+        Ok(template) => Some(template),
+        Err(flaws) => {
+            flaws.into_iter().for_each(|flaw| report.inside(path, flaw));
+            None
+        }
+    }
+}
+
+fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<'_>) -> CompiledStage {
+    let (definition, path) = (&stage.definition, &stage.path);
+    let mut compiled = CompiledStage::default();
+    for (role, key, text) in [(Role::System, "system", &definition.system), (Role::User, "prompt", &definition.prompt)]
+    {
+        let template = template(text.as_ref(), &path.key(key), scope, report);
+        compiled.messages.extend(template.map(|template| (role, template)));
+    }
+    compiled.messages.extend(compile_messages(stage, scope, report));
+    compiled.transform = template(definition.transform.as_ref(), &path.key("transform"), scope, report);
+    if let Output::Schema(OutputSchema { schema }) = &definition.output {
+        compiled.schema = compile_schema(schema, &path.key("output").key("schema"), report);
+    }
+    let Some(gate) = stage.raw.get("gate").and_then(Value::as_object) else { return compiled };
+    let path = path.key("gate");
+    let checks = gate.get("checks").and_then(Value::as_array).into_iter().flatten().enumerate();
+    let expression_scope = Scope { run: false, output: true, ..scope.clone() };
+    for (index, check) in
+        checks.filter_map(|(i, value)| Some((i, <Check as serde::Deserialize>::deserialize(value).ok()?)))
+    {
+        let path = path.key("checks").index(index);
+        compiled.checks.extend(compile_check(&check, &path, &expression_scope, report));
+    }
+    if let Some(judge) = gate.get("judge").and_then(Value::as_object) {
+        let rubric: Option<String> = field(judge, "rubric");
+        compiled.rubric = template(rubric.as_ref(), &path.key("judge").key("rubric"), scope, report);
+    }
+    compiled
+}
+
+fn compile_messages(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<'_>) -> Vec<(Role, Template)> {
+    let Some(list) = stage.raw.get("messages").and_then(Value::as_array) else { return Vec::new() };
+    let path = stage.path.key("messages");
+    let messages: Vec<MessageTemplate> = readable(stage.raw, "messages");
+    if messages.len() == list.len() && !messages.iter().any(|message| message.role == Role::User) {
+        let violation = Violation::new(Code::WrongValue, "", "no message is the user's, so that nothing is asked");
+        report.at_value(&path, violation.mend("add a message with `role: user`"));
+    }
+    let contents = list.iter().enumerate().filter_map(|(index, message)| Some((index, message.as_object()?)));
+    contents
+        .filter_map(|(index, message)| {
+            let (role, content) = (field(message, "role"), field::<String>(message, "content"));
+            let template = template(content.as_ref(), &path.index(index).key("content"), scope, report)?;
+            Some((role.unwrap_or(Role::User), template))
+        })
+        .collect()
+}
+
+fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<CompiledCheck> {
+    let invalid = |message: String| Violation::new(Code::InvalidExpression, "", message);
+    match check {
+        Check::MinChars(_) | Check::MaxChars(_) | Check::Contains(_) | Check::NotContains(_) => {
+            Some(CompiledCheck::Plain)
+        }
+        Check::Matches(pattern) | Check::NotMatches(pattern) => {
+            let path = path.key(check.name());
+            match RegexBuilder::new(pattern).size_limit(REGEX_MAX_BYTES).build() {
+                Ok(regex) => Some(CompiledCheck::Regex(regex)),
+                Err(error) => {
+                    let detail = error.to_string();
+                    // The last line of a syntax error says what is wrong; the others draw where.
+                    let detail = detail.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned();
+                    let violation = invalid(format!("the regular expression does not compile: {detail}"));
+                    report.at_value(
+                        &path,
+                        violation.mend("see https://docs.rs/regex for the syntax; look-around is not part of it"),
+                    );
+                    None
+                }
+            }
+        }
+        Check::Schema(schema) => compile_schema(schema, &path.key("schema"), report).map(CompiledCheck::Schema),
+        Check::Expression(text) => match Template::expression(text, scope) {
+            Ok(expression) => Some(CompiledCheck::Expression(expression)),
+            Err(flaws) => {
+                for flaw in flaws {
+                    let code = if flaw.code == Code::TemplateSyntax { Code::InvalidExpression } else { flaw.code };
+                    let message = flaw.message.replace("the template could", "the expression could");
+                    report.inside(&path.key("expression"), Flaw { code, message, ..flaw });
+                }
+                None
+            }
+        },
+    }
+}
+
+fn compile_output(value: &Value, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> OutputNode {
+    match value {
+        Value::String(text) => match template(Some(text), path, scope, report) {
+            Some(template) => OutputNode::Template(template),
+            None => OutputNode::Plain(Value::Null),
+        },
+        Value::Array(items) => OutputNode::List(
+            items.iter().enumerate().map(|(i, item)| compile_output(item, &path.index(i), scope, report)).collect(),
+        ),
+        Value::Object(map) => OutputNode::Map(
+            map.iter().map(|(key, item)| (key.clone(), compile_output(item, &path.key(key), scope, report))).collect(),
+        ),
+        plain => OutputNode::Plain(plain.clone()),
+    }
+}
+
+/// Compiles a JSON Schema of the author's: valid, of a known draft, without references to elsewhere, and with
+/// regular expressions that cannot run away.
+fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Option<Validator> {
+    let invalid = |message: String| Violation::new(Code::InvalidSchema, "", message);
+    let before = report.found.len();
+    if let Some(draft) = schema.get("$schema").filter(|draft| !is_known_draft(draft)) {
+        let violation = invalid(format!("{} is no known draft of JSON Schema", schema::told(draft)));
+        report.at_value(&path.key("$schema"), violation.mend("remove `$schema`; 2020-12 is what is meant then"));
+        return None;
+    }
+    remote_references(schema, path, report);
+    match jsonschema::meta::validator_for(schema) {
+        Ok(meta) => {
+            for error in meta.iter_errors(schema).take(10) {
+                report.at_value(
+                    &path.below(error.instance_path()),
+                    invalid(format!("this {}", schema::sentence(&error))),
+                );
+            }
+        }
+        Err(error) => report.at_value(path, invalid(cut(&error.to_string(), 300))),
+    }
+    if report.found.len() > before {
+        return None;
+    }
+    let patterns = PatternOptions::regex().size_limit(REGEX_MAX_BYTES).dfa_size_limit(REGEX_MAX_BYTES);
+    match jsonschema::options().offline().with_pattern_options(patterns).build(schema) {
+        Ok(validator) => Some(validator),
+        Err(error) => {
+            let violation = invalid(format!("the schema does not compile: {}", cut(&error.to_string(), 300)));
+            report.at_value(&path.below(error.instance_path()), violation);
+            None
+        }
+    }
+}
+
+fn is_known_draft(draft: &Value) -> bool {
+    let Some(draft) = draft.as_str() else { return false };
+    let draft = draft.trim_end_matches('#').trim_start_matches("https://").trim_start_matches("http://");
+    matches!(
+        draft,
+        "json-schema.org/draft/2020-12/schema"
+            | "json-schema.org/draft/2019-09/schema"
+            | "json-schema.org/draft-07/schema"
+            | "json-schema.org/draft-06/schema"
+            | "json-schema.org/draft-04/schema"
+    )
+}
+
+/// Reports every `$ref` that leaves the schema: nothing is ever fetched.
+fn remote_references(schema: &Value, path: &Path, report: &mut Report<'_>) {
+    match schema {
+        Value::Array(items) => {
+            items.iter().enumerate().for_each(|(i, item)| remote_references(item, &path.index(i), report));
+        }
+        Value::Object(map) => {
+            for (key, inner) in map {
+                match (key.as_str(), inner) {
+                    // Data, not schemas.
+                    ("const" | "enum" | "default" | "examples", _) => {}
+                    ("$ref" | "$dynamicRef" | "$recursiveRef", Value::String(to)) if !to.starts_with('#') => {
+                        let message = format!("`{}` is outside of this schema, and nothing is fetched", cut(to, 80));
+                        let violation = Violation::new(Code::InvalidSchema, "", message);
+                        let mend = "put what it refers to under `$defs` and write `#/$defs/name`";
+                        report.at_value(&path.key(key), violation.mend(mend));
+                    }
+                    _ => remote_references(inner, &path.key(key), report),
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The definition itself, once nothing was found. Should decoding fail all the same, that is one mistake more.
+pub(super) fn decode(source: &Source) -> Result<Definition, Vec<Violation>> {
+    serde_path_to_error::deserialize(&source.value).map_err(|error: serde_path_to_error::Error<serde_json::Error>| {
+        let path = error.path().iter().fold(Path::root(), |path, segment| match segment {
+            serde_path_to_error::Segment::Seq { index } => path.index(*index),
+            serde_path_to_error::Segment::Map { key } => path.key(key),
+            _ => path,
+        });
+        let mut report = Report::new(source, Vec::new());
+        report.at_value(&path, Violation::new(Code::WrongValue, "", cut(&error.inner().to_string(), 300)));
+        report.found
+    })
+}

@@ -1,0 +1,101 @@
+//! What a pipeline says: owns the rendering of prompts, rubrics and the run's output. Calls no model.
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::{
+    Message, Pipeline, RenderContext, Rendered, Work,
+    check::OutputNode,
+    template::{Template, Vars},
+};
+use crate::{Code, Failure};
+
+impl Pipeline {
+    pub(super) fn with_vars<'a, T>(
+        &self,
+        context: &RenderContext<'a>,
+        output: Option<&'a Value>,
+        run: impl FnOnce(&Vars<'_>) -> T,
+    ) -> T {
+        let outputs = context.outputs;
+        let stage = |id: &str| {
+            let index = self.stage_index(id)?;
+            outputs.get(index)?.as_deref()
+        };
+        run(&Vars { run_id: context.run_id, input: context.input, stage: &stage, output })
+    }
+
+    /// Renders a stage's messages or its transform.
+    pub fn render(&self, stage: usize, context: &RenderContext<'_>) -> Result<Rendered, Failure> {
+        let compiled = &self.compiled.stages[stage];
+        self.with_vars(context, None, |vars| match (&self.stages[stage].work, &compiled.transform) {
+            (Work::Transform, Some(transform)) => {
+                transform.render(vars).map(Rendered::Text).map_err(|cause| self.failure(stage, "transform", &cause))
+            }
+            _ => {
+                let render =
+                    |template: &Template| template.render(vars).map_err(|cause| self.failure(stage, "prompt", &cause));
+                let messages = compiled.messages.iter();
+                let messages = messages
+                    .map(|(role, template)| Ok(Message { role: *role, content: render(template)? }))
+                    .collect::<Result<_, Failure>>()?;
+                Ok(Rendered::Messages(messages))
+            }
+        })
+    }
+
+    /// Renders the judge's rubric; None where the stage has no judge.
+    pub fn render_rubric(&self, stage: usize, context: &RenderContext<'_>) -> Result<Option<String>, Failure> {
+        let Some(rubric) = &self.compiled.stages[stage].rubric else { return Ok(None) };
+        self.with_vars(context, None, |vars| rubric.render(vars))
+            .map(Some)
+            .map_err(|cause| self.failure(stage, "rubric", &cause))
+    }
+
+    /// Renders the run's output.
+    pub fn render_output(&self, context: &RenderContext<'_>) -> Result<Value, Failure> {
+        let Some(mapping) = &self.compiled.output else { return self.leaves(context) };
+        let failed = |cause: String| Failure {
+            code: Code::TemplateFailed,
+            message: format!("the run's output could not be rendered: {cause}"),
+            stage: None,
+        };
+        self.with_vars(context, None, |vars| node(mapping, vars)).map_err(failed)
+    }
+
+    /// The outputs of the last stages, by id.
+    fn leaves(&self, context: &RenderContext<'_>) -> Result<Value, Failure> {
+        let mut outputs = Map::new();
+        for (index, stage) in self.stages.iter().enumerate().filter(|(_, stage)| stage.dependents.is_empty()) {
+            let output: &Arc<Value> = context.outputs.get(index).and_then(Option::as_ref).ok_or_else(|| Failure {
+                code: Code::TemplateFailed,
+                message: format!("the run's output could not be made: stage `{}` has none yet", stage.id),
+                stage: Some(stage.id.clone()),
+            })?;
+            outputs.insert(stage.id.to_string(), output.as_ref().clone());
+        }
+        Ok(Value::Object(outputs))
+    }
+
+    fn failure(&self, stage: usize, what: &str, cause: &str) -> Failure {
+        let id = &self.stages[stage].id;
+        Failure {
+            code: Code::TemplateFailed,
+            message: format!("the {what} of stage `{id}` could not be rendered: {cause}"),
+            stage: Some(id.clone()),
+        }
+    }
+}
+
+fn node(mapping: &OutputNode, vars: &Vars<'_>) -> Result<Value, String> {
+    Ok(match mapping {
+        OutputNode::Plain(value) => value.clone(),
+        OutputNode::Template(template) => template.value(vars)?,
+        OutputNode::List(items) => Value::Array(items.iter().map(|item| node(item, vars)).collect::<Result<_, _>>()?),
+        OutputNode::Map(map) => {
+            let entries = map.iter().map(|(key, inner)| Ok((key.clone(), node(inner, vars)?)));
+            Value::Object(entries.collect::<Result<_, String>>()?)
+        }
+    })
+}

@@ -1,0 +1,114 @@
+//! From a definition without mistakes to a [`Pipeline`]: owns order, defaults and the digest. Cannot fail.
+
+use std::{sync::Arc, time::Duration};
+
+use serde_json::{Map, Value};
+
+use super::{
+    Cache, Defaults, Definition, Gate, ModelChain, ModelWork, Output, OutputFormat, OutputSchema, OutputWord, Params,
+    Pipeline, Stage, StageDefinition, Work, check::Compiled, graph,
+};
+use crate::ModelRef;
+
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
+const DEFAULT_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// The same content, always in the same form: keys sorted, all the way down.
+pub(super) fn canonical(value: &Value) -> Value {
+    match value {
+        Value::Array(items) => Value::Array(items.iter().map(canonical).collect()),
+        Value::Object(map) => {
+            let mut keys: Vec<_> = map.iter().collect();
+            keys.sort_unstable_by_key(|(key, _)| key.as_str());
+            Value::Object(keys.into_iter().map(|(key, value)| (key.clone(), canonical(value))).collect::<Map<_, _>>())
+        }
+        plain => plain.clone(),
+    }
+}
+
+/// Builds the pipeline. `value` is what `definition` was decoded from.
+pub(super) fn resolve(definition: Definition, value: &Value, compiled: Compiled) -> Pipeline {
+    let canonical = canonical(value);
+    let digest = *blake3::hash(canonical.to_string().as_bytes()).as_bytes();
+    let position = |id| definition.stages.iter().position(|stage| &stage.id == id);
+    let needs: Vec<Vec<usize>> =
+        definition.stages.iter().map(|stage| stage.needs.iter().filter_map(position).collect()).collect();
+    let order = graph::order(&needs);
+    let mut place = vec![0; order.len()];
+    for (new, old) in order.iter().enumerate() {
+        place[*old] = new;
+    }
+    let moved = |olds: &[usize]| {
+        let mut news: Vec<usize> = olds.iter().map(|old| place[*old]).collect();
+        news.sort_unstable();
+        news
+    };
+    let dependents = |old: usize| {
+        let olds: Vec<usize> = (0..needs.len()).filter(|other| needs[*other].contains(&old)).collect();
+        moved(&olds)
+    };
+    let stages = order
+        .iter()
+        .map(|old| {
+            let stage = &definition.stages[*old];
+            resolve_stage(stage, &definition.defaults, moved(&needs[*old]), dependents(*old))
+        })
+        .collect();
+    let mut parts: Vec<_> = compiled.stages.into_iter().map(Some).collect();
+    let compiled_stages = order.iter().filter_map(|old| parts.get_mut(*old).and_then(Option::take)).collect();
+    Pipeline {
+        name: definition.name,
+        description: definition.description,
+        definition: canonical,
+        digest,
+        stages,
+        budget: definition.budget,
+        deadline: definition.deadline.map_or(DEFAULT_DEADLINE, |span| span.0),
+        compiled: Compiled { stages: compiled_stages, ..compiled },
+    }
+}
+
+fn resolve_stage(stage: &StageDefinition, defaults: &Defaults, needs: Vec<usize>, dependents: Vec<usize>) -> Stage {
+    let models: Vec<ModelRef> =
+        stage.model.as_ref().or(defaults.model.as_ref()).map(|chain| chain.models().to_vec()).unwrap_or_default();
+    let mut gate = stage.gate.clone().unwrap_or_else(Gate::default);
+    if let Some(judge) = &mut gate.judge {
+        judge.model.get_or_insert_with(|| ModelChain::Chain(models.clone()));
+    }
+    let work = if stage.transform.is_some() {
+        Work::Transform
+    } else {
+        Work::Model(ModelWork {
+            models,
+            params: merged(stage.params.as_ref(), defaults.params.as_ref()),
+            cache: stage.cache.clone().or_else(|| defaults.cache.clone()).unwrap_or_else(Cache::default),
+        })
+    };
+    Stage {
+        id: stage.id.clone(),
+        description: stage.description.clone(),
+        needs,
+        dependents,
+        work,
+        output: match &stage.output {
+            Output::Word(OutputWord::Text) => OutputFormat::Text,
+            Output::Word(OutputWord::Json) => OutputFormat::Json { schema: None },
+            Output::Schema(OutputSchema { schema }) => OutputFormat::Json { schema: Some(Arc::new(schema.clone())) },
+        },
+        gate,
+        retry: stage.retry.clone().or_else(|| defaults.retry.clone()).unwrap_or_default(),
+        timeout: stage.timeout.or(defaults.timeout).map_or(DEFAULT_TIMEOUT, |span| span.0),
+    }
+}
+
+/// A stage's parameters over the defaults', key by key.
+fn merged(stage: Option<&Params>, defaults: Option<&Params>) -> Params {
+    let (stage, defaults) = (stage.cloned().unwrap_or_default(), defaults.cloned().unwrap_or_default());
+    Params {
+        temperature: stage.temperature.or(defaults.temperature),
+        top_p: stage.top_p.or(defaults.top_p),
+        max_output_tokens: stage.max_output_tokens.or(defaults.max_output_tokens),
+        seed: stage.seed.or(defaults.seed),
+        stop: if stage.stop.is_empty() { defaults.stop } else { stage.stop },
+    }
+}

@@ -1,0 +1,415 @@
+//! The filters, tests and functions of templates: owns the list and the budget that each draws on. Nothing here does
+//! I/O or can make more than it is charged for.
+
+use std::{borrow::Cow, cell::Cell, io, sync::LazyLock};
+
+use minijinja::{
+    Environment, Error, ErrorKind, State, UndefinedBehavior, Value, filters, functions, tests,
+    value::{Kwargs, Rest, ValueKind, ValueOrKwargs},
+};
+
+use super::sandbox::{CHARGE, NUMBER};
+
+/// The most bytes that one rendering may copy, join or compare.
+const WORK_MAX_BYTES: usize = 64 * 1024 * 1024;
+/// The deepest nesting of a value.
+const VALUE_MAX_DEPTH: usize = 64;
+
+/// The filters that a template can use.
+pub(super) const FILTERS: &[&str] = &[
+    "abs",
+    "attr",
+    "bool",
+    "capitalize",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "first",
+    "float",
+    "groupby",
+    "indent",
+    "int",
+    "items",
+    "join",
+    "last",
+    "length",
+    "lines",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "replace",
+    "reverse",
+    "round",
+    "select",
+    "selectattr",
+    "sort",
+    "split",
+    "string",
+    "sum",
+    "title",
+    "tojson",
+    "trim",
+    "unique",
+    "upper",
+];
+
+/// The tests that a template can use.
+pub(super) const TESTS: &[&str] = &[
+    "boolean",
+    "defined",
+    "divisibleby",
+    "endingwith",
+    "eq",
+    "equalto",
+    "even",
+    "false",
+    "float",
+    "ge",
+    "gt",
+    "in",
+    "int",
+    "integer",
+    "iterable",
+    "le",
+    "lower",
+    "lt",
+    "mapping",
+    "ne",
+    "none",
+    "number",
+    "odd",
+    "sequence",
+    "startingwith",
+    "string",
+    "true",
+    "undefined",
+    "upper",
+    "==",
+    "!=",
+    "<",
+    "<=",
+    ">",
+    ">=",
+];
+
+thread_local! {
+    /// What the rendering under way on this thread may still do. A rendering never suspends, so it has the thread.
+    static WORK_LEFT: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Runs a rendering with a full budget.
+pub(super) fn charged<T>(render: impl FnOnce() -> T) -> T {
+    WORK_LEFT.with(|left| left.set(WORK_MAX_BYTES));
+    let result = render();
+    WORK_LEFT.with(|left| left.set(0));
+    result
+}
+
+fn failed(message: impl Into<Cow<'static, str>>) -> Error {
+    Error::new(ErrorKind::InvalidOperation, message)
+}
+
+fn pay(bytes: usize) -> Result<(), Error> {
+    WORK_LEFT.with(|left| match left.get().checked_sub(bytes) {
+        Some(rest) => {
+            left.set(rest);
+            Ok(())
+        }
+        None => {
+            left.set(0);
+            Err(failed(format!("it handles more than {WORK_MAX_BYTES} bytes of data")))
+        }
+    })
+}
+
+/// Pays for everything in a value, shared parts as often as they occur.
+fn pay_for(value: &Value, depth: usize) -> Result<(), Error> {
+    if depth > VALUE_MAX_DEPTH {
+        return Err(failed(format!("a value is nested more than {VALUE_MAX_DEPTH} levels deep")));
+    }
+    match value.kind() {
+        ValueKind::String => pay(value.as_str().map_or(0, str::len)),
+        ValueKind::Bytes => pay(value.as_bytes().map_or(0, <[u8]>::len)),
+        ValueKind::Seq | ValueKind::Iterable => {
+            for item in value.try_iter()? {
+                pay(16)?;
+                pay_for(&item, depth + 1)?;
+            }
+            Ok(())
+        }
+        ValueKind::Map => {
+            for key in value.try_iter()? {
+                pay(32)?;
+                pay_for(&key, depth + 1)?;
+                pay_for(&value.get_item(&key)?, depth + 1)?;
+            }
+            Ok(())
+        }
+        _ => pay(1),
+    }
+}
+
+/// Writes into memory as long as the budget lasts.
+struct Paid(Vec<u8>);
+
+impl io::Write for Paid {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        pay(bytes.len()).map_err(io::Error::other)?;
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn json_text(value: &Value, indent: usize) -> Result<String, Error> {
+    // Walked first: it stops on what is nested too deeply for the writer.
+    pay_for(value, 0)?;
+    let mut paid = Paid(Vec::new());
+    let padding = " ".repeat(indent);
+    let written = if indent == 0 {
+        serde_json::to_writer(&mut paid, value)
+    } else {
+        let format = serde_json::ser::PrettyFormatter::with_indent(padding.as_bytes());
+        serde::Serialize::serialize(value, &mut serde_json::Serializer::with_formatter(&mut paid, format))
+    };
+    written.map_err(|error| failed(format!("it is no JSON: {error}")))?;
+    String::from_utf8(paid.0).map_err(|_| failed("it is no text"))
+}
+
+/// A value as text, as it would be inserted: texts as they are, all else as compact JSON.
+fn text(value: &Value) -> Result<Cow<'_, str>, Error> {
+    match value.as_str() {
+        Some(text) => {
+            pay(text.len())?;
+            Ok(Cow::Borrowed(text))
+        }
+        None if value.is_undefined() => Err(Error::from(ErrorKind::UndefinedError)),
+        None => json_text(value, 0).map(Cow::Owned),
+    }
+}
+
+/// The value of an expression as JSON.
+pub(super) fn to_json(value: &Value) -> Result<serde_json::Value, Error> {
+    if value.is_undefined() {
+        return Err(Error::from(ErrorKind::UndefinedError));
+    }
+    charged(|| {
+        pay_for(value, 0)?;
+        serde_json::to_value(value).map_err(|error| failed(format!("it is no JSON: {error}")))
+    })
+}
+
+/// An environment with everything that a template can use, and nothing else.
+pub(super) fn environment(fuel: u64) -> Environment<'static> {
+    static LIBRARY: LazyLock<Environment<'static>> = LazyLock::new(library);
+    let mut environment = LIBRARY.clone();
+    environment.set_fuel(Some(fuel));
+    environment
+}
+
+fn library() -> Environment<'static> {
+    let mut env = Environment::empty();
+    env.set_undefined_behavior(UndefinedBehavior::Strict);
+    env.set_recursion_limit(100);
+    env.set_debug(true);
+    env.set_formatter(|out, _, value| {
+        let text = text(value)?;
+        out.write_str(&text).map_err(|_| failed("the text could not be written"))
+    });
+    env.add_function("range", |lower: isize, upper: Option<isize>, step: Option<isize>| {
+        functions::range(lower, upper, step)
+    });
+    env.add_filter(CHARGE, |value: Value| pay_for(&value, 0).map(|()| value));
+    env.add_filter(
+        NUMBER,
+        |value: Value| {
+            if value.is_number() { Ok(value) } else { Err(failed("only numbers can be multiplied")) }
+        },
+    );
+    add_text_filters(&mut env);
+    add_value_filters(&mut env);
+    add_tests(&mut env);
+    env
+}
+
+fn add_text_filters(env: &mut Environment<'static>) {
+    // Upper and lower case may take three times the bytes.
+    env.add_filter("upper", |v: &Value| text(v).and_then(|t| pay(t.len() * 3).map(|()| t.to_uppercase())));
+    env.add_filter("lower", |v: &Value| text(v).and_then(|t| pay(t.len() * 3).map(|()| t.to_lowercase())));
+    env.add_filter("title", |v: &Value| text(v).and_then(|t| pay(t.len() * 3).map(|()| filters::title(t))));
+    env.add_filter("capitalize", |v: &Value| {
+        let text = text(v)?;
+        pay(text.len() * 3)?;
+        let mut chars = text.chars();
+        let first = chars.next().map(char::to_uppercase).into_iter().flatten();
+        Ok::<_, Error>(first.chain(chars.as_str().to_lowercase().chars()).collect::<String>())
+    });
+    env.add_filter("trim", |v: &Value| text(v).map(|text| text.trim().to_owned()));
+    env.add_filter("string", |v: &Value| text(v).map(Cow::into_owned));
+    env.add_filter("lines", |v: &Value| {
+        let text = text(v)?;
+        pay(text.len() * 16)?;
+        Ok::<_, Error>(text.lines().map(Value::from).collect::<Vec<_>>())
+    });
+    env.add_filter("split", |v: &Value, by: Option<String>| {
+        let text = text(v)?;
+        pay(text.len() * 16)?;
+        Ok::<_, Error>(match by.filter(|by| !by.is_empty()) {
+            Some(by) => text.split(by.as_str()).map(Value::from).collect::<Vec<_>>(),
+            None => text.split_whitespace().map(Value::from).collect(),
+        })
+    });
+    env.add_filter("replace", |v: &Value, from: &Value, to: &Value| {
+        let (text, from, to) = (text(v)?, text(from)?, text(to)?);
+        if from.is_empty() {
+            return Err(failed("`replace` needs a text to look for"));
+        }
+        pay(text.matches(from.as_ref()).count().saturating_mul(to.len()))?;
+        Ok(text.replace(from.as_ref(), &to))
+    });
+    env.add_filter("indent", |v: &Value, width: Option<usize>, first: Option<bool>| {
+        let text = text(v)?;
+        let width = width.unwrap_or(4).min(100);
+        pay(text.lines().count() * width)?;
+        let padding = " ".repeat(width);
+        let indented = text.lines().enumerate().map(|(number, line)| {
+            let skipped = line.is_empty() || (number == 0 && !first.unwrap_or(false));
+            if skipped { line.to_owned() } else { format!("{padding}{line}") }
+        });
+        Ok::<_, Error>(indented.collect::<Vec<_>>().join("\n"))
+    });
+    env.add_filter("join", |v: &Value, by: Option<&Value>| {
+        let by = by.map(text).transpose()?.unwrap_or_default();
+        let mut joined = String::new();
+        for (number, item) in v.try_iter()?.enumerate() {
+            let item = text(&item)?;
+            pay(by.len() + 1)?;
+            if number > 0 {
+                joined.push_str(&by);
+            }
+            joined.push_str(&item);
+        }
+        Ok::<_, Error>(joined)
+    });
+    env.add_filter("tojson", |v: &Value, indent: Option<usize>, named: Kwargs| {
+        let indent = indent.map_or_else(|| named.get::<Option<usize>>("indent").map(Option::unwrap_or_default), Ok)?;
+        named.assert_all_used()?;
+        if v.is_undefined() {
+            return Err(Error::from(ErrorKind::UndefinedError));
+        }
+        json_text(v, indent.min(8))
+    });
+}
+
+fn add_value_filters(env: &mut Environment<'static>) {
+    env.add_filter("sum", |v: &Value| {
+        let (mut whole, mut real, mut is_whole) = (0_i64, 0.0_f64, true);
+        for item in v.try_iter()? {
+            pay(1)?;
+            if !item.is_number() {
+                return Err(failed("`sum` adds numbers alone"));
+            }
+            real += f64::try_from(item.clone())?;
+            match item.as_i64().filter(|_| item.is_integer()).and_then(|number| whole.checked_add(number)) {
+                Some(total) => whole = total,
+                None => is_whole = false,
+            }
+        }
+        Ok(if is_whole { Value::from(whole) } else { Value::from(real) })
+    });
+    for (name, filter) in [
+        ("abs", Value::from_function(filters::abs)),
+        ("attr", Value::from_function(filters::attr)),
+        ("bool", Value::from_function(filters::bool)),
+        ("count", Value::from_function(filters::length)),
+        ("d", Value::from_function(filters::default)),
+        ("default", Value::from_function(filters::default)),
+        ("dictsort", Value::from_function(filters::dictsort)),
+        ("first", Value::from_function(filters::first)),
+        ("float", Value::from_function(filters::float)),
+        ("groupby", Value::from_function(filters::groupby)),
+        ("int", Value::from_function(filters::int)),
+        ("items", Value::from_function(filters::items)),
+        ("last", Value::from_function(filters::last)),
+        ("length", Value::from_function(filters::length)),
+        ("list", Value::from_function(filters::list)),
+        ("map", Value::from_function(filters::map)),
+        ("max", Value::from_function(filters::max)),
+        ("min", Value::from_function(filters::min)),
+        ("reject", Value::from_function(filters::reject)),
+        ("rejectattr", Value::from_function(filters::rejectattr)),
+        ("reverse", Value::from_function(filters::reverse)),
+        ("round", Value::from_function(filters::round)),
+        ("select", Value::from_function(filters::select)),
+        ("selectattr", Value::from_function(filters::selectattr)),
+        ("sort", Value::from_function(filters::sort)),
+        ("unique", Value::from_function(filters::unique)),
+    ] {
+        env.add_filter(name, paid(filter));
+    }
+}
+
+/// A function that pays for its arguments before it runs.
+fn paid(
+    inner: Value,
+) -> impl Fn(&mut State<'_, '_>, Rest<ValueOrKwargs>) -> Result<Value, Error> + Send + Sync + 'static {
+    move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| {
+        let args: Vec<Value> = args.iter().cloned().map(Value::from).collect();
+        args.iter().try_for_each(|arg| pay_for(arg, 0))?;
+        inner.call(state, &args)
+    }
+}
+
+fn add_tests(env: &mut Environment<'static>) {
+    let (eq, ne) = (Value::from_function(tests::is_eq), Value::from_function(tests::is_ne));
+    let (lt, le) = (Value::from_function(tests::is_lt), Value::from_function(tests::is_le));
+    let (gt, ge) = (Value::from_function(tests::is_gt), Value::from_function(tests::is_ge));
+    let integer = Value::from_function(tests::is_integer);
+    for (name, test) in [
+        ("boolean", Value::from_function(tests::is_boolean)),
+        ("defined", Value::from_function(tests::is_defined)),
+        ("divisibleby", Value::from_function(tests::is_divisibleby)),
+        ("endingwith", Value::from_function(tests::is_endingwith)),
+        ("even", Value::from_function(tests::is_even)),
+        ("false", Value::from_function(tests::is_false)),
+        ("float", Value::from_function(tests::is_float)),
+        ("in", Value::from_function(tests::is_in)),
+        ("int", integer.clone()),
+        ("integer", integer),
+        ("iterable", Value::from_function(tests::is_iterable)),
+        ("lower", Value::from_function(tests::is_lower)),
+        ("mapping", Value::from_function(tests::is_mapping)),
+        ("none", Value::from_function(tests::is_none)),
+        ("number", Value::from_function(tests::is_number)),
+        ("odd", Value::from_function(tests::is_odd)),
+        ("sequence", Value::from_function(tests::is_sequence)),
+        ("startingwith", Value::from_function(tests::is_startingwith)),
+        ("string", Value::from_function(tests::is_string)),
+        ("true", Value::from_function(tests::is_true)),
+        ("undefined", Value::from_function(tests::is_undefined)),
+        ("upper", Value::from_function(tests::is_upper)),
+        ("eq", eq.clone()),
+        ("equalto", eq.clone()),
+        ("==", eq),
+        ("ne", ne.clone()),
+        ("!=", ne),
+        ("lt", lt.clone()),
+        ("<", lt),
+        ("le", le.clone()),
+        ("<=", le),
+        ("gt", gt.clone()),
+        (">", gt),
+        ("ge", ge.clone()),
+        (">=", ge),
+    ] {
+        env.add_test(name, paid(test));
+    }
+}

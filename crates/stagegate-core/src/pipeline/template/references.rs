@@ -1,0 +1,349 @@
+//! What a template names: owns the check that everything it names will be there when it is rendered. Runs nothing.
+
+use std::collections::HashSet;
+
+use minijinja::machinery::{
+    Span,
+    ast::{self, CallArg, Expr, Stmt},
+};
+
+use super::{Flaw, library};
+use crate::{Code, error::nearest};
+
+/// What a template may name.
+#[derive(Debug, Clone, Default)]
+pub(in crate::pipeline) struct Scope<'a> {
+    /// The stage that the template belongs to.
+    pub(in crate::pipeline) stage: Option<&'a str>,
+    /// Every stage of the pipeline.
+    pub(in crate::pipeline) stages: Vec<&'a str>,
+    /// Those whose outputs are there: the stages upstream.
+    pub(in crate::pipeline) upstream: HashSet<&'a str>,
+    /// The keys of the input, where its schema allows no others.
+    pub(in crate::pipeline) input: Option<Vec<&'a str>>,
+    /// Whether `run` is known here.
+    pub(in crate::pipeline) run: bool,
+    /// Whether `output` is known here: an expression of a gate.
+    pub(in crate::pipeline) output: bool,
+}
+
+/// What a template names.
+#[derive(Debug, Default)]
+pub(super) struct Named {
+    pub(super) stages: Vec<String>,
+    pub(super) input: bool,
+}
+
+/// Walks the tree; every flaw at once.
+pub(super) fn check(tree: &Stmt<'_>, scope: &Scope<'_>) -> (Named, Vec<Flaw>) {
+    let mut walker = Walker { scope, locals: vec![HashSet::new()], named: Named::default(), flaws: Vec::new() };
+    walker.statement(tree);
+    (walker.named, walker.flaws)
+}
+
+struct Walker<'a, 's> {
+    scope: &'s Scope<'s>,
+    /// The names that the template itself has given, innermost last.
+    locals: Vec<HashSet<&'a str>>,
+    named: Named,
+    flaws: Vec<Flaw>,
+}
+
+impl<'a> Walker<'a, '_> {
+    fn flaw(&mut self, span: Span, message: impl Into<String>, mend: impl Into<String>) {
+        self.flaws.push(Flaw {
+            code: Code::TemplateReference,
+            message: message.into(),
+            mend: Some(mend.into()),
+            line: span.start_line.into(),
+            column: span.start_col.into(),
+        });
+    }
+
+    fn globals(&self) -> Vec<&'static str> {
+        let names = [("input", true), ("stages", true), ("run", self.scope.run), ("output", self.scope.output)];
+        names.into_iter().filter(|(_, known)| *known).map(|(name, _)| name).collect()
+    }
+
+    fn is_local(&self, name: &str) -> bool {
+        self.locals.iter().any(|names| names.contains(name))
+    }
+
+    fn scoped(&mut self, inside: impl FnOnce(&mut Self)) {
+        self.locals.push(HashSet::new());
+        inside(self);
+        self.locals.pop();
+    }
+
+    fn body(&mut self, statements: &[Stmt<'a>]) {
+        statements.iter().for_each(|statement| self.statement(statement));
+    }
+
+    fn assign(&mut self, target: &Expr<'a>) {
+        match target {
+            Expr::Var(var) => {
+                if self.globals().contains(&var.id) || var.id == "range" {
+                    self.flaw(var.span(), format!("`{}` is taken", var.id), "use another name");
+                } else if let Some(names) = self.locals.last_mut() {
+                    names.insert(var.id);
+                }
+            }
+            Expr::List(list) => list.items.iter().for_each(|item| self.assign(item)),
+            Expr::Tuple(tuple) => tuple.items.iter().for_each(|item| self.assign(item)),
+            other => self.flaw(other.span(), "only a name can be assigned to", "set a variable: `{% set name = … %}`"),
+        }
+    }
+
+    fn statement(&mut self, statement: &Stmt<'a>) {
+        match statement {
+            Stmt::Template(node) => self.body(&node.children),
+            Stmt::EmitExpr(node) => self.expression(&node.expr),
+            Stmt::EmitRaw(_) | Stmt::Continue(_) | Stmt::Break(_) => {}
+            Stmt::ForLoop(node) => self.for_loop(node, node.span()),
+            Stmt::IfCond(node) => {
+                self.expression(&node.expr);
+                // A name set in a branch is there afterwards, if the branch was taken.
+                self.body(&node.true_body);
+                self.body(&node.false_body);
+            }
+            Stmt::WithBlock(node) => self.scoped(|walker| {
+                for (target, value) in &node.assignments {
+                    walker.expression(value);
+                    walker.assign(target);
+                }
+                walker.body(&node.body);
+            }),
+            Stmt::Set(node) => {
+                self.expression(&node.expr);
+                self.assign(&node.target);
+            }
+            Stmt::SetBlock(node) => {
+                self.scoped(|walker| walker.body(&node.body));
+                node.filter.iter().for_each(|filter| self.expression(filter));
+                self.assign(&node.target);
+            }
+            Stmt::FilterBlock(node) => {
+                self.expression(&node.filter);
+                self.scoped(|walker| walker.body(&node.body));
+            }
+            Stmt::AutoEscape(node) => self.unsupported(node.span(), "autoescape"),
+            Stmt::Do(node) => self.unsupported(node.span(), "do"),
+        }
+    }
+
+    fn unsupported(&mut self, span: Span, what: &str) {
+        self.flaw(span, format!("`{what}` does not exist here"), "known are for, if, set, with, raw and filter");
+    }
+
+    fn for_loop(&mut self, node: &ast::ForLoop<'a>, span: Span) {
+        if node.recursive {
+            self.unsupported(span, "recursive");
+        }
+        self.expression(&node.iter);
+        self.scoped(|walker| {
+            walker.assign(&node.target);
+            node.filter_expr.iter().for_each(|filter| walker.expression(filter));
+            if let Some(names) = walker.locals.last_mut() {
+                names.insert("loop");
+            }
+            walker.body(&node.body);
+        });
+        self.scoped(|walker| walker.body(&node.else_body));
+    }
+
+    fn arguments(&mut self, args: &[CallArg<'a>]) {
+        for arg in args {
+            match arg {
+                CallArg::Pos(expr) | CallArg::Kwarg(_, expr) | CallArg::PosSplat(expr) | CallArg::KwargSplat(expr) => {
+                    self.expression(expr)
+                }
+            }
+        }
+    }
+
+    fn expression(&mut self, expr: &Expr<'a>) {
+        if self.path(expr) {
+            return;
+        }
+        match expr {
+            Expr::Const(_) | Expr::Var(_) => {}
+            Expr::Slice(node) => {
+                self.expression(&node.expr);
+                [&node.start, &node.stop, &node.step].into_iter().flatten().for_each(|e| self.expression(e));
+            }
+            Expr::UnaryOp(node) => self.expression(&node.expr),
+            Expr::BinOp(node) => {
+                self.expression(&node.left);
+                self.expression(&node.right);
+            }
+            Expr::Compare(node) => {
+                self.expression(&node.expr);
+                node.ops.iter().for_each(|op| self.expression(&op.expr));
+            }
+            Expr::IfExpr(node) => {
+                self.expression(&node.test_expr);
+                self.expression(&node.true_expr);
+                node.false_expr.iter().for_each(|e| self.expression(e));
+            }
+            Expr::Filter(node) => {
+                self.known("filter", node.name, library::FILTERS, node.span());
+                node.expr.iter().for_each(|e| self.expression(e));
+                self.arguments(&node.args);
+            }
+            Expr::Test(node) => {
+                self.known("test", node.name, library::TESTS, node.span());
+                self.expression(&node.expr);
+                self.arguments(&node.args);
+            }
+            Expr::GetAttr(node) => self.expression(&node.expr),
+            Expr::GetItem(node) => {
+                self.expression(&node.expr);
+                self.expression(&node.subscript_expr);
+            }
+            Expr::Call(node) => self.call(node, node.span()),
+            Expr::List(node) => node.items.iter().for_each(|e| self.expression(e)),
+            Expr::Tuple(node) => node.items.iter().for_each(|e| self.expression(e)),
+            Expr::Map(node) => node.keys.iter().chain(&node.values).for_each(|e| self.expression(e)),
+        }
+    }
+
+    fn known(&mut self, what: &str, name: &str, known: &[&str], span: Span) {
+        if known.contains(&name) {
+            return;
+        }
+        let mend = match nearest(name, known.iter().copied()) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("known: {}", known.join(", ")),
+        };
+        self.flaw(span, format!("there is no {what} `{name}`"), mend);
+    }
+
+    /// Only `range(…)` and the methods of `loop` can be called.
+    fn call(&mut self, node: &ast::Call<'a>, span: Span) {
+        let allowed = match &node.expr {
+            Expr::Var(var) => var.id == "range" && !self.is_local("range"),
+            Expr::GetAttr(attr) => {
+                matches!(&attr.expr, Expr::Var(var) if var.id == "loop") && ["cycle", "changed"].contains(&attr.name)
+            }
+            _ => false,
+        };
+        if !allowed {
+            let mend = "only range(…) can be called; use filters instead: `{{ text | upper }}`";
+            self.flaw(span, "this cannot be called", mend);
+        }
+        self.arguments(&node.args);
+    }
+
+    /// Checks a name with the keys that follow it, such as `stages['a'].output.b`; false if `expr` is no such thing.
+    fn path(&mut self, expr: &Expr<'a>) -> bool {
+        let mut keys = Vec::new();
+        let mut inner = expr;
+        let var = loop {
+            match inner {
+                Expr::Var(var) => break var,
+                Expr::GetAttr(node) => {
+                    keys.push(Some(node.name.to_owned()));
+                    inner = &node.expr;
+                }
+                Expr::GetItem(node) => {
+                    let key = match &node.subscript_expr {
+                        Expr::Const(constant) => constant.value.as_str().map(str::to_owned),
+                        computed => {
+                            self.expression(computed);
+                            None
+                        }
+                    };
+                    keys.push(key);
+                    inner = &node.expr;
+                }
+                _ => return false,
+            }
+        };
+        keys.reverse();
+        let span = var.span();
+        match var.id {
+            name if self.is_local(name) => {}
+            "input" => self.input(&keys, span),
+            "stages" => self.stage(&keys, span),
+            "run" if self.scope.run => {
+                if !matches!(keys.as_slice(), [Some(id)] if id == "id") {
+                    self.flaw(span, "a run has nothing but its id", "write `run.id`");
+                }
+            }
+            "output" if self.scope.output => {}
+            name => self.unknown(name, span),
+        }
+        true
+    }
+
+    fn unknown(&mut self, name: &str, span: Span) {
+        let globals = self.globals();
+        let known = globals.iter().copied().chain(self.locals.iter().flatten().copied());
+        let mend = if self.scope.stages.contains(&name) {
+            format!("write `{}`", stage_output(name))
+        } else if let Some(near) = nearest(name, known) {
+            format!("did you mean `{near}`?")
+        } else if self.scope.input.as_ref().is_some_and(|keys| keys.contains(&name)) {
+            format!("write `input.{name}`")
+        } else {
+            format!("known are {}", globals.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", "))
+        };
+        self.flaw(span, format!("there is no `{name}`"), mend);
+    }
+
+    fn input(&mut self, keys: &[Option<String>], span: Span) {
+        self.named.input = true;
+        let (Some(Some(key)), Some(known)) = (keys.first(), &self.scope.input) else { return };
+        if known.contains(&key.as_str()) {
+            return;
+        }
+        let mend = match nearest(key, known.iter().copied()) {
+            Some(near) => format!("did you mean `input.{near}`?"),
+            None => format!("add it to the input's `properties`, which has: {}", known.join(", ")),
+        };
+        self.flaw(span, format!("the input has no `{key}`: its schema allows no other keys"), mend);
+    }
+
+    fn stage(&mut self, keys: &[Option<String>], span: Span) {
+        let mend_form = "write `stages.id.output` or `stages['the-id'].output`";
+        let Some(Some(id)) = keys.first() else {
+            return self.flaw(span, "`stages` is used without the id of a stage", mend_form);
+        };
+        if !self.scope.stages.contains(&id.as_str()) {
+            // `stages.test-plan.output` reads as a subtraction.
+            let mend =
+                self.scope.stages.iter().find(|known| known.split('-').next() == Some(id) && known.contains('-'));
+            let mend = match (mend, nearest(id, self.scope.stages.iter().copied())) {
+                (Some(known), _) => format!("write `{}`: an id with `-` stands in brackets", stage_output(known)),
+                (None, Some(near)) => format!("did you mean `{}`?", stage_output(near)),
+                (None, None) => format!("known stages: {}", self.scope.stages.join(", ")),
+            };
+            return self.flaw(span, format!("there is no stage `{id}`"), mend);
+        }
+        match keys.get(1) {
+            Some(Some(key)) if key == "output" => {}
+            Some(Some(key)) => {
+                let message = format!("a stage has no `{key}`, only its `output`");
+                return self.flaw(span, message, format!("write `{}`", stage_output(id)));
+            }
+            _ => return self.flaw(span, format!("stage `{id}` is used without `.output`"), mend_form),
+        }
+        if self.scope.stage == Some(id.as_str()) {
+            let mend = "a template sees only the stages that come before it";
+            return self.flaw(span, format!("stage `{id}` cannot use its own output"), mend);
+        }
+        if !self.scope.upstream.contains(id.as_str()) {
+            let message = format!("stage `{id}` is not upstream, so its output may not be there yet");
+            return self.flaw(span, message, format!("add `{id}` to `needs`"));
+        }
+        if !self.named.stages.contains(id) {
+            self.named.stages.push(id.clone());
+        }
+    }
+}
+
+/// How the output of a stage is written in a template.
+fn stage_output(id: &str) -> String {
+    let is_name = !id.contains('-') && !id.starts_with(|c: char| c.is_ascii_digit());
+    if is_name { format!("stages.{id}.output") } else { format!("stages['{id}'].output") }
+}

@@ -1,0 +1,236 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+fn scope<'a>() -> Scope<'a> {
+    Scope {
+        stage: Some("spec"),
+        stages: vec!["design", "test-plan", "spec", "later"],
+        upstream: ["design", "test-plan"].into_iter().collect(),
+        input: Some(vec!["brief", "title"]),
+        run: true,
+        output: false,
+    }
+}
+
+fn input() -> Value {
+    json!({"brief": "<a> & b", "title": "T", "n": 3, "list": [1, 2, {"b": 1, "a": null}], "on": true, "long": "x".repeat(500_000)})
+}
+
+fn run<T>(render: impl FnOnce(&Vars<'_>) -> T) -> T {
+    let (input, design, plan) = (input(), json!({"title": "D", "items": ["p", "q"]}), json!("plain\ntext"));
+    let stage = |id: &str| match id {
+        "design" => Some(&design),
+        "test-plan" => Some(&plan),
+        _ => None,
+    };
+    render(&Vars { run_id: "r-1", input: &input, stage: &stage, output: Some(&design) })
+}
+
+fn open<'a>() -> Scope<'a> {
+    Scope { input: None, ..scope() }
+}
+
+fn render(text: &str) -> Result<String, String> {
+    let template = Template::template(text, &open()).unwrap_or_else(|flaws| panic!("{text}: {flaws:?}"));
+    run(|vars| template.render(vars))
+}
+
+fn flaws(text: &str) -> Vec<Flaw> {
+    Template::template(text, &scope()).map(|_| ()).expect_err(text)
+}
+
+#[test]
+fn texts_are_inserted_as_they_are_and_json_as_json() {
+    assert_eq!(render("{{ input.brief }}").as_deref(), Ok("<a> & b"));
+    assert_eq!(
+        render("{{ input.list }}|{{ input.n }}|{{ input.on }}").as_deref(),
+        Ok(r#"[1,2,{"a":null,"b":1}]|3|true"#)
+    );
+    assert_eq!(render("{{ stages.design.output }}").as_deref(), Ok(r#"{"items":["p","q"],"title":"D"}"#));
+    assert_eq!(render("{{ stages['test-plan'].output }}!{{ run.id }}").as_deref(), Ok("plain\ntext!r-1"));
+    assert_eq!(
+        render("{{ stages.design.output['items'] | tojson(indent=2) }}").as_deref(),
+        Ok("[\n  \"p\",\n  \"q\"\n]")
+    );
+}
+
+#[test]
+fn the_language_is_that_of_jinja() {
+    for (template, text) in [
+        ("{% for x in stages.design.output['items'] %}{{ loop.index }}.{{ x | upper }} {% endfor %}", "1.P 2.Q "),
+        ("{% set a, b = [1, 2] %}{{ a + b * 2 - 1 }}", "4"),
+        ("{% if input.n > 2 and 'a' in input.brief %}yes{% elif false %}no{% else %}no{% endif %}", "yes"),
+        ("{{ input.list | length }} {{ 'a' ~ 1 ~ 'b' }} {{ [1, 2] + [3] }}", "3 a1b [1,2,3]"),
+        ("{{ input.missing | default('none') }} {{ input.missing is defined }}", "none false"),
+        (
+            "{{ 'a,b' | split(',') | join(' and ') }} {{ 'x-y' | replace('-', '+') }} {{ '  t ' | trim }}",
+            "a and b x+y t",
+        ),
+        ("{{ input.list | selectattr('b') | map(attribute='b') | list if false else 'skipped' }}", "skipped"),
+        ("{{ ['b', 'a', 'b'] | unique | sort | join }} {{ [1, 2.5] | sum }} {{ [3, 1] | min }}", "ab 3.5 1"),
+        (
+            "{% with y = 'w' %}{{ y }}{% endwith %}{% filter upper %}f{% endfilter %}{% set z %}c{{ 1 }}{% endset %}{{ z }}",
+            "wFc1",
+        ),
+        ("{% for i in range(5) if i is even %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}", "02"),
+        ("{% raw %}{{ x }}{% endraw %}{# note #}{{ 'a\nb' | indent(2) }}", "{{ x }}a\n  b"),
+        ("{{ {'k': (1, 2)} }} {{ 'abc'[1:] }} {{ -input.n }} {{ 7 // 2 }} {{ 2 ** 3 }}", r#"{"k":[1,2]} bc -3 3 8"#),
+        ("{% for k, v in {'a': 1} | dictsort %}{{ k }}={{ v }}{% endfor %}", "a=1"),
+        ("no tags at all\n", "no tags at all"),
+        ("", ""),
+    ] {
+        assert_eq!(render(template).as_deref(), Ok(text), "{template}");
+    }
+}
+
+#[test]
+fn a_missing_value_is_named_when_it_is_used() {
+    let error = render("one\n{{ stages.design.output.nope }}").expect_err("missing");
+    assert!(error.contains("line 2") && error.contains("nope"), "{error}");
+    let error = render("{{ input.list | map(attribute='zz') | join(',') }}").expect_err("missing");
+    assert!(!error.is_empty(), "{error}");
+    let error = render("{% for x in input.absent %}{% endfor %}").expect_err("missing");
+    assert!(error.contains("absent"), "{error}");
+}
+
+#[test]
+fn an_output_that_is_not_there_yet_is_named() {
+    let scope = Scope { upstream: ["later"].into_iter().collect(), ..scope() };
+    let template = Template::template("{{ stages.later.output }}", &scope).expect("valid");
+    assert_eq!(run(|vars| template.render(vars)), Err("the output of stage `later` is not there yet".to_owned()));
+}
+
+#[test]
+fn everything_that_will_not_be_there_is_told_with_what_to_write() {
+    for (template, message, mend) in [
+        ("{{ inptu.brief }}", "no `inptu`", "did you mean `input`?"),
+        ("{{ brief }}", "no `brief`", "write `input.brief`"),
+        ("{{ design }}", "no `design`", "write `stages.design.output`"),
+        ("{{ input.breif }}", "no `breif`", "did you mean `input.brief`?"),
+        ("{{ input['other'] }}", "no `other`", "add it to the input's `properties`"),
+        ("{{ stages.desing.output }}", "no stage `desing`", "did you mean `stages.design.output`?"),
+        ("{{ stages.test-plan.output }}", "no stage `test`", "write `stages['test-plan'].output`"),
+        ("{{ stages.later.output }}", "`later` is not upstream", "add `later` to `needs`"),
+        ("{{ stages.spec.output }}", "its own output", "before it"),
+        ("{{ stages.design.result }}", "no `result`", "write `stages.design.output`"),
+        ("{{ stages.design }}", "without `.output`", "stages.id.output"),
+        ("{{ stages[input.title].output }}", "without the id", "stages.id.output"),
+        ("{% for s in stages %}{% endfor %}", "without the id", "stages.id.output"),
+        ("{{ run.secret }}", "nothing but its id", "run.id"),
+        ("{{ output }}", "no `output`", "`input`, `stages`, `run`"),
+        ("{% set input = 1 %}", "`input` is taken", "another name"),
+        ("{{ 'a' | uper }}", "no filter `uper`", "did you mean `upper`?"),
+        ("{{ 1 is evn }}", "no test `evn`", "did you mean `even`?"),
+        ("{{ 'a'.upper() }}", "cannot be called", "filters"),
+        ("{{ debug() }}", "cannot be called", "range"),
+        ("{{ namespace(a=1) }}", "cannot be called", "range"),
+        ("{% for x in [1] %}{% endfor %}{{ x }}", "no `x`", "known are"),
+        ("{% autoescape true %}{% endautoescape %}", "does not exist", "known are"),
+        ("{% for x in [] recursive %}{% endfor %}", "does not exist", "known are"),
+    ] {
+        let found = flaws(template);
+        let [flaw] = found.as_slice() else { panic!("{template}: {found:?}") };
+        let told = flaw.mend.as_deref().unwrap_or_default();
+        assert_eq!(flaw.code, Code::TemplateReference, "{template}");
+        assert!(flaw.message.contains(message) && told.contains(mend), "{template}: {} ({told})", flaw.message);
+    }
+    assert_eq!(flaws("{{ a }}\n{{ b }}{{ input.c }}").len(), 3);
+}
+
+#[test]
+fn what_does_not_parse_says_where() {
+    for template in [
+        "{{ a",
+        "{% if x %}",
+        "a\n{{ }}",
+        "{% include 'x' %}",
+        "{% import 'x' as y %}",
+        "{% macro m() %}{% endmacro %}",
+        "{% extends 'x' %}",
+        "{% block b %}{% endblock %}",
+    ] {
+        let found = flaws(template);
+        assert_eq!(found.iter().map(|f| f.code).collect::<Vec<_>>(), [Code::TemplateSyntax], "{template}");
+        assert!(found[0].line >= 1, "{template}");
+    }
+    assert_eq!(flaws("a\nb\n{{ }}")[0].line, 3);
+}
+
+#[test]
+fn a_single_expression_keeps_its_type() {
+    let value = |text: &str| {
+        let template = Template::template(text, &open()).expect("valid");
+        run(|vars| template.value(vars))
+    };
+    assert_eq!(value("{{ stages.design.output }}"), Ok(json!({"items": ["p", "q"], "title": "D"})));
+    assert_eq!(value("{{ input.n + 1 }}"), Ok(json!(4)));
+    assert_eq!(value("{{ input.on }}"), Ok(json!(true)));
+    assert_eq!(value(" {{ input.n }}"), Ok(json!(" 3")));
+    assert_eq!(value("plain"), Ok(json!("plain")));
+    assert!(value("{{ input.none }}").is_err());
+}
+
+#[test]
+fn expressions_judge_an_output() {
+    let holds = |text: &str| {
+        let expression = Template::expression(text, &Scope { run: false, output: true, ..open() }).expect("valid");
+        run(|vars| expression.holds(vars))
+    };
+    assert_eq!(holds("output['items'] | length == 2 and output.title != input.title"), Ok(true));
+    assert_eq!(holds("'z' in output['items']"), Ok(false));
+    assert!(holds("output.title").expect_err("text").contains("not true or false"));
+    assert!(holds("output.nope > 1").is_err());
+    assert!(Template::expression("run.id == 'x'", &Scope { run: false, output: true, ..scope() }).is_err());
+    assert!(Template::expression("output ==", &scope()).is_err());
+    assert!(Template::expression("{{ output }}", &Scope { output: true, ..scope() }).is_err());
+}
+
+#[test]
+fn what_runs_away_is_stopped() {
+    let doubled = "{% set a = a ~ a %}".repeat(60);
+    let doubled_lists = "{% set a = [a, a] %}".repeat(50);
+    let nested = "{% set a = [a] %}".repeat(200);
+    let copies = "{% set c = input.long[1:] %}".repeat(1000);
+    for template in [
+        "{% for a in range(100000) %}{% for b in range(100000) %}{{ b }}{% endfor %}{% endfor %}".to_owned(),
+        "{% for a in range(1000000000) %}{% endfor %}".to_owned(),
+        "{{ 'x' * 1000000000 }}".to_owned(),
+        "{{ [1] * 1000000000 }}".to_owned(),
+        format!("{{% set a = 'xxxxxxxxxxxxxxxx' %}}{doubled}{{{{ a }}}}"),
+        format!("{{% set a = 'x' %}}{doubled_lists}{{{{ a == a }}}}"),
+        format!("{{% set a = 1 %}}{nested}{{{{ a }}}}"),
+        copies,
+        "{{ input.long | replace('x', input.long) }}".to_owned(),
+        "{{ input.long | split('') | join(input.long) }}{{ range(99999) | join(input.long) }}".to_owned(),
+        "{% set t %}{% for a in range(99999) %}{{ input.long }}{% endfor %}{% endset %}".to_owned(),
+        format!("{{% set t %}}{{% for a in range(50000) %}}{}{{% endfor %}}{{% endset %}}", "y".repeat(50_000)),
+        "{{ input.long }}{{ input.long }}{{ input.long }}".to_owned(),
+        "{{ range(99999) | map('replace', '1', input.long) | list | length }}".to_owned(),
+        "{% for a in range(100000) %}{% if input.long == input.long ~ 'x' %}{% endif %}{% endfor %}".to_owned(),
+        "{{ range(99999) | map('tojson', 8) | map('indent', 100, true) | join('\n' * 100) }}".to_owned(),
+    ] {
+        let shown: String = template.chars().take(100).collect();
+        let result = Template::template(&template, &open()).map(|template| run(|vars| template.render(vars)));
+        let Ok(Err(error)) = result else { panic!("{shown}: {:?}", result.map(|r| r.map(|t| t.len()))) };
+        assert!(!error.is_empty() && error.len() < 300, "{shown}: {error}");
+    }
+}
+
+#[test]
+fn what_would_take_the_parser_too_deep_is_refused() {
+    for template in [
+        format!("{{{{ {}1 }}}}", "-".repeat(100_000)),
+        format!("{{{{ {}true }}}}", "not ".repeat(30_000)),
+        format!("{{{{ {}1{} }}}}", "(".repeat(60_000), ")".repeat(60_000)),
+        format!("{{{{ input{} }}}}", ".a".repeat(60_000)),
+        format!("{{{{ 1{} }}}}", "+1".repeat(60_000)),
+        format!("{{{{ 1{} }}}}", "|abs".repeat(30_000)),
+        format!("{{% if 1 %}}{}{{% endif %}}", "{% elif 1 %}".repeat(10_000)),
+        format!("{}{}", "{% if 1 %}".repeat(5_000), "{% endif %}".repeat(5_000)),
+        format!("{{{{ 1{} }}}}", " if 1 else 1".repeat(10_000)),
+        "x".repeat(TEMPLATE_MAX_BYTES + 1),
+    ] {
+        assert!(Template::template(&template, &open()).is_err());
+    }
+}

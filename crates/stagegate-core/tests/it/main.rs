@@ -1,0 +1,3 @@
+//! The core as its users see it.
+
+mod pipeline;

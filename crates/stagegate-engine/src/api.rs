@@ -1,0 +1,96 @@
+//! The words of the engine's API: what is asked of it and what it answers.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use stagegate_core::{
+    ModelRef, PipelineName, StageId, TenantId, Usd,
+    pipeline::{CacheMode, Labels},
+    store::Idempotency,
+};
+use utoipa::ToSchema;
+
+/// A run to be submitted.
+#[derive(Debug, Clone)]
+pub struct Submit {
+    /// Whose.
+    pub tenant: TenantId,
+    /// The pipeline.
+    pub pipeline: PipelineName,
+    /// None for the newest version.
+    pub version: Option<u32>,
+    /// The input; refused with every violation where it does not fit.
+    pub input: Value,
+    /// Overrides the stages' cache mode.
+    pub cache_mode: Option<CacheMode>,
+    /// Higher goes first; 0 is usual.
+    pub priority: i16,
+    /// For filters and people.
+    pub labels: Labels,
+    /// The client's key, and the digest of the request that it stands for.
+    pub idempotency: Option<Idempotency>,
+    /// The correlation id.
+    pub request_id: Option<String>,
+}
+
+/// What a person asks of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Stop it.
+    Cancel,
+    /// Start over what failed.
+    Retry,
+    /// Take a held output.
+    Approve(StageId),
+    /// Do not take a held output.
+    Reject(StageId, String),
+}
+
+/// What a run would cost.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Plan {
+    /// The pipeline.
+    pub pipeline: PipelineName,
+    /// Each stage, in topological order.
+    pub stages: Vec<PlannedStage>,
+    /// What would probably be paid; hits cost nothing. Leaves out unpriced stages.
+    pub cost_usd: Usd,
+    /// What hits would save.
+    pub saved_usd: Usd,
+    /// Tokens that would probably be bought.
+    pub tokens: u64,
+    /// The longest chain of stages that would be bought: it sets the run's time.
+    pub critical_path: Vec<StageId>,
+}
+
+/// What a stage would cost.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct PlannedStage {
+    /// The stage.
+    pub id: StageId,
+    /// The stages that it needs.
+    pub needs: Vec<StageId>,
+    /// The first model of its chain; none for a transform.
+    pub model: Option<ModelRef>,
+    /// `hit` (the cache has it), `buy` (it would be bought), or `free` (no model is called).
+    pub outcome: PlannedOutcome,
+    /// Estimated prompt tokens.
+    pub input_tokens: u64,
+    /// Estimated answer tokens.
+    pub output_tokens: u64,
+    /// What would probably be paid; null where the model has no price.
+    pub cost_usd: Option<Usd>,
+    /// What a hit would save.
+    pub saved_usd: Usd,
+}
+
+/// What would happen to a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PlannedOutcome {
+    /// The cache has its answer.
+    Hit,
+    /// It would be bought.
+    Buy,
+    /// No model is called.
+    Free,
+}

@@ -1,0 +1,60 @@
+//! Group commit: owns how single requests become batches. A batch is whatever has gathered while the one before it was
+//! under way: no timer, so one request alone waits for nothing and a thousand share one transaction.
+
+use std::{fmt, future::Future};
+
+use stagegate_core::{Code, Error};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::TaskTracker;
+
+/// Requests that may wait for their batch before senders are held back.
+const QUEUE_MAX: usize = 4_096;
+
+/// One request and where its answer goes.
+pub(crate) type Entry<T, R> = (T, oneshot::Sender<Result<R, Error>>);
+
+/// The sending side. Cheap to clone.
+pub(crate) struct Batcher<T, R> {
+    queue: mpsc::Sender<Entry<T, R>>,
+}
+
+impl<T, R> Clone for Batcher<T, R> {
+    fn clone(&self) -> Self {
+        Self { queue: self.queue.clone() }
+    }
+}
+
+impl<T, R> fmt::Debug for Batcher<T, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batcher").field("free", &self.queue.capacity()).finish()
+    }
+}
+
+impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
+    /// Starts the writer: `flush` answers each entry of a batch of at most `batch_max`.
+    pub(crate) fn start<F, Fut>(tracker: &TaskTracker, batch_max: usize, flush: F) -> Self
+    where
+        F: Fn(Vec<Entry<T, R>>) -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send,
+    {
+        let (queue, mut entries) = mpsc::channel(QUEUE_MAX);
+        tracker.spawn(async move {
+            loop {
+                let mut batch = Vec::new();
+                if entries.recv_many(&mut batch, batch_max.max(1)).await == 0 {
+                    return;
+                }
+                flush(batch).await;
+            }
+        });
+        Self { queue }
+    }
+
+    /// Sends one request and waits for its answer.
+    pub(crate) async fn send(&self, request: T) -> Result<R, Error> {
+        let gone = || Error::new(Code::Draining, "this replica is shutting down");
+        let (answer, answered) = oneshot::channel();
+        self.queue.send((request, answer)).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+}

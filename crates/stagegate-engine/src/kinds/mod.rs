@@ -1,0 +1,196 @@
+//! Stage kinds: owns what an attempt does. To add a kind, add a file here, a variant to
+//! [`stagegate_core::pipeline::Work`], and an arm to [`attempt`].
+
+mod judge;
+mod model;
+mod transform;
+
+pub(crate) use model::request;
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use stagegate_core::{
+    Assessment, Code, Evaluator, Failure, LedgerEntry, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
+    decide::{AttemptResult, Critique},
+    pipeline::{CacheMode, RenderContext, Stage, Work},
+};
+use stagegate_llm::{CallContext, CallError, Llm, Reply, Request};
+use tokio::time::Instant;
+
+use crate::budget::Budget;
+
+/// Everything that an attempt works with. It holds no store: an attempt cannot write.
+#[derive(Debug)]
+pub(crate) struct AttemptContext {
+    pub(crate) llm: Arc<Llm>,
+    pub(crate) tenant: TenantId,
+    pub(crate) pipeline: Arc<Pipeline>,
+    pub(crate) version: u32,
+    pub(crate) run: RunId,
+    pub(crate) input: Arc<Value>,
+    pub(crate) outputs: Arc<Vec<Option<Arc<Value>>>>,
+    pub(crate) stage: usize,
+    pub(crate) critique: Option<Critique>,
+    pub(crate) cache_mode: Option<CacheMode>,
+    pub(crate) budget: Option<Arc<Budget>>,
+    pub(crate) deadline: Instant,
+}
+
+/// What came of an attempt, and what the cache must hear once the gate's verdict is durable.
+#[derive(Debug)]
+pub(crate) struct Attempted {
+    pub(crate) calls: Vec<LedgerEntry>,
+    pub(crate) result: AttemptResult,
+    pub(crate) reply: Option<Reply>,
+}
+
+/// One try at a stage: its work, then its assessments.
+pub(crate) async fn attempt(context: &AttemptContext) -> Attempted {
+    let mut calls = Vec::new();
+    let mut reply = None;
+    let result = match &context.stage().work {
+        Work::Model(work) => model::attempt(context, work, &mut calls, &mut reply).await,
+        Work::Transform => transform::attempt(context, &mut calls).await,
+    };
+    let result = result.unwrap_or_else(|stopped| stopped);
+    Attempted { calls, result, reply }
+}
+
+/// An attempt's early end.
+type Stopped = AttemptResult;
+
+impl AttemptContext {
+    pub(crate) fn stage(&self) -> &Stage {
+        &self.pipeline.stages[self.stage]
+    }
+
+    /// Renders with what this attempt sees.
+    fn with_render<T>(&self, render: impl FnOnce(&RenderContext<'_>) -> T) -> T {
+        let run_id = self.run.to_string();
+        render(&RenderContext { run_id: &run_id, input: &self.input, outputs: &self.outputs })
+    }
+
+    pub(crate) fn call_context(&self, cache: &stagegate_core::pipeline::Cache) -> CallContext {
+        CallContext {
+            tenant: self.tenant.clone(),
+            pipeline: self.pipeline_name(),
+            version: self.version,
+            stage: self.stage().id.clone(),
+            run: self.run,
+            cache_mode: self.cache_mode.unwrap_or(cache.mode),
+            cache_ttl: cache.ttl.0,
+            deadline: self.deadline,
+        }
+    }
+
+    fn pipeline_name(&self) -> PipelineName {
+        self.pipeline.name.clone()
+    }
+
+    /// Asks the model layer inside the budget, and books every call that it made.
+    async fn complete(
+        &self,
+        call: &CallContext,
+        request: &Request,
+        calls: &mut Vec<LedgerEntry>,
+    ) -> Result<Reply, CallError> {
+        let reservation = match &self.budget {
+            None => None,
+            Some(budget) => match self.llm.worst_case(request).map(|worst| (worst, budget.reserve(worst))) {
+                Some((_, Ok(reservation))) => Some(reservation),
+                // A hit costs nothing, so that it needs no room.
+                _ if self.llm.peek(call, request).await.is_some() => None,
+                Some((worst, Err(left))) => {
+                    return Err(over_budget(&format!(
+                        "the next call may cost up to {:.6} USD, {:.6} USD of the run's budget is left",
+                        worst.dollars(),
+                        left.dollars()
+                    )));
+                }
+                None => return Err(over_budget("a model without a price cannot be held to the run's budget")),
+            },
+        };
+        let result = self.llm.complete(call, request).await;
+        let booked = match &result {
+            Ok(reply) => &reply.calls,
+            Err(error) => &error.calls,
+        };
+        if let Some(reservation) = reservation {
+            reservation.settle(booked.iter().map(|entry| entry.cost_usd).sum());
+        }
+        calls.extend(booked.iter().cloned());
+        result
+    }
+
+    /// Measures an output: deterministic checks first, the judge only if they pass.
+    async fn assess(
+        &self,
+        content: &str,
+        model: Option<ModelRef>,
+        origin: Origin,
+        calls: &mut Vec<LedgerEntry>,
+    ) -> Result<AttemptResult, Stopped> {
+        let output = match self.pipeline.read_output(self.stage, content) {
+            Ok(output) => output,
+            Err(assessment) => {
+                let output = Value::String(content.to_owned());
+                return Ok(AttemptResult::Output {
+                    output,
+                    usable: false,
+                    assessments: vec![assessment],
+                    model,
+                    origin,
+                });
+            }
+        };
+        let mut assessments = self.with_render(|context| self.pipeline.assess(self.stage, &output, context));
+        let usable = !assessments.iter().any(|assessment| !assessment.passed && assessment.name == "schema");
+        if assessments.iter().all(|assessment| assessment.passed)
+            && let Some(verdict) = judge::judge(self, &output, calls).await?
+        {
+            assessments.push(verdict);
+        }
+        Ok(AttemptResult::Output { output, usable, assessments, model, origin })
+    }
+}
+
+fn over_budget(message: &str) -> CallError {
+    CallError {
+        code: Code::BudgetExhausted,
+        message: message.to_owned(),
+        retryable: false,
+        retry_after: None,
+        partial: None,
+        calls: Vec::new(),
+    }
+}
+
+fn failed_call(error: CallError) -> Stopped {
+    let CallError { code, message, retryable, retry_after, .. } = error;
+    AttemptResult::Failed { code, message, retryable, retry_after }
+}
+
+fn failed_render(failure: Failure) -> Stopped {
+    AttemptResult::Failed { code: failure.code, message: failure.message, retryable: false, retry_after: None }
+}
+
+/// An answer that came but was cut: an output that is measured as incomplete, so that the critique can say so.
+fn incomplete(partial: String, error: &CallError, origin: Origin) -> AttemptResult {
+    AttemptResult::Output {
+        output: Value::String(partial),
+        usable: false,
+        assessments: vec![Assessment {
+            evaluator: Evaluator::Check,
+            name: "complete".to_owned(),
+            version: 1,
+            passed: false,
+            score: 0.0,
+            threshold: 1.0,
+            reason: error.message.clone(),
+            model: None,
+        }],
+        model: None,
+        origin,
+    }
+}

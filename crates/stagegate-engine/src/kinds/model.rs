@@ -1,0 +1,78 @@
+//! The `prompt` and `messages` kind: a model is asked. Owns how a stage becomes a request, critique included.
+
+use stagegate_core::{
+    CallPurpose, Failure, LedgerEntry, Origin,
+    decide::{AttemptResult, Critique},
+    pipeline::{Message, ModelWork, RenderContext, Rendered, Role},
+};
+use stagegate_llm::{Reply, Request};
+
+use super::{AttemptContext, Stopped, failed_call, failed_render, incomplete};
+
+pub(super) async fn attempt(
+    context: &AttemptContext,
+    work: &ModelWork,
+    calls: &mut Vec<LedgerEntry>,
+    kept: &mut Option<Reply>,
+) -> Result<AttemptResult, Stopped> {
+    let request = context
+        .with_render(|render| request(&context.pipeline, context.stage, work, render, context.critique.as_ref()))
+        .map_err(failed_render)?;
+    let reply = match context.complete(&context.call_context(&work.cache), &request, calls).await {
+        Ok(reply) => reply,
+        Err(mut error) => {
+            return match error.partial.take() {
+                Some(partial) => Ok(incomplete(partial, &error, Origin::Provider)),
+                None => Err(failed_call(error)),
+            };
+        }
+    };
+    let (model, origin) =
+        reply.calls.last().map_or((None, Origin::None), |call| (Some(call.model.clone()), call.origin));
+    let content = reply.content.clone();
+    *kept = Some(reply);
+    context.assess(&content, model, origin, calls).await
+}
+
+/// The request of a stage, with the previous answer and what was wrong with it where there is a critique.
+pub(crate) fn request(
+    pipeline: &stagegate_core::Pipeline,
+    stage: usize,
+    work: &ModelWork,
+    context: &RenderContext<'_>,
+    critique: Option<&Critique>,
+) -> Result<Request, Failure> {
+    let mut messages = match pipeline.render(stage, context)? {
+        Rendered::Messages(messages) => messages,
+        Rendered::Text(content) => vec![Message { role: Role::User, content }],
+    };
+    if let Some(critique) = critique {
+        messages.extend(mend(critique));
+    }
+    Ok(Request {
+        models: work.models.clone(),
+        messages,
+        params: work.params.clone(),
+        format: pipeline.stages[stage].output.clone(),
+        sample: 0,
+        purpose: CallPurpose::Stage,
+    })
+}
+
+fn mend(critique: &Critique) -> [Message; 2] {
+    let previous = match &critique.output {
+        serde_json::Value::String(text) => text.clone(),
+        json => json.to_string(),
+    };
+    let reasons: String = critique.reasons.iter().map(|reason| format!("\n- {reason}")).collect();
+    [
+        Message { role: Role::Assistant, content: previous },
+        Message {
+            role: Role::User,
+            content: format!(
+                "Your previous answer did not pass review:{reasons}\n\nAnswer the original request again, whole, with \
+                 these points mended. Give the answer alone, without comments on the review."
+            ),
+        },
+    ]
+}

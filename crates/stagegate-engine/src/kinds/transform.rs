@@ -1,0 +1,15 @@
+//! The `transform` kind: a template is rendered, no model is asked. Its output is gated like any other.
+
+use stagegate_core::{LedgerEntry, Origin, decide::AttemptResult, pipeline::Rendered};
+
+use super::{AttemptContext, Stopped, failed_render};
+
+pub(super) async fn attempt(context: &AttemptContext, calls: &mut Vec<LedgerEntry>) -> Result<AttemptResult, Stopped> {
+    let rendered =
+        context.with_render(|render| context.pipeline.render(context.stage, render)).map_err(failed_render)?;
+    let content = match rendered {
+        Rendered::Text(content) => content,
+        Rendered::Messages(messages) => messages.into_iter().map(|message| message.content).collect(),
+    };
+    context.assess(&content, None, Origin::None, calls).await
+}

@@ -1,0 +1,100 @@
+//! What is told of a step once it is durable: metrics and one log line a transition. Never prompts or outputs.
+
+use stagegate_core::{Attempt, Evaluator, EventKind, RunState, decide::Run, store::Commit};
+
+use crate::shared::Shared;
+
+/// What of a commit is told once it is durable.
+#[derive(Debug)]
+pub(crate) struct Committing {
+    events: Vec<stagegate_core::Event>,
+    attempts: Vec<Attempt>,
+}
+
+impl Committing {
+    pub(crate) fn of(commit: &Commit) -> Self {
+        let attempts = commit.attempts.iter().map(|(_, attempt)| Attempt { output: None, ..attempt.clone() }).collect();
+        Self { events: commit.events.clone(), attempts }
+    }
+}
+
+/// Counts and logs a durable step.
+pub(crate) fn committed(shared: &Shared, run: &Run, step: &Committing) {
+    let metrics = &shared.metrics;
+    metrics.events_written.inc_by(step.events.len() as u64);
+    for attempt in &step.attempts {
+        count_attempt(shared, attempt);
+    }
+    for event in &step.events {
+        log(&event.kind);
+        match &event.kind {
+            EventKind::StageSucceeded { .. } => metrics.stages_ended.with_label_values(&["succeeded"]).inc(),
+            EventKind::StageFailed { failure, .. } => {
+                metrics.stages_ended.with_label_values(&["failed"]).inc();
+                metrics.errors.with_label_values(&[failure.code.as_str()]).inc();
+            }
+            EventKind::StageHeld { .. } => metrics.stages_ended.with_label_values(&["held"]).inc(),
+            EventKind::RunFinished { state, .. } => {
+                metrics.runs_finished.with_label_values(&[state.as_str()]).inc();
+                let seconds = (event.at - run.created_at()).as_seconds_f64();
+                metrics.run_duration.with_label_values(&[state.as_str()]).observe(seconds);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn count_attempt(shared: &Shared, attempt: &Attempt) {
+    let metrics = &shared.metrics;
+    let verdict = attempt.verdict.as_str();
+    metrics.gate_verdicts.with_label_values(&[verdict]).inc();
+    let seconds = (attempt.finished_at - attempt.started_at).as_seconds_f64();
+    metrics.stage_duration.with_label_values(&[verdict]).observe(seconds);
+    for assessment in &attempt.assessments {
+        let evaluator = match assessment.evaluator {
+            Evaluator::Check => "check",
+            Evaluator::Judge => "judge",
+        };
+        let passed = if assessment.passed { "true" } else { "false" };
+        metrics.assessments.with_label_values(&[evaluator, passed]).inc();
+        metrics.quality_score.with_label_values(&[evaluator]).observe(assessment.score);
+    }
+    if let Some(failure) = &attempt.failure {
+        metrics.errors.with_label_values(&[failure.code.as_str()]).inc();
+    }
+}
+
+/// One line a transition; the run's id is on the span.
+fn log(kind: &EventKind) {
+    let event = kind.name();
+    match kind {
+        EventKind::RunAccepted { .. } | EventKind::RunStarted => tracing::debug!(event, "run"),
+        EventKind::RunResumed { checkpoints } => tracing::info!(event, checkpoints, "run"),
+        EventKind::RunWaiting { until } => tracing::info!(event, ?until, "run"),
+        EventKind::RunRetried { stages } => tracing::info!(event, stages = stages.len(), "run"),
+        EventKind::RunFinished { state, failure, totals } => {
+            let (cost_usd, hits) = (totals.cost_usd.dollars(), totals.hits);
+            let (cancelled, state) = (*state == RunState::Cancelled, state.as_str());
+            match failure {
+                Some(failure) if !cancelled => {
+                    tracing::warn!(event, state, code = %failure.code, reason = %failure.message, cost_usd, hits, "run");
+                }
+                _ => tracing::info!(event, state, cost_usd, hits, "run"),
+            }
+        }
+        EventKind::StageStarted { stage, attempt } => tracing::info!(event, stage_id = %stage, attempt, "stage"),
+        EventKind::StageRetrying { stage, attempt, verdict, score, reason, .. } => {
+            tracing::info!(event, stage_id = %stage, attempt, verdict = verdict.as_str(), score, %reason, "stage");
+        }
+        EventKind::StageHeld { stage, attempt, reason, .. } => {
+            tracing::info!(event, stage_id = %stage, attempt, %reason, "stage");
+        }
+        EventKind::StageSucceeded { stage, attempt, verdict, score, origin, latency_ms, totals, .. } => {
+            let (verdict, origin, cost_usd) = (verdict.as_str(), origin.as_str(), totals.cost_usd.dollars());
+            tracing::info!(event, stage_id = %stage, attempt, verdict, score, origin, latency_ms, cost_usd, "stage");
+        }
+        EventKind::StageFailed { stage, attempt, failure, .. } => {
+            tracing::warn!(event, stage_id = %stage, attempt, code = %failure.code, reason = %failure.message, "stage");
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! Driving one run: owns the loop of decide → commit → act. One task a run; its attempts are futures inside it, so
+//! that dropping the task abandons everything at once.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use chrono::{DateTime, Utc};
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use stagegate_core::{
+    Error, Verdict,
+    decide::{Effect, Outcome, Run, Stimulus},
+    pipeline::Work,
+    store::{Committed, Disposition},
+};
+use stagegate_llm::Reply;
+use tokio::{sync::Notify, time::Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use crate::{
+    budget::Budget,
+    kinds::{self, AttemptContext, Attempted},
+    observe,
+    shared::Shared,
+};
+
+/// How others reach a run's driver.
+#[derive(Debug, Default)]
+pub(crate) struct Handle {
+    /// There are signals to be read.
+    pub(crate) signalled: Notify,
+    /// Stop at once and write nothing more: the lease is gone, or the process ends.
+    pub(crate) stop: CancellationToken,
+}
+
+/// Why a driver ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// The run ended or parked; the lease went with the commit.
+    Committed,
+    /// The lease is gone.
+    Lost,
+    /// The lease is still ours and must be handed back.
+    HandBack,
+}
+
+type AttemptFuture = BoxFuture<'static, (usize, u32, DateTime<Utc>, Attempted)>;
+type CommitFuture = BoxFuture<'static, Result<Committed, Error>>;
+
+/// A run, and what is under way for it.
+pub(crate) struct Driver {
+    shared: Arc<Shared>,
+    handle: Arc<Handle>,
+    run: Run,
+    budget: Option<Arc<Budget>>,
+    attempts: FuturesUnordered<AttemptFuture>,
+    timers: BTreeSet<(DateTime<Utc>, usize)>,
+    /// The answer of the attempt last ended, by stage, until its verdict is durable.
+    replies: Vec<Option<Reply>>,
+    rng: StdRng,
+}
+
+/// A step on its way to the store, and what follows.
+struct Committing {
+    future: CommitFuture,
+    step: observe::Committing,
+    effects: Vec<Effect>,
+    then: Disposition,
+}
+
+impl Driver {
+    pub(crate) fn new(shared: Arc<Shared>, handle: Arc<Handle>, run: Run) -> Self {
+        let max = run.pipeline().budget.as_ref().map(|budget| budget.max_cost_usd);
+        let budget = max.map(|max| Budget::new(max, run.totals().cost_usd));
+        let replies = (0..run.pipeline().stages.len()).map(|_| None).collect();
+        // The id is random enough to spread the back-offs of runs that failed together.
+        let rng = StdRng::seed_from_u64(run.lease().run.0.as_u64_pair().1);
+        let (attempts, timers) = (FuturesUnordered::new(), BTreeSet::new());
+        Self { shared, handle, run, budget, attempts, timers, replies, rng }
+    }
+
+    /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
+    /// already durable.
+    pub(crate) async fn drive(mut self, first: Vec<Effect>) -> Ended {
+        self.perform(first).await;
+        let mut committing: Option<Committing> = None;
+        let mut failed_commits = 0;
+        loop {
+            if committing.is_none() {
+                committing = self.begin_commit();
+            }
+            let draining = self.shared.drain.is_cancelled();
+            if draining && committing.is_none() && self.attempts.is_empty() {
+                return Ended::HandBack;
+            }
+            let handle = Arc::clone(&self.handle);
+            let wake_at = self.next_timer();
+            tokio::select! {
+                biased;
+                () = handle.stop.cancelled() => return Ended::HandBack,
+                acked = acked(&mut committing), if committing.is_some() => {
+                    let Some(Committing { step, effects, then, .. }) = committing.take() else { continue };
+                    match acked {
+                        Ok(Committed::Now | Committed::Already) => {
+                            observe::committed(&self.shared, &self.run, &step);
+                            self.shared.hub.wake(self.run.lease().run);
+                            self.perform(effects).await;
+                            if then != Disposition::Keep {
+                                return Ended::Committed;
+                            }
+                        }
+                        Ok(Committed::Stale) => return Ended::Lost,
+                        Err(error) => {
+                            // Only a defect comes here: the store retries what can be retried.
+                            failed_commits += 1;
+                            tracing::error!(%error, failed_commits, "a step of this run cannot be stored");
+                            return Ended::HandBack;
+                        }
+                    }
+                }
+                Some((stage, attempt, started_at, attempted)) = self.attempts.next() => {
+                    self.attempted(stage, attempt, started_at, attempted);
+                }
+                () = tokio::time::sleep_until(wake_at), if !draining => self.due(),
+                () = handle.signalled.notified() => self.signalled().await,
+                () = self.shared.drain.cancelled(), if !draining => {}
+            }
+        }
+    }
+
+    fn begin_commit(&mut self) -> Option<Committing> {
+        let step = self.run.take_step()?;
+        let then = step.commit.then;
+        let observed = observe::Committing::of(&step.commit);
+        let steps = self.shared.steps.clone();
+        let future = async move { steps.send(step.commit).await }.boxed();
+        Some(Committing { future, step: observed, effects: step.effects, then })
+    }
+
+    async fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Start { stage, attempt } => {
+                    if !self.shared.drain.is_cancelled() {
+                        self.start(stage, attempt);
+                    }
+                }
+                Effect::WakeAt { stage, at } => {
+                    self.timers.insert((at, stage));
+                }
+                Effect::Abort => {
+                    self.attempts.clear();
+                    self.timers.clear();
+                }
+                Effect::Judged { stage, verdict, gate_failed, mended, .. } => {
+                    self.judged(stage, verdict, gate_failed, mended).await;
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, stage: usize, attempt: u32) {
+        let started_at = self.shared.clock.now();
+        let context = self.context(stage, started_at);
+        let span = tracing::info_span!("stage", stage_id = %context.stage().id, attempt);
+        let timeout = context.stage().timeout;
+        let work = async move {
+            let deadline = context.deadline;
+            let ended = tokio::time::timeout_at(deadline, kinds::attempt(&context)).await;
+            let attempted = ended.unwrap_or_else(|_| timed_out(timeout));
+            (stage, attempt, started_at, attempted)
+        };
+        self.attempts.push(work.instrument(span).boxed());
+    }
+
+    fn context(&self, stage: usize, now: DateTime<Utc>) -> AttemptContext {
+        let run = &self.run;
+        let left = (run.deadline_at() - now).to_std().unwrap_or(Duration::ZERO);
+        AttemptContext {
+            llm: Arc::clone(&self.shared.llm),
+            tenant: run.tenant().clone(),
+            pipeline: Arc::clone(run.pipeline()),
+            version: run.version(),
+            run: run.lease().run,
+            input: Arc::clone(run.input()),
+            outputs: Arc::clone(run.outputs()),
+            stage,
+            critique: run.critique(stage),
+            cache_mode: run.cache_mode(),
+            budget: self.budget.clone(),
+            deadline: Instant::now() + run.pipeline().stages[stage].timeout.min(left),
+        }
+    }
+
+    fn attempted(&mut self, stage: usize, attempt: u32, started_at: DateTime<Utc>, attempted: Attempted) {
+        let Attempted { calls, result, reply } = attempted;
+        self.replies[stage] = reply;
+        let outcome = Outcome { started_at, calls, result };
+        let jitter = self.rng.random();
+        self.run.on(Stimulus::Attempted { stage, attempt, outcome }, self.shared.clock.now(), jitter);
+    }
+
+    /// The verdict is durable: what failed its gate leaves the cache; what passed after a retry also answers the
+    /// request that the stage began with, so that the next run of it starts from there.
+    async fn judged(&mut self, stage: usize, verdict: Verdict, gate_failed: bool, mended: bool) {
+        let Some(reply) = self.replies[stage].take() else { return };
+        if gate_failed {
+            self.shared.llm.evict(self.run.tenant(), reply.key).await;
+        } else if mended && verdict == Verdict::Passed {
+            let context = self.context(stage, self.shared.clock.now());
+            let Work::Model(work) = &context.stage().work else { return };
+            let run_id = context.run.to_string();
+            let render = self.run.render_context(&run_id);
+            if let Ok(first) = kinds::request(&context.pipeline, stage, work, &render, None) {
+                let call = context.call_context(&work.cache);
+                self.shared.llm.remember(&call, &first, &reply).await;
+            }
+        }
+    }
+
+    fn next_timer(&self) -> Instant {
+        let deadline = self.run.deadline_at();
+        let next = self.timers.first().map_or(deadline, |(at, _)| (*at).min(deadline));
+        Instant::now() + (next - self.shared.clock.now()).to_std().unwrap_or(Duration::ZERO)
+    }
+
+    fn due(&mut self) {
+        let now = self.shared.clock.now();
+        if now >= self.run.deadline_at() {
+            self.run.on(Stimulus::DeadlinePassed, now, 0.0);
+            return;
+        }
+        while let Some(&(at, stage)) = self.timers.first() {
+            if at > now {
+                return;
+            }
+            self.timers.pop_first();
+            self.run.on(Stimulus::Due { stage }, now, 0.0);
+        }
+    }
+
+    async fn signalled(&mut self) {
+        match self.shared.store.signals(self.run.lease()).await {
+            Ok(signals) => self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0),
+            Err(error) => {
+                // The mark stays in the store: the next heartbeat tells us again.
+                tracing::warn!(%error, "the signals of this run could not be read");
+            }
+        }
+    }
+}
+
+async fn acked(committing: &mut Option<Committing>) -> Result<Committed, Error> {
+    match committing {
+        Some(committing) => (&mut committing.future).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn timed_out(timeout: Duration) -> Attempted {
+    Attempted {
+        calls: Vec::new(),
+        result: stagegate_core::decide::AttemptResult::Failed {
+            code: stagegate_core::Code::StageTimeout,
+            message: format!("the attempt took longer than the stage's timeout of {timeout:?}"),
+            retryable: true,
+            retry_after: None,
+        },
+        reply: None,
+    }
+}

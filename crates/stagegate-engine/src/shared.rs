@@ -1,0 +1,229 @@
+//! What the parts of one engine share, and the table of the runs that it drives.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use stagegate_core::{
+    Clock, Error, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
+    decide::{Effect, Run},
+    store::{Commit, Committed, NewRun, Submitted},
+};
+use stagegate_llm::Llm;
+use stagegate_telemetry::Metrics;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument;
+
+use crate::{
+    batch::Batcher,
+    config::EngineConfig,
+    follow::Hub,
+    runner::{Driver, Ended, Handle},
+};
+
+/// Compiled pipelines kept in memory; past it the table starts over.
+const PIPELINES_MAX: usize = 512;
+
+type PipelineKey = (TenantId, PipelineName, u32);
+
+/// What the parts of one engine share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: EngineConfig,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) llm: Arc<Llm>,
+    pub(crate) metrics: Metrics,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) hub: Hub,
+    pub(crate) steps: Batcher<Commit, Committed>,
+    pub(crate) submits: Batcher<NewRun, Submitted>,
+    /// Room for runs; a driver holds a permit until its last commit is acknowledged.
+    pub(crate) room: Arc<Semaphore>,
+    /// There may be work to claim.
+    pub(crate) work: Notify,
+    /// Something may be owned that no driver knows: an insert or a claim whose answer was lost.
+    pub(crate) doubt: Notify,
+    /// Set once: nothing new starts.
+    pub(crate) drain: CancellationToken,
+    pub(crate) drivers: TaskTracker,
+    replica: Mutex<ReplicaId>,
+    driven: Mutex<HashMap<RunId, Arc<Handle>>>,
+    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+}
+
+impl Shared {
+    #[expect(clippy::too_many_arguments, reason = "called once, by `Engine::start`")]
+    pub(crate) fn new(
+        config: EngineConfig,
+        store: Arc<dyn Store>,
+        llm: Arc<Llm>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+        steps: Batcher<Commit, Committed>,
+        submits: Batcher<NewRun, Submitted>,
+        replica: ReplicaId,
+    ) -> Self {
+        Self {
+            room: Arc::new(Semaphore::new(config.max_runs.min(Semaphore::MAX_PERMITS))),
+            config,
+            store,
+            llm,
+            metrics,
+            clock,
+            hub: Hub::default(),
+            steps,
+            submits,
+            work: Notify::new(),
+            doubt: Notify::new(),
+            drain: CancellationToken::new(),
+            drivers: TaskTracker::new(),
+            replica: Mutex::new(replica),
+            driven: Mutex::default(),
+            pipelines: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn replica(&self) -> ReplicaId {
+        *self.replica.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_replica(&self, replica: ReplicaId) {
+        *self.replica.lock().unwrap_or_else(PoisonError::into_inner) = replica;
+    }
+
+    fn driven(&self) -> std::sync::MutexGuard<'_, HashMap<RunId, Arc<Handle>>> {
+        self.driven.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a run in the table; None where it is driven already.
+    pub(crate) fn enter(&self, run: RunId) -> Option<Arc<Handle>> {
+        let mut driven = self.driven();
+        if driven.contains_key(&run) {
+            return None;
+        }
+        let handle = Arc::new(Handle::default());
+        driven.insert(run, Arc::clone(&handle));
+        self.count(driven.len());
+        Some(handle)
+    }
+
+    /// Takes a run out of the table, if it is still this entry.
+    pub(crate) fn forget(&self, run: RunId, handle: &Arc<Handle>) {
+        let mut driven = self.driven();
+        if driven.get(&run).is_some_and(|entry| Arc::ptr_eq(entry, handle)) {
+            driven.remove(&run);
+        }
+        self.count(driven.len());
+    }
+
+    fn count(&self, driven: usize) {
+        let driven = i64::try_from(driven).unwrap_or(i64::MAX);
+        self.metrics.runs_in_flight.set(driven);
+        self.metrics.leases_held.set(driven);
+    }
+
+    pub(crate) fn is_driven(&self, run: RunId) -> bool {
+        self.driven().contains_key(&run)
+    }
+
+    /// Tells a run's driver that there are signals. False where no driver of ours has it.
+    pub(crate) fn notify(&self, run: RunId) -> bool {
+        self.driven().get(&run).is_some_and(|handle| {
+            handle.signalled.notify_one();
+            true
+        })
+    }
+
+    /// Stops every driver at once; returns how many there were.
+    pub(crate) fn stop_all(&self) -> usize {
+        let driven: Vec<_> = self.driven().drain().collect();
+        for (_, handle) in &driven {
+            handle.stop.cancel();
+        }
+        self.count(0);
+        driven.len()
+    }
+
+    /// Drives a leased run in a task of its own.
+    pub(crate) fn drive(
+        self: &Arc<Self>,
+        handle: Arc<Handle>,
+        run: Run,
+        first: Vec<Effect>,
+        permit: OwnedSemaphorePermit,
+        request_id: Option<String>,
+    ) {
+        let shared = Arc::clone(self);
+        let lease = run.lease();
+        let span = tracing::info_span!(
+            parent: None,
+            "run",
+            run_id = %lease.run,
+            tenant = %run.tenant(),
+            pipeline = %run.pipeline().name,
+            request_id = request_id.as_deref(),
+        );
+        let work = async move {
+            let driver = Driver::new(Arc::clone(&shared), Arc::clone(&handle), run);
+            // A panic in a driver must not keep the lease: it is handed back like any other.
+            let driven = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
+            let ended = driven.unwrap_or_else(|_| {
+                tracing::error!("the driver of this run panicked; the run is handed back");
+                Ended::HandBack
+            });
+            shared.forget(lease.run, &handle);
+            match ended {
+                Ended::Committed => {}
+                Ended::Lost => {
+                    shared.metrics.leases_lost.inc();
+                    tracing::warn!(epoch = lease.epoch.0, "the lease is gone; another replica has this run");
+                }
+                Ended::HandBack => {
+                    // Where this fails too, the heartbeat's end hands it back, or the next look at what we own.
+                    if let Err(error) = shared.store.release(&[lease]).await {
+                        tracing::warn!(%error, "the run could not be handed back");
+                        shared.doubt.notify_one();
+                    }
+                }
+            }
+            drop(permit);
+            shared.work.notify_one();
+        };
+        self.drivers.spawn(work.instrument(span));
+    }
+
+    /// A compiled version.
+    pub(crate) async fn pipeline(
+        &self,
+        tenant: &TenantId,
+        name: &PipelineName,
+        version: Option<u32>,
+    ) -> Result<Option<(Arc<Pipeline>, u32)>, Error> {
+        if let Some(version) = version
+            && let Some(pipeline) = self.compiled(tenant, name, version)
+        {
+            return Ok(Some((pipeline, version)));
+        }
+        let Some(record) = self.store.pipeline(tenant, name, version).await? else { return Ok(None) };
+        let version = record.version;
+        if let Some(pipeline) = self.compiled(tenant, name, version) {
+            return Ok(Some((pipeline, version)));
+        }
+        let pipeline = Pipeline::from_stored(record.definition)
+            .map_err(|violations| Error::violations(stagegate_core::Code::InvalidDefinition, violations))?;
+        let pipeline = Arc::new(pipeline);
+        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        if pipelines.len() >= PIPELINES_MAX {
+            pipelines.clear();
+        }
+        pipelines.insert((tenant.clone(), name.clone(), version), Arc::clone(&pipeline));
+        Ok(Some((pipeline, version)))
+    }
+
+    fn compiled(&self, tenant: &TenantId, name: &PipelineName, version: u32) -> Option<Arc<Pipeline>> {
+        let pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        pipelines.get(&(tenant.clone(), name.clone(), version)).cloned()
+    }
+}

@@ -1,0 +1,121 @@
+//! Submitting: owns the way from a request to an accepted run.
+
+use std::sync::Arc;
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use stagegate_core::{
+    Code, Error, RunId, RunState, Totals,
+    decide::Accept,
+    store::{NewRun, RunRecord, Submitted},
+};
+
+use crate::{Submit, shared::Shared};
+
+/// Labels of a run at most, and the longest of a key or value in characters.
+const LABELS_MAX: usize = 32;
+const LABEL_MAX_CHARS: usize = 128;
+
+/// See [`crate::Engine::submit`].
+pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunRecord, bool), Error> {
+    if shared.drain.is_cancelled() {
+        return Err(Error::new(Code::Draining, "this replica is shutting down; send the request again")
+            .retry_after(std::time::Duration::from_secs(1)));
+    }
+    let Submit { tenant, pipeline, version, input, cache_mode, priority, labels, idempotency, request_id } = submit;
+    let (pipeline, version) = crate::known_pipeline(shared, &tenant, &pipeline, version).await?;
+    pipeline.check_input(&input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
+    check_labels(&labels)?;
+
+    let now = shared.clock.now();
+    let permit = Arc::clone(&shared.room).try_acquire_owned().ok();
+    let accept = Accept {
+        id: RunId::new(now, StdRng::from_os_rng().random()),
+        tenant: tenant.clone(),
+        pipeline,
+        version,
+        input,
+        cache_mode,
+        priority,
+        labels,
+        idempotency,
+        request_id: request_id.clone(),
+        lease_to: permit.as_ref().map(|_| shared.replica()),
+        park_after: shared.config.park_after.0,
+    };
+    let (new, leased) = accept.begin(now);
+    let record = record(&new);
+    // Entered before the insert: what is owned and not in the table is taken for an insert whose answer was lost.
+    let handle = leased.as_ref().and_then(|_| shared.enter(new.id));
+    let submitted = shared.submits.send(new).await;
+    let epoch = match &submitted {
+        Ok(Submitted::Accepted(epoch)) => *epoch,
+        _ => None,
+    };
+    match (leased, handle, permit) {
+        (Some((run, effects)), Some(handle), Some(permit)) if epoch == Some(run.lease().epoch) => {
+            shared.drive(handle, run, effects, permit, request_id);
+        }
+        (_, Some(handle), _) => shared.forget(record.id, &handle),
+        _ => {}
+    }
+    match submitted {
+        Ok(Submitted::Accepted(epoch)) => {
+            shared.metrics.runs_accepted.inc();
+            if epoch.is_none() {
+                shared.work.notify_one();
+                return Ok((RunRecord { state: RunState::Queued, started_at: None, ..record }, true));
+            }
+            Ok((record, true))
+        }
+        Ok(Submitted::Existing(id)) => {
+            let existing = shared.store.run_record(&tenant, id).await?;
+            existing.map(|record| (record, false)).ok_or_else(|| Error::new(Code::RunNotFound, format!("run {id}")))
+        }
+        Ok(Submitted::Conflict(id)) => Err(Error::new(
+            Code::IdempotencyConflict,
+            format!("this Idempotency-Key was used with a different request, for run {id}: use a new key"),
+        )),
+        Err(error) => {
+            shared.doubt.notify_one(); // It may have happened.
+            Err(error)
+        }
+    }
+}
+
+fn check_labels(labels: &stagegate_core::pipeline::Labels) -> Result<(), Error> {
+    let too_long = |text: &str| text.chars().count() > LABEL_MAX_CHARS;
+    if labels.len() > LABELS_MAX || labels.iter().any(|(key, value)| key.is_empty() || too_long(key) || too_long(value))
+    {
+        return Err(Error::new(
+            Code::InvalidRequest,
+            format!("labels: at most {LABELS_MAX}, with keys and values of at most {LABEL_MAX_CHARS} characters"),
+        ));
+    }
+    Ok(())
+}
+
+/// A new run, as a read of it would answer.
+fn record(new: &NewRun) -> RunRecord {
+    let leased = new.lease_to.is_some();
+    RunRecord {
+        id: new.id,
+        tenant: new.tenant.clone(),
+        pipeline: new.pipeline.clone(),
+        version: new.version,
+        state: if leased { RunState::Running } else { RunState::Queued },
+        cancel_requested: false,
+        priority: new.priority,
+        labels: new.labels.clone(),
+        cache_mode: new.cache_mode,
+        stages_total: new.stages_total,
+        stages_done: 0,
+        totals: Totals::default(),
+        failure: None,
+        request_id: new.request_id.clone(),
+        created_at: new.created_at,
+        started_at: leased.then_some(new.created_at),
+        finished_at: None,
+        deadline_at: new.deadline_at,
+        last_seq: new.events.len() as u64,
+    }
+}

@@ -1,0 +1,161 @@
+//! What every test here stands on: an engine on SQLite, and a fake provider.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use serde_json::{Value, json};
+use stagegate_core::{
+    Event, EventKind, RunId, RunState, Store, SystemClock, TenantId,
+    pipeline::{Labels, Span},
+    store::{RunDetail, RunRecord},
+};
+use stagegate_engine::{Engine, Submit, config::EngineConfig};
+use stagegate_llm::{
+    Llm,
+    config::{LlmConfig, Price, ProviderConfig, ProviderKind, SimConfig},
+};
+use stagegate_store_sqlite::SqliteStore;
+use stagegate_telemetry::Metrics;
+use stagegate_testkit::provider::FakeProvider;
+
+/// An engine, its parts, and the provider that it asks.
+pub struct Bench {
+    pub engine: Engine,
+    pub provider: FakeProvider,
+    pub store: Arc<SqliteStore>,
+    pub llm: Arc<Llm>,
+    pub folder: Arc<tempfile::TempDir>,
+}
+
+pub fn quick() -> EngineConfig {
+    EngineConfig {
+        lease_ttl: Span(Duration::from_millis(900)),
+        poll_interval: Span(Duration::from_millis(50)),
+        park_after: Span(Duration::from_millis(200)),
+        ..EngineConfig::default()
+    }
+}
+
+pub async fn store(folder: &Path) -> Arc<SqliteStore> {
+    Arc::new(SqliteStore::open(&folder.join("test.db"), Metrics::new()).await.expect("a store"))
+}
+
+/// The model layer of a process: its own local cache, the file's shared one.
+pub fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
+    let fake = ProviderConfig {
+        kind: ProviderKind::Openai,
+        base_url: Some(provider.openai_base_url()),
+        api_key: None,
+        max_concurrency: 64,
+        sim: SimConfig::default(),
+    };
+    let price = Price { input: 1.0, output: 2.0, cache_read: None, cache_write: None };
+    let config = LlmConfig {
+        providers: BTreeMap::from([("fake".to_owned(), fake)]),
+        prices: BTreeMap::from([("fake/model".to_owned(), price)]),
+        ..LlmConfig::default()
+    };
+    stagegate_llm::install_tls();
+    Arc::new(Llm::new(&config, Some(store.cache_tier()), Metrics::new(), Arc::new(SystemClock)).expect("a model layer"))
+}
+
+pub async fn engine(config: EngineConfig, store: &Arc<SqliteStore>, llm: &Arc<Llm>) -> Engine {
+    let store: Arc<dyn Store> = Arc::clone(store) as Arc<dyn Store>;
+    Engine::start(config, store, Arc::clone(llm), Metrics::new(), Arc::new(SystemClock)).await.expect("an engine")
+}
+
+impl Bench {
+    pub async fn start() -> Self {
+        Self::with(quick()).await
+    }
+
+    pub async fn with(config: EngineConfig) -> Self {
+        let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+        let store = store(folder.path()).await;
+        let provider = FakeProvider::start().await;
+        let llm = llm(&provider, &store);
+        let engine = engine(config, &store, &llm).await;
+        Self { engine, provider, store, llm, folder }
+    }
+
+    /// Registers a definition and submits a run of it.
+    pub async fn submit(&self, source: &str, input: Value) -> RunId {
+        let tenant = TenantId::default();
+        let (version, _) = self.engine.register(&tenant, source).await.expect("a valid definition");
+        let submit = Submit {
+            tenant,
+            pipeline: version.name,
+            version: Some(version.version),
+            input,
+            cache_mode: None,
+            priority: 0,
+            labels: Labels::new(),
+            idempotency: None,
+            request_id: Some("test".to_owned()),
+        };
+        self.engine.submit(submit).await.expect("accepted").0.id
+    }
+
+    /// All events to the end of the run.
+    pub async fn finish(&self, run: RunId) -> Vec<Event> {
+        finish(&self.engine, run).await
+    }
+
+    /// Runs to the end; what is kept of it.
+    pub async fn run(&self, source: &str, input: Value) -> RunDetail {
+        let run = self.submit(source, input).await;
+        self.finish(run).await;
+        self.detail(run).await
+    }
+
+    pub async fn detail(&self, run: RunId) -> RunDetail {
+        self.store.run(&TenantId::default(), run).await.expect("read").expect("there")
+    }
+
+    /// Waits until an event of this name is there.
+    pub async fn until(&self, run: RunId, name: &str) -> Vec<Event> {
+        let mut seen = Vec::new();
+        let mut events = self.engine.follow(TenantId::default(), run, 0);
+        while let Some(batch) = events.next().await {
+            seen.extend(batch.expect("readable"));
+            if seen.iter().any(|event| event.kind.name() == name) {
+                return seen;
+            }
+        }
+        panic!("the run ended without {name}: {seen:?}");
+    }
+}
+
+pub async fn finish(engine: &Engine, run: RunId) -> Vec<Event> {
+    let mut seen = Vec::new();
+    let mut events = engine.follow(TenantId::default(), run, 0);
+    while let Some(batch) = events.next().await {
+        seen.extend(batch.expect("readable"));
+    }
+    for (index, event) in seen.iter().enumerate() {
+        assert_eq!(event.seq, index as u64 + 1, "events are gap-free");
+    }
+    let last = seen.last().expect("events");
+    assert!(matches!(last.kind, EventKind::RunFinished { .. }), "the last event ends the run: {last:?}");
+    seen
+}
+
+pub fn assert_state(run: &RunRecord, state: RunState) {
+    assert_eq!(run.state, state, "{:?}", run.failure);
+}
+
+/// 1→2→3→{4,5}, each stage's prompt naming it and what it needs.
+pub fn canonical() -> String {
+    json!({
+        "name": "canonical",
+        "defaults": { "model": "fake/model", "retry": { "max_attempts": 3, "backoff": "10ms..50ms" } },
+        "stages": [
+            { "id": "one", "prompt": "stage-one {{ input.text }}" },
+            { "id": "two", "needs": ["one"], "prompt": "stage-two {{ input.text }} {{ stages.one.output | length }}" },
+            { "id": "three", "needs": ["two"], "prompt": "stage-three {{ input.text }} {{ stages.two.output | length }}" },
+            { "id": "four", "needs": ["three"], "prompt": "stage-four {{ input.text }} {{ stages.three.output | length }}" },
+            { "id": "five", "needs": ["three"], "prompt": "stage-five {{ input.text }} {{ stages.three.output | length }}" }
+        ]
+    })
+    .to_string()
+}

@@ -1,0 +1,7 @@
+//! The engine on a real store, with a provider at the other end of a real socket.
+
+mod bench;
+mod cache;
+mod faults;
+mod gates;
+mod runs;

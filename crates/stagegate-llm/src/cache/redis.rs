@@ -1,0 +1,382 @@
+//! Redis as the shared cache tier: owns its keys, its scripts and its connections. It may be flushed at any time; a
+//! Redis that is away, hangs or lies is an error or a miss, never a panic and never a wrong answer.
+//!
+//! Keys, all under a hash tag of the tenant, so that they share a cluster's slot:
+//!
+//! | key | value |
+//! | --- | --- |
+//! | `{prefix}:{{tenant}}:g` | the tenant's generation, decimal |
+//! | `{prefix}:{{tenant}}:f:{scope}` | the floor of a scope, decimal |
+//! | `{prefix}:{{tenant}}:e:{key}` | an entry: its generation (8 bytes, big endian), then what was stored; expires |
+//!
+//! Generations and floors do not expire. Use a `volatile-*` eviction policy (or `noeviction`), so that memory pressure
+//! takes entries only. A generation or a tenant's floor that is lost starts anew at the server's clock, above
+//! everything before it; a lost floor of a narrower scope would forget that invalidation.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Script, Value, aio::MultiplexedConnection};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use stagegate_core::{
+    Code, Error, Secret, TenantId,
+    cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
+    pipeline::Span,
+};
+use tokio::{sync::Mutex, time::Instant};
+
+/// Bytes of an entry's generation before the entry.
+const GENERATION_BYTES: usize = 8;
+
+/// Makes sure that the tenant has a generation and a floor, and returns the generation.
+/// KEYS: generation, tenant's floor.
+const INIT: &str = r"
+local function number(key)
+  local value = redis.pcall('GET', key)
+  if type(value) == 'string' and #value <= 18 and string.match(value, '^%d+$') then return value end
+  return nil
+end
+local generation = number(KEYS[1])
+if not generation or not number(KEYS[2]) then
+  local time = redis.call('TIME')
+  generation = time[1] .. string.format('%06d', tonumber(time[2]))
+  redis.call('SET', KEYS[1], generation)
+  redis.call('SET', KEYS[2], generation)
+end
+";
+
+const RETURN_GENERATION: &str = "return generation";
+
+/// Moves the generation on and notes it as the scope's floor. KEYS: generation, tenant's floor, scope's floor.
+const INVALIDATE: &str = r"
+redis.call('INCR', KEYS[1])
+generation = redis.call('GET', KEYS[1])
+redis.call('SET', KEYS[3], generation)
+return generation
+";
+
+/// How Redis is used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RedisConfig {
+    /// Connections, at most; each carries many requests at once.
+    pub max_connections: usize,
+    /// How long a connection may take to be made.
+    pub connect_timeout: Span,
+    /// How long one answer may take. Keep it below `llm.shared_cache_timeout`.
+    pub response_timeout: Span,
+    /// What every key begins with.
+    pub key_prefix: String,
+}
+
+impl Default for RedisConfig {
+    fn default() -> Self {
+        Self {
+            max_connections: 4,
+            connect_timeout: Span(Duration::from_secs(1)),
+            response_timeout: Span(Duration::from_millis(200)),
+            key_prefix: "sg".to_owned(),
+        }
+    }
+}
+
+/// Redis as a shared cache tier. Connections are made when they are needed, and anew when they break.
+pub struct RedisTier {
+    links: Vec<Arc<Link>>,
+    next: AtomicUsize,
+    prefix: String,
+    init: Script,
+    invalidate: Script,
+}
+
+impl fmt::Debug for RedisTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The client knows the password.
+        f.debug_struct("RedisTier").field("prefix", &self.prefix).field("links", &self.links.len()).finish()
+    }
+}
+
+impl RedisTier {
+    /// For the server at `url` (`redis://`, `rediss://`). Connects to nothing yet: a Redis that is away at the start
+    /// is no reason not to start. Fails on a URL that is none, and on a prefix that would break the hash tag.
+    pub fn connect(url: &Secret, config: &RedisConfig) -> Result<Self, Error> {
+        let invalid = |detail: String| Error::new(Code::InvalidConfig, detail);
+        // The error of a wrong URL could repeat it, and with it the password.
+        let client = Client::open(url.expose()).map_err(|error| {
+            invalid(format!("the Redis URL is not valid ({}): write `redis://host:6379/0`", error.category()))
+        })?;
+        let prefix = &config.key_prefix;
+        if prefix.is_empty()
+            || prefix.len() > 64
+            || !prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-:".contains(&b))
+        {
+            return Err(invalid(format!("`{prefix}` is no key prefix: use 1 to 64 letters, digits, `_`, `-` and `:`")));
+        }
+        let settings = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(config.connect_timeout.0))
+            .set_response_timeout(Some(config.response_timeout.0));
+        let link = || Arc::new(Link::new(client.clone(), settings.clone()));
+        Ok(Self {
+            links: (0..config.max_connections.clamp(1, 64)).map(|_| link()).collect(),
+            next: AtomicUsize::new(0),
+            prefix: prefix.clone(),
+            init: Script::new(&[INIT, RETURN_GENERATION].concat()),
+            invalidate: Script::new(&[INIT, INVALIDATE].concat()),
+        })
+    }
+
+    fn key(&self, tenant: &TenantId, rest: &str) -> String {
+        format!("{}:{{{tenant}}}:{rest}", self.prefix)
+    }
+
+    fn floor_key(&self, tenant: &TenantId, scope: &CacheScope) -> String {
+        self.key(tenant, &format!("f:{scope}"))
+    }
+
+    fn entry_key(&self, tenant: &TenantId, key: CacheKey) -> String {
+        self.key(tenant, &format!("e:{key}"))
+    }
+
+    fn link(&self) -> &Arc<Link> {
+        &self.links[self.next.fetch_add(1, Ordering::Relaxed) % self.links.len()]
+    }
+
+    async fn ask(&self, command: &Cmd) -> Result<Value, CacheError> {
+        self.link().run(async |connection| command.query_async(connection).await).await
+    }
+
+    async fn script(&self, script: &Script, keys: &[String]) -> Result<u64, CacheError> {
+        let mut call = script.prepare_invoke();
+        for key in keys {
+            call.key(key);
+        }
+        let answer: Value = self.link().run(async |connection| call.invoke_async(connection).await).await?;
+        number(&answer).ok_or_else(|| CacheError("Redis answered a script with something that is no number".to_owned()))
+    }
+}
+
+#[async_trait]
+impl CacheTier for RedisTier {
+    async fn get(&self, tenant: &TenantId, key: CacheKey, scopes: &[CacheScope]) -> Result<CacheLookup, CacheError> {
+        let mut command = redis::cmd("MGET");
+        command.arg(self.entry_key(tenant, key)).arg(self.key(tenant, "g"));
+        command.arg(self.floor_key(tenant, &CacheScope::Tenant));
+        let narrower: Vec<_> = scopes.iter().filter(|scope| **scope != CacheScope::Tenant).collect();
+        for scope in &narrower {
+            command.arg(self.floor_key(tenant, scope));
+        }
+        let Value::Array(values) = self.ask(&command).await? else {
+            return Err(CacheError("Redis answered MGET with something that is no list".to_owned()));
+        };
+        let [entry, generation, tenant_floor, floors @ ..] = values.as_slice() else {
+            return Err(CacheError("Redis answered MGET with too few values".to_owned()));
+        };
+        // A floor that is there but unreadable hides an invalidation: nothing counts until it is replaced.
+        let floors: Option<Vec<u64>> =
+            floors.iter().map(|floor| if *floor == Value::Nil { Some(0) } else { number(floor) }).collect();
+        let (Some(generation), Some(tenant_floor)) = (number(generation), number(tenant_floor)) else {
+            let generation =
+                self.script(&self.init, &[self.key(tenant, "g"), self.floor_key(tenant, &CacheScope::Tenant)]).await?;
+            return Ok(CacheLookup { generation, floor: generation, entry: None });
+        };
+        let asks_tenant = narrower.len() < scopes.len();
+        let floor = match floors {
+            Some(floors) => floors.into_iter().chain(asks_tenant.then_some(tenant_floor)).max().unwrap_or(0),
+            None => generation,
+        };
+        // No floor is ever above the generation that it was made from.
+        let floor = floor.min(generation);
+        let entry = stored(entry).filter(|(_, under)| *under >= floor);
+        Ok(CacheLookup { generation, floor, entry })
+    }
+
+    async fn put(
+        &self,
+        tenant: &TenantId,
+        key: CacheKey,
+        entry: &[u8],
+        generation: u64,
+        ttl: Duration,
+    ) -> Result<(), CacheError> {
+        let value = [&generation.to_be_bytes(), entry].concat();
+        let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1);
+        let mut command = redis::cmd("SET");
+        command.arg(self.entry_key(tenant, key)).arg(value).arg("PX").arg(ttl_ms);
+        self.ask(&command).await.map(drop)
+    }
+
+    async fn evict(&self, tenant: &TenantId, key: CacheKey) -> Result<(), CacheError> {
+        let mut command = redis::cmd("UNLINK");
+        command.arg(self.entry_key(tenant, key));
+        self.ask(&command).await.map(drop)
+    }
+
+    async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<u64, CacheError> {
+        let keys = [self.key(tenant, "g"), self.floor_key(tenant, &CacheScope::Tenant), self.floor_key(tenant, scope)];
+        self.script(&self.invalidate, &keys).await
+    }
+
+    async fn ping(&self) -> Result<(), CacheError> {
+        self.ask(&redis::cmd("PING")).await.map(drop)
+    }
+
+    fn kind(&self) -> &'static str {
+        "redis"
+    }
+}
+
+/// A decimal number, as Redis keeps it.
+fn number(value: &Value) -> Option<u64> {
+    match value {
+        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok()?.parse().ok(),
+        Value::SimpleString(text) => text.parse().ok(),
+        Value::Int(number) => u64::try_from(*number).ok(),
+        _ => None,
+    }
+}
+
+/// An entry and the generation before it.
+fn stored(value: &Value) -> Option<(Vec<u8>, u64)> {
+    let Value::BulkString(bytes) = value else { return None };
+    let (generation, entry) = bytes.split_first_chunk::<GENERATION_BYTES>()?;
+    Some((entry.to_vec(), u64::from_be_bytes(*generation)))
+}
+
+/// One connection, shared by whoever asks; made when it is needed.
+struct Link {
+    client: Client,
+    settings: AsyncConnectionConfig,
+    state: Mutex<LinkState>,
+    /// Set when a request did not come to its end: the connection may be half dead, and the next request makes another.
+    suspect: AtomicBool,
+}
+
+#[derive(Default)]
+struct LinkState {
+    connection: Option<MultiplexedConnection>,
+    /// When and why it could last not be made.
+    failed: Option<(Instant, CacheError)>,
+}
+
+impl Link {
+    fn new(client: Client, settings: AsyncConnectionConfig) -> Self {
+        Self { client, settings, state: Mutex::default(), suspect: AtomicBool::new(false) }
+    }
+
+    /// Runs one request. Redis's own complaints leave the connection as it is.
+    async fn run<T>(
+        self: &Arc<Self>,
+        request: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
+    ) -> Result<T, CacheError> {
+        let mut connection = self.connection().await?;
+        let mut doubt = Doubt { link: self, resolved: false };
+        let answer = request(&mut connection).await;
+        doubt.resolved = match &answer {
+            Ok(_) => true,
+            Err(error) => !(error.is_io_error() || error.is_unrecoverable_error()),
+        };
+        answer.map_err(|error| describe(&error))
+    }
+
+    /// The connection; a new one where there is none. It is made in a task of its own, so that a caller with little
+    /// patience does not undo what the next one needs.
+    async fn connection(self: &Arc<Self>) -> Result<MultiplexedConnection, CacheError> {
+        if let Ok(state) = self.state.try_lock()
+            && !self.suspect.load(Ordering::Relaxed)
+            && let Some(connection) = &state.connection
+        {
+            return Ok(connection.clone());
+        }
+        let (link, asked) = (Arc::clone(self), Instant::now());
+        let making = tokio::spawn(async move { link.make(asked).await });
+        making.await.unwrap_or_else(|_| Err(CacheError("the connection's task ended".to_owned())))
+    }
+
+    async fn make(&self, asked: Instant) -> Result<MultiplexedConnection, CacheError> {
+        let mut state = self.state.lock().await;
+        if self.suspect.swap(false, Ordering::Relaxed) {
+            state.connection = None;
+        }
+        if let Some(connection) = &state.connection {
+            return Ok(connection.clone());
+        }
+        // Those who waited for an attempt that failed do not each make another.
+        if let Some((at, error)) = &state.failed
+            && *at >= asked
+        {
+            return Err(error.clone());
+        }
+        match self.client.get_multiplexed_async_connection_with_config(&self.settings).await {
+            Ok(connection) => {
+                state.connection = Some(connection.clone());
+                Ok(connection)
+            }
+            Err(error) => {
+                let error = describe(&error);
+                state.failed = Some((Instant::now(), error.clone()));
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Marks its connection as suspect, unless the request came to its end.
+struct Doubt<'a> {
+    link: &'a Link,
+    resolved: bool,
+}
+
+impl Drop for Doubt<'_> {
+    fn drop(&mut self) {
+        if !self.resolved {
+            self.link.suspect.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What went wrong, without keys and values: what Redis said in its own words could repeat them.
+fn describe(error: &RedisError) -> CacheError {
+    let code = error.code().map(|code| format!(" ({code})")).unwrap_or_default();
+    CacheError(format!("Redis: {}{code}", error.category()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn garbage_is_no_number_and_no_entry() {
+        for garbage in [
+            Value::Nil,
+            Value::Okay,
+            Value::Int(-1),
+            Value::BulkString(b"".to_vec()),
+            Value::BulkString(b"12x".to_vec()),
+            Value::BulkString(vec![0xFF; 4]),
+            Value::Array(vec![]),
+        ] {
+            assert_eq!(number(&garbage), None, "{garbage:?}");
+            assert_eq!(stored(&garbage), None, "{garbage:?}");
+        }
+        assert_eq!(number(&Value::BulkString(b"1700000000000001".to_vec())), Some(1_700_000_000_000_001));
+        assert_eq!(stored(&Value::BulkString(b"\0\0\0\0\0\0\0\x05abc".to_vec())), Some((b"abc".to_vec(), 5)));
+    }
+
+    #[test]
+    fn a_wrong_url_is_refused_without_showing_the_password() {
+        let url = Secret::from("http://:hunter2@host".to_owned());
+        let error = RedisTier::connect(&url, &RedisConfig::default()).expect_err("no Redis URL");
+        assert_eq!(error.code, Code::InvalidConfig);
+        assert!(!error.to_string().contains("hunter2"), "{error}");
+        let prefixed = RedisConfig { key_prefix: "a{b".to_owned(), ..RedisConfig::default() };
+        assert!(RedisTier::connect(&Secret::from("redis://host".to_owned()), &prefixed).is_err());
+    }
+}

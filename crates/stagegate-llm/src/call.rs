@@ -1,0 +1,423 @@
+//! One call to one model: owns the way from a request to an answer that can be used, or to the reason why not. Breaker,
+//! then a slot, then the provider; then it is weighed, priced, counted and stored.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use stagegate_core::{
+    CallPurpose, Clock, Code, LedgerEntry, ModelRef, Origin, RunId, Usage, Usd,
+    cache::{CacheKey, CacheTier},
+    pipeline::{Message, OutputFormat, Params},
+};
+use stagegate_telemetry::Metrics;
+use tokio::time::Instant;
+
+use crate::{
+    breaker::{BreakerState, Breakers, Permit},
+    cache::{
+        AnswerCache, Look,
+        entry::{Entry, NewEntry, jittered},
+        floors::{Reader, Standing},
+    },
+    config::{DEFAULT_MAX_CONCURRENCY, LlmConfig},
+    inflight::{Flights, Progress},
+    limit::Served,
+    meter::Meter,
+    prices::{Prices, count_tokens_typical, text_tokens_typical},
+    provider::{Answer, Finish, Provider, ProviderError, ProviderRequest},
+};
+
+/// Which flight a request may join: the one that will be stored under its key. One that refreshes joins only others
+/// that do, since its caller does not want what somebody else began to buy before it asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct FlightKey {
+    pub(crate) key: CacheKey,
+    pub(crate) refresh: bool,
+}
+
+/// Everything that a call needs, shared by all of them.
+#[derive(Debug)]
+pub(crate) struct Caller {
+    pub(crate) providers: BTreeMap<String, Served>,
+    pub(crate) prices: Arc<Prices>,
+    pub(crate) breakers: Breakers,
+    pub(crate) cache: Arc<AnswerCache>,
+    pub(crate) flights: Arc<Flights<FlightKey, Landed>>,
+    pub(crate) meter: Meter,
+}
+
+/// What is to be asked, and where its answer goes. Owned, since a flight outlives the one who began it.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) reader: Reader,
+    pub(crate) messages: Vec<Message>,
+    pub(crate) params: Params,
+    pub(crate) format: OutputFormat,
+    pub(crate) sample: u32,
+    pub(crate) key: CacheKey,
+    pub(crate) ttl: Duration,
+    pub(crate) run: RunId,
+    pub(crate) refresh: bool,
+    pub(crate) standing: Standing,
+}
+
+/// How a flight ended.
+#[derive(Debug)]
+pub(crate) enum Landed {
+    /// Another flight had just stored it.
+    Cached(Arc<Entry>),
+    /// It was bought.
+    Bought(Bought),
+    /// It failed.
+    Failed(Failed),
+}
+
+/// A usable answer.
+#[derive(Debug, Clone)]
+pub(crate) struct Bought {
+    pub(crate) content: String,
+    pub(crate) paid: Paid,
+}
+
+/// What a call took.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Paid {
+    pub(crate) usage: Usage,
+    pub(crate) cost: Usd,
+    pub(crate) priced: bool,
+    pub(crate) latency: Duration,
+}
+
+impl Paid {
+    /// The row of the ledger. Whoever pays has the cost; whoever shares is told what that saved.
+    pub(crate) fn entry(
+        &self,
+        purpose: CallPurpose,
+        model: &ModelRef,
+        origin: Origin,
+        error: Option<Code>,
+    ) -> LedgerEntry {
+        let (cost_usd, saved_usd) = if origin.is_hit() { (Usd::ZERO, self.cost) } else { (self.cost, Usd::ZERO) };
+        LedgerEntry {
+            purpose,
+            model: model.clone(),
+            origin,
+            usage: self.usage,
+            cost_usd,
+            saved_usd,
+            priced: self.priced,
+            latency_ms: millis(self.latency),
+            error,
+        }
+    }
+}
+
+pub(crate) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Why there is no usable answer.
+#[derive(Debug, Clone)]
+pub(crate) struct Failed {
+    pub(crate) code: Code,
+    pub(crate) message: String,
+    pub(crate) retryable: bool,
+    pub(crate) retry_after: Option<Duration>,
+    pub(crate) partial: Option<String>,
+    /// None where no provider was asked.
+    pub(crate) paid: Option<Paid>,
+}
+
+impl Failed {
+    /// A failure before any provider was asked.
+    pub(crate) fn unasked(code: Code, message: String, retryable: bool) -> Self {
+        Self { code, message, retryable, retry_after: None, partial: None, paid: None }
+    }
+}
+
+impl Caller {
+    pub(crate) fn new(
+        providers: BTreeMap<String, Arc<dyn Provider>>,
+        prices: Prices,
+        config: &LlmConfig,
+        tier: Option<Arc<dyn CacheTier>>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let prices = Arc::new(prices);
+        let meter = Meter::new(metrics, Arc::clone(&prices), providers.keys().cloned());
+        let serve = |(name, provider): (String, Arc<dyn Provider>)| {
+            let limit = config.providers.get(&name).map_or(DEFAULT_MAX_CONCURRENCY, |p| p.max_concurrency);
+            (name, Served::new(provider, limit))
+        };
+        Self {
+            providers: providers.into_iter().map(serve).collect(),
+            prices,
+            breakers: Breakers::new(config.breaker.clone()),
+            cache: Arc::new(AnswerCache::new(config, tier, clock, meter.clone())),
+            flights: Arc::default(),
+            meter,
+        }
+    }
+
+    /// A flight, from its first look to the stored answer.
+    pub(crate) async fn fly(self: Arc<Self>, job: Job, progress: Arc<Progress>) -> Landed {
+        // Between this one's look-up and its beginning, another flight may have landed.
+        let look = Look { reader: &job.reader, key: job.key, ttl: job.ttl, only_run: job.refresh.then_some(job.run) };
+        if let Some(entry) = self.cache.find_local(look) {
+            return Landed::Cached(entry);
+        }
+        match self.call(&job, &progress).await {
+            Err(failed) => Landed::Failed(failed),
+            Ok(bought) => {
+                self.store(&job, &bought).await;
+                Landed::Bought(bought)
+            }
+        }
+    }
+
+    async fn store(&self, job: &Job, bought: &Bought) {
+        if !is_well_formed(&job.format, &bought.content) {
+            return;
+        }
+        let entry = Entry::new(&NewEntry {
+            content: &bought.content,
+            model: &job.reader.model,
+            usage: bought.paid.usage,
+            cost: bought.paid.cost,
+            priced: bought.paid.priced,
+            stored_at_ms: self.cache.now_ms(),
+            ttl: jittered(job.ttl, job.key),
+            run: job.run,
+        });
+        self.cache.store(&job.reader.tenant, job.key, entry, job.standing).await;
+    }
+
+    async fn call(&self, job: &Job, progress: &Progress) -> Result<Bought, Failed> {
+        let model = &job.reader.model;
+        let served = self.served(model)?;
+        let breaker = self.breakers.of(model);
+        // Asked twice: nobody queues for a model that is spared, and who queued while it began to fail does not call it.
+        if let Some(left) = breaker.refusal() {
+            return Err(spared(model, left));
+        }
+        let _slot = served.slot().await;
+        let permit = breaker.admit().map_err(|left| spared(model, left))?;
+        if breaker.state() == BreakerState::HalfOpen {
+            self.breakers.publish(model, &self.meter);
+        }
+        progress.calls();
+        let mut under_way = UnderWay { caller: self, model, progress, permit: Some(permit), started: Instant::now() };
+        let request = ProviderRequest {
+            model: model.model(),
+            messages: &job.messages,
+            params: &job.params,
+            format: &job.format,
+            sample: job.sample,
+        };
+        let answer = served.provider.call(request).await;
+        let latency = under_way.started.elapsed();
+        let permit = under_way.permit.take();
+        drop(under_way);
+        self.tell_breaker(model, permit, answer.as_ref().err());
+        match answer {
+            Ok(answer) => {
+                served.note(answer.limits, None);
+                self.weigh(job, answer, latency)
+            }
+            Err(error) => {
+                served.note(error.limits, Some(error.code));
+                Err(self.failed(model, error, latency))
+            }
+        }
+    }
+
+    /// The provider that serves a model.
+    pub(crate) fn served(&self, model: &ModelRef) -> Result<&Served, Failed> {
+        match self.providers.get(model.provider()) {
+            Some(served) if served.provider.is_configured() => Ok(served),
+            Some(_) => {
+                let message = format!("the provider `{}` has no key", model.provider());
+                Err(Failed::unasked(Code::ProviderWithoutKey, message, false))
+            }
+            None => {
+                let message = format!("no configured provider serves `{model}`");
+                Err(Failed::unasked(Code::UnknownModel, message, false))
+            }
+        }
+    }
+
+    fn tell_breaker(&self, model: &ModelRef, permit: Option<Permit>, error: Option<&ProviderError>) {
+        let Some(permit) = permit else { return };
+        let changed = match error {
+            None => permit.success(),
+            Some(error) if is_illness(error) => permit.failure(),
+            Some(_) => permit.reached(),
+        };
+        if changed {
+            self.breakers.publish(model, &self.meter);
+            let state = self.breakers.of(model).state();
+            tracing::warn!(%model, ?state, "the breaker of a model turned");
+        }
+    }
+
+    fn price(&self, model: &ModelRef, usage: Usage, latency: Duration) -> Paid {
+        let cost = self.prices.cost(model, &usage);
+        self.meter.bought(model, &usage, cost);
+        Paid { usage, cost: cost.unwrap_or_default(), priced: cost.is_some(), latency }
+    }
+
+    /// Whether the answer can be used. What cannot is paid for all the same.
+    fn weigh(&self, job: &Job, answer: Answer, latency: Duration) -> Result<Bought, Failed> {
+        let Answer { content, finish, usage, limits: _ } = answer;
+        let model = &job.reader.model;
+        let usage = usage.unwrap_or_else(|| Usage {
+            input_tokens: count_tokens_typical(&job.messages),
+            output_tokens: text_tokens_typical(&content),
+            estimated: true,
+            ..Usage::default()
+        });
+        let paid = self.price(model, usage, latency);
+        let flaw = match finish {
+            Finish::Length => {
+                let limit = job.params.max_output_tokens.map_or("the provider's own".to_owned(), |n| n.to_string());
+                let message = format!("the answer was cut at the token limit (max_output_tokens = {limit})");
+                Some((Code::ProviderMalformed, message, true))
+            }
+            Finish::Refused => {
+                let message = "the model refused, or the provider filtered the prompt or the answer".to_owned();
+                Some((Code::ProviderRefused, message, false))
+            }
+            Finish::Stop if content.trim().is_empty() => {
+                Some((Code::ProviderMalformed, "the answer was empty".to_owned(), true))
+            }
+            Finish::Stop => None,
+        };
+        self.log(model, flaw.as_ref().map(|(code, ..)| *code), &paid);
+        let Some((code, message, retryable)) = flaw else { return Ok(Bought { content, paid }) };
+        let partial = Some(content).filter(|text| !text.trim().is_empty() && finish == Finish::Length);
+        Err(Failed { code, message, retryable, retry_after: None, partial, paid: Some(paid) })
+    }
+
+    fn failed(&self, model: &ModelRef, error: ProviderError, latency: Duration) -> Failed {
+        let ProviderError { code, message, retryable, retry_after, usage, limits: _ } = error;
+        let paid = match usage {
+            Some(usage) => self.price(model, usage, latency),
+            None => self.unpaid(model, latency),
+        };
+        self.log(model, Some(code), &paid);
+        Failed { code, message, retryable, retry_after, partial: None, paid: Some(paid) }
+    }
+
+    /// A call that brought nothing, as far as was told.
+    pub(crate) fn unpaid(&self, model: &ModelRef, latency: Duration) -> Paid {
+        Paid { usage: Usage::default(), cost: Usd::ZERO, priced: self.prices.is_priced(model), latency }
+    }
+
+    /// Counts and traces a call. Never what was asked or answered.
+    fn log(&self, model: &ModelRef, error: Option<Code>, paid: &Paid) {
+        self.meter.call(model, error, paid.latency);
+        tracing::debug!(
+            provider = model.provider(),
+            model = model.model(),
+            origin = Origin::Provider.as_str(),
+            outcome = error.map_or("ok", Code::as_str),
+            latency_ms = millis(paid.latency),
+            input_tokens = paid.usage.input_tokens,
+            output_tokens = paid.usage.output_tokens,
+            cost_usd = paid.cost.dollars(),
+            "model call"
+        );
+    }
+}
+
+fn spared(model: &ModelRef, left: Duration) -> Failed {
+    let message = format!("`{model}` failed too often and is being spared");
+    Failed { retry_after: Some(left), ..Failed::unasked(Code::BreakerOpen, message, true) }
+}
+
+/// Whether an error says that the model is ill, rather than that it did not like the request or wants less of them.
+fn is_illness(error: &ProviderError) -> bool {
+    error.retryable
+        && matches!(
+            error.code,
+            Code::ProviderUnreachable | Code::ProviderFailed | Code::ProviderTimeout | Code::ProviderMalformed
+        )
+}
+
+/// Whether an answer is of the form that was asked for, so far that it is worth keeping. Only that JSON is JSON: whether
+/// it fits its schema is the gate's to say, which then evicts it.
+fn is_well_formed(format: &OutputFormat, content: &str) -> bool {
+    match format {
+        OutputFormat::Text => !content.trim().is_empty(),
+        OutputFormat::Json { .. } => serde_json::from_str::<serde::de::IgnoredAny>(without_fence(content)).is_ok(),
+    }
+}
+
+/// The inside of a fenced code block, where the whole text is one.
+fn without_fence(text: &str) -> &str {
+    let text = text.trim();
+    text.strip_prefix("```")
+        .and_then(|rest| rest.strip_suffix("```"))
+        .and_then(|rest| rest.split_once('\n'))
+        .map_or(text, |(_language, inside)| inside.trim())
+}
+
+/// A call under way. Dropped before its end, because everybody's deadline passed or because nobody wants it any more.
+struct UnderWay<'a> {
+    caller: &'a Caller,
+    model: &'a ModelRef,
+    progress: &'a Progress,
+    permit: Option<Permit>,
+    started: Instant,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        let Some(permit) = self.permit.take() else { return };
+        if !self.progress.is_late() {
+            return;
+        }
+        if permit.failure() {
+            self.caller.breakers.publish(self.model, &self.caller.meter);
+        }
+        let paid = self.caller.unpaid(self.model, self.started.elapsed());
+        self.caller.log(self.model, Some(Code::ProviderTimeout), &paid);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_may_come_in_a_fence() {
+        let json = OutputFormat::Json { schema: None };
+        for good in ["{}", " [1]\n", "```json\n{\"a\": 1}\n```", "```\n1\n```\n", "\"text\""] {
+            assert!(is_well_formed(&json, good), "{good}");
+        }
+        for bad in ["", "{", "{} {}", "Sure: {}", "```json\n{\n```", "``````", "```json```"] {
+            assert!(!is_well_formed(&json, bad), "{bad}");
+        }
+        assert!(is_well_formed(&OutputFormat::Text, "Sure: {}"));
+        assert!(!is_well_formed(&OutputFormat::Text, " \n"));
+    }
+
+    #[test]
+    fn only_illness_counts_for_the_breaker() {
+        let error = |code, retryable| ProviderError {
+            code,
+            message: String::new(),
+            retryable,
+            retry_after: None,
+            usage: None,
+            limits: crate::provider::Limits::default(),
+        };
+        for code in [Code::ProviderUnreachable, Code::ProviderFailed, Code::ProviderTimeout, Code::ProviderMalformed] {
+            assert!(is_illness(&error(code, true)), "{code}");
+            assert!(!is_illness(&error(code, false)), "{code}");
+        }
+        for code in [Code::ProviderRateLimited, Code::ProviderQuota, Code::ProviderAuth, Code::ProviderRejected] {
+            assert!(!is_illness(&error(code, true)), "{code}");
+        }
+    }
+}

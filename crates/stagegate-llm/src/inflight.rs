@@ -1,0 +1,233 @@
+//! Coalescing: owns which calls are under way in this process, so that identical requests share one. It knows nothing
+//! of what they do.
+//!
+//! A flight is driven by whoever waits for it: it goes on while one of them is left, and is abandoned with the last.
+//! It has no deadline; each waiter has its own.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    future::Future,
+    hash::Hash,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Shared, WeakShared},
+};
+
+type Future_<T> = BoxFuture<'static, Arc<T>>;
+
+/// What the waiters of one flight know of each other.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    calling: AtomicBool,
+    late: AtomicBool,
+    taken: AtomicBool,
+}
+
+impl Progress {
+    /// The provider is being asked from here on; before, it waits for its turn.
+    pub(crate) fn calls(&self) {
+        self.calling.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the provider is being asked.
+    pub(crate) fn is_calling(&self) -> bool {
+        self.calling.load(Ordering::Relaxed)
+    }
+
+    /// A waiter's deadline passed.
+    pub(crate) fn is_late(&self) -> bool {
+        self.late.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn note_deadline(&self) {
+        self.late.store(true, Ordering::Relaxed);
+    }
+
+    /// True for the first: it pays, the others share.
+    pub(crate) fn take(&self) -> bool {
+        !self.taken.swap(true, Ordering::Relaxed)
+    }
+}
+
+/// A share in a flight.
+pub(crate) struct Ticket<T> {
+    /// The outcome.
+    pub(crate) flight: Shared<Future_<T>>,
+    pub(crate) progress: Arc<Progress>,
+    /// Whether this one began it.
+    pub(crate) began: bool,
+}
+
+struct Slot<T> {
+    id: u64,
+    generation: u64,
+    flight: WeakShared<Future_<T>>,
+    progress: Arc<Progress>,
+}
+
+/// The flights under way, by key.
+pub(crate) struct Flights<K, T> {
+    under_way: Mutex<HashMap<K, Slot<T>>>,
+    next_id: AtomicU64,
+}
+
+impl<K, T> fmt::Debug for Flights<K, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Flights")
+    }
+}
+
+impl<K, T> Default for Flights<K, T> {
+    fn default() -> Self {
+        Self { under_way: Mutex::default(), next_id: AtomicU64::new(0) }
+    }
+}
+
+impl<K: Eq + Hash + Clone + Send + 'static, T: Send + Sync + 'static> Flights<K, T> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, Slot<T>>> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Joins the flight under this key, or begins one under `generation`. A flight that began below `floor` is too
+    /// old: what it brings was asked for before an invalidation.
+    pub(crate) fn join<F>(
+        self: &Arc<Self>,
+        key: &K,
+        generation: u64,
+        floor: u64,
+        begin: impl FnOnce(Arc<Progress>) -> F,
+    ) -> Ticket<T>
+    where
+        F: Future<Output = T> + Send + 'static,
+    {
+        let mut under_way = self.lock();
+        // The generation first: a share that was taken and dropped in here could be the last, and its end needs the lock.
+        if let Some(slot) = under_way.get(key).filter(|slot| slot.generation >= floor)
+            && let Some(flight) = slot.flight.upgrade()
+        {
+            return Ticket { flight, progress: Arc::clone(&slot.progress), began: false };
+        }
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let progress = Arc::new(Progress::default());
+        let landing = Landing { flights: Arc::clone(self), key: key.clone(), id };
+        let work = begin(Arc::clone(&progress));
+        let flight: Shared<Future_<T>> = async move {
+            let _landing = landing;
+            Arc::new(work.await)
+        }
+        .boxed()
+        .shared();
+        if let Some(weak) = flight.downgrade() {
+            let slot = Slot { id, generation, flight: weak, progress: Arc::clone(&progress) };
+            under_way.insert(key.clone(), slot);
+        }
+        Ticket { flight, progress, began: true }
+    }
+
+    #[cfg(test)]
+    fn len(&self) -> usize {
+        self.lock().len()
+    }
+}
+
+/// Takes a flight off the list when it ends or is abandoned.
+struct Landing<K: Eq + Hash, T> {
+    flights: Arc<Flights<K, T>>,
+    key: K,
+    id: u64,
+}
+
+impl<K: Eq + Hash, T> Drop for Landing<K, T> {
+    fn drop(&mut self) {
+        let mut under_way = self.flights.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        if under_way.get(&self.key).is_some_and(|slot| slot.id == self.id) {
+            under_way.remove(&self.key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use tokio::sync::Notify;
+
+    use super::*;
+
+    type Lot = Arc<Flights<&'static str, usize>>;
+
+    /// A flight that counts its beginnings and ends when told.
+    fn join(flights: &Lot, floor: u64, begun: &Arc<AtomicUsize>, end: &Arc<Notify>) -> Ticket<usize> {
+        let (begun, end) = (Arc::clone(begun), Arc::clone(end));
+        flights.join(&"key", 5, floor, |_| async move {
+            let nth = begun.fetch_add(1, Ordering::Relaxed);
+            end.notified().await;
+            nth
+        })
+    }
+
+    fn lot() -> (Lot, Arc<AtomicUsize>, Arc<Notify>) {
+        (Arc::default(), Arc::default(), Arc::default())
+    }
+
+    #[tokio::test]
+    async fn identical_requests_share_one_flight() {
+        let (flights, begun, end) = lot();
+        let first = join(&flights, 0, &begun, &end);
+        let others: Vec<_> = (0..19).map(|_| join(&flights, 5, &begun, &end)).collect();
+        assert!(first.began && others.iter().all(|ticket| !ticket.began));
+        end.notify_one();
+        for ticket in others.into_iter().chain([first]) {
+            assert_eq!(*ticket.flight.await, 0);
+        }
+        assert_eq!((begun.load(Ordering::Relaxed), flights.len()), (1, 0));
+    }
+
+    #[tokio::test]
+    async fn waiters_go_on_when_the_one_who_began_is_dropped() {
+        let (flights, begun, end) = lot();
+        let mut first = Box::pin(join(&flights, 0, &begun, &end).flight);
+        assert!(futures::poll!(&mut first).is_pending());
+        let second = join(&flights, 0, &begun, &end);
+        drop(first);
+        end.notify_one();
+        assert_eq!(*second.flight.await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_flight_that_nobody_waits_for_is_abandoned() {
+        let (flights, begun, end) = lot();
+        let mut first = Box::pin(join(&flights, 0, &begun, &end).flight);
+        assert!(futures::poll!(&mut first).is_pending());
+        drop(first);
+        assert_eq!(flights.len(), 0);
+        let next = join(&flights, 0, &begun, &end);
+        assert!(next.began);
+        drop(next);
+        assert_eq!(flights.len(), 0, "even one that never moved");
+    }
+
+    #[tokio::test]
+    async fn a_flight_from_before_an_invalidation_is_not_joined() {
+        let (flights, begun, end) = lot();
+        let old = join(&flights, 0, &begun, &end);
+        let new = join(&flights, 6, &begun, &end);
+        assert!(new.began);
+        drop(old);
+        assert_eq!(flights.len(), 1, "the end of the old one does not take the new one off the list");
+    }
+
+    #[tokio::test]
+    async fn one_of_the_waiters_pays() {
+        let (flights, begun, end) = lot();
+        let tickets: Vec<_> = (0..3).map(|_| join(&flights, 0, &begun, &end)).collect();
+        assert_eq!(tickets.iter().filter(|ticket| ticket.progress.take()).count(), 1);
+    }
+}

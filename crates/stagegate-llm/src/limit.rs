@@ -1,0 +1,58 @@
+//! A provider as it is seen from here: owns how many calls are under way at once, and what the provider last told of
+//! its limits. A slot is held by the call itself, so that it cannot leak.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use stagegate_core::Code;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::provider::{Limits, Provider};
+
+/// A configured provider.
+#[derive(Debug)]
+pub(crate) struct Served {
+    pub(crate) provider: Arc<dyn Provider>,
+    slots: Semaphore,
+    seen: Mutex<Seen>,
+}
+
+/// What was last seen of a provider.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Seen {
+    pub(crate) limits: Limits,
+    pub(crate) quota_exhausted: bool,
+}
+
+impl Served {
+    pub(crate) fn new(provider: Arc<dyn Provider>, max_concurrency: usize) -> Self {
+        let slots = Semaphore::new(max_concurrency.clamp(1, Semaphore::MAX_PERMITS));
+        Self { provider, slots, seen: Mutex::default() }
+    }
+
+    /// Waits for a turn, first come, first served.
+    pub(crate) async fn slot(&self) -> Option<SemaphorePermit<'_>> {
+        // None only if it were closed, which nobody does.
+        self.slots.acquire().await.ok()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn seen(&self) -> Seen {
+        *self.lock()
+    }
+
+    /// Takes in what an answer or an error told. `error` is None for an answer.
+    pub(crate) fn note(&self, limits: Limits, error: Option<Code>) {
+        let mut seen = self.lock();
+        if limits != Limits::default() {
+            seen.limits = limits;
+        }
+        match error {
+            None => seen.quota_exhausted = false,
+            Some(Code::ProviderQuota) => seen.quota_exhausted = true,
+            Some(_) => {}
+        }
+    }
+}

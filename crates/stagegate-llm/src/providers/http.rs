@@ -1,0 +1,294 @@
+//! What the providers over HTTP share: owns one exchange (send, read within a bound, name what went wrong on the way)
+//! and the making of errors. Knows no vendor's body.
+
+use std::{error::Error as _, fmt::Write, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use chrono::{DateTime, Utc};
+use reqwest::{
+    Client, Response, StatusCode,
+    header::{CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION},
+};
+use serde_json::Value;
+use stagegate_core::{Clock, Code, Error, Secret, SystemClock, Usage, Violation};
+use url::Url;
+
+use super::retry_after;
+use crate::provider::{Limits, ProviderError};
+
+/// The longest part of a provider's own message that is passed on, in characters.
+pub(super) const MESSAGE_MAX_CHARS: usize = 500;
+
+/// The most of an error's body that is read, in bytes; the rest tells nothing more.
+const ERROR_BODY_MAX_BYTES: usize = 64 * 1024;
+
+/// How long a connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long an idle connection is kept; shorter than the idle time-outs of the vendors' and the clouds' balancers.
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(50);
+
+/// Idle connections kept per provider.
+const POOL_MAX_IDLE_PER_HOST: usize = 64;
+
+/// The HTTP client that all providers share. Redirects are not followed: a key goes only where it was meant to go.
+/// There is no time-out on answers here: deadlines are the caller's.
+pub fn client() -> Result<Client, Error> {
+    crate::tls::install_tls();
+    Client::builder()
+        .user_agent(concat!("stagegate/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_idle_timeout(POOL_IDLE_TIMEOUT)
+        .pool_max_idle_per_host(POOL_MAX_IDLE_PER_HOST)
+        .tcp_keepalive(Duration::from_secs(30))
+        .redirect(reqwest::redirect::Policy::none())
+        .build()
+        .map_err(|error| Error::new(Code::InvalidConfig, format!("the HTTP client could not be built: {error}")))
+}
+
+/// Where a provider listens and how it is asked.
+#[derive(Debug, Clone)]
+pub(super) struct Endpoint {
+    client: Client,
+    base: Url,
+    headers: HeaderMap,
+    key: Option<Secret>,
+    answer_max_bytes: usize,
+}
+
+/// A whole answer, whatever its status.
+#[derive(Debug)]
+pub(super) struct Exchange {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+    /// For dates that must be compared with something.
+    pub(super) answered_at: DateTime<Utc>,
+}
+
+impl Endpoint {
+    /// `base` is what comes before the vendor's own paths.
+    pub(super) fn new(client: Client, base: Url, key: Option<Secret>, answer_max_bytes: usize) -> Self {
+        Self { client, base, headers: HeaderMap::new(), key, answer_max_bytes }
+    }
+
+    /// The same with a header on every request.
+    pub(super) fn header(mut self, name: &'static str, value: HeaderValue) -> Self {
+        self.headers.insert(name, value);
+        self
+    }
+
+    /// The address below the base, each segment encoded.
+    pub(super) fn url(&self, segments: &[&str]) -> Url {
+        let mut url = self.base.clone();
+        // `base_url` made sure that it is an http address, which has a path.
+        if let Ok(mut path) = url.path_segments_mut() {
+            path.pop_if_empty().extend(segments);
+        }
+        url
+    }
+
+    /// Sends the body and reads the answer within the bound.
+    pub(super) async fn post(&self, url: Url, body: &Value) -> Result<Exchange, ProviderError> {
+        let request = self.client.post(url).headers(self.headers.clone()).json(body);
+        let response = request.send().await.map_err(|error| self.unreachable(&error))?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let answered_at = retry_after::answered_at(&headers, SystemClock.now());
+        let body = if status.is_success() {
+            self.read_answer(response).await?
+        } else {
+            // A cut error body is still an error with that status.
+            read_at_most(response, ERROR_BODY_MAX_BYTES).await
+        };
+        Ok(Exchange { status, headers, body, answered_at })
+    }
+
+    async fn read_answer(&self, mut response: Response) -> Result<Bytes, ProviderError> {
+        let too_large = || {
+            let limit = self.answer_max_bytes;
+            error(Code::ProviderTooLarge, format!("the answer is larger than {limit} bytes (`llm.answer_max_bytes`)"))
+        };
+        let announced = response.content_length().and_then(|length| usize::try_from(length).ok()).unwrap_or(0);
+        if announced > self.answer_max_bytes {
+            return Err(too_large());
+        }
+        let mut body = BytesMut::with_capacity(announced);
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.unreachable(&error))? {
+            if body.len() + chunk.len() > self.answer_max_bytes {
+                return Err(too_large());
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body.freeze())
+    }
+
+    fn unreachable(&self, cause: &reqwest::Error) -> ProviderError {
+        let host = self.base.host_str().unwrap_or("the provider");
+        let what = if cause.is_connect() {
+            format!("could not connect to {host}")
+        } else if cause.is_body() || cause.is_decode() {
+            format!("the connection to {host} broke while the answer was read")
+        } else {
+            format!("the connection to {host} broke")
+        };
+        // The outer texts of such an error hold the address; the innermost says what happened.
+        let mut inner: &dyn std::error::Error = cause;
+        while let Some(source) = inner.source() {
+            inner = source;
+        }
+        let inner = if cause.source().is_some() { format!(": {inner}") } else { String::new() };
+        retryable(error(Code::ProviderUnreachable, self.clean(&format!("{what}{inner}"))))
+    }
+
+    /// A provider's own words, fit to be passed on: bounded, on one line, without the key.
+    pub(super) fn clean(&self, text: &str) -> String {
+        let text = match &self.key {
+            Some(key) if !key.expose().is_empty() => text.replace(key.expose(), "[redacted]"),
+            _ => text.to_owned(),
+        };
+        let mut clean = String::new();
+        for word in text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty()) {
+            let separator = if clean.is_empty() { "" } else { " " };
+            let _ = write!(clean, "{separator}{word}");
+        }
+        if clean.chars().count() > MESSAGE_MAX_CHARS {
+            clean = clean.chars().take(MESSAGE_MAX_CHARS - 1).collect();
+            clean.push('…');
+        }
+        clean
+    }
+
+    /// The body of a 200 as JSON.
+    pub(super) fn json(&self, exchange: &Exchange) -> Result<Value, ProviderError> {
+        serde_json::from_slice(&exchange.body).map_err(|_| {
+            let kind = exchange.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+            let kind = self.clean(kind.unwrap_or("no content type"));
+            malformed(format!("answered {} with {kind} that is no JSON", exchange.status.as_u16()))
+        })
+    }
+}
+
+impl Exchange {
+    /// A number in a header.
+    pub(super) fn number(&self, name: &str) -> Option<u64> {
+        self.text(name)?.trim().parse().ok()
+    }
+
+    /// A header's text.
+    pub(super) fn text(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
+    }
+
+    /// The body of an error as JSON, null where it is none.
+    pub(super) fn error_json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or(Value::Null)
+    }
+
+    /// What the headers ask to wait.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        retry_after::from_headers(&self.headers, self.answered_at)
+    }
+
+    /// What to say of an error that came without words of its own.
+    pub(super) fn wordless(&self) -> String {
+        let status = self.status;
+        match self.text(LOCATION.as_str()) {
+            Some(_) if status.is_redirection() => {
+                format!(
+                    "answered with a redirect ({status}), which is not followed: put the final address into `base_url`"
+                )
+            }
+            _ => format!("answered {status}"),
+        }
+    }
+}
+
+/// Reads what there is, up to a bound, and is content with less.
+async fn read_at_most(mut response: Response, max_bytes: usize) -> Bytes {
+    let mut body = BytesMut::new();
+    while let Ok(Some(chunk)) = response.chunk().await {
+        let room = max_bytes - body.len();
+        body.extend_from_slice(&chunk[..chunk.len().min(room)]);
+        if body.len() == max_bytes {
+            break;
+        }
+    }
+    body.freeze()
+}
+
+/// What a status means where the body does not say it better.
+pub(super) fn by_status(status: StatusCode) -> (Code, bool) {
+    match status.as_u16() {
+        401 | 403 => (Code::ProviderAuth, false),
+        402 => (Code::ProviderQuota, false),
+        404 => (Code::ProviderModel, false),
+        408 | 409 | 425 | 499 | 500.. => (Code::ProviderFailed, true),
+        429 => (Code::ProviderRateLimited, true),
+        _ => (Code::ProviderRejected, false),
+    }
+}
+
+/// An error that will not go away by itself.
+pub(super) fn error(code: Code, message: impl Into<String>) -> ProviderError {
+    ProviderError {
+        code,
+        message: message.into(),
+        retryable: false,
+        retry_after: None,
+        usage: None,
+        limits: Limits::default(),
+    }
+}
+
+/// The same error as one that may.
+pub(super) fn retryable(error: ProviderError) -> ProviderError {
+    ProviderError { retryable: true, ..error }
+}
+
+/// An answer that is not of its vendor's shape. Another try may bring a better one.
+pub(super) fn malformed(message: impl Into<String>) -> ProviderError {
+    retryable(error(Code::ProviderMalformed, message))
+}
+
+/// The same with what was paid all the same.
+pub(super) fn paid(error: ProviderError, usage: Option<Usage>) -> ProviderError {
+    ProviderError { usage, ..error }
+}
+
+/// What a provider without its key answers.
+pub(super) fn without_key(name: &str, variable: &str) -> ProviderError {
+    error(Code::ProviderAuth, format!("provider `{name}` has no key: set {variable} or `llm.providers.{name}.api_key`"))
+}
+
+/// A header that carries a key. It is marked as sensitive, so that nothing prints it.
+pub(super) fn key_header(name: &str, prefix: &str, key: &Secret) -> Result<HeaderValue, Violation> {
+    let mut value = HeaderValue::from_str(&format!("{prefix}{}", key.expose())).map_err(|_| {
+        Violation::new(
+            Code::InvalidConfig,
+            format!("llm.providers.{name}.api_key"),
+            "the key holds characters that no HTTP header can carry",
+        )
+        .mend("give the key alone, on one line")
+    })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// Checks an address of one's own.
+pub(super) fn base_url(name: &str, text: &str) -> Result<Url, Violation> {
+    let wrong = |what: &str, mend: &str| {
+        Violation::new(Code::InvalidConfig, format!("llm.providers.{name}.base_url"), what.to_owned()).mend(mend)
+    };
+    let example = "write an address such as `http://localhost:11434/v1`";
+    let url = Url::parse(text.trim()).map_err(|_| wrong("it is no absolute URL", example))?;
+    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        return Err(wrong("it is no http or https address", example));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(wrong("it holds credentials", "give the key as `api_key`"));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(wrong("it holds a query or a fragment", "end it before `?` or `#`"));
+    }
+    Ok(url)
+}

@@ -1,0 +1,249 @@
+//! OpenAI's chat completions, and every server that is compatible with them (vLLM, Ollama, llama.cpp, LiteLLM,
+//! OpenRouter, Azure's v1 …): owns that protocol's request and response shapes.
+//!
+//! `POST {base_url}/chat/completions`. The base URL is what an OpenAI client is given: it ends in `/v1` as a rule, and
+//! one without any path gets `/v1`. OpenAI itself is told `max_completion_tokens`, which its reasoning models demand;
+//! every other address is told `max_tokens`, which compatible servers have known for longer.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use stagegate_core::{
+    Code, Usage, Violation,
+    pipeline::{OutputFormat, Role},
+};
+use url::Url;
+
+use super::{
+    Parts,
+    http::{self, Endpoint, Exchange, error, malformed, paid, retryable},
+    retry_after,
+};
+use crate::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
+
+const VENDOR_BASE: &str = "https://api.openai.com/v1";
+const VENDOR_HOST: &str = "api.openai.com";
+
+/// A chat completions server.
+#[derive(Debug)]
+pub(super) struct OpenAi {
+    name: String,
+    endpoint: Endpoint,
+    url: Url,
+    is_vendor: bool,
+    is_configured: bool,
+}
+
+impl OpenAi {
+    pub(super) fn new(parts: Parts) -> Result<Self, Violation> {
+        let Parts { name, client, base, key, answer_max_bytes } = parts;
+        let mut base = base.map_or_else(|| http::base_url(&name, VENDOR_BASE), Ok)?;
+        if base.path() == "/" {
+            base.set_path("/v1");
+        }
+        let is_vendor = base.host_str() == Some(VENDOR_HOST);
+        let is_configured = key.is_some() || !is_vendor;
+        let authorization = key.as_ref().map(|key| http::key_header(&name, "Bearer ", key)).transpose()?;
+        let mut endpoint = Endpoint::new(client, base, key, answer_max_bytes);
+        if let Some(authorization) = authorization {
+            endpoint = endpoint.header("authorization", authorization);
+        }
+        let url = endpoint.url(&["chat", "completions"]);
+        Ok(Self { name, endpoint, url, is_vendor, is_configured })
+    }
+
+    fn body(&self, request: &ProviderRequest<'_>) -> Value {
+        let messages: Vec<Value> = request
+            .messages
+            .iter()
+            .map(|message| json!({ "role": role(message.role), "content": message.content }))
+            .collect();
+        let mut body = json!({ "model": request.model, "messages": messages });
+        let params = request.params;
+        if let Some(limit) = params.max_output_tokens {
+            body[if self.is_vendor { "max_completion_tokens" } else { "max_tokens" }] = json!(limit);
+        }
+        if let Some(temperature) = params.temperature {
+            body["temperature"] = json!(temperature);
+        }
+        if let Some(top_p) = params.top_p {
+            body["top_p"] = json!(top_p);
+        }
+        if let Some(seed) = params.seed {
+            body["seed"] = json!(seed);
+        }
+        if !params.stop.is_empty() {
+            body["stop"] = json!(params.stop);
+        }
+        match request.format {
+            OutputFormat::Text => {}
+            OutputFormat::Json { schema: None } => body["response_format"] = json!({ "type": "json_object" }),
+            // Not strict: strict mode takes only a part of JSON Schema and refuses the rest. The schema guides; the
+            // stage's own check decides.
+            OutputFormat::Json { schema: Some(schema) } => {
+                body["response_format"] = json!({
+                    "type": "json_schema",
+                    "json_schema": { "name": "answer", "schema": schema.as_ref(), "strict": false },
+                });
+            }
+        }
+        body
+    }
+
+    fn read(&self, exchange: &Exchange) -> Result<Answer, ProviderError> {
+        let answer = self.endpoint.json(exchange)?;
+        if answer.get("error").is_some_and(|error| !error.is_null()) {
+            return Err(self.error(exchange, &answer));
+        }
+        let usage = usage(&answer);
+        let choice = &answer["choices"][0];
+        if choice.get("error").is_some_and(|error| !error.is_null()) {
+            return Err(paid(self.error(exchange, choice), usage));
+        }
+        let message = &choice["message"];
+        if !message.is_object() {
+            return Err(paid(malformed("the answer has no `choices[0].message`"), usage));
+        }
+        let finish = match choice["finish_reason"].as_str() {
+            Some("length") => Finish::Length,
+            Some("content_filter") => Finish::Refused,
+            _ => Finish::Stop,
+        };
+        let limits = limits(exchange);
+        if let Some(refusal) = message["refusal"].as_str().filter(|refusal| !refusal.is_empty()) {
+            return Ok(Answer { content: refusal.to_owned(), finish: Finish::Refused, usage, limits });
+        }
+        match (content(&message["content"]), finish) {
+            (Some(content), _) => Ok(Answer { content, finish, usage, limits }),
+            // Reasoning may use up the limit before a word is said, and a filter may leave nothing.
+            (None, Finish::Length | Finish::Refused) => Ok(Answer { content: String::new(), finish, usage, limits }),
+            (None, Finish::Stop) => Err(paid(malformed("the answer's message has no content"), usage)),
+        }
+    }
+
+    /// From `{ "error": { message, type, code } }`; some servers write a text instead of the object.
+    fn error(&self, exchange: &Exchange, body: &Value) -> ProviderError {
+        let told = &body["error"];
+        let (kind, code) = (told["type"].as_str().unwrap_or_default(), told["code"].as_str().unwrap_or_default());
+        let status = status_of(exchange.status, told);
+        let says = |word: &str| code == word || kind == word;
+        let (code, may_pass) =
+            if ["insufficient_quota", "billing_hard_limit_reached", "billing_not_active"].into_iter().any(says) {
+                (Code::ProviderQuota, false)
+            } else if says("model_not_found") {
+                (Code::ProviderModel, false)
+            } else if says("context_length_exceeded") {
+                (Code::ProviderRejected, false)
+            } else if ["content_filter", "content_policy_violation"].into_iter().any(says) {
+                (Code::ProviderRefused, false)
+            } else if says("invalid_api_key") {
+                (Code::ProviderAuth, false)
+            } else if says("rate_limit_exceeded") {
+                (Code::ProviderRateLimited, true)
+            } else {
+                http::by_status(status)
+            };
+        let words = told["message"].as_str().or_else(|| told.as_str()).or_else(|| body["message"].as_str());
+        let words = words.map_or_else(|| exchange.wordless(), |words| self.endpoint.clean(words));
+        let mut error = error(code, format!("{}: {words}", self.name));
+        error.limits = limits(exchange);
+        if may_pass {
+            error.retry_after = exchange.retry_after();
+            if code == Code::ProviderRateLimited {
+                error.retry_after = error.retry_after.or_else(|| resets(exchange));
+            }
+            return retryable(error);
+        }
+        error
+    }
+}
+
+#[async_trait]
+impl Provider for OpenAi {
+    async fn call(&self, request: ProviderRequest<'_>) -> Result<Answer, ProviderError> {
+        if !self.is_configured {
+            return Err(http::without_key(&self.name, "OPENAI_API_KEY"));
+        }
+        let exchange = self.endpoint.post(self.url.clone(), &self.body(&request)).await?;
+        if exchange.status.is_success() {
+            self.read(&exchange)
+        } else {
+            Err(self.error(&exchange, &exchange.error_json()))
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        "openai"
+    }
+
+    fn is_configured(&self) -> bool {
+        self.is_configured
+    }
+}
+
+fn role(role: Role) -> &'static str {
+    match role {
+        Role::System => "system",
+        Role::User => "user",
+        Role::Assistant => "assistant",
+    }
+}
+
+/// The text; compatible servers may send it as a list of parts.
+fn content(content: &Value) -> Option<String> {
+    match content {
+        Value::String(text) => Some(text.clone()),
+        Value::Array(parts) => Some(parts.iter().filter_map(|part| part["text"].as_str()).collect()),
+        _ => None,
+    }
+}
+
+/// The status that an error means: its own, or, inside a 200, the one that it names; a failure where it names none.
+fn status_of(status: StatusCode, told: &Value) -> StatusCode {
+    if !status.is_success() {
+        return status;
+    }
+    let named = told["code"].as_u64().or_else(|| told["status"].as_u64()).and_then(|code| u16::try_from(code).ok());
+    let named = named.and_then(|code| StatusCode::from_u16(code).ok());
+    let by_type = match told["type"].as_str() {
+        Some("invalid_request_error") => StatusCode::BAD_REQUEST,
+        Some("authentication_error") => StatusCode::UNAUTHORIZED,
+        Some("tokens" | "requests") => StatusCode::TOO_MANY_REQUESTS,
+        _ => StatusCode::BAD_GATEWAY,
+    };
+    named.filter(|code| code.is_client_error() || code.is_server_error()).unwrap_or(by_type)
+}
+
+/// OpenAI's prompt tokens include the cached ones; its completion tokens include the reasoning.
+fn usage(answer: &Value) -> Option<Usage> {
+    let told = answer.get("usage").filter(|usage| usage.is_object())?;
+    let (prompt, output) = (told["prompt_tokens"].as_u64()?, told["completion_tokens"].as_u64().unwrap_or(0));
+    let cached = told.pointer("/prompt_tokens_details/cached_tokens").and_then(Value::as_u64).unwrap_or(0).min(prompt);
+    let reasoning = told.pointer("/completion_tokens_details/reasoning_tokens").and_then(Value::as_u64).unwrap_or(0);
+    Some(Usage {
+        input_tokens: prompt - cached,
+        cache_read_tokens: cached,
+        output_tokens: output,
+        reasoning_tokens: reasoning.min(output),
+        ..Usage::default()
+    })
+}
+
+fn limits(exchange: &Exchange) -> Limits {
+    Limits {
+        requests_remaining: exchange.number("x-ratelimit-remaining-requests"),
+        tokens_remaining: exchange.number("x-ratelimit-remaining-tokens"),
+    }
+}
+
+/// `x-ratelimit-reset-requests: 6m0s`, for a 429 that says nothing plainer.
+fn resets(exchange: &Exchange) -> Option<Duration> {
+    let limits = limits(exchange);
+    let reset = |name: &str| exchange.text(name).and_then(retry_after::span);
+    retry_after::from_resets(&[
+        (limits.requests_remaining, reset("x-ratelimit-reset-requests")),
+        (limits.tokens_remaining, reset("x-ratelimit-reset-tokens")),
+    ])
+}
