@@ -249,7 +249,7 @@ fn quantile(sorted: &[Duration], percent: usize) -> f64 {
 
 fn table(rows: &[Row]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN);
+    table.load_style(presets::ASCII_MARKDOWN);
     table.set_header([
         "store",
         "runs",

@@ -291,7 +291,7 @@ fn print(files: &BTreeMap<PathBuf, Lines>, each_file: bool) -> f64 {
 
 fn table(rows: impl Iterator<Item = (String, Lines)>) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN).set_header(["", "lines", "covered", "%"]);
+    table.load_style(presets::ASCII_MARKDOWN).set_header(["", "lines", "covered", "%"]);
     for (name, lines) in rows {
         table.add_row([name, lines.all.to_string(), lines.covered.to_string(), format!("{:.1}", lines.percent())]);
     }
