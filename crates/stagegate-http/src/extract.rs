@@ -1,0 +1,350 @@
+//! Bodies, queries and path segments: owns how they are read, within limits, into types. A caller who made several
+//! mistakes is told all of them.
+//!
+//! A JSON body is held against the very schema that `/openapi.json` publishes before it is decoded, so that what is
+//! documented and what is enforced cannot differ.
+
+use std::str::FromStr;
+
+use axum::{
+    body::Body,
+    extract::{FromRequest, FromRequestParts, Request},
+};
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt as _;
+use http::{
+    HeaderMap,
+    header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE},
+    request::Parts,
+};
+use serde::de::DeserializeOwned;
+use stagegate_core::{Code, Violation, error::nearest};
+use tokio::time::{Duration, timeout};
+use utoipa::ToSchema;
+
+use crate::{problem::Problem, state::Shared};
+
+/// How much of an over-large body is still read, in multiples of the limit: a client that is cut off while it sends
+/// often does not see the answer that says why.
+const DRAIN_FACTOR: usize = 4;
+/// How long an over-large body is still read.
+const DRAIN_TIME: Duration = Duration::from_secs(2);
+
+// ---- Bodies -------------------------------------------------------------------------------------------------
+
+/// A JSON body of one of the documented types.
+pub(crate) struct Json<T>(pub(crate) T);
+
+impl<T: DeserializeOwned + ToSchema> FromRequest<Shared> for Json<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, shared: &Shared) -> Result<Self, Problem> {
+        let kind = media_type(request.headers())?;
+        if !is_json(&kind) {
+            return Err(wrong_type(&kind, "application/json"));
+        }
+        let text = read_text(request, shared.config.body_max_bytes).await?;
+        let value = parse(&text, shared.config.json_max_depth)?;
+        let violations = shared.document.check(&T::name(), &value);
+        if !violations.is_empty() {
+            return Err(Problem::violations(Code::InvalidRequest, violations));
+        }
+        serde_path_to_error::deserialize(value).map(Json).map_err(|error| {
+            let violation = Violation::new(Code::WrongValue, error.path().to_string(), error.inner().to_string());
+            Problem::violations(Code::InvalidRequest, vec![violation])
+        })
+    }
+}
+
+/// A definition as its author wrote it: YAML or JSON, unread.
+pub(crate) struct Source(pub(crate) String);
+
+impl FromRequest<Shared> for Source {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, shared: &Shared) -> Result<Self, Problem> {
+        let kind = media_type(request.headers())?;
+        let yaml = ["application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml"].contains(&kind.as_str());
+        if !yaml && !is_json(&kind) {
+            return Err(wrong_type(&kind, "application/yaml, text/yaml or application/json"));
+        }
+        read_text(request, shared.config.body_max_bytes).await.map(Source)
+    }
+}
+
+fn is_json(kind: &str) -> bool {
+    kind == "application/json" || (kind.starts_with("application/") && kind.ends_with("+json"))
+}
+
+fn wrong_type(given: &str, takes: &str) -> Problem {
+    let given = if given.is_empty() { "no content type".to_owned() } else { format!("`{given}`") };
+    Problem::new(Code::UnsupportedMediaType, format!("The body has {given}; send {takes}."))
+}
+
+/// The media type without its parameters, in lower case; empty where there is none. A compressed body, or one in
+/// another encoding than UTF-8, is refused.
+fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
+    if headers.get(CONTENT_ENCODING).is_some_and(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        return Err(Problem::new(Code::UnsupportedMediaType, "Send the body uncompressed."));
+    }
+    let text = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let mut parts = text.split(';').map(|part| part.trim().to_ascii_lowercase());
+    let kind = parts.next().unwrap_or_default();
+    let foreign = |part: &String| {
+        part.strip_prefix("charset=").is_some_and(|charset| !["utf-8", "utf8"].contains(&charset.trim_matches('"')))
+    };
+    match parts.find(foreign) {
+        Some(charset) => {
+            Err(Problem::new(Code::UnsupportedMediaType, format!("`{charset}` is not taken; send UTF-8.")))
+        }
+        None => Ok(kind),
+    }
+}
+
+async fn read_text(request: Request, max_bytes: usize) -> Result<String, Problem> {
+    let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let bytes = read_body(request.into_body(), announced, max_bytes).await?;
+    String::from_utf8(bytes.into()).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Problem::new(Code::InvalidRequest, format!("The body is not UTF-8: byte {at} begins no character."))
+    })
+}
+
+async fn read_body(body: Body, announced: Option<u64>, max_bytes: usize) -> Result<Bytes, Problem> {
+    let too_large = || Problem::new(Code::BodyTooLarge, format!("The body is over the limit of {max_bytes} bytes."));
+    let mut stream = body.into_data_stream();
+    if announced.is_some_and(|length| length > max_bytes as u64) {
+        drain(&mut stream, max_bytes).await;
+        return Err(too_large());
+    }
+    let mut bytes = BytesMut::new();
+    while let Some(chunk) = stream.next().await {
+        let broken = |_| Problem::new(Code::InvalidRequest, "The body ended before it was complete.");
+        let chunk = chunk.map_err(broken)?;
+        if bytes.len() + chunk.len() > max_bytes {
+            drop(bytes);
+            drain(&mut stream, max_bytes).await;
+            return Err(too_large());
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes.freeze())
+}
+
+/// Reads and forgets, within limits.
+async fn drain(stream: &mut axum::body::BodyDataStream, max_bytes: usize) {
+    let _ = timeout(DRAIN_TIME, async {
+        let mut left = max_bytes.saturating_mul(DRAIN_FACTOR);
+        while let Some(Ok(chunk)) = stream.next().await {
+            left = left.saturating_sub(chunk.len());
+            if left == 0 {
+                break;
+            }
+        }
+    })
+    .await;
+}
+
+/// Parses JSON that is not nested deeper than the limit.
+fn parse(text: &str, max_depth: usize) -> Result<serde_json::Value, Problem> {
+    let depth = depth(text);
+    if depth > max_depth {
+        let detail = format!("The JSON is nested {depth} levels deep; the limit is {max_depth}.");
+        return Err(Problem::new(Code::InvalidRequest, detail));
+    }
+    serde_json::from_str(text).map_err(|error| {
+        let mut violation = Violation::new(Code::Syntax, "", error.to_string());
+        violation.line = u32::try_from(error.line()).ok();
+        violation.column = u32::try_from(error.column()).ok();
+        Problem::violations(Code::InvalidRequest, vec![violation])
+    })
+}
+
+/// How deep brackets are nested, strings left out. Right for whatever parses; for what does not, an upper bound that
+/// costs one pass and no stack.
+fn depth(text: &str) -> usize {
+    let (mut now, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'[' | b'{' => {
+                now += 1;
+                deepest = deepest.max(now);
+            }
+            b']' | b'}' => now = now.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
+// ---- Queries ------------------------------------------------------------------------------------------------
+
+/// A query string of one of the documented shapes.
+pub(crate) struct Query<T>(pub(crate) T);
+
+/// A query string's shape.
+pub(crate) trait FromQuery: Sized {
+    /// Every parameter's name.
+    const NAMES: &'static [&'static str];
+
+    /// Reads the parameters; mistakes are noted in the fields.
+    fn read(fields: &mut Fields) -> Self;
+}
+
+impl<T: FromQuery> FromRequestParts<Shared> for Query<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Shared) -> Result<Self, Problem> {
+        read_query(parts.uri.query().unwrap_or_default()).map(Query)
+    }
+}
+
+fn read_query<T: FromQuery>(query: &str) -> Result<T, Problem> {
+    let mut fields = Fields::parse(query, T::NAMES);
+    let value = T::read(&mut fields);
+    if fields.violations.is_empty() {
+        Ok(value)
+    } else {
+        Err(Problem::violations(Code::InvalidParameter, fields.violations))
+    }
+}
+
+/// The parameters of a query string, and the mistakes found so far.
+pub(crate) struct Fields {
+    pairs: Vec<(String, String)>,
+    violations: Vec<Violation>,
+}
+
+impl Fields {
+    fn parse(query: &str, names: &[&str]) -> Self {
+        let mut fields = Self { pairs: Vec::new(), violations: Vec::new() };
+        for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
+            if !names.contains(&name.as_ref()) {
+                let mend = match nearest(&name, names.iter().copied()) {
+                    Some(word) => format!("did you mean `{word}`?"),
+                    None if names.is_empty() => "this route takes none".to_owned(),
+                    None => format!("this route takes {}", names.join(", ")),
+                };
+                let shown: String = name.chars().take(80).collect();
+                let message = format!("`{shown}` is not a parameter of this route");
+                fields.violations.push(Violation::new(Code::UnknownKey, shown, message).mend(mend));
+            } else if value.chars().any(char::is_control) || value.contains('\u{fffd}') {
+                fields.wrong(&name, "it holds characters that no value can have");
+            } else {
+                fields.pairs.push((name.into_owned(), value.into_owned()));
+            }
+        }
+        fields
+    }
+
+    /// Notes a mistake.
+    pub(crate) fn wrong(&mut self, name: &str, message: impl Into<String>) {
+        self.violations.push(Violation::new(Code::WrongValue, name, message));
+    }
+
+    /// Every value of a parameter that may be repeated; commas separate values too where `split` says so.
+    pub(crate) fn many<T>(&mut self, name: &str, split: bool, read: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+        let texts: Vec<String> = self.pairs.iter().filter(|(n, _)| n == name).map(|(_, v)| v.clone()).collect();
+        let mut values = Vec::new();
+        for text in &texts {
+            let parts: Vec<&str> = if split { text.split(',').collect() } else { vec![text] };
+            for part in parts {
+                match read(part.trim()) {
+                    Ok(value) => values.push(value),
+                    Err(message) => self.wrong(name, message),
+                }
+            }
+        }
+        values
+    }
+
+    /// The value of a parameter that stands once.
+    pub(crate) fn one<T>(&mut self, name: &str, read: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        let mut values = self.many(name, false, read);
+        if values.len() > 1 {
+            self.wrong(name, "it stands more than once");
+        }
+        values.pop()
+    }
+
+    /// The value of a parameter that reads itself.
+    pub(crate) fn parsed<T: FromStr<Err: ToString>>(&mut self, name: &str) -> Option<T> {
+        self.one(name, |text| text.parse().map_err(|error: T::Err| error.to_string()))
+    }
+
+    /// A whole number within limits.
+    pub(crate) fn number(&mut self, name: &str, min: u64, max: u64) -> Option<u64> {
+        self.one(name, |text| match text.parse::<u64>() {
+            Ok(number) if (min..=max).contains(&number) => Ok(number),
+            _ => Err(format!("write a whole number from {min} to {max}")),
+        })
+    }
+}
+
+// ---- Path segments ------------------------------------------------------------------------------------------
+
+/// The segments of the path.
+pub(crate) struct Path<T>(pub(crate) T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<Shared> for Path<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, shared: &Shared) -> Result<Self, Problem> {
+        match axum::extract::Path::<T>::from_request_parts(parts, shared).await {
+            Ok(axum::extract::Path(value)) => Ok(Self(value)),
+            Err(error) => Err(Problem::new(Code::InvalidRequest, error.body_text())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Sample {
+        limit: Option<u64>,
+        tags: Vec<String>,
+    }
+
+    impl FromQuery for Sample {
+        const NAMES: &'static [&'static str] = &["limit", "tag"];
+        fn read(fields: &mut Fields) -> Self {
+            Self { limit: fields.number("limit", 1, 9), tags: fields.many("tag", true, |t| Ok(t.to_owned())) }
+        }
+    }
+
+    #[test]
+    fn every_mistake_of_a_query_is_told_at_once() {
+        let good = read_query::<Sample>("limit=3&tag=a,b&tag=c").expect("valid");
+        assert_eq!((good.limit, good.tags.len()), (Some(3), 3));
+        let problem = read_query::<Sample>("limit=0&limt=1&tag=%00").expect_err("three mistakes");
+        let text = format!("{problem:?}");
+        for part in ["from 1 to 9", "did you mean `limit`?", "no value can have"] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+        assert!(read_query::<Sample>("limit=1&limit=2").is_err());
+    }
+
+    #[test]
+    fn depth_counts_brackets_outside_of_strings() {
+        assert_eq!(depth(r#"{"a":["]]","\"[[["]}"#), 2);
+        assert_eq!(depth("[[[]]]"), 3);
+        assert!(parse("[[1]]", 2).is_ok() && parse("[[[1]]]", 2).is_err());
+    }
+
+    #[test]
+    fn a_content_type_is_read_with_its_parameters() {
+        let read = |text: &str| {
+            let headers = HeaderMap::from_iter([(CONTENT_TYPE, text.parse().expect("valid"))]);
+            media_type(&headers).ok()
+        };
+        assert_eq!(read("Application/JSON; charset=UTF-8").as_deref(), Some("application/json"));
+        assert_eq!(read("application/json; charset=latin1"), None);
+        assert!(is_json("application/merge-patch+json") && !is_json("text/json"));
+    }
+}

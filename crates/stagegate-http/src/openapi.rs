@@ -1,0 +1,308 @@
+//! The OpenAPI document: owns what holds for every operation (errors, security, the definition's schema), so that a
+//! route states only what is its own. Also holds request bodies against the published schemas.
+
+use std::{collections::HashMap, fmt::Write as _};
+
+use bytes::Bytes;
+use jsonschema::{ValidationError, Validator, error::ValidationErrorKind};
+use serde_json::{Map, Value, json};
+use stagegate_core::{Code, Violation, error::nearest, pipeline::definition_schema};
+use utoipa::{OpenApi as _, PartialSchema, ToSchema, openapi::RefOr};
+
+use crate::{etag::Tag, problem::PROBLEM_JSON};
+
+/// The name of the definition's schema among the components.
+const DEFINITION: &str = "Definition";
+
+/// The document's fixed part.
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "Stagegate",
+        description = "Runs staged LLM pipelines: each stage gated, checkpointed, cached, metered and resumable.\n\n\
+            Errors are problem details (RFC 9457) with a stable `code`; every answer carries `x-request-id`. Lists are \
+            paged by opaque cursors. `POST /v1/runs` takes an `Idempotency-Key`.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0"),
+    ),
+    tags(
+        (name = "pipelines", description = "Definitions: immutable versions, numbered per name."),
+        (name = "runs", description = "One execution of a pipeline's version on one input."),
+        (name = "stages", description = "A stage of a run: attempts, assessments, checkpoint, approval."),
+        (name = "plan", description = "What a run would cost, without spending."),
+        (name = "cache", description = "The cache of model answers."),
+        (name = "probes", description = "Health and metrics. No key is asked for."),
+    ),
+    components(schemas(crate::problem::ProblemBody)),
+)]
+struct Fixed;
+
+/// Stands for the definition's schema, which the core publishes.
+pub(crate) struct DefinitionDocument;
+
+impl PartialSchema for DefinitionDocument {
+    fn schema() -> RefOr<utoipa::openapi::Schema> {
+        utoipa::openapi::ObjectBuilder::new().into()
+    }
+}
+
+impl ToSchema for DefinitionDocument {
+    fn name() -> std::borrow::Cow<'static, str> {
+        DEFINITION.into()
+    }
+}
+
+/// Where the router begins to collect its routes.
+pub(crate) fn fixed() -> utoipa::openapi::OpenApi {
+    let mut api = Fixed::openapi();
+    env!("CARGO_PKG_VERSION").clone_into(&mut api.info.version);
+    api
+}
+
+/// The finished document.
+pub(crate) struct Document {
+    /// As `/openapi.json` answers it.
+    pub(crate) json: Bytes,
+    pub(crate) tag: Tag,
+    checks: HashMap<String, Check>,
+}
+
+struct Check {
+    validator: Validator,
+    keys: Vec<String>,
+}
+
+impl Document {
+    /// From what the router collected. An open daemon asks for no key.
+    pub(crate) fn new(api: &utoipa::openapi::OpenApi, open: bool) -> Self {
+        let value = document(api, open);
+        let text = value.to_string();
+        let tag = Tag::new(blake3::hash(text.as_bytes()).to_hex());
+        Self { checks: checks(&value), json: text.into(), tag }
+    }
+
+    /// Every way in which a value does not fit a component. An unknown component fits nothing.
+    pub(crate) fn check(&self, name: &str, value: &Value) -> Vec<Violation> {
+        match self.checks.get(name) {
+            Some(check) => {
+                check.validator.iter_errors(value).flat_map(|error| violations(&error, &check.keys)).collect()
+            }
+            None => vec![Violation::new(Code::Internal, "", format!("no schema `{name}`"))],
+        }
+    }
+}
+
+/// The whole document as JSON.
+pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool) -> Value {
+    // The document is made of maps, strings and numbers: it always serialises.
+    let mut value = serde_json::to_value(api).unwrap_or_default();
+    add_definition(&mut value);
+    value["components"]["securitySchemes"] = json!({
+        "bearer": { "type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer sg_…`" },
+        "apiKey": { "type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key" },
+    });
+    if let Some(paths) = value["paths"].as_object_mut() {
+        for (path, item) in paths {
+            for (_, operation) in item.as_object_mut().into_iter().flatten() {
+                if operation.get("responses").is_some() {
+                    complete(path, operation, open);
+                }
+            }
+        }
+    }
+    value
+}
+
+/// Adds what every operation of its kind may answer, and the problem's shape to each error.
+fn complete(path: &str, operation: &mut Value, open: bool) {
+    let is_api = path.starts_with("/v1/");
+    let mut statuses: Vec<(u16, &str)> = vec![
+        (403, "The key's role is too low (SG0011), or an open daemon was called from elsewhere."),
+        (500, "A defect of ours (SG0008)."),
+    ];
+    if is_api {
+        statuses.extend([
+            (400, "The request could not be read (SG0001, SG0206, SG0208)."),
+            (401, "No valid API key (SG0010)."),
+            (408, "It took too long (SG0006)."),
+            (429, "Too much at once (SG0007, SG0209)."),
+            (503, "A dependency is away (SG0009), or the replica is shutting down (SG0012)."),
+        ]);
+        operation["security"] = if open { json!([]) } else { json!([{ "bearer": [] }, { "apiKey": [] }]) };
+    } else {
+        operation["security"] = json!([]);
+    }
+    if is_api && path.contains('{') {
+        statuses.push((404, "There is no such thing for this tenant (SG0201 to SG0204)."));
+    }
+    if operation.get("requestBody").is_some() {
+        statuses.extend([
+            (413, "The body is too large (SG0003)."),
+            (415, "The body is not of a type that this route takes (SG0002)."),
+        ]);
+    }
+    let Some(responses) = operation["responses"].as_object_mut() else { return };
+    for (status, description) in statuses {
+        let entry = responses.entry(status.to_string()).or_insert_with(|| json!({ "description": description }));
+        let _ = entry;
+    }
+    for (status, response) in responses.iter_mut() {
+        let is_error = status.starts_with('4') || status.starts_with('5');
+        if is_error && response.get("content").is_none() {
+            response["content"] = json!({ PROBLEM_JSON: { "schema": { "$ref": "#/components/schemas/Problem" } } });
+        }
+        if is_error && (status == "429" || status == "503") {
+            response["headers"]["Retry-After"] =
+                json!({ "schema": { "type": "integer", "minimum": 1 }, "description": "Seconds to wait" });
+        }
+    }
+    let mut sorted: Vec<(String, Value)> = std::mem::take(responses).into_iter().collect();
+    sorted.sort_by(|a, b| a.0.cmp(&b.0));
+    responses.extend(sorted);
+}
+
+/// Puts the core's schema of a definition, and the ones that it refers to, among the components.
+fn add_definition(value: &mut Value) {
+    let mut schema = definition_schema();
+    let prefix = format!("#/components/schemas/{DEFINITION}.");
+    rewrite_refs(&mut schema, &prefix);
+    let parts = schema.as_object_mut().map(|root| {
+        root.remove("$schema");
+        root.remove("$id");
+        root.remove("$defs")
+    });
+    let Some(components) = value["components"]["schemas"].as_object_mut() else { return };
+    if let Some(Some(Value::Object(parts))) = parts {
+        components.extend(parts.into_iter().map(|(name, part)| (format!("{DEFINITION}.{name}"), part)));
+    }
+    components.insert(DEFINITION.to_owned(), schema);
+}
+
+fn rewrite_refs(schema: &mut Value, prefix: &str) {
+    match schema {
+        Value::Object(map) => {
+            for (key, value) in map {
+                match value {
+                    Value::String(text) if key == "$ref" => *text = text.replacen("#/$defs/", prefix, 1),
+                    other => rewrite_refs(other, prefix),
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| rewrite_refs(item, prefix)),
+        _ => {}
+    }
+}
+
+/// A validator for each component that a JSON request body refers to.
+fn checks(document: &Value) -> HashMap<String, Check> {
+    let no_operations = Map::new();
+    let paths = document["paths"].as_object().unwrap_or(&no_operations);
+    let operations = paths.values().filter_map(Value::as_object).flat_map(Map::values);
+    let names = operations.filter_map(|operation| {
+        let schema = operation.pointer("/requestBody/content/application~1json/schema/$ref")?;
+        schema.as_str()?.strip_prefix("#/components/schemas/").map(str::to_owned)
+    });
+    let mut checks = HashMap::new();
+    for name in names.filter(|name| name != DEFINITION) {
+        let mut root = json!({ "$ref": format!("#/components/schemas/{name}") });
+        root["components"] = document["components"].clone();
+        let properties = document["components"]["schemas"][&name]["properties"].as_object();
+        let keys = properties.map(|map| map.keys().cloned().collect()).unwrap_or_default();
+        // A component that is no schema is a defect, and a test holds each body against its own.
+        if let Ok(validator) = jsonschema::validator_for(&root) {
+            checks.insert(name, Check { validator, keys });
+        }
+    }
+    checks
+}
+
+/// The core's words for what a schema's validator found.
+fn violations(error: &ValidationError<'_>, keys: &[String]) -> Vec<Violation> {
+    let path = path_of(&error.instance_path().to_string());
+    let at = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+    match error.kind() {
+        ValidationErrorKind::Required { property } => {
+            let name = property.as_str().unwrap_or_default();
+            vec![Violation::new(Code::MissingKey, at(name), format!("`{name}` is required"))]
+        }
+        ValidationErrorKind::AdditionalProperties { unexpected }
+        | ValidationErrorKind::UnevaluatedProperties { unexpected } => {
+            unexpected.iter().map(|name| unknown_key(name, at(name), keys)).collect()
+        }
+        // `oneOf` is how a value that may be null is written: what is wrong is wrong in the other branch.
+        ValidationErrorKind::OneOfNotValid { context } => {
+            let branch = context.iter().find(|errors| !errors.iter().any(|e| is_type_error(e)));
+            match branch.or(context.last()).and_then(|errors| errors.first()) {
+                Some(inner) => violations(inner, keys),
+                None => vec![Violation::new(Code::WrongValue, path, "the value does not fit")],
+            }
+        }
+        _ => vec![Violation::new(Code::WrongValue, path, error.masked_with("the value").to_string())],
+    }
+}
+
+fn is_type_error(error: &ValidationError<'_>) -> bool {
+    matches!(error.kind(), ValidationErrorKind::Type { .. })
+}
+
+fn unknown_key(name: &str, path: String, keys: &[String]) -> Violation {
+    let violation = Violation::new(Code::UnknownKey, path, format!("`{name}` is not a key of this body"));
+    match nearest(name, keys.iter().map(String::as_str)) {
+        Some(word) => violation.mend(format!("did you mean `{word}`?")),
+        None => violation.mend(format!("the keys are {}", keys.join(", "))),
+    }
+}
+
+/// `/labels/team/0` as `labels.team[0]`.
+fn path_of(pointer: &str) -> String {
+    let mut path = String::new();
+    for segment in pointer.split('/').skip(1) {
+        let segment = segment.replace("~1", "/").replace("~0", "~");
+        if !segment.is_empty() && segment.bytes().all(|b| b.is_ascii_digit()) {
+            // Writing to a string cannot fail.
+            let _ = write!(path, "[{segment}]");
+        } else {
+            if !path.is_empty() {
+                path.push('.');
+            }
+            path.push_str(&segment);
+        }
+    }
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_json_body_is_held_against_its_schema() {
+        let document = Document::new(&crate::router::document(), false);
+        let mut names: Vec<&str> = document.checks.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["InvalidateRequest", "PlanRequest", "RejectRequest", "SubmitRequest"]);
+        let mistakes = document.check("SubmitRequest", &json!({ "pipelin": "p", "input": {}, "cache_mode": "often" }));
+        let told: Vec<(Code, &str)> = mistakes.iter().map(|m| (m.code, m.path.as_str())).collect();
+        for expected in
+            [(Code::MissingKey, "pipeline"), (Code::UnknownKey, "pipelin"), (Code::WrongValue, "cache_mode")]
+        {
+            assert!(told.contains(&expected), "{expected:?} in {mistakes:#?}");
+        }
+    }
+
+    #[test]
+    fn pointers_read_as_paths() {
+        assert_eq!(path_of("/stages/2/gate~1x/y"), "stages[2].gate/x.y");
+        assert_eq!(path_of(""), "");
+    }
+
+    #[test]
+    fn references_move_with_the_definition() {
+        let mut schema =
+            json!({ "properties": { "a": { "$ref": "#/$defs/Span" } }, "allOf": [{ "$ref": "#/$defs/X" }] });
+        rewrite_refs(&mut schema, "#/c/D.");
+        assert_eq!(
+            schema,
+            json!({ "properties": { "a": { "$ref": "#/c/D.Span" } }, "allOf": [{ "$ref": "#/c/D.X" }] })
+        );
+    }
+}

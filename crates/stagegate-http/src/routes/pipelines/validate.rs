@@ -1,0 +1,39 @@
+//! Checks a definition without registering it.
+
+use axum::Json;
+use serde::Serialize;
+use stagegate_core::{Code, Violation};
+use utoipa::ToSchema;
+
+use crate::{
+    context::{Context, Viewer},
+    extract::Source,
+    openapi::DefinitionDocument,
+    problem::Problem,
+};
+
+/// What was found.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Validation {
+    /// Whether it could be registered.
+    valid: bool,
+    /// Every mistake, each with its line, its path and what to write instead.
+    violations: Vec<Violation>,
+}
+
+/// Check a definition
+///
+/// Reports every mistake of a definition at once, and changes nothing. A definition with mistakes is still a good
+/// question: the answer is 200.
+#[utoipa::path(
+    post, path = "/v1/pipelines/validate", tag = "pipelines", operation_id = "validatePipeline",
+    request_body(content((DefinitionDocument = "application/json"), (String = "application/yaml"), (String = "text/yaml"))),
+    responses((status = 200, description = "What was found.", body = Validation))
+)]
+pub(crate) async fn validate(context: Context<Viewer>, Source(source): Source) -> Result<Json<Validation>, Problem> {
+    let engine = context.engine.clone();
+    // A large definition takes a while to check; other requests need the thread.
+    let checked = tokio::task::spawn_blocking(move || engine.validate(&source).err()).await;
+    let violations = checked.map_err(|error| Problem::new(Code::Internal, error.to_string()))?.unwrap_or_default();
+    Ok(Json(Validation { valid: violations.is_empty(), violations }))
+}

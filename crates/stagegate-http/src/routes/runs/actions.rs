@@ -1,0 +1,103 @@
+//! What a person asks of a run: cancel, retry, approve, reject. Each is durable when it is answered; the replica that
+//! owns the run obeys within a heartbeat.
+
+use axum::{Json, http::StatusCode};
+use serde::Deserialize;
+use stagegate_core::{RunId, StageId};
+use stagegate_engine::Action;
+use utoipa::ToSchema;
+
+use crate::{
+    context::{Context, Operator},
+    extract,
+    extract::Path,
+    problem::Problem,
+    routes::{run_id, stage_id},
+    views::RunView,
+};
+
+type Accepted = Result<(StatusCode, Json<RunView>), Problem>;
+
+async fn act(context: Context<Operator>, id: RunId, action: Action) -> Accepted {
+    tracing::info!(run_id = %id, ?action, by = context.by, "action asked for");
+    let run = context.engine.act(&context.tenant, id, action, Some(context.by.clone())).await?;
+    Ok((StatusCode::ACCEPTED, Json(RunView::new(run, context.now()))))
+}
+
+/// Cancel a run
+///
+/// No model call starts later than one heartbeat after this. Needs the role `operator`.
+#[utoipa::path(
+    post, path = "/v1/runs/{id}/cancel", tag = "runs", operation_id = "cancelRun",
+    params(("id" = RunId, Path, description = "The run's id.")),
+    responses(
+        (status = 202, description = "It will be cancelled.", body = RunView),
+        (status = 409, description = "It is finished already (SG0207)."),
+    )
+)]
+pub(crate) async fn cancel(context: Context<Operator>, Path(id): Path<String>) -> Accepted {
+    let id = run_id(&id)?;
+    act(context, id, Action::Cancel).await
+}
+
+/// Retry a run
+///
+/// Starts over what failed, with a new deadline; checkpoints are kept. Needs the role `operator`.
+#[utoipa::path(
+    post, path = "/v1/runs/{id}/retry", tag = "runs", operation_id = "retryRun",
+    params(("id" = RunId, Path, description = "The run's id.")),
+    responses(
+        (status = 202, description = "It will go on.", body = RunView),
+        (status = 409, description = "It did not fail, was not cancelled and did not expire (SG0207)."),
+    )
+)]
+pub(crate) async fn retry(context: Context<Operator>, Path(id): Path<String>) -> Accepted {
+    let id = run_id(&id)?;
+    act(context, id, Action::Retry).await
+}
+
+/// Approve a held output
+///
+/// The output becomes the stage's checkpoint, and the run goes on. Needs the role `operator`.
+#[utoipa::path(
+    post, path = "/v1/runs/{id}/stages/{stage}/approve", tag = "stages", operation_id = "approveStage",
+    params(("id" = RunId, Path, description = "The run's id."), ("stage" = StageId, Path, description = "The stage's id.")),
+    responses(
+        (status = 202, description = "It will go on.", body = RunView),
+        (status = 409, description = "The stage is not held (SG0207)."),
+    )
+)]
+pub(crate) async fn approve(context: Context<Operator>, Path((id, stage)): Path<(String, String)>) -> Accepted {
+    let (id, stage) = (run_id(&id)?, stage_id(&stage)?);
+    act(context, id, Action::Approve(stage)).await
+}
+
+/// Why a held output is not taken.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RejectRequest {
+    /// For the record, and for whoever mends it.
+    #[schema(min_length = 1, max_length = 2000, pattern = "^[^\\u0000]*$")]
+    reason: String,
+}
+
+/// Reject a held output
+///
+/// The stage and its run fail with the reason; a retry starts the stage over. Needs the role `operator`.
+#[utoipa::path(
+    post, path = "/v1/runs/{id}/stages/{stage}/reject", tag = "stages", operation_id = "rejectStage",
+    params(("id" = RunId, Path, description = "The run's id."), ("stage" = StageId, Path, description = "The stage's id.")),
+    request_body = RejectRequest,
+    responses(
+        (status = 202, description = "It will fail.", body = RunView),
+        (status = 409, description = "The stage is not held (SG0207)."),
+    )
+)]
+pub(crate) async fn reject(
+    context: Context<Operator>,
+    Path((id, stage)): Path<(String, String)>,
+    extract::Json(body): extract::Json<RejectRequest>,
+) -> Accepted {
+    let (id, stage) = (run_id(&id)?, stage_id(&stage)?);
+    act(context, id, Action::Reject(stage, body.reason)).await
+}

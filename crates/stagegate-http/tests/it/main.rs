@@ -1,0 +1,11 @@
+//! The API over a real socket: a real store, a real engine, the simulated model.
+
+mod access;
+mod app;
+mod bad_input;
+mod conformance;
+mod connections;
+mod openapi;
+mod pipelines;
+mod probes;
+mod runs;

@@ -1,0 +1,98 @@
+//! Pipelines: register, list, read, keep.
+
+use http::Method;
+use serde_json::{Value, json};
+
+use crate::app::{HELD, PIPELINE, spawn_app};
+
+#[tokio::test]
+async fn the_same_content_is_the_same_version() {
+    let app = spawn_app().await;
+    let first = app.post_text("/v1/pipelines", "application/yaml", PIPELINE).await;
+    assert_eq!((first.status.as_u16(), &first.body["version"]), (201, &json!(1)));
+    assert_eq!(first.header("location"), "/v1/pipelines/two-steps/versions/1");
+    // As JSON, from the canonical form: still the same.
+    let again = app.post("/v1/pipelines", &first.body["definition"]).await;
+    assert_eq!((again.status.as_u16(), &again.body["digest"]), (200, &first.body["digest"]));
+    let changed = PIPELINE.replace("Go on", "Continue");
+    let second = app.post_text("/v1/pipelines", "text/yaml", changed).await;
+    assert_eq!((second.status.as_u16(), &second.body["version"]), (201, &json!(2)));
+    let read = app.get("/v1/pipelines/two-steps").await;
+    assert_eq!(read.body["version"], 2);
+    let old = app.get("/v1/pipelines/two-steps/versions/1").await;
+    assert_eq!(old.body["definition"], first.body["definition"]);
+}
+
+#[tokio::test]
+async fn lists_are_paged_to_their_end() {
+    let app = spawn_app().await;
+    app.register(PIPELINE).await;
+    app.register(HELD).await;
+    app.post_text("/v1/pipelines", "text/yaml", PIPELINE.replace("Go on", "Continue")).await;
+    let mut names = Vec::new();
+    let mut path = "/v1/pipelines?limit=1".to_owned();
+    loop {
+        let page = app.get(&path).await;
+        assert_eq!(page.status, 200, "{}", page.text);
+        for item in page.body["items"].as_array().expect("items") {
+            names.push((item["name"].clone(), item["version"].clone(), item["stages"].clone()));
+        }
+        let Some(cursor) = page.body["next_cursor"].as_str() else { break };
+        path = format!("/v1/pipelines?limit=1&cursor={cursor}");
+    }
+    let stages = |ids: [&str; 2]| json!(ids);
+    assert_eq!(
+        names,
+        [
+            (json!("held"), json!(1), stages(["draft", "last"])),
+            (json!("two-steps"), json!(2), stages(["first", "second"])),
+        ]
+    );
+    let versions = app.get("/v1/pipelines/two-steps/versions?limit=1").await;
+    assert_eq!(versions.body["items"][0]["version"], 2);
+    let cursor = versions.body["next_cursor"].as_str().expect("another page");
+    let older = app.get(&format!("/v1/pipelines/two-steps/versions?cursor={cursor}")).await;
+    assert_eq!((&older.body["items"][0]["version"], &older.body["next_cursor"]), (&json!(1), &Value::Null));
+}
+
+#[tokio::test]
+async fn what_never_changes_is_not_sent_twice() {
+    let app = spawn_app().await;
+    app.register(PIPELINE).await;
+    for path in
+        ["/v1/pipelines/two-steps/versions/1", "/v1/pipelines/two-steps", "/v1/schemas/pipeline", "/openapi.json"]
+    {
+        let full = app.get(path).await;
+        let tag = full.header("etag").to_owned();
+        assert!(tag.starts_with("W/\""), "{path}: {tag}");
+        let again = app.send(app.request(Method::GET, path).header("if-none-match", &tag)).await;
+        assert_eq!(
+            (again.status.as_u16(), again.text.as_str(), again.header("etag")),
+            (304, "", tag.as_str()),
+            "{path}"
+        );
+        let other = app.send(app.request(Method::GET, path).header("if-none-match", "\"other\"")).await;
+        assert_eq!(other.status, 200, "{path}");
+    }
+    let version = app.get("/v1/pipelines/two-steps/versions/1").await;
+    assert!(version.header("cache-control").contains("immutable"));
+    assert_eq!(app.get("/v1/pipelines").await.header("cache-control"), "no-store");
+}
+
+#[tokio::test]
+async fn a_valid_definition_is_told_so_and_not_registered() {
+    let app = spawn_app().await;
+    let answer = app.post_text("/v1/pipelines/validate", "application/yaml", PIPELINE).await;
+    assert_eq!(answer.body, json!({ "valid": true, "violations": [] }));
+    assert_eq!(app.get("/v1/pipelines").await.body["items"], json!([]));
+}
+
+#[tokio::test]
+async fn the_schema_of_a_definition_is_published() {
+    let app = spawn_app().await;
+    let schema = app.get("/v1/schemas/pipeline").await.body;
+    assert_eq!(schema, stagegate_core::pipeline::definition_schema());
+    let validator = jsonschema::validator_for(&schema).expect("a schema");
+    let definition = app.register(PIPELINE).await["definition"].clone();
+    assert!(validator.is_valid(&definition), "{definition:#}");
+}
