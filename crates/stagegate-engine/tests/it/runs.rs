@@ -101,10 +101,9 @@ async fn a_cancel_stops_the_calls_and_ends_the_run() {
 async fn a_stage_that_hangs_meets_its_timeout() {
     let bench = Bench::start().await;
     bench.provider.on(contains("stage-one")).respond(Reply::hang());
-    let source = canonical().replace("\"max_attempts\":3", "\"max_attempts\":1").replace(
-        "\"id\":\"one\"",
-        "\"id\":\"one\",\"timeout\":\"200ms\"",
-    );
+    let source = canonical()
+        .replace("\"max_attempts\":3", "\"max_attempts\":1")
+        .replace("\"id\":\"one\"", "\"id\":\"one\",\"timeout\":\"200ms\"");
     let detail = bench.run(&source, json!({ "text": "hello" })).await;
     assert_state(&detail.run, RunState::Failed);
     let code = detail.run.failure.expect("why").code;
