@@ -1,6 +1,8 @@
 //! One call to one model: owns the way from a request to an answer that can be used, or to the reason why not. Breaker,
 //! then a slot, then the provider; then it is weighed, priced, counted and stored.
 
+#![expect(clippy::result_large_err, reason = "a failure carries what its call took; it ends a call that took seconds")]
+
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use stagegate_core::{

@@ -100,7 +100,10 @@ pub struct RedisTier {
 impl fmt::Debug for RedisTier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The client knows the password.
-        f.debug_struct("RedisTier").field("prefix", &self.prefix).field("links", &self.links.len()).finish()
+        f.debug_struct("RedisTier")
+            .field("prefix", &self.prefix)
+            .field("links", &self.links.len())
+            .finish_non_exhaustive()
     }
 }
 
