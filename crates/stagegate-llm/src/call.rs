@@ -171,6 +171,7 @@ impl Caller {
         match self.call(&job, &progress).await {
             Err(failed) => Landed::Failed(failed),
             Ok(bought) => {
+                progress.stores();
                 self.store(&job, &bought).await;
                 Landed::Bought(bought)
             }
@@ -257,8 +258,11 @@ impl Caller {
         };
         if changed {
             self.breakers.publish(model, &self.meter);
-            let state = self.breakers.of(model).state();
-            tracing::warn!(%model, ?state, "the breaker of a model turned");
+            if error.is_some_and(is_illness) {
+                tracing::warn!(%model, "a model fails too often and is spared");
+            } else {
+                tracing::info!(%model, "a model is back");
+            }
         }
     }
 
@@ -381,6 +385,7 @@ impl Drop for UnderWay<'_> {
         }
         if permit.failure() {
             self.caller.breakers.publish(self.model, &self.caller.meter);
+            tracing::warn!(model = %self.model, "a model fails too often and is spared");
         }
         let paid = self.caller.unpaid(self.model, self.started.elapsed());
         self.caller.log(self.model, Some(Code::ProviderTimeout), &paid);

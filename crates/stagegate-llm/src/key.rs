@@ -207,6 +207,8 @@ mod tests {
         }
     }
 
+    type Change = Box<dyn Fn(&mut Request)>;
+
     fn key(request: &Request) -> CacheKey {
         answer_key(&tenant("acme"), &model("sim/quick"), request)
     }
@@ -221,7 +223,6 @@ mod tests {
     #[test]
     fn each_field_changes_the_key() {
         let schema = |value| OutputFormat::Json { schema: Some(Arc::new(value)) };
-        type Change = Box<dyn Fn(&mut Request)>;
         let changes: Vec<Change> = vec![
             Box::new(|_| ()),
             Box::new(|r| r.messages[1].content.push(' ')),

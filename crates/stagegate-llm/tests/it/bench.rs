@@ -242,7 +242,15 @@ impl Provider for Scripted {
     }
 }
 
-/// A layer over scripted providers.
+/// A layer over one scripted provider, and a tier.
+pub(crate) fn scripted_over(one: &Arc<Scripted>, tier: Arc<dyn CacheTier>) -> Llm {
+    let (config, clock) = (config(), Arc::new(HandClock::default()));
+    let providers = BTreeMap::from([("one".to_owned(), Arc::clone(one) as Arc<dyn Provider>)]);
+    let prices = Prices::new(&config).expect("valid prices");
+    Llm::with_providers(providers, prices, &config, Some(tier), Metrics::new(), clock)
+}
+
+/// A layer over scripted providers, without a tier.
 pub(crate) fn scripted(providers: &[(&str, &Arc<Scripted>)], config: &LlmConfig) -> (Llm, Metrics) {
     let providers: BTreeMap<String, Arc<dyn Provider>> = providers
         .iter()

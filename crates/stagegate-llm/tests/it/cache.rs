@@ -1,6 +1,7 @@
 //! The cache over a real Redis: shared by replicas, invalidated everywhere, and never missed when it is gone.
 
 use std::{
+    future::pending,
     io::Write,
     sync::{
         Arc, Mutex,
@@ -14,10 +15,11 @@ use redis::{Client, Script, aio::MultiplexedConnection};
 use stagegate_core::{
     Code, Origin, Secret, TenantId,
     cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
-    pipeline::CacheMode,
+    pipeline::{CacheMode, Span},
 };
 use stagegate_llm::{CallContext, RedisConfig, RedisTier};
 use stagegate_testkit::{
+    FakeProvider,
     cache::CacheFixture,
     provider::{Reply, any},
     servers::Redis,
@@ -25,7 +27,7 @@ use stagegate_testkit::{
 use tokio::{io::AsyncReadExt, net::TcpListener, time::Instant};
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::bench::{Bench, COST, context, in_mode, last, model, request, run};
+use crate::bench::{Act, Bench, COST, Scripted, context, in_mode, last, model, request, run, scripted_over};
 
 /// What is logged, for tests that look into it.
 #[derive(Clone, Default)]
@@ -64,9 +66,23 @@ pub(crate) fn logs() -> (Log, tracing::subscriber::DefaultGuard) {
     (log, tracing::subscriber::set_default(subscriber.finish()))
 }
 
-fn tier(url: &str, prefix: &str) -> Arc<RedisTier> {
-    let config = RedisConfig { key_prefix: prefix.to_owned(), ..RedisConfig::default() };
-    Arc::new(RedisTier::connect(&Secret::from(url.to_owned()), &config).expect("a valid configuration"))
+/// What a machine under load may take: where Redis is well, it is its answers that are tested.
+const PATIENCE: Span = Span(Duration::from_secs(30));
+
+fn connect(url: &str, config: &RedisConfig) -> Arc<RedisTier> {
+    Arc::new(RedisTier::connect(&Secret::from(url.to_owned()), config).expect("a valid configuration"))
+}
+
+/// With the default timeouts: where Redis is ill.
+fn tier(url: &str) -> Arc<RedisTier> {
+    connect(url, &RedisConfig::default())
+}
+
+/// A replica that waits for Redis as long as it takes.
+fn replica(vendor: &Arc<FakeProvider>, redis: &Redis) -> Bench {
+    let config = RedisConfig { connect_timeout: PATIENCE, response_timeout: PATIENCE, ..RedisConfig::default() };
+    let tier = connect(redis.url(), &config);
+    Bench::at(Arc::clone(vendor), Some(tier), |config| config.shared_cache_timeout = PATIENCE)
 }
 
 async fn raw(redis: &Redis) -> MultiplexedConnection {
@@ -80,21 +96,17 @@ mod contract {
     async fn make() -> CacheFixture {
         let redis = Redis::shared().await.expect("a Redis");
         let prefix = redis.unique_prefix();
-        // A server under load may take its time here: what is tested is the answers.
         let config = RedisConfig {
             key_prefix: prefix.clone(),
-            connect_timeout: "30s".parse().expect("a span"),
-            response_timeout: "30s".parse().expect("a span"),
+            connect_timeout: PATIENCE,
+            response_timeout: PATIENCE,
             ..RedisConfig::default()
         };
-        let connect = || {
-            let url = Secret::from(redis.url().to_owned());
-            Arc::new(RedisTier::connect(&url, &config).expect("a valid configuration"))
-        };
+        let (tier, peer) = (connect(redis.url(), &config), connect(redis.url(), &config));
         let keep = Arc::clone(&redis);
         CacheFixture {
-            tier: connect(),
-            peer: connect(),
+            tier,
+            peer,
             reset: Box::new(move || {
                 let (redis, prefix) = (Arc::clone(&redis), prefix.clone());
                 Box::pin(async move {
@@ -169,11 +181,11 @@ impl CacheTier for Counted {
     }
 }
 
-/// A Redis of one's own and a layer over it, with patience enough for a busy machine.
+/// A Redis of one's own and two replicas over it.
 async fn alone() -> (Redis, Bench, Bench) {
     let redis = Redis::private().await.expect("a Redis");
-    let one = Bench::with(Some(tier(redis.url(), "sg")), |_| {}).await;
-    let two = Bench::at(Arc::clone(&one.vendor), Some(tier(redis.url(), "sg")), |_| {});
+    let vendor = Arc::new(FakeProvider::start().await);
+    let (one, two) = (replica(&vendor, &redis), replica(&vendor, &redis));
     (redis, one, two)
 }
 
@@ -292,7 +304,7 @@ async fn a_flush_loses_nothing_but_time() {
 #[tokio::test]
 async fn without_redis_calls_succeed_and_the_local_cache_goes_on() {
     let redis = Redis::private().await.expect("a Redis");
-    let bench = Bench::with(Some(tier(redis.url(), "sg")), |_| {}).await;
+    let bench = Bench::with(Some(tier(redis.url())), |_| {}).await;
     bench.ask(&context(), &request("before")).await;
     redis.stop().await.expect("it stops");
     for n in 0..5 {
@@ -312,7 +324,7 @@ async fn without_redis_calls_succeed_and_the_local_cache_goes_on() {
     assert_eq!(bench.calls(), 7, "what can be invalidated here is");
 
     redis.start().await.expect("it starts");
-    let other = Bench::at(Arc::clone(&bench.vendor), Some(tier(redis.url(), "sg")), |_| {});
+    let other = replica(&bench.vendor, &redis);
     let mut n = 0;
     until(async || {
         n += 1;
@@ -327,7 +339,7 @@ async fn without_redis_calls_succeed_and_the_local_cache_goes_on() {
 #[tokio::test]
 async fn a_frozen_redis_costs_a_few_timeouts_and_no_more() {
     let redis = Redis::private().await.expect("a Redis");
-    let counted = Counted::new(tier(redis.url(), "sg"));
+    let counted = Counted::new(tier(redis.url()));
     let bench = Bench::with(Some(Arc::clone(&counted) as Arc<dyn CacheTier>), |_| {}).await;
     bench.ask(&context(), &request("before")).await;
     redis.freeze().expect("it freezes");
@@ -343,7 +355,7 @@ async fn a_frozen_redis_costs_a_few_timeouts_and_no_more() {
     assert_eq!(last(&bench.ask(&context(), &request("7")).await).origin, Origin::CacheLocal);
 
     redis.thaw().expect("it thaws");
-    let other = Bench::at(Arc::clone(&bench.vendor), Some(tier(redis.url(), "sg")), |_| {});
+    let other = replica(&bench.vendor, &redis);
     let mut n = 0;
     until(async || {
         n += 1;
@@ -357,7 +369,7 @@ async fn a_frozen_redis_costs_a_few_timeouts_and_no_more() {
 #[tokio::test]
 async fn a_redis_that_is_away_at_the_start_is_no_reason_not_to_start() {
     let port = TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr().expect("bound").port();
-    let bench = Bench::with(Some(tier(&format!("redis://127.0.0.1:{port}/"), "sg")), |_| {}).await;
+    let bench = Bench::with(Some(tier(&format!("redis://127.0.0.1:{port}/"))), |_| {}).await;
     bench.ask(&context(), &request("q")).await;
     assert_eq!(last(&bench.ask(&context(), &request("q")).await).origin, Origin::CacheLocal);
     bench.llm.evict(&context().tenant, bench.ask(&context(), &request("q")).await.key).await;
@@ -397,7 +409,7 @@ async fn a_redis_that_lies_is_a_miss() {
         b"\0\xFF\xFE",
     ];
     for answer in answers {
-        let bench = Bench::with(Some(tier(&liar(answer).await, "sg")), |_| {}).await;
+        let bench = Bench::with(Some(tier(&liar(answer).await)), |_| {}).await;
         for n in 0..5 {
             bench.ask(&context(), &request(&format!("{n}"))).await;
         }
@@ -409,7 +421,7 @@ async fn a_redis_that_lies_is_a_miss() {
 #[tokio::test]
 async fn garbage_in_redis_is_a_miss_and_is_mended() {
     let redis = Redis::private().await.expect("a Redis");
-    let bench = Bench::with(Some(tier(redis.url(), "sg")), |_| {}).await;
+    let bench = replica(&Arc::new(FakeProvider::start().await), &redis);
     let key = bench.ask(&context(), &request("q")).await.key;
     let entry = format!("sg:{{default}}:e:{key}");
     let mut connection = raw(&redis).await;
@@ -429,14 +441,14 @@ async fn garbage_in_redis_is_a_miss_and_is_mended() {
         let _: redis::Value =
             redis::cmd(command[0]).arg(&command[1..]).query_async(&mut connection).await.expect("garbage is stored");
         // A fresh process, which has nothing but what Redis tells it.
-        let fresh = Bench::at(Arc::clone(&bench.vendor), Some(tier(redis.url(), "sg")), |_| {});
+        let fresh = replica(&bench.vendor, &redis);
         fresh.ask(&context(), &request("q")).await;
         fresh.ask(&context(), &request("q")).await;
         let reply = fresh.ask(&context(), &request(command[1])).await;
         assert!(!reply.content.is_empty());
         fresh.llm.invalidate(&context().tenant, &CacheScope::Pipeline(context().pipeline)).await.expect("mended");
         fresh.ask(&context(), &request("q")).await;
-        let peer = Bench::at(Arc::clone(&bench.vendor), Some(tier(redis.url(), "sg")), |_| {});
+        let peer = replica(&bench.vendor, &redis);
         assert_eq!(last(&peer.ask(&context(), &request("q")).await).origin, Origin::CacheShared, "{command:?}");
     }
 }
@@ -449,7 +461,7 @@ async fn a_lost_generation_starts_above_everything_before_it() {
         let mut connection = raw(&redis).await;
         let () = redis::cmd("DEL").arg(key).query_async(&mut connection).await.expect("a deletion");
         let before = one.calls();
-        let fresh = Bench::at(Arc::clone(&two.vendor), Some(tier(redis.url(), "sg")), |_| {});
+        let fresh = replica(&two.vendor, &redis);
         assert_eq!(last(&fresh.ask(&context(), &request("q")).await).origin, Origin::Provider, "{key}");
         assert_eq!(one.calls(), before + 1);
     }
@@ -458,7 +470,7 @@ async fn a_lost_generation_starts_above_everything_before_it() {
 #[tokio::test]
 async fn what_is_written_to_redis_expires_and_names_its_tenant() {
     let redis = Redis::private().await.expect("a Redis");
-    let bench = Bench::with(Some(tier(redis.url(), "sg")), |_| {}).await;
+    let bench = replica(&Arc::new(FakeProvider::start().await), &redis);
     let key = bench.ask(&context(), &request("q")).await.key;
     let mut connection = raw(&redis).await;
     let left_ms: i64 =
@@ -472,4 +484,72 @@ async fn what_is_written_to_redis_expires_and_names_its_tenant() {
     let forever: i64 =
         redis::cmd("PTTL").arg(format!("sg:{{default}}:f:{scope}")).query_async(&mut connection).await.expect("a TTL");
     assert_eq!(forever, -1, "a floor stays");
+}
+
+/// A tier in the process that never answers what it is told to be deaf to.
+#[derive(Debug)]
+struct Deaf {
+    to_get: bool,
+    asked: AtomicUsize,
+}
+
+#[async_trait]
+impl CacheTier for Deaf {
+    async fn get(&self, _: &TenantId, _: CacheKey, _: &[CacheScope]) -> Result<CacheLookup, CacheError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        if self.to_get { pending().await } else { Ok(CacheLookup { generation: 1, floor: 1, entry: None }) }
+    }
+
+    async fn put(&self, _: &TenantId, _: CacheKey, _: &[u8], _: u64, _: Duration) -> Result<(), CacheError> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        pending().await
+    }
+
+    async fn evict(&self, _: &TenantId, _: CacheKey) -> Result<(), CacheError> {
+        pending().await
+    }
+
+    async fn invalidate(&self, _: &TenantId, _: &CacheScope) -> Result<u64, CacheError> {
+        pending().await
+    }
+
+    async fn ping(&self) -> Result<(), CacheError> {
+        pending().await
+    }
+
+    fn kind(&self) -> &'static str {
+        "deaf"
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tier_that_never_answers_costs_three_timeouts_and_then_one_each_five_seconds() {
+    let tier = Arc::new(Deaf { to_get: true, asked: AtomicUsize::new(0) });
+    let one = Scripted::new(Act::Answer("a"));
+    let llm = scripted_over(&one, Arc::clone(&tier) as Arc<dyn CacheTier>);
+    let started = Instant::now();
+    for n in 0..100 {
+        llm.complete(&context(), &request(&format!("{n}"))).await.expect("an answer");
+    }
+    assert_eq!((tier.asked.load(Ordering::SeqCst), one.calls()), (3, 100));
+    assert_eq!(started.elapsed(), 3 * Duration::from_millis(250));
+    for probes in 1..=2 {
+        tokio::time::advance(Duration::from_secs(5)).await;
+        for n in 0..10 {
+            llm.complete(&context(), &request(&format!("{probes} {n}"))).await.expect("an answer");
+        }
+        assert_eq!(tier.asked.load(Ordering::SeqCst), 3 + probes, "one probe, and it is spared again");
+    }
+    let (kind, ping) = llm.health().await.shared_cache.expect("there is a tier");
+    assert_eq!((kind, ping), ("deaf", Err("the shared cache is unavailable: no answer within 250ms".to_owned())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_there_is_not_lost_to_a_slow_cache() {
+    let tier = Arc::new(Deaf { to_get: false, asked: AtomicUsize::new(0) });
+    let one = Scripted::new(Act::Answer("paid for"));
+    let llm = scripted_over(&one, tier);
+    let hasty = CallContext { deadline: Instant::now() + Duration::from_millis(100), ..context() };
+    let reply = llm.complete(&hasty, &request("q")).await.expect("the deadline passed while it was stored");
+    assert_eq!((reply.content.as_str(), last(&reply).cost_usd), ("paid for", COST));
 }
