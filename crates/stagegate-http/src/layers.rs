@@ -134,9 +134,9 @@ impl Watch {
         let latency_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let _entered = self.span.enter();
         if is_probe(route) {
-            tracing::debug!(status, latency_ms, "answered");
+            tracing::debug!(method, route, status, latency_ms, "answered");
         } else {
-            tracing::info!(status, latency_ms, "answered");
+            tracing::info!(method, route, status, latency_ms, "answered");
         }
     }
 }
