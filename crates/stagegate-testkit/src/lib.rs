@@ -4,3 +4,5 @@ pub mod cache;
 pub mod provider;
 
 pub use provider::FakeProvider;
+pub mod servers;
+pub mod store;

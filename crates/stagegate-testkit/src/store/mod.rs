@@ -1,0 +1,148 @@
+//! The contract suite of [`Store`]: every promise of its documentation as one test that knows no implementation.
+//! Each store runs it with [`store_contract!`](crate::store_contract), and [`random`] runs the same random commands
+//! into two stores and compares.
+//!
+//! What the suite pins where the trait's words leave room:
+//! - A claim changes only the lease: `state` and `started_at` stay what the last commit (or the submit) wrote. A run
+//!   that is leased with its insert is `running` and was started when it was accepted.
+//! - A submit that asks for a lease and gets none leaves a run that only was accepted: of its events only the leading
+//!   `run.accepted` is kept, and no stage.
+//! - An idempotency key's age is told by the runs' `created_at`, not by the database's clock.
+//! - A second checkpoint of a stage is passed over; the first one stays. The rest of its commit happens.
+//! - A retry removes the signals that were left before it, and `cancel_requested` with them.
+
+#![expect(clippy::missing_panics_doc, reason = "a promise that is broken panics; that is what the suite is for")]
+
+pub mod commits;
+pub mod fixtures;
+pub mod keys;
+pub mod leases;
+pub mod pipelines;
+pub mod random;
+pub mod reading;
+pub mod signals;
+pub mod submits;
+
+use std::{any::Any, sync::Arc};
+
+use stagegate_core::Store;
+
+/// A fresh, empty, migrated store under test, and whatever must live as long as it.
+pub struct Subject {
+    /// The store.
+    pub store: Arc<dyn Store>,
+    _keep: Box<dyn Any + Send + Sync>,
+}
+
+impl Subject {
+    /// A store, and what must live as long as it: its database, its folder.
+    pub fn new(store: Arc<dyn Store>, keep: impl Any + Send + Sync) -> Self {
+        Self { store, _keep: Box::new(keep) }
+    }
+}
+
+impl std::fmt::Debug for Subject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Subject").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+/// One `#[tokio::test]` for each promise of the store's contract.
+///
+/// Takes the absolute path of an `async fn() -> Subject`: `store_contract!(crate::contract::subject);`
+#[macro_export]
+macro_rules! store_contract {
+    ($make:path) => {
+        $crate::store_contract! { @modules $make,
+            pipelines {
+                the_same_content_is_the_same_version
+                versions_are_numbered_per_tenant_and_name
+                concurrent_registrations_are_numbered_without_gaps
+                the_newest_version_is_the_default
+                pipelines_and_versions_page_in_order
+                a_definition_comes_back_as_it_was
+            }
+            submits {
+                a_submitted_run_reads_back
+                submitting_again_changes_nothing
+                a_run_can_be_leased_with_its_insert
+                a_replica_that_is_not_alive_is_given_no_lease
+                an_idempotency_key_finds_its_run
+                an_idempotency_key_belongs_to_its_tenant
+                an_idempotency_key_is_forgotten_after_its_time
+                concurrent_submits_with_one_key_make_one_run
+                a_conflict_leaves_the_rest_of_its_batch_alone
+                any_text_and_number_comes_back_as_it_was
+                a_large_input_comes_back_as_it_was
+            }
+            reading {
+                what_is_not_there_is_none
+                tenants_are_walls_for_every_read
+                lists_are_newest_first_and_page_without_gaps
+                lists_filter_by_everything
+                events_are_gap_free_and_page
+            }
+            leases {
+                priority_goes_first_then_who_has_waited_longest
+                a_claim_changes_only_the_lease
+                two_claimers_never_share_a_run
+                a_replica_that_is_not_alive_claims_nothing
+                a_dead_replicas_runs_are_taken_once_with_a_higher_epoch
+                a_replica_that_was_declared_dead_is_told_so
+                a_live_replicas_runs_are_left_alone
+                released_runs_can_be_claimed_at_once
+                a_replica_that_leaves_hands_everything_back
+                epochs_only_grow
+                load_gives_everything_that_an_owner_needs
+                the_queue_is_counted
+            }
+            commits {
+                a_commit_happens_whole
+                repeating_a_commit_changes_nothing
+                a_stale_lease_changes_nothing
+                a_gap_in_the_events_changes_nothing
+                a_stale_step_fails_alone
+                a_stage_has_one_checkpoint_ever
+                a_finished_run_is_nobodys
+                a_parked_run_waits_for_its_time
+                many_steps_fit_one_commit
+                concurrent_commits_of_one_step_happen_once
+                any_text_and_number_comes_back_as_it_was
+                a_large_output_comes_back_as_it_was
+            }
+            signals {
+                a_cancel_marks_the_run_once
+                a_signal_wakes_a_parked_run
+                a_heartbeat_tells_of_each_signal_until_it_is_read
+                signals_stay_until_they_are_consumed
+                a_run_parked_over_a_signal_can_be_claimed_at_once
+                a_signal_that_races_a_park_is_never_lost
+                a_signal_that_races_its_reading_is_never_lost
+                a_retry_reopens_what_failed
+                a_retry_makes_every_earlier_lease_stale
+                only_what_failed_can_be_retried
+                a_decision_needs_a_held_stage
+                a_finished_run_takes_no_cancel_and_no_decision
+                signals_keep_to_their_tenant_and_owner
+            }
+            keys {
+                a_key_is_found_by_its_hash
+                keys_are_listed_by_tenant
+                a_key_is_revoked_once
+                the_store_answers_and_names_itself
+            }
+        }
+    };
+    (@modules $make:path, $($module:ident { $($promise:ident)* })*) => {
+        $(
+            mod $module {
+                $(
+                    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                    async fn $promise() {
+                        $crate::store::$module::$promise($make().await).await;
+                    }
+                )*
+            }
+        )*
+    };
+}

@@ -1,0 +1,3 @@
+//! The test support's own tests.
+
+mod servers;
