@@ -145,8 +145,8 @@ async fn a_wrong_method_names_the_right_ones() {
     answer.is_problem(405, "SG0005");
     for method in ["GET", "POST"] {
         assert!(answer.header("allow").contains(method), "{}", answer.header("allow"));
-        assert!(answer.body["detail"].as_str().is_some_and(|detail| detail.contains(method)));
     }
+    assert!(answer.text.contains("`Allow`"));
 }
 
 #[tokio::test]

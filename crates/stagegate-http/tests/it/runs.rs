@@ -40,7 +40,7 @@ async fn a_run_is_accepted_followed_and_read() {
 
 #[tokio::test]
 async fn stages_that_have_not_begun_are_shown_too() {
-    let app = TestApp::spawn(Options { latency: Duration::from_secs(3_600), ..Options::default() }).await;
+    let app = TestApp::spawn(Options { latency: Duration::from_hours(1), ..Options::default() }).await;
     app.register(PIPELINE).await;
     let id = app.submit("slow").await;
     let run = app.get(&format!("/v1/runs/{id}")).await;
@@ -196,7 +196,7 @@ async fn a_held_output_waits_for_a_person() {
 
 #[tokio::test]
 async fn a_cancel_ends_a_run() {
-    let app = TestApp::spawn(Options { latency: Duration::from_secs(3_600), ..Options::default() }).await;
+    let app = TestApp::spawn(Options { latency: Duration::from_hours(1), ..Options::default() }).await;
     app.register(PIPELINE).await;
     let id = app.submit("slow").await;
     assert_eq!(app.post_empty(&format!("/v1/runs/{id}/cancel")).await.status, 202);
@@ -232,7 +232,7 @@ async fn a_plan_tells_what_a_run_would_buy() {
 #[tokio::test]
 async fn streams_are_limited_and_end_with_the_shutdown() {
     let http = HttpConfig { auth: AuthMode::Keys, max_event_streams: 1, ..HttpConfig::default() };
-    let mut app = TestApp::spawn(Options { http, latency: Duration::from_secs(3_600) }).await;
+    let mut app = TestApp::spawn(Options { http, latency: Duration::from_hours(1) }).await;
     app.register(PIPELINE).await;
     let id = app.submit("slow").await;
     let follow = || app.request(Method::GET, &format!("/v1/runs/{id}/events")).header("accept", "text/event-stream");
