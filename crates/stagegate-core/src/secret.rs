@@ -46,7 +46,7 @@ impl JsonSchema for Secret {
     }
 
     fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({ "type": "string", "description": "a secret; never shown" })
+        schemars::json_schema!({ "type": "string", "writeOnly": true, "description": "a secret; never shown" })
     }
 }
 

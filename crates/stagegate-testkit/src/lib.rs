@@ -1,8 +1,8 @@
-//! Test support: throwaway servers, a fake provider, the store's contract suite.
+//! Test support: throwaway servers, a fake provider, the contract suites of the store and of the cache tier.
 
 pub mod cache;
 pub mod provider;
-
-pub use provider::FakeProvider;
 pub mod servers;
 pub mod store;
+
+pub use provider::FakeProvider;

@@ -1,0 +1,72 @@
+//! `stagegate healthcheck`: asks a daemon whether it is ready. The container's health check.
+
+use std::{net::SocketAddr, time::Duration};
+
+use stagegate_core::{Code, Error};
+
+use crate::{cli::Global, client::Client, output};
+
+const EXAMPLES: &str = "\
+Examples:
+  stagegate healthcheck                                 the daemon that this configuration would start
+  stagegate healthcheck --url http://10.0.0.7:8080
+
+Exit codes: 0 ready (also when degraded: the body says so), 1 not ready or not there.";
+
+/// Ask a daemon whether it is ready.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Healthcheck {
+    /// The daemon's address [default: where `http.listen` says, on this machine]
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+    /// How long it may take to answer, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 3)]
+    timeout: u64,
+}
+
+impl Healthcheck {
+    pub(crate) async fn run(self, global: &Global) -> Result<u8, Error> {
+        let url = match &self.url {
+            Some(url) => url.trim_end_matches('/').to_owned(),
+            None => format!("http://{}", reachable(global.load()?.config.http.listen)),
+        };
+        if url::Url::parse(&url).is_err() {
+            let message = format!("--url: `{url}` is no URL; write http://HOST:PORT");
+            return Err(Error::new(Code::InvalidRequest, message));
+        }
+        let timeout = Duration::from_secs(self.timeout.clamp(1, 60));
+        let (status, body) = Client::new(&url)?.probe("/readyz", timeout).await?;
+        output::result(&format!("{}\n", body.trim_end()))?;
+        if status.is_success() {
+            return Ok(0);
+        }
+        output::note(&format!("{url} is not ready: {status}"));
+        Ok(1)
+    }
+}
+
+/// An address that a listener can be reached at from its own machine.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let mut address = listen;
+    if listen.ip().is_unspecified() {
+        address.set_ip(match listen {
+            SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    address
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_on_every_address_is_asked_on_loopback() {
+        let reach = |listen: &str| reachable(listen.parse().expect("an address")).to_string();
+        assert_eq!(reach("0.0.0.0:80"), "127.0.0.1:80");
+        assert_eq!(reach("[::]:80"), "[::1]:80");
+        assert_eq!(reach("10.1.2.3:80"), "10.1.2.3:80");
+    }
+}

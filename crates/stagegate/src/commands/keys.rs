@@ -1,0 +1,188 @@
+//! `stagegate keys`: makes, lists and revokes API keys. The secret is shown once, on stdout alone; only its hash is
+//! kept.
+
+use std::{sync::Arc, time::Duration};
+
+use chrono::{DateTime, TimeDelta, Utc};
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use serde_json::json;
+use stagegate_core::{
+    Clock as _, Code, Error, KeyId, Store, SystemClock, TenantId,
+    pipeline::Span,
+    store::{ApiKey, NewApiKey, Role},
+};
+use stagegate_http::auth::generate_key;
+use stagegate_telemetry::Metrics;
+
+use super::quiet_logs;
+use crate::{
+    cli::Global,
+    daemon::{self, Options},
+    output,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  stagegate keys create --name ci --role operator --expires 90d
+  KEY=$(stagegate keys create --tenant acme --role admin --name ops)      # the secret is all of stdout
+  curl -H \"Authorization: Bearer $KEY\" http://127.0.0.1:8080/v1/pipelines
+  stagegate keys list
+  stagegate keys revoke 0198c2d0-7c3e-7b1a-8f0e-2d4c6a8b0e1f
+
+Roles: viewer reads; operator also submits, cancels, retries and approves; admin also registers pipelines and
+purges the cache. The keys are those of the configured database; a running daemon follows within seconds.";
+
+/// Manage API keys.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Keys {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Action {
+    /// Make a key; its secret is shown once, on stdout
+    Create(Create),
+    /// List keys, without their secrets
+    List(List),
+    /// Revoke a key, by its id
+    Revoke(Revoke),
+}
+
+#[derive(Debug, clap::Args)]
+struct Create {
+    /// The tenant that it opens
+    #[arg(long, default_value = "default")]
+    tenant: TenantId,
+    /// What it may do: viewer, operator or admin
+    #[arg(long, default_value = "operator", value_parser = role)]
+    role: Role,
+    /// What it is for, for people
+    #[arg(long)]
+    name: String,
+    /// When it ends by itself, from now: 12h, 90d … Without it, it lasts until it is revoked
+    #[arg(long, value_name = "TIME")]
+    expires: Option<Span>,
+}
+
+#[derive(Debug, clap::Args)]
+struct List {
+    /// Only this tenant's
+    #[arg(long)]
+    tenant: Option<TenantId>,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Revoke {
+    /// The key's id, as `list` shows it
+    id: KeyId,
+}
+
+fn role(text: &str) -> Result<Role, String> {
+    Role::parse(text).ok_or_else(|| "write `viewer`, `operator` or `admin`".to_owned())
+}
+
+impl Keys {
+    pub(crate) async fn run(self, global: &Global) -> Result<u8, Error> {
+        let mut loaded = global.load()?;
+        let _guard = quiet_logs(&mut loaded)?;
+        let opened = daemon::open_store(&loaded.config, Options::default(), &Metrics::new()).await?;
+        let done = match self.action {
+            Action::Create(create) => create.run(&opened.store, &opened.note).await,
+            Action::List(list) => list.run(&opened.store).await,
+            Action::Revoke(revoke) => revoke.run(&opened.store).await,
+        };
+        opened.store.close().await;
+        done
+    }
+}
+
+impl Create {
+    async fn run(self, store: &Arc<dyn Store>, note: &str) -> Result<u8, Error> {
+        let name = self.name.trim();
+        if name.is_empty() || name.chars().count() > 100 {
+            return Err(Error::new(Code::InvalidParameter, "--name: write 1 to 100 characters"));
+        }
+        let mut rng = StdRng::from_os_rng();
+        let now = SystemClock.now();
+        let expires_at = self.expires.map(|span| now + delta(span.0));
+        let id = KeyId(uuid::Builder::from_random_bytes(rng.random()).into_uuid());
+        let (secret, hash) = generate_key(&mut rng);
+        let key = ApiKey {
+            id,
+            tenant: self.tenant,
+            role: self.role,
+            name: name.to_owned(),
+            created_at: now,
+            expires_at,
+            revoked_at: None,
+        };
+        let told = format!(
+            "key {id} for tenant `{}`, role {}, {}; {note}\nthe secret is shown this once:",
+            key.tenant,
+            key.role.as_str(),
+            until(expires_at)
+        );
+        store.create_key(&NewApiKey { key, hash }).await?;
+        output::note(&told);
+        output::result(&format!("{secret}\n"))?;
+        Ok(0)
+    }
+}
+
+impl List {
+    async fn run(self, store: &Arc<dyn Store>) -> Result<u8, Error> {
+        let keys = store.keys(self.tenant.as_ref()).await?;
+        let now = SystemClock.now();
+        if self.json {
+            let list: Vec<_> = keys.iter().map(|key| json!({ "key": key, "state": state(key, now) })).collect();
+            output::result(&format!("{:#}\n", serde_json::Value::Array(list)))?;
+            return Ok(0);
+        }
+        if keys.is_empty() {
+            output::note("there are no keys; make one with `stagegate keys create --name …`");
+            return Ok(0);
+        }
+        let row = |key: &ApiKey| {
+            let role = key.role.as_str().to_owned();
+            let made = key.created_at.format("%Y-%m-%d").to_string();
+            vec![key.id.to_string(), key.tenant.to_string(), role, key.name.clone(), made, state(key, now)]
+        };
+        let rows = keys.iter().map(row).collect();
+        output::result(&format!("{}\n", output::table(&["id", "tenant", "role", "name", "made", "state"], rows, &[])))?;
+        Ok(0)
+    }
+}
+
+impl Revoke {
+    async fn run(self, store: &Arc<dyn Store>) -> Result<u8, Error> {
+        if !store.revoke_key(self.id, SystemClock.now()).await? {
+            let message = format!("there is no key {}; `stagegate keys list` shows them", self.id);
+            return Err(Error::new(Code::KeyNotFound, message));
+        }
+        output::note(&format!("key {} is revoked", self.id));
+        Ok(0)
+    }
+}
+
+fn delta(span: Duration) -> TimeDelta {
+    // A span is bounded to a year, far below what a delta holds.
+    TimeDelta::from_std(span).unwrap_or(TimeDelta::MAX)
+}
+
+fn until(expires_at: Option<DateTime<Utc>>) -> String {
+    expires_at
+        .map_or_else(|| "until it is revoked".to_owned(), |at| format!("until {}", at.format("%Y-%m-%d %H:%M UTC")))
+}
+
+fn state(key: &ApiKey, now: DateTime<Utc>) -> String {
+    match (key.revoked_at, key.expires_at) {
+        (Some(at), _) => format!("revoked {}", at.format("%Y-%m-%d")),
+        (None, Some(at)) if at <= now => format!("expired {}", at.format("%Y-%m-%d")),
+        (None, at) => format!("valid {}", until(at)),
+    }
+}

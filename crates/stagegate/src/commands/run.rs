@@ -1,0 +1,289 @@
+//! `stagegate run`: one run of a definition, here and now. Owns what a person at a terminal sees of it; the result is
+//! all that goes to stdout.
+
+use std::{fmt::Write as _, time::Duration};
+
+use futures::StreamExt as _;
+use serde_json::Value;
+use stagegate_core::{
+    Code, Error, Event, EventKind, PipelineName, RunId, RunState, StageId, TenantId, Totals,
+    pipeline::{CacheMode, Labels},
+    store::RunQuery,
+};
+use stagegate_engine::{Action, Engine, Submit};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::{in_file, quiet_logs};
+use crate::{
+    cli::Global,
+    daemon::{Daemon, Options},
+    files,
+    output::{self, BAD, DIM, GOOD, WARN, grouped, paint, time},
+    progress::Progress,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  stagegate run brief-to-spec.yaml --input @brief.md > spec.json
+  stagegate run brief-to-spec.yaml --input @brief.md          again: what has not changed comes from the cache
+  stagegate run triage.yaml --input '{\"ticket\": \"…\"}' --set language=en
+  git diff | stagegate run review.yaml --input -
+
+The input is @FILE, `-` for stdin, JSON, or text. A text that is no JSON object becomes the one text that the
+pipeline's input schema requires, else `text`. The result is printed to stdout as JSON, everything else to stderr.
+State and cache are kept in the data directory's SQLite file, whatever database is configured, so that the next run
+pays only for what changed. Ctrl-C cancels the run; a second one leaves at once.
+
+Exit codes: 0 succeeded, 1 failed, 2 a mistake in the definition, the input or the command, 3 cancelled,
+            4 held: a person has to approve, 5 expired.";
+
+/// How long the calls under way may take to end once the run itself has ended.
+const DRAIN_GRACE: Duration = Duration::from_secs(2);
+
+/// Run a pipeline once, here; the result goes to stdout.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Run {
+    /// The definition, YAML or JSON; `-` for stdin
+    file: String,
+    /// @FILE, `-` for stdin, JSON or text
+    #[arg(long, short, value_name = "INPUT", allow_hyphen_values = true)]
+    input: Option<String>,
+    /// Set one key of the input; the value is JSON, else text. Can be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Buy every answer anew, and keep none
+    #[arg(long, conflicts_with = "refresh")]
+    no_cache: bool,
+    /// Buy every answer anew, and replace what is cached
+    #[arg(long)]
+    refresh: bool,
+    /// Whose state and cache
+    #[arg(long, default_value = "default")]
+    tenant: TenantId,
+}
+
+/// How a run that was followed came to rest.
+enum Rest {
+    Ended(RunState, Totals, Option<stagegate_core::Failure>),
+    Held(Vec<StageId>),
+}
+
+impl Run {
+    pub(crate) async fn run(self, global: &Global) -> Result<u8, Error> {
+        if self.file == "-" && self.input.as_deref() == Some("-") {
+            let message = "both the definition and the input are `-`; stdin can be read once only";
+            return Err(Error::new(Code::InvalidRequest, message));
+        }
+        let mut signals = Signals::listen()?;
+        let source = files::read(&self.file)?;
+        let mut loaded = global.load()?;
+        let _guard = quiet_logs(&mut loaded)?;
+        let daemon = Daemon::start(&loaded.config, Options { embedded: true, ..Options::default() }).await?;
+        let done = self.run_in(&daemon, &source, &mut signals).await;
+        daemon.stop(DRAIN_GRACE).await;
+        let (code, result) = done?;
+        if let Some(result) = result {
+            output::result(&format!("{result:#}\n"))?;
+        }
+        Ok(code)
+    }
+
+    /// Submits and follows the run. Returns the exit code and the result.
+    async fn run_in(&self, daemon: &Daemon, source: &str, signals: &mut Signals) -> Result<(u8, Option<Value>), Error> {
+        let engine = &daemon.engine;
+        let refused = |violations| in_file(&self.file, violations);
+        let pipeline = engine.validate(source).map_err(refused)?;
+        let input = files::input(self.input.as_deref(), &self.sets, &pipeline.definition)?;
+        pipeline.check_input(&input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
+        note_unfinished(engine, &self.tenant).await;
+        let (version, _) = engine.register(&self.tenant, source).await?;
+        let run = self.submit(engine, version.name, version.version, input).await?;
+        let stages = pipeline.stages.iter().map(|stage| stage.id.as_str());
+        let mut progress = Progress::new(stages, output::stderr_is_live());
+        let started = tokio::time::Instant::now();
+        let rest = self.follow(engine, run, &mut progress, signals).await;
+        progress.done();
+        match rest? {
+            Rest::Ended(state, totals, failure) => {
+                tell_end(run, state, &totals, failure.as_ref(), started.elapsed());
+                let detail = daemon.store.run(&self.tenant, run).await?;
+                let output = detail.and_then(|detail| detail.output).filter(|_| state == RunState::Succeeded);
+                Ok((exit_code(state), output))
+            }
+            Rest::Held(stages) => {
+                tell_held(run, &stages);
+                Ok((4, None))
+            }
+        }
+    }
+
+    async fn submit(&self, engine: &Engine, name: PipelineName, version: u32, input: Value) -> Result<RunId, Error> {
+        let cache_mode = match (self.no_cache, self.refresh) {
+            (true, _) => Some(CacheMode::Off),
+            (_, true) => Some(CacheMode::Refresh),
+            _ => None,
+        };
+        let submit = Submit {
+            tenant: self.tenant.clone(),
+            pipeline: name,
+            version: Some(version),
+            input,
+            cache_mode,
+            priority: 0,
+            labels: Labels::new(),
+            idempotency: None,
+            request_id: None,
+        };
+        Ok(engine.submit(submit).await?.0.id)
+    }
+
+    /// Shows events until the run rests. The first signal cancels it, the second leaves.
+    async fn follow(
+        &self,
+        engine: &Engine,
+        run: RunId,
+        progress: &mut Progress,
+        signals: &mut Signals,
+    ) -> Result<Rest, Error> {
+        let mut events = engine.follow(self.tenant.clone(), run, 0);
+        let mut held: Vec<StageId> = Vec::new();
+        let mut cancelled = false;
+        loop {
+            tokio::select! {
+                batch = events.next() => {
+                    let Some(batch) = batch else {
+                        return Err(Error::new(Code::Internal, format!("the events of run {run} ended before it did")));
+                    };
+                    for event in batch? {
+                        progress.event(&event);
+                        if let Some(rest) = rest(event, &mut held) {
+                            return Ok(rest);
+                        }
+                    }
+                }
+                code = signals.next() => {
+                    if cancelled {
+                        progress.done();
+                        std::process::exit(code);
+                    }
+                    cancelled = true;
+                    output::note(&paint(WARN, "cancelling; once more to leave at once"));
+                    match engine.act(&self.tenant, run, Action::Cancel, Some("ctrl-c".to_owned())).await {
+                        Ok(_) => {}
+                        // It ended by itself in this moment: its last event is on its way.
+                        Err(error) if error.code == Code::WrongState => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What the event means for the one who waits.
+fn rest(event: Event, held: &mut Vec<StageId>) -> Option<Rest> {
+    match event.kind {
+        EventKind::RunFinished { state, failure, totals } => Some(Rest::Ended(state, totals, failure)),
+        EventKind::StageHeld { stage, .. } => {
+            held.push(stage);
+            None
+        }
+        EventKind::RunWaiting { until: None } if !held.is_empty() => Some(Rest::Held(std::mem::take(held))),
+        _ => None,
+    }
+}
+
+/// Runs that an earlier process left unfinished go on now that somebody executes runs: say so.
+async fn note_unfinished(engine: &Engine, tenant: &TenantId) {
+    let query = RunQuery {
+        tenant: tenant.clone(),
+        pipeline: None,
+        version: None,
+        states: vec![RunState::Queued, RunState::Running],
+        labels: Labels::new(),
+        created_from: None,
+        created_before: None,
+        before: None,
+        limit: 200,
+    };
+    if let Ok(runs) = engine.store().runs(&query).await
+        && !runs.is_empty()
+    {
+        output::note(&paint(DIM, &format!("{} unfinished before goes on meanwhile", runs_word(runs.len()))));
+    }
+}
+
+fn runs_word(number: usize) -> String {
+    if number == 1 { "1 run that was left".to_owned() } else { format!("{number} runs, each of which was left") }
+}
+
+fn tell_end(run: RunId, state: RunState, totals: &Totals, failure: Option<&stagegate_core::Failure>, took: Duration) {
+    let style = match state {
+        RunState::Succeeded => GOOD,
+        RunState::Cancelled => WARN,
+        _ => BAD,
+    };
+    let mut text = format!("{} in {}", paint(style.bold(), state.as_str()), time(took));
+    if totals.calls > 0 {
+        let tokens = grouped(totals.usage.total_tokens());
+        let calls = if totals.calls == 1 { "1 call".to_owned() } else { format!("{} calls", totals.calls) };
+        let _ = write!(text, ": {calls}, {tokens} tokens, {}", output::paid(totals));
+    }
+    if totals.hits > 0 {
+        let hits = if totals.hits == 1 { "1 cache hit".to_owned() } else { format!("{} cache hits", totals.hits) };
+        let _ = write!(text, "; {hits} saved {}", output::usd(totals.saved_usd));
+    }
+    output::note(&format!("{text} {}", paint(DIM, &format!("(run {run})"))));
+    if let Some(failure) = failure.filter(|_| state != RunState::Succeeded) {
+        let place = failure.stage.as_ref().map_or_else(String::new, |stage| format!("stage `{stage}`: "));
+        let label = paint(style.bold(), if state == RunState::Cancelled { "why:" } else { "error:" });
+        output::note(&format!("{label} {} {place}{}", failure.code, failure.message));
+        if state != RunState::Cancelled {
+            output::note(&paint(DIM, &format!("  see {}", output::page_of(failure.code))));
+        }
+    }
+}
+
+fn tell_held(run: RunId, stages: &[StageId]) {
+    let names = stages.iter().map(StageId::as_str).collect::<Vec<_>>().join(", ");
+    output::note(&format!("{}: {names} waits for a person (run {run})", paint(WARN.bold(), "held")));
+    output::note("decide with a daemon on the same data directory, which then goes on with the run:");
+    output::note("  stagegate serve");
+    if let Some(stage) = stages.first() {
+        output::note(&format!("  curl -X POST http://127.0.0.1:8080/v1/runs/{run}/stages/{stage}/approve"));
+    }
+}
+
+fn exit_code(state: RunState) -> u8 {
+    match state {
+        RunState::Succeeded => 0,
+        RunState::Cancelled => 3,
+        RunState::Expired => 5,
+        _ => 1,
+    }
+}
+
+/// SIGINT and SIGTERM, from the start, so that none is lost.
+pub(crate) struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    /// Begins to listen.
+    pub(crate) fn listen() -> Result<Self, Error> {
+        let listen = |kind| {
+            signal(kind).map_err(|error| Error::new(Code::Internal, format!("signals cannot be received: {error}")))
+        };
+        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    /// The next signal, as the exit code of a process that it ends.
+    pub(crate) async fn next(&mut self) -> i32 {
+        tokio::select! {
+            _ = self.interrupt.recv() => 130,
+            _ = self.terminate.recv() => 143,
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! `stagegate serve`: the daemon. Owns its start and its end; everything between is the engine's and the API's.
+
+use std::{net::SocketAddr, time::Duration};
+
+use stagegate_core::{Code, Error};
+use stagegate_http::App;
+use stagegate_telemetry::logs;
+use tokio::{net::TcpListener, sync::oneshot};
+
+use super::run::Signals;
+use crate::{
+    cli::Global,
+    config::{self, Config, Environment, listen_address},
+    daemon::{Daemon, Options},
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  stagegate serve                                       embedded: SQLite, simulated models, open on loopback
+  OPENAI_API_KEY=… stagegate serve --listen 9000        embedded, with real models, on port 9000
+  DATABASE_URL=postgres://… REDIS_URL=redis://… OPENAI_API_KEY=… \\
+    stagegate serve --listen 0.0.0.0:8080 --migrate     production: as many replicas as you like
+
+API docs are at /docs, metrics at /metrics, probes at /healthz and /readyz. SIGTERM and SIGINT drain: no new work, what
+is under way may finish (engine.drain_grace), the rest is handed back; a second signal leaves at once.
+
+Exit codes: 0 drained, 1 failed, 2 a mistake in the configuration.";
+
+/// How long requests under way may take to finish once the engine has drained.
+const CLOSE_GRACE: Duration = Duration::from_secs(5);
+
+/// Serve the HTTP API and execute runs.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Serve {
+    /// Where to listen: ADDRESS:PORT, or a port on loopback [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDRESS", value_parser = listen_address)]
+    listen: Option<SocketAddr>,
+    /// Who may call: auto, keys or open [default: auto]
+    #[arg(long, value_name = "MODE")]
+    auth: Option<String>,
+    /// Bring the database's schema up to date first; safe when several replicas start at once
+    #[arg(long)]
+    migrate: bool,
+}
+
+impl Serve {
+    pub(crate) async fn run(self, global: &Global) -> Result<u8, Error> {
+        let mut signals = Signals::listen()?;
+        let mut flags = global.flags();
+        flags.set("--listen", &["http", "listen"], self.listen);
+        flags.set("--auth", &["http", "auth"], self.auth.as_ref());
+        let config = config::load(&flags, &Environment::of_process())?.config;
+        let _guard = logs::init(&config.log, &config.sentry, env!("CARGO_PKG_VERSION"))?;
+        // The API holds to this as well; here it is told before a database is touched.
+        let embedded = config.store.database_url.is_none();
+        stagegate_http::is_open(&config.http, embedded, config.http.listen)?;
+        // Bound before anything is started, so that a taken port costs nothing.
+        let listener = bind(config.http.listen).await?;
+        let options = Options { migrate: self.migrate, ..Options::default() };
+        let daemon = tokio::select! {
+            daemon = Box::pin(Daemon::start(&config, options)) => daemon?,
+            code = signals.next() => std::process::exit(code),
+        };
+        serve(config, daemon, listener, &mut signals).await
+    }
+}
+
+/// Serves until a signal, then drains.
+async fn serve(config: Config, daemon: Daemon, listener: TcpListener, signals: &mut Signals) -> Result<u8, Error> {
+    let address = listener.local_addr().unwrap_or(config.http.listen);
+    announce(&config, &daemon, address).await;
+    let grace = config.engine.drain_grace.0;
+    let app = App {
+        engine: daemon.engine.clone(),
+        metrics: daemon.metrics.clone(),
+        config: config.http,
+        embedded: daemon.embedded,
+    };
+    let (stop, stopped) = oneshot::channel::<()>();
+    let mut server = tokio::spawn(stagegate_http::serve(app, listener, async move {
+        // A dropped sender stops it as well.
+        let _ = stopped.await;
+    }));
+    tokio::select! {
+        ended = &mut server => {
+            daemon.stop(Duration::ZERO).await;
+            return ended.unwrap_or_else(|error| Err(Error::new(Code::Internal, error.to_string()))).map(|()| 1);
+        }
+        code = signals.next() => tracing::info!(signal = code - 128, grace_ms = grace.as_millis(), "draining"),
+    }
+    let drained = async {
+        // Probes and event streams go on while the engine drains.
+        daemon.engine.drain(grace).await;
+        let _ = stop.send(());
+        let closed = tokio::time::timeout(CLOSE_GRACE, &mut server).await;
+        daemon.store.close().await;
+        match closed {
+            Ok(Ok(result)) => result,
+            Ok(Err(error)) => Err(Error::new(Code::Internal, error.to_string())),
+            Err(_) => Ok(()),
+        }
+    };
+    tokio::select! {
+        result = drained => {
+            result?;
+            tracing::info!("stopped");
+            Ok(0)
+        }
+        code = signals.next() => {
+            tracing::warn!("a second signal: leaving at once; what was under way goes on at the next start");
+            std::process::exit(code)
+        }
+    }
+}
+
+/// Binds, or says what to do about it.
+pub(crate) async fn bind(listen: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(listen).await.map_err(|error| {
+        let mend = match error.kind() {
+            std::io::ErrorKind::AddrInUse => "another process listens there; choose another address with --listen",
+            std::io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; choose another with --listen",
+            _ => "choose another address with --listen",
+        };
+        Error::new(Code::InvalidConfig, format!("http.listen: {listen} cannot be used: {error}; {mend}"))
+    })
+}
+
+/// Says what is used and what that costs, a line each.
+async fn announce(config: &Config, daemon: &Daemon, address: SocketAddr) {
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), replica = %daemon.engine.replica(), "stagegate starts");
+    for note in &daemon.notes {
+        tracing::info!("{note}");
+    }
+    let open = stagegate_http::is_open(&config.http, daemon.embedded, address).unwrap_or(false);
+    if open {
+        tracing::info!(
+            "access: open to everybody on this machine, as tenant `default`; `http.auth = \"keys\"` asks for API keys"
+        );
+    } else {
+        tracing::info!("access: an API key on every call but the probes");
+        if daemon.store.keys(None).await.is_ok_and(|keys| keys.is_empty()) {
+            tracing::warn!("there is no API key yet: make one with `stagegate keys create --role admin --name …`");
+        }
+    }
+    tracing::info!("listening: http://{address} (API docs: http://{address}/docs)");
+}

@@ -1,0 +1,257 @@
+//! Wiring: owns how a configuration becomes a store, a cache, a model layer and an engine, and what it tells of them.
+//! It decides nothing that the configuration does not say.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use stagegate_core::{Clock, Code, Error, Secret, Store, StoreError, SystemClock, cache::CacheTier};
+use stagegate_engine::Engine;
+use stagegate_llm::{Llm, RedisTier};
+use stagegate_store_postgres::PostgresStore;
+use stagegate_store_sqlite::SqliteStore;
+use stagegate_telemetry::Metrics;
+
+use crate::config::{Config, Environment};
+
+/// The name of the SQLite file in the data directory.
+const FILE: &str = "stagegate.db";
+
+/// How a daemon is put together, beside its configuration.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Options {
+    /// Bring Postgres' schema up to date first.
+    pub migrate: bool,
+    /// Use the data directory's SQLite file, whatever database is configured.
+    pub embedded: bool,
+    /// Execute no runs: for what only reads.
+    pub idle: bool,
+}
+
+/// Everything that runs in this process.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    /// The engine.
+    pub engine: Engine,
+    /// The store.
+    pub store: Arc<dyn Store>,
+    /// The metrics.
+    pub metrics: Metrics,
+    /// True on SQLite.
+    pub embedded: bool,
+    /// What is used and what that costs, a line each.
+    pub notes: Vec<String>,
+}
+
+/// A store and what there is to say of it.
+pub(crate) struct OpenStore {
+    /// The store.
+    pub store: Arc<dyn Store>,
+    /// The cache that comes with it.
+    pub tier: Option<Arc<dyn CacheTier>>,
+    /// What it is and what that costs.
+    pub note: String,
+}
+
+impl Daemon {
+    /// Puts everything together and starts the engine.
+    pub(crate) async fn start(config: &Config, options: Options) -> Result<Self, Error> {
+        let metrics = Metrics::new();
+        metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let opened = open_store(config, options, &metrics).await?;
+        let mut notes = vec![opened.note];
+        let embedded = opened.tier.is_some();
+        let tier = if embedded {
+            notes.push("cache: in the same SQLite file; survives restarts, is not shared between machines".to_owned());
+            opened.tier
+        } else {
+            shared_cache(config, &mut notes)?
+        };
+        notes.push(models(config));
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let llm = Arc::new(Llm::new(&config.llm, tier, metrics.clone(), Arc::clone(&clock))?);
+        let mut engine_config = config.engine.clone();
+        if options.idle {
+            engine_config.max_runs = 0;
+        }
+        let store = opened.store;
+        let engine = Engine::start(engine_config, Arc::clone(&store), llm, metrics.clone(), clock).await?;
+        Ok(Self { engine, store, metrics, embedded, notes })
+    }
+
+    /// Gives what is under way `grace`, hands the rest back, and closes the store.
+    pub(crate) async fn stop(&self, grace: Duration) {
+        self.engine.drain(grace).await;
+        self.store.close().await;
+    }
+}
+
+/// Opens the configured store: Postgres where there is a URL, else SQLite.
+pub(crate) async fn open_store(config: &Config, options: Options, metrics: &Metrics) -> Result<OpenStore, Error> {
+    match &config.store.database_url {
+        Some(url) if !options.embedded => {
+            let store = open_postgres(config, url, options.migrate, metrics).await?;
+            let pool = config.store.pool.max_connections;
+            let note = format!("store: Postgres at {} (up to {pool} connections)", host_of(url));
+            Ok(OpenStore { store: Arc::new(store), tier: None, note })
+        }
+        _ => {
+            let directory = data_dir(config)?;
+            let path = directory.join(FILE);
+            let store = SqliteStore::open(&path, metrics.clone()).await.map_err(|error| told(&error, "SQLite"))?;
+            let tier = Some(store.cache_tier());
+            let note = format!("store: embedded SQLite at {}: one process, no replicas", path.display());
+            Ok(OpenStore { store: Arc::new(store), tier, note })
+        }
+    }
+}
+
+/// Connects to Postgres; checks its schema, or brings it up to date.
+pub(crate) async fn open_postgres(
+    config: &Config,
+    url: &Secret,
+    migrate: bool,
+    metrics: &Metrics,
+) -> Result<PostgresStore, Error> {
+    let host = host_of(url);
+    let unreachable = |error: StoreError| told(&error, &format!("Postgres at {host}"));
+    let store = PostgresStore::connect(url, &config.store.pool, metrics.clone()).await.map_err(unreachable)?;
+    if migrate {
+        store.migrate().await.map_err(unreachable)?;
+    } else {
+        store.check_schema().await.map_err(unreachable)?;
+    }
+    Ok(store)
+}
+
+/// A store's error as a person can mend it.
+pub(crate) fn told(error: &StoreError, what: &str) -> Error {
+    match error {
+        StoreError::Unavailable(reason) => Error::new(
+            Code::DatabaseUnreachable,
+            format!("{what} could not be reached: {reason}; is it running, and is the URL right?"),
+        ),
+        StoreError::SchemaBehind { found, needed } => Error::new(
+            Code::SchemaBehind,
+            format!(
+                "{what}: the schema is at version {found}, this binary needs {needed}; run `stagegate migrate`, or \
+                 start with `stagegate serve --migrate`"
+            ),
+        ),
+        StoreError::SchemaAhead(reason) => {
+            Error::new(Code::SchemaAhead, format!("{what}: {reason}; use a binary of that version or a newer one"))
+        }
+        StoreError::Corrupt { .. } => Error::new(Code::CorruptRow, format!("{what}: {error}")),
+        StoreError::Full(_) => Error::new(Code::Unavailable, format!("{what}: {error}")),
+        StoreError::Defect(_) => Error::new(Code::Internal, format!("{what}: {error}")),
+    }
+}
+
+/// The shared cache of a daemon on Postgres: Redis, or none.
+fn shared_cache(config: &Config, notes: &mut Vec<String>) -> Result<Option<Arc<dyn CacheTier>>, Error> {
+    let Some(url) = &config.redis.url else {
+        notes.push("cache: in this process only: replicas do not share answers; set REDIS_URL to share".to_owned());
+        return Ok(None);
+    };
+    let tier = RedisTier::connect(url, &config.redis.limits)?;
+    notes.push(format!("cache: Redis at {}, shared by every replica", host_of(url)));
+    Ok(Some(Arc::new(tier)))
+}
+
+/// Which models can be called.
+fn models(config: &Config) -> String {
+    let variables = [("openai", "OPENAI_API_KEY"), ("anthropic", "ANTHROPIC_API_KEY"), ("gemini", "GEMINI_API_KEY")];
+    let mut real: Vec<String> = Vec::new();
+    for (name, provider) in &config.llm.providers {
+        let local = provider.base_url.is_some();
+        if name != "sim" && (provider.api_key.is_some() || local) {
+            real.push(format!("{name}/…"));
+        }
+    }
+    if real.is_empty() {
+        let names: Vec<&str> = variables.iter().map(|(_, variable)| *variable).collect();
+        return format!("models: simulated only (sim/…); for real ones set {}", names.join(", "));
+    }
+    format!("models: {} (keys are set), and simulated ones (sim/…)", real.join(", "))
+}
+
+/// The host and database of a URL: never its user, password or parameters.
+pub(crate) fn host_of(url: &Secret) -> String {
+    match url::Url::parse(url.expose()) {
+        Ok(url) => {
+            let host = url.host_str().filter(|host| !host.is_empty()).unwrap_or("localhost");
+            let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
+            format!("{host}{port}{}", url.path().trim_end_matches('/'))
+        }
+        Err(_) => "(a URL that cannot be read)".to_owned(),
+    }
+}
+
+/// The data directory; made, for this user alone, where it is not there yet.
+pub(crate) fn data_dir(config: &Config) -> Result<PathBuf, Error> {
+    let directory = match &config.store.data_dir {
+        Some(directory) => directory.clone(),
+        None => default_data_dir(&Environment::of_process()).ok_or_else(|| {
+            Error::new(
+                Code::InvalidConfig,
+                "there is no home directory to keep state in; set `store.data_dir`, STAGEGATE_DATA_DIR or --data-dir",
+            )
+        })?,
+    };
+    private_directory(&directory).map_err(|error| {
+        Error::new(Code::InvalidConfig, format!("store.data_dir: {} cannot be made: {error}", directory.display()))
+    })?;
+    Ok(directory)
+}
+
+fn default_data_dir(environment: &Environment) -> Option<PathBuf> {
+    let absolute = |name: &str| environment.variables.get(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = absolute("XDG_DATA_HOME").or_else(|| Some(absolute("HOME")?.join(".local/share")));
+    base.map(|base| base.join("stagegate"))
+}
+
+/// Makes a directory that only its owner may enter. One that is there keeps its mode.
+fn private_directory(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_is_named_without_its_secrets() {
+        let host = |url: &str| host_of(&Secret::from(url.to_owned()));
+        assert_eq!(host("postgres://me:hunter2@db.example:5433/runs?password=x"), "db.example:5433/runs");
+        assert_eq!(host("redis://:hunter2@cache"), "cache");
+        assert!(!host("not a url hunter2").contains("hunter2"));
+    }
+
+    #[test]
+    fn the_data_directory_follows_the_desktop_rules() {
+        let with = |pairs: &[(&str, &str)]| {
+            let variables = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            default_data_dir(&Environment { variables, directory: PathBuf::new() })
+        };
+        assert_eq!(with(&[("HOME", "/h"), ("XDG_DATA_HOME", "/x")]), Some("/x/stagegate".into()));
+        assert_eq!(with(&[("HOME", "/h"), ("XDG_DATA_HOME", "relative")]), Some("/h/.local/share/stagegate".into()));
+        assert_eq!(with(&[]), None);
+    }
+
+    #[test]
+    fn a_schema_that_is_behind_tells_how_to_mend_it() {
+        let error = told(&StoreError::SchemaBehind { found: 1, needed: 2 }, "Postgres at db/x");
+        assert_eq!(error.code, Code::SchemaBehind);
+        assert!(error.detail.contains("stagegate migrate") && error.detail.contains("--migrate"), "{error}");
+    }
+}

@@ -1,0 +1,140 @@
+//! What commands read: definitions and inputs, from files, stdin or the command line. Owns how a text becomes a run's
+//! input. Everything is bounded.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+};
+
+use serde_json::{Map, Value};
+use stagegate_core::{Code, Error, Violation};
+
+/// The largest definition or input that is read.
+const MAX_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Reads a file, or stdin for `-`, as text.
+pub(crate) fn read(path: &str) -> Result<String, Error> {
+    let bytes = if path == "-" {
+        bounded(&mut io::stdin().lock())
+    } else {
+        File::open(Path::new(path)).and_then(|mut file| bounded(&mut file))
+    };
+    let refused = |message: &str| Error::new(Code::InvalidRequest, format!("{path}: {message}"));
+    let bytes = bytes.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => refused("no such file"),
+        io::ErrorKind::PermissionDenied => refused("the file may not be read"),
+        io::ErrorKind::IsADirectory => refused("this is a directory, give a file"),
+        _ => refused(&error.to_string()),
+    })?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(refused(&format!("the file is over {MAX_BYTES} bytes")));
+    }
+    String::from_utf8(bytes).map_err(|_| refused("the file is not UTF-8 text"))
+}
+
+fn bounded(from: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    from.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A run's input from the command line: `@file`, `-` for stdin, JSON or text; then each `key=value` on top.
+pub(crate) fn input(given: Option<&str>, sets: &[String], definition: &Value) -> Result<Value, Error> {
+    let mut input = match given {
+        None => Value::Object(Map::new()),
+        Some("-") => from_text(read("-")?, "stdin", definition)?,
+        Some(given) => match given.strip_prefix('@') {
+            Some(path) => from_text(read(path)?, path, definition)?,
+            None => from_text(given.to_owned(), "--input", definition)?,
+        },
+    };
+    for set in sets {
+        let Some((key, value)) = set.split_once('=').filter(|(key, _)| !key.is_empty()) else {
+            let mistake = Violation::new(Code::InvalidInput, "--set", format!("`{set}` has no key or no `=`"));
+            return Err(Error::violations(Code::InvalidInput, vec![mistake.mend("write --set key=value")]));
+        };
+        let Value::Object(map) = &mut input else {
+            return Err(Error::new(Code::InvalidInput, "--set needs an input that is a JSON object"));
+        };
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        map.insert(key.to_owned(), value);
+    }
+    Ok(input)
+}
+
+/// A text as an input: a JSON object as it is; any other text as the one text that the pipeline asks for.
+fn from_text(text: String, from: &str, definition: &Value) -> Result<Value, Error> {
+    // What is named or written like JSON must be JSON, so that a slip in it is not sent to a model as prose.
+    let named = Path::new(from).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
+    let written = from == "--input" && text.trim_start().starts_with(['{', '[']);
+    match serde_json::from_str::<Value>(&text) {
+        Ok(value) if value.is_object() || named || written => return Ok(value),
+        Err(error) if named || written => {
+            let mut mistake = Violation::new(Code::InvalidInput, from, format!("this is no JSON: {error}"));
+            (mistake.line, mistake.column) = (u32::try_from(error.line()).ok(), u32::try_from(error.column()).ok());
+            return Err(Error::violations(Code::InvalidInput, vec![mistake]));
+        }
+        _ => {}
+    }
+    Ok(Value::Object(Map::from_iter([(text_key(definition), Value::String(text))])))
+}
+
+/// The one required text of a definition's input schema; else `text`.
+fn text_key(definition: &Value) -> String {
+    let schema = &definition["input"];
+    let is_text = |key: &&str| schema["properties"][*key]["type"] == "string";
+    let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    match required.filter(is_text).collect::<Vec<_>>().as_slice() {
+        [only] => (*only).to_owned(),
+        _ => "text".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn definition() -> Value {
+        json!({ "input": { "required": ["brief", "depth"], "properties": {
+            "brief": { "type": "string" }, "depth": { "type": "integer" } } } })
+    }
+
+    #[test]
+    fn a_text_becomes_the_one_text_that_is_asked_for() {
+        let read = |given: &str| input(Some(given), &[], &definition()).expect("an input");
+        assert_eq!(read("Build a shop."), json!({ "brief": "Build a shop." }));
+        assert_eq!(read("{\"a\": 1}"), json!({ "a": 1 }));
+        assert_eq!(input(Some("42"), &[], &json!({})).expect("an input"), json!({ "text": "42" }));
+    }
+
+    #[test]
+    fn single_keys_are_set_on_top() {
+        let sets = ["depth=3".to_owned(), "brief=a=b".to_owned()];
+        assert_eq!(input(None, &sets, &definition()).expect("an input"), json!({ "depth": 3, "brief": "a=b" }));
+        assert_eq!(input(None, &["depth".to_owned()], &definition()).expect_err("refused").code, Code::InvalidInput);
+    }
+
+    #[test]
+    fn a_slip_in_json_is_told_and_not_taken_for_prose() {
+        let error = input(Some("{\"a\": }"), &[], &definition()).expect_err("refused");
+        assert_eq!((error.code, error.violations[0].column), (Code::InvalidInput, Some(7)));
+    }
+
+    #[test]
+    fn files_are_read_or_refused_by_name() {
+        let place = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| place.path().join(name).display().to_string();
+        std::fs::write(path("brief.md"), "# Brief\n").expect("writable");
+        std::fs::write(path("bad.json"), "{").expect("writable");
+        std::fs::write(path("latin.txt"), [0xe9]).expect("writable");
+        let read = |name: &str| input(Some(&format!("@{}", path(name))), &[], &definition());
+        assert_eq!(read("brief.md").expect("an input"), json!({ "brief": "# Brief\n" }));
+        for (name, part) in [("bad.json", "no JSON"), ("latin.txt", "not UTF-8"), ("none.md", "no such file")] {
+            let error = read(name).expect_err("refused");
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! What goes to stdout and stderr: owns how errors, costs and tables look. Results go to stdout and to nowhere else;
+//! a closed pipe never panics.
+
+use std::{
+    fmt::Write as _,
+    io::{ErrorKind, IsTerminal as _, Write as _},
+    time::Duration,
+};
+
+use anstyle::{AnsiColor, Style};
+use stagegate_core::{Code, Error, Totals, Usd, Violation};
+
+/// For what went well.
+pub(crate) const GOOD: Style = AnsiColor::Green.on_default();
+/// For what wants attention.
+pub(crate) const WARN: Style = AnsiColor::Yellow.on_default();
+/// For what failed.
+pub(crate) const BAD: Style = AnsiColor::Red.on_default();
+/// For what was reused.
+pub(crate) const REUSED: Style = AnsiColor::Cyan.on_default();
+/// For what can be passed over.
+pub(crate) const DIM: Style = Style::new().dimmed();
+/// For headings.
+pub(crate) const STRONG: Style = Style::new().bold();
+
+/// A text in a style.
+pub(crate) fn paint(style: Style, text: &str) -> String {
+    format!("{style}{text}{style:#}")
+}
+
+/// Writes a result to stdout. A reader that went away is no error.
+pub(crate) fn result(text: &str) -> Result<(), Error> {
+    let mut stdout = anstream::stdout();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Error::new(Code::Internal, format!("stdout could not be written: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a line to stderr, as well as it goes.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(anstream::stderr(), "{text}");
+}
+
+/// Whether a person looks at stderr.
+pub(crate) fn stderr_is_live() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// The page that explains a code.
+pub(crate) fn page_of(code: Code) -> String {
+    format!("{}/blob/main/docs/errors/{code}.md", env!("CARGO_PKG_REPOSITORY"))
+}
+
+/// Tells an error on stderr: one line, its mistakes below, and where to read on.
+pub(crate) fn error(error: &Error) {
+    let label = paint(BAD.bold(), "error:");
+    let mut text = match error.violations.as_slice() {
+        [] => format!("{label} {} {}", error.code, error.detail),
+        _ => format!("{label} {} {}", error.code, error.code.title()),
+    };
+    for violation in &error.violations {
+        let _ = write!(text, "\n  {}", violation_line(error.code, violation));
+    }
+    let _ = write!(text, "\n{}", paint(DIM, &format!("  see {}", page_of(error.code))));
+    note(&text);
+}
+
+/// A mistake in one line; its code is left out where it is the error's own.
+fn violation_line(code: Code, violation: &Violation) -> String {
+    let mut text = String::new();
+    if let (Some(line), Some(column)) = (violation.line, violation.column) {
+        let _ = write!(text, "{line}:{column}: ");
+    }
+    if violation.code != code {
+        let _ = write!(text, "{} ", violation.code);
+    }
+    if !violation.path.is_empty() {
+        let _ = write!(text, "{}: ", violation.path);
+    }
+    text.push_str(&violation.message);
+    if let Some(mend) = &violation.mend {
+        let _ = write!(text, " ({mend})");
+    }
+    text
+}
+
+/// A mistake in a file, as compilers tell it: `file:line:col: SGnnnn path: message (mend)`.
+pub(crate) fn located(file: &str, violation: &Violation) -> String {
+    match (violation.line, violation.column) {
+        (Some(_), Some(_)) => format!("{file}:{violation}"),
+        _ => format!("{file}: {violation}"),
+    }
+}
+
+/// The exit code of an error: 2 for a mistake in what was given, else 1.
+pub(crate) fn exit_code(code: Code) -> u8 {
+    let text = code.as_str();
+    let given = text.starts_with("SG01") || text.starts_with("SG02");
+    u8::from(true) + u8::from(given || matches!(code, Code::InvalidRequest | Code::InvalidConfig | Code::OpenListener))
+}
+
+/// Dollars with enough digits to tell small costs apart.
+pub(crate) fn usd(amount: Usd) -> String {
+    let dollars = amount.dollars();
+    if amount == Usd::ZERO {
+        "$0".to_owned()
+    } else if dollars.abs() < 0.01 {
+        format!("${dollars:.6}")
+    } else {
+        format!("${dollars:.4}")
+    }
+}
+
+/// What was paid, and whether some of it is unknown.
+pub(crate) fn paid(totals: &Totals) -> String {
+    match (totals.unpriced_calls, totals.cost_usd) {
+        (0, cost) => usd(cost),
+        (_, Usd::ZERO) => "cost unknown".to_owned(),
+        (calls, cost) => format!("{} + {calls} unpriced", usd(cost)),
+    }
+}
+
+/// A whole number in groups of three.
+pub(crate) fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A time as people say it.
+pub(crate) fn time(duration: Duration) -> String {
+    match duration.as_secs() {
+        0 if duration.as_millis() < 1_000 => format!("{} ms", duration.as_millis()),
+        0..60 => format!("{:.1} s", duration.as_secs_f64()),
+        seconds => format!("{} min {} s", seconds / 60, seconds % 60),
+    }
+}
+
+/// A table without borders; numbers stand right.
+pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>, right: &[usize]) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(header.iter().copied());
+    table.add_rows(rows);
+    for column in right {
+        if let Some(column) = table.column_mut(*column) {
+            column.set_cell_alignment(comfy_table::CellAlignment::Right);
+        }
+    }
+    let lines = table.lines().map(|line| line.trim_end().to_owned());
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_costs_are_told_apart() {
+        assert_eq!(usd(Usd::ZERO), "$0");
+        assert_eq!(usd(Usd::from_dollars(0.000_012)), "$0.000012");
+        assert_eq!(usd(Usd::from_dollars(1.5)), "$1.5000");
+    }
+
+    #[test]
+    fn an_unknown_cost_is_never_told_as_none() {
+        let totals = Totals { unpriced_calls: 2, ..Totals::default() };
+        assert_eq!(paid(&totals), "cost unknown");
+        let totals = Totals { cost_usd: Usd::from_dollars(0.5), ..totals };
+        assert_eq!(paid(&totals), "$0.5000 + 2 unpriced");
+    }
+
+    #[test]
+    fn numbers_and_times_read_well() {
+        assert_eq!((grouped(7), grouped(1234), grouped(1_234_567)), ("7".into(), "1,234".into(), "1,234,567".into()));
+        assert_eq!(time(Duration::from_millis(320)), "320 ms");
+        assert_eq!(time(Duration::from_millis(1_540)), "1.5 s");
+        assert_eq!(time(Duration::from_secs(61)), "1 min 1 s");
+    }
+
+    #[test]
+    fn mistakes_in_what_was_given_exit_with_2() {
+        for code in [Code::InvalidDefinition, Code::InvalidInput, Code::InvalidConfig, Code::OpenListener] {
+            assert_eq!(exit_code(code), 2, "{code}");
+        }
+        for code in [Code::DatabaseUnreachable, Code::SchemaBehind, Code::Internal] {
+            assert_eq!(exit_code(code), 1, "{code}");
+        }
+    }
+
+    #[test]
+    fn a_mistake_in_a_file_is_told_as_compilers_do() {
+        let mut violation = Violation::new(Code::UnknownKey, "stages[0].promt", "unknown key").mend("write `prompt`");
+        assert_eq!(located("a.yaml", &violation), "a.yaml: SG0102 stages[0].promt: unknown key (write `prompt`)");
+        (violation.line, violation.column) = (Some(3), Some(5));
+        assert_eq!(located("a.yaml", &violation), "a.yaml:3:5: SG0102 stages[0].promt: unknown key (write `prompt`)");
+    }
+}
