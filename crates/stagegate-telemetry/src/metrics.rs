@@ -45,7 +45,6 @@ macro_rules! catalogue {
 
         impl Metrics {
             /// A fresh catalogue with its own registry.
-            #[expect(clippy::missing_panics_doc, reason = "names and labels are literals, checked by a test")]
             pub fn new() -> Self {
                 let registry = Registry::new();
                 $(
@@ -100,7 +99,7 @@ catalogue! {
     llm_calls: IntCounterVec = "stagegate_llm_calls_total" ["provider", "model", "outcome"];
     /// Seconds that a model call took, by provider and model.
     llm_duration: HistogramVec = "stagegate_llm_call_duration_seconds" ["provider", "model"] LONG_S;
-    /// Tokens bought, by provider, model and class (input, cache_read, cache_write, output).
+    /// Tokens bought, by provider, model and class (`input`, `cache_read`, `cache_write`, `output`).
     llm_tokens: IntCounterVec = "stagegate_llm_tokens_total" ["provider", "model", "class"];
     /// US dollars paid, by provider and model.
     llm_cost: CounterVec = "stagegate_llm_cost_usd_total" ["provider", "model"];
@@ -138,7 +137,7 @@ catalogue! {
     /// Runs that this replica claimed from the queue or from dead replicas.
     runs_claimed: IntCounter = "stagegate_runs_claimed_total" [];
 
-    /// Database connections, by state: in_use, idle, max.
+    /// Database connections, by state: `in_use`, `idle`, `max`.
     pool_connections: IntGaugeVec = "stagegate_db_pool_connections" ["state"];
     /// Tasks that wait for a database connection.
     pool_waiters: IntGauge = "stagegate_db_pool_waiters" [];

@@ -1,4 +1,4 @@
-//! Test support: throwaway servers, a fake provider, the store's contract suite.
+//! Test support: throwaway servers, a fake provider, the contract suites of the store and of the cache tier.
 
 pub mod cache;
 pub mod provider;

@@ -1,2 +1,57 @@
-//! Developer commands.
-fn main() {}
+//! Developer commands: `cargo xtask --help`. Owns how tests, coverage, measurements and fuzzing are started; never
+//! anything that the product needs.
+
+mod bench;
+mod coverage;
+mod daemon;
+mod schemathesis;
+mod system;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Developer commands of Stagegate.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
+enum Command {
+    /// Run every test, with a Postgres and a Redis of its own
+    Test(test::Test),
+    /// Run every test and print the line coverage of the workspace
+    Coverage(coverage::Coverage),
+    /// Measure what a run takes, beside its critical path
+    Bench(bench::Bench),
+    /// Fuzz the built daemon by its own OpenAPI document
+    Schemathesis(schemathesis::Schemathesis),
+}
+
+fn main() -> ExitCode {
+    // Cargo calls this binary as a wrapper of rustc while coverage is measured.
+    if let Some(code) = coverage::wrap_rustc() {
+        return code;
+    }
+    let command = Command::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("xtask: no runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(async {
+        match command {
+            Command::Test(command) => command.run().await,
+            Command::Coverage(command) => command.run().await,
+            Command::Bench(command) => Box::pin(command.run()).await,
+            Command::Schemathesis(command) => command.run().await,
+        }
+    });
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,6 +1,8 @@
 //! The providers: owns which ones there are. Each is a file of its own that implements [`Provider`]; to add one, write
 //! that file, give it a [`ProviderKind`] and name it in `of_kind` below.
 
+#![expect(clippy::result_large_err, reason = "an error carries usage and limits, and ends a call that took seconds")]
+
 mod anthropic;
 mod gemini;
 mod http;

@@ -1,5 +1,4 @@
-//! OpenAI's chat completions, and every server that is compatible with them (vLLM, Ollama, llama.cpp, LiteLLM,
-//! OpenRouter, Azure's v1 …): owns that protocol's request and response shapes.
+//! OpenAI's chat completions, and every server that is compatible with them (local ones, gateways, other vendors): owns that protocol's request and response shapes.
 //!
 //! `POST {base_url}/chat/completions`. The base URL is what an OpenAI client is given: it ends in `/v1` as a rule, and
 //! one without any path gets `/v1`. OpenAI itself is told `max_completion_tokens`, which its reasoning models demand;

@@ -53,7 +53,7 @@ impl Maker<'_> {
             "object" => self.object(&schema, keys, depth),
             "array" => self.array(&schema, keys, depth),
             "string" => Value::String(self.string(&schema, keys)),
-            "integer" => integer(&schema, keys, self.dice),
+            "integer" => integer(&schema, self.dice),
             "number" => number(&schema, keys, self.dice),
             "boolean" => Value::Bool(self.dice.below(4) > 0),
             _ => Value::Null,
@@ -131,12 +131,10 @@ impl Maker<'_> {
     fn string(&mut self, schema: &Value, keys: &[&str]) -> String {
         let nth = self.nth;
         self.nth += 1;
-        if let Some(pattern) = schema["pattern"].as_str() {
-            if let Ok(hir) = regex_syntax::parse(pattern) {
-                let mut text = String::new();
-                follow(&hir, self.dice, &mut text);
-                return text;
-            }
+        if let Some(Ok(hir)) = schema["pattern"].as_str().map(regex_syntax::parse) {
+            let mut text = String::new();
+            follow(&hir, self.dice, &mut text);
+            return text;
         }
         if let Some(text) = schema["format"].as_str().and_then(|format| formatted(format, nth)) {
             return text;
@@ -262,7 +260,7 @@ fn bounds(schema: &Value, step: f64, usual: (f64, f64)) -> (f64, f64) {
     }
 }
 
-fn integer(schema: &Value, _keys: &[&str], dice: &mut Dice) -> Value {
+fn integer(schema: &Value, dice: &mut Dice) -> Value {
     let (least, most) = bounds(schema, 1.0, (1.0, 5.0));
     let step = schema["multipleOf"].as_f64().filter(|step| *step >= 1.0).map_or(1.0, f64::floor);
     let (low, high) = ((least / step).ceil(), (most / step).floor());

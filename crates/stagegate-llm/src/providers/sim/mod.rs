@@ -115,7 +115,7 @@ impl Sim {
     fn answer(&self, request: &ProviderRequest<'_>, question: [u8; 32]) -> Answer {
         let mut dice = Dice::new(self.config.seed, "answer", question, 0);
         let content = match judged_schema(request) {
-            Some(schema) => self.verdict(request, schema, &mut dice),
+            Some(schema) => verdict(request, schema, &mut dice),
             None => self.content(request, &mut dice),
         };
         let usage = Usage {
@@ -148,21 +148,6 @@ impl Sim {
         request.model == "drafty"
             || (rate > 0.0 && Dice::new(self.config.seed, "draft", hash(request), 0).unit() < rate)
     }
-
-    fn verdict(&self, request: &ProviderRequest<'_>, schema: &Value, dice: &mut Dice) -> String {
-        let is_draft = request.messages.iter().any(|m| m.role == Role::User && m.content.contains(DRAFT_MARK));
-        let good = 0.85 + f64::from(dice.below(14)) / 100.0;
-        let (score, reason) = if is_draft {
-            (DRAFT_SCORE, "It reads as a first attempt: it names the points, but carries none of them out.")
-        } else {
-            (good, "Every point of the rubric is met, and each statement can be traced to the material.")
-        };
-        let mut verdict = json::instance(schema, &Prose::from_request(request), &format!("{MARK} "), dice);
-        // Two decimals are what a person would write.
-        verdict["score"] = json!((score * 100.0).round() / 100.0);
-        verdict["reason"] = json!(format!("{MARK} {reason}"));
-        verdict.to_string()
-    }
 }
 
 #[async_trait]
@@ -193,6 +178,22 @@ impl Provider for Sim {
     fn is_configured(&self) -> bool {
         true
     }
+}
+
+/// What a strict reviewer would say: a low score for a simulated first draft, a high one for everything else.
+fn verdict(request: &ProviderRequest<'_>, schema: &Value, dice: &mut Dice) -> String {
+    let is_draft = request.messages.iter().any(|m| m.role == Role::User && m.content.contains(DRAFT_MARK));
+    let good = 0.85 + f64::from(dice.below(14)) / 100.0;
+    let (score, reason) = if is_draft {
+        (DRAFT_SCORE, "It reads as a first attempt: it names the points, but carries none of them out.")
+    } else {
+        (good, "Every point of the rubric is met, and each statement can be traced to the material.")
+    };
+    let mut verdict = json::instance(schema, &Prose::from_request(request), &format!("{MARK} "), dice);
+    // Two decimals are what a person would write.
+    verdict["score"] = json!((score * 100.0).round() / 100.0);
+    verdict["reason"] = json!(format!("{MARK} {reason}"));
+    verdict.to_string()
 }
 
 /// The question as 256 bits: everything that an answer may depend on.

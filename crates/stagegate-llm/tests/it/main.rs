@@ -1,0 +1,3 @@
+//! The model layer against real sockets.
+
+mod providers;
