@@ -44,7 +44,8 @@ impl Default for LlmConfig {
 pub struct ProviderConfig {
     /// Which protocol it speaks.
     pub kind: ProviderKind,
-    /// Where it listens; default: the vendor's own address. A local OpenAI-compatible server goes here.
+    /// Where it listens; default: the vendor's own address. A local OpenAI-compatible server goes here, with the `/v1`
+    /// (or other path) that stands before `/chat/completions`; without any path, `/v1` is meant.
     #[serde(default)]
     pub base_url: Option<String>,
     /// Its key. Default: the vendor's usual environment variable (`OPENAI_API_KEY`, `ANTHROPIC_API_KEY`,

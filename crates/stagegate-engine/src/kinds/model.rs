@@ -5,7 +5,7 @@ use stagegate_core::{
     decide::{AttemptResult, Critique},
     pipeline::{Message, ModelWork, RenderContext, Rendered, Role},
 };
-use stagegate_llm::{Reply, Request};
+use stagegate_llm::{Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS, providers::sim::CRITIQUE_GREETING};
 
 use super::{AttemptContext, Stopped, failed_call, failed_render, incomplete};
 
@@ -49,10 +49,15 @@ pub(crate) fn request(
     if let Some(critique) = critique {
         messages.extend(mend(critique));
     }
+    let mut params = work.params.clone();
+    if pipeline.budget.is_some() {
+        // A budget reckons with the longest answer, so there must be one.
+        params.max_output_tokens.get_or_insert(DEFAULT_MAX_OUTPUT_TOKENS);
+    }
     Ok(Request {
         models: work.models.clone(),
         messages,
-        params: work.params.clone(),
+        params,
         format: pipeline.stages[stage].output.clone(),
         sample: 0,
         purpose: CallPurpose::Stage,
@@ -70,7 +75,7 @@ fn mend(critique: &Critique) -> [Message; 2] {
         Message {
             role: Role::User,
             content: format!(
-                "Your previous answer did not pass review:{reasons}\n\nAnswer the original request again, whole, with \
+                "{CRITIQUE_GREETING}:{reasons}\n\nAnswer the original request again, whole, with \
                  these points mended. Give the answer alone, without comments on the review."
             ),
         },
