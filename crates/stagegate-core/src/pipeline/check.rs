@@ -9,14 +9,13 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{
-    Budget, Check, Defaults, Definition, Gate, MessageTemplate, ModelChain, Models, Output, OutputSchema, Role,
-    StageDefinition, graph,
+    Budget, Check, Definition, ModelChain, Models, Role, graph,
     path::{Path, cut},
     schema,
     source::{MISTAKES_MAX, Source},
     template::{Flaw, Scope, Template},
 };
-use crate::{Code, StageId, Violation, error::nearest};
+use crate::{Code, Violation, error::nearest};
 
 /// The most stages.
 const STAGES_MAX: usize = 100;
@@ -113,7 +112,7 @@ impl<'a> Report<'a> {
         if self.found.is_empty() {
             return Ok(());
         }
-        self.found.sort_by_key(|v| (v.line.unwrap_or(u32::MAX), v.column.unwrap_or(u32::MAX)));
+        self.found.sort_by_key(|v| (v.line.unwrap_or(u32::MAX), v.column.unwrap_or(u32::MAX), v.code));
         self.found.truncate(MISTAKES_MAX);
         Err(self.found)
     }
@@ -121,7 +120,7 @@ impl<'a> Report<'a> {
 
 /// A definition as far as it can be read.
 struct Draft<'a> {
-    defaults: Defaults,
+    default_model: Option<ModelChain>,
     has_default_model: bool,
     budget: Option<Budget>,
     input: Option<&'a Value>,
@@ -135,24 +134,24 @@ struct StageDraft<'a> {
     raw: &'a Map<String, Value>,
     /// Its id as written, valid or not.
     id: Option<&'a str>,
-    definition: StageDefinition,
+    model: Option<ModelChain>,
+}
+
+impl<'a> StageDraft<'a> {
+    fn text(&self, key: &str) -> Option<&'a str> {
+        self.raw.get(key).and_then(Value::as_str)
+    }
 }
 
 fn field<T: DeserializeOwned>(map: &Map<String, Value>, key: &str) -> Option<T> {
     map.get(key).and_then(|value| T::deserialize(value).ok())
 }
 
-fn readable<T: DeserializeOwned>(map: &Map<String, Value>, key: &str) -> Vec<T> {
-    let items = map.get(key).and_then(Value::as_array).into_iter().flatten();
-    items.filter_map(|item| T::deserialize(item).ok()).collect()
-}
-
 fn draft(root: &Map<String, Value>) -> Draft<'_> {
     let default_map = root.get("defaults").and_then(Value::as_object);
-    let defaults = Defaults { model: default_map.and_then(|map| field(map, "model")), ..Defaults::default() };
     let stages = root.get("stages").and_then(Value::as_array).into_iter().flatten().take(STAGES_MAX).enumerate();
     Draft {
-        defaults,
+        default_model: default_map.and_then(|map| field(map, "model")),
         has_default_model: default_map.is_some_and(|map| map.contains_key("model")),
         budget: field(root, "budget"),
         input: root.get("input"),
@@ -163,33 +162,8 @@ fn draft(root: &Map<String, Value>) -> Draft<'_> {
 
 fn stage_draft(index: usize, stage: &Value) -> Option<StageDraft<'_>> {
     let raw = stage.as_object()?;
-    let gate = raw.get("gate").and_then(Value::as_object).map(|map| Gate {
-        checks: Vec::new(),
-        judge: field(map, "judge"),
-        on_fail: field(map, "on_fail").unwrap_or_default(),
-        on_exhausted: field(map, "on_exhausted").unwrap_or_default(),
-    });
-    Some(StageDraft {
-        path: Path::root().key("stages").index(index),
-        raw,
-        id: raw.get("id").and_then(Value::as_str),
-        definition: StageDefinition {
-            id: field(raw, "id").or_else(|| StageId::new("unnamed").ok())?,
-            description: None,
-            needs: Vec::new(),
-            prompt: field(raw, "prompt"),
-            system: field(raw, "system"),
-            messages: None,
-            transform: field(raw, "transform"),
-            model: field(raw, "model"),
-            params: None,
-            output: field(raw, "output").unwrap_or_default(),
-            gate,
-            retry: None,
-            timeout: None,
-            cache: None,
-        },
-    })
+    let path = Path::root().key("stages").index(index);
+    Some(StageDraft { path, raw, id: raw.get("id").and_then(Value::as_str), model: field(raw, "model") })
 }
 
 /// Finds every mistake, of form and of meaning, and compiles what is right.
@@ -202,10 +176,8 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     let needs = needs(&draft, report);
     let upstream = graph::upstream(&needs);
     let ids: Vec<&str> = draft.stages.iter().filter_map(|stage| stage.id).collect();
-    if let Some(ModelChain::One(_) | ModelChain::Chain(_)) = &draft.defaults.model {
-        let path = Path::root().key("defaults").key("model");
-        check_chain(draft.defaults.model.as_ref(), &path, &draft, models, report);
-    }
+    let path = Path::root().key("defaults").key("model");
+    check_chain(draft.default_model.as_ref(), &path, &draft, models, report);
     let input_keys = closed_keys(draft.input);
     let mut compiled = Compiled {
         input: draft.input.and_then(|schema| compile_schema(schema, &Path::root().key("input"), report)),
@@ -327,10 +299,9 @@ fn check_kind(stage: &StageDraft<'_>, report: &mut Report<'_>) {
 }
 
 fn check_models(stage: &StageDraft<'_>, draft: &Draft<'_>, models: &dyn Models, report: &mut Report<'_>) {
-    let definition = &stage.definition;
     let is_transform = stage.raw.contains_key("transform");
     let has_model = stage.raw.contains_key("model") || draft.has_default_model;
-    check_chain(definition.model.as_ref(), &stage.path.key("model"), draft, models, report);
+    check_chain(stage.model.as_ref(), &stage.path.key("model"), draft, models, report);
     if !has_model && !is_transform && KINDS.iter().any(|key| stage.raw.contains_key(*key)) {
         let violation = Violation::new(Code::MissingKey, "", "no model is named, neither here nor in `defaults`");
         report.at_value(&stage.path.key("model"), violation.mend("add `model: provider/model` here or in `defaults`"));
@@ -383,7 +354,7 @@ fn closed_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
     Some(schema.get("properties")?.as_object()?.keys().map(String::as_str).collect())
 }
 
-fn template(text: Option<&String>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
+fn template(text: Option<&str>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
     match Template::template(text?, scope) {
         Ok(template) => Some(template),
         Err(flaws) => {
@@ -394,16 +365,15 @@ fn template(text: Option<&String>, path: &Path, scope: &Scope<'_>, report: &mut 
 }
 
 fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<'_>) -> CompiledStage {
-    let (definition, path) = (&stage.definition, &stage.path);
+    let path = &stage.path;
     let mut compiled = CompiledStage::default();
-    for (role, key, text) in [(Role::System, "system", &definition.system), (Role::User, "prompt", &definition.prompt)]
-    {
-        let template = template(text.as_ref(), &path.key(key), scope, report);
+    for (role, key) in [(Role::System, "system"), (Role::User, "prompt")] {
+        let template = template(stage.text(key), &path.key(key), scope, report);
         compiled.messages.extend(template.map(|template| (role, template)));
     }
     compiled.messages.extend(compile_messages(stage, scope, report));
-    compiled.transform = template(definition.transform.as_ref(), &path.key("transform"), scope, report);
-    if let Output::Schema(OutputSchema { schema }) = &definition.output {
+    compiled.transform = template(stage.text("transform"), &path.key("transform"), scope, report);
+    if let Some(schema) = stage.raw.get("output").and_then(|output| output.as_object()?.get("schema")) {
         compiled.schema = compile_schema(schema, &path.key("output").key("schema"), report);
     }
     let Some(gate) = stage.raw.get("gate").and_then(Value::as_object) else { return compiled };
@@ -417,8 +387,8 @@ fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<
         compiled.checks.extend(compile_check(&check, &path, &expression_scope, report));
     }
     if let Some(judge) = gate.get("judge").and_then(Value::as_object) {
-        let rubric: Option<String> = field(judge, "rubric");
-        compiled.rubric = template(rubric.as_ref(), &path.key("judge").key("rubric"), scope, report);
+        let rubric = judge.get("rubric").and_then(Value::as_str);
+        compiled.rubric = template(rubric, &path.key("judge").key("rubric"), scope, report);
     }
     compiled
 }
@@ -426,19 +396,17 @@ fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<
 fn compile_messages(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<'_>) -> Vec<(Role, Template)> {
     let Some(list) = stage.raw.get("messages").and_then(Value::as_array) else { return Vec::new() };
     let path = stage.path.key("messages");
-    let messages: Vec<MessageTemplate> = readable(stage.raw, "messages");
-    if messages.len() == list.len() && !messages.iter().any(|message| message.role == Role::User) {
+    let role = |message: &Value| message.as_object().and_then(|map| field::<Role>(map, "role"));
+    if !list.is_empty() && list.iter().filter_map(role).all(|role| role != Role::User) {
         let violation = Violation::new(Code::WrongValue, "", "no message is the user's, so that nothing is asked");
         report.at_value(&path, violation.mend("add a message with `role: user`"));
     }
-    let contents = list.iter().enumerate().filter_map(|(index, message)| Some((index, message.as_object()?)));
-    contents
-        .filter_map(|(index, message)| {
-            let (role, content) = (field(message, "role"), field::<String>(message, "content"));
-            let template = template(content.as_ref(), &path.index(index).key("content"), scope, report)?;
-            Some((role.unwrap_or(Role::User), template))
-        })
-        .collect()
+    let messages = list.iter().enumerate().filter_map(|(index, message)| {
+        let content = message.get("content").and_then(Value::as_str);
+        let template = template(content, &path.index(index).key("content"), scope, report)?;
+        Some((role(message)?, template))
+    });
+    messages.collect()
 }
 
 fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<CompiledCheck> {

@@ -100,6 +100,11 @@ fn translate(error: &ValidationError<'_>, found: &mut Vec<Mistake>) {
         }
         Kind::Required { property } => {
             let key = property.as_str().unwrap_or_default();
+            let known = place.keys();
+            let mut others = value.as_object().into_iter().flat_map(Map::keys).filter(|k| !known.contains(&k.as_str()));
+            if others.any(|other| nearest(&cut(other, 80), [key]).is_some()) {
+                return; // Misspelt, and told as that.
+            }
             let violation = Violation::new(Code::MissingKey, "", format!("`{key}` is missing"));
             push(path.key(key), false, violation.mend(format!("add `{key}:`{}", place.about(key))));
         }
@@ -359,7 +364,10 @@ impl<'a> Place<'a> {
     }
 
     fn keys(&self) -> Vec<&'a str> {
-        self.properties().map(|properties| properties.keys().map(String::as_str).collect()).unwrap_or_default()
+        match self.properties() {
+            Some(properties) => properties.keys().map(String::as_str).collect(),
+            None => self.branch_keys(),
+        }
     }
 
     fn about(&self, key: &str) -> String {

@@ -5,7 +5,7 @@ use std::{borrow::Cow, cell::Cell, io, sync::LazyLock};
 
 use minijinja::{
     Environment, Error, ErrorKind, State, UndefinedBehavior, Value, filters, functions, tests,
-    value::{Kwargs, Rest, ValueKind, ValueOrKwargs},
+    value::{Kwargs, Rest, ValueIter, ValueKind, ValueOrKwargs},
 };
 
 use super::sandbox::{CHARGE, NUMBER};
@@ -196,6 +196,11 @@ fn text(value: &Value) -> Result<Cow<'_, str>, Error> {
     }
 }
 
+/// The items of a list; what is not there has none, and is an error.
+fn items(value: &Value) -> Result<ValueIter, Error> {
+    if value.is_undefined() { Err(Error::from(ErrorKind::UndefinedError)) } else { value.try_iter() }
+}
+
 /// The value of an expression as JSON.
 pub(super) fn to_json(value: &Value) -> Result<serde_json::Value, Error> {
     if value.is_undefined() {
@@ -289,7 +294,7 @@ fn add_text_filters(env: &mut Environment<'static>) {
     env.add_filter("join", |v: &Value, by: Option<&Value>| {
         let by = by.map(text).transpose()?.unwrap_or_default();
         let mut joined = String::new();
-        for (number, item) in v.try_iter()?.enumerate() {
+        for (number, item) in items(v)?.enumerate() {
             let item = text(&item)?;
             pay(by.len() + 1)?;
             if number > 0 {
@@ -312,7 +317,7 @@ fn add_text_filters(env: &mut Environment<'static>) {
 fn add_value_filters(env: &mut Environment<'static>) {
     env.add_filter("sum", |v: &Value| {
         let (mut whole, mut real, mut is_whole) = (0_i64, 0.0_f64, true);
-        for item in v.try_iter()? {
+        for item in items(v)? {
             pay(1)?;
             if !item.is_number() {
                 return Err(failed("`sum` adds numbers alone"));
@@ -353,16 +358,20 @@ fn add_value_filters(env: &mut Environment<'static>) {
         ("sort", Value::from_function(filters::sort)),
         ("unique", Value::from_function(filters::unique)),
     ] {
-        env.add_filter(name, paid(filter));
+        env.add_filter(name, paid(filter, ["d", "default"].contains(&name)));
     }
 }
 
-/// A function that pays for its arguments before it runs.
+/// A function that pays for its arguments before it runs. Only with `takes_undefined` may what it works on be missing.
 fn paid(
     inner: Value,
+    takes_undefined: bool,
 ) -> impl Fn(&mut State<'_, '_>, Rest<ValueOrKwargs>) -> Result<Value, Error> + Send + Sync + 'static {
     move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| {
         let args: Vec<Value> = args.iter().cloned().map(Value::from).collect();
+        if !takes_undefined && args.first().is_some_and(Value::is_undefined) {
+            return Err(Error::from(ErrorKind::UndefinedError));
+        }
         args.iter().try_for_each(|arg| pay_for(arg, 0))?;
         inner.call(state, &args)
     }
@@ -410,6 +419,6 @@ fn add_tests(env: &mut Environment<'static>) {
         ("ge", ge.clone()),
         (">=", ge),
     ] {
-        env.add_test(name, paid(test));
+        env.add_test(name, paid(test, ["defined", "undefined"].contains(&name)));
     }
 }

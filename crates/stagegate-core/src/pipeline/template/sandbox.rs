@@ -100,6 +100,13 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
         )),
         Expr::Filter(node) => {
             let (expr, args) = (optional(node.expr.as_ref()), arguments(&node.args));
+            // From what is filtered on, so that an error shows it.
+            let span = expr.as_ref().map_or(span, |expr| Span {
+                start_line: expr.span().start_line,
+                start_col: expr.span().start_col,
+                start_offset: expr.span().start_offset,
+                ..span
+            });
             Expr::Filter(at(span, ast::Filter { name: node.name, expr, args }))
         }
         Expr::Test(node) => {
