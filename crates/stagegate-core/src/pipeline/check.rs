@@ -173,7 +173,7 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     }
     let Some(root) = source.value.as_object() else { return Compiled::default() };
     let draft = draft(root);
-    let needs = needs(&draft, report);
+    let (needs, uncertain) = needs(&draft, report);
     let upstream = graph::upstream(&needs);
     let ids: Vec<&str> = draft.stages.iter().filter_map(|stage| stage.id).collect();
     let path = Path::root().key("defaults").key("model");
@@ -187,7 +187,11 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         let scope = Scope {
             stage: stage.id,
             stages: ids.clone(),
-            upstream: upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect(),
+            upstream: if uncertain[index] {
+                ids.iter().copied().collect()
+            } else {
+                upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect()
+            },
             input: input_keys.clone(),
             run: true,
             output: false,
@@ -207,8 +211,9 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     compiled
 }
 
-/// Ids and needs as numbers; every wrong one is reported.
-fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
+/// Needs as numbers; every wrong one is reported. Beside them, for each stage, whether it names a need that is not
+/// there: what is upstream of it is then anybody's guess, and no further mistake.
+fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> (Vec<Vec<usize>>, Vec<bool>) {
     let mut index_of = HashMap::new();
     for (index, stage) in draft.stages.iter().enumerate() {
         let Some(id) = stage.id else { continue };
@@ -223,12 +228,16 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
         }
     }
     let mut edges = vec![Vec::new(); draft.stages.len()];
+    let mut uncertain = vec![false; draft.stages.len()];
     for (index, stage) in draft.stages.iter().enumerate() {
         let list = stage.raw.get("needs").and_then(Value::as_array).into_iter().flatten();
         for (position, need) in list.enumerate().filter_map(|(position, need)| Some((position, need.as_str()?))) {
             let path = stage.path.key("needs").index(position);
             match index_of.get(need) {
-                None => report.at_value(&path, unknown_need(need, index_of.keys().copied())),
+                None => {
+                    uncertain[index] = true;
+                    report.at_value(&path, unknown_need(need, index_of.keys().copied()));
+                }
                 Some(needed) if *needed == index => {
                     let message = format!("stage `{need}` needs itself");
                     report.at_value(&path, Violation::new(Code::Cycle, "", message).mend("remove it from `needs`"));
@@ -248,7 +257,7 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
         let violation = Violation::new(Code::Cycle, "", message).mend("remove one of these from a `needs`");
         report.at_value(&draft.stages[*first].path.key("needs"), violation);
     }
-    edges
+    (edges, uncertain)
 }
 
 fn unknown_need<'a>(need: &str, ids: impl Iterator<Item = &'a str>) -> Violation {
@@ -355,10 +364,12 @@ fn closed_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
 }
 
 fn template(text: Option<&str>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
-    match Template::template(text?, scope) {
+    match Template::text(text?, scope) {
         Ok(template) => Some(template),
         Err(flaws) => {
-            flaws.into_iter().for_each(|flaw| report.inside(path, flaw));
+            for flaw in flaws {
+                report.inside(path, flaw);
+            }
             None
         }
     }
@@ -477,10 +488,9 @@ fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Optio
     match jsonschema::meta::validator_for(schema) {
         Ok(meta) => {
             for error in meta.iter_errors(schema).take(10) {
-                report.at_value(
-                    &path.below(error.instance_path()),
-                    invalid(format!("this {}", schema::sentence(&error))),
-                );
+                let path = path.below(error.instance_path());
+                let violation = invalid(format!("this {}", schema::sentence(&error)));
+                report.at_value(&path, with_types(&path, violation));
             }
         }
         Err(error) => report.at_value(path, invalid(cut(&error.to_string(), 300))),
@@ -496,6 +506,14 @@ fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Optio
             report.at_value(&path.below(error.instance_path()), violation);
             None
         }
+    }
+}
+
+/// What is most often wrong in a schema is the name of a type.
+fn with_types(path: &Path, violation: Violation) -> Violation {
+    match path.last_key() {
+        Some("type") => violation.mend("types are object, array, string, number, integer, boolean and null"),
+        _ => violation,
     }
 }
 

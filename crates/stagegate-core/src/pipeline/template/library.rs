@@ -115,15 +115,10 @@ fn failed(message: impl Into<Cow<'static, str>>) -> Error {
 }
 
 fn pay(bytes: usize) -> Result<(), Error> {
-    WORK_LEFT.with(|left| match left.get().checked_sub(bytes) {
-        Some(rest) => {
-            left.set(rest);
-            Ok(())
-        }
-        None => {
-            left.set(0);
-            Err(failed(format!("it handles more than {WORK_MAX_BYTES} bytes of data")))
-        }
+    WORK_LEFT.with(|left| {
+        let rest = left.get().checked_sub(bytes);
+        left.set(rest.unwrap_or(0));
+        rest.map(|_| ()).ok_or_else(|| failed(format!("it handles more than {WORK_MAX_BYTES} bytes of data")))
     })
 }
 
