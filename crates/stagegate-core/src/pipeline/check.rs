@@ -20,7 +20,9 @@ use crate::{Code, Violation, error::nearest};
 /// The most stages.
 const STAGES_MAX: usize = 100;
 /// The largest compiled regular expression, in bytes.
-const REGEX_MAX_BYTES: usize = 1024 * 1024;
+const REGEX_MAX_BYTES: usize = 256 * 1024;
+/// The most regular expressions in a definition, those in its schemas included.
+const REGEXES_MAX: usize = 200;
 
 /// What has been compiled of a definition; stages in the author's order.
 #[derive(Debug, Default)]
@@ -64,14 +66,22 @@ pub(super) enum OutputNode {
 pub(super) struct Report<'a> {
     source: &'a Source,
     found: Vec<Violation>,
+    /// How many regular expressions have been met.
+    regexes: usize,
 }
 
 impl<'a> Report<'a> {
     pub(super) fn new(source: &'a Source, found: Vec<Violation>) -> Self {
-        Self { source, found }
+        Self { source, found, regexes: 0 }
     }
 
     fn add(&mut self, mut violation: Violation, path: &Path, at_key: bool) {
+        if self.found.len() >= 10 * MISTAKES_MAX {
+            return; // More than will be told.
+        }
+        if violation.message.starts_with("is ") && path.segments().is_empty() {
+            violation.message.insert_str(0, "the document ");
+        }
         let mark = if at_key { self.source.key_mark(path) } else { self.source.value_mark(path) };
         violation.path = path.to_string();
         violation.line = violation.line.or(mark.map(|m| m.line));
@@ -105,6 +115,15 @@ impl<'a> Report<'a> {
         violation.line = mark.map(|m| m.line);
         violation.column = mark.map(|m| m.column);
         self.at_value(path, violation);
+    }
+
+    /// Counts a regular expression; past the limit none is compiled any more.
+    fn regex(&mut self, path: &Path) {
+        self.regexes += 1;
+        if self.regexes == REGEXES_MAX + 1 {
+            let message = format!("the definition has more than {REGEXES_MAX} regular expressions");
+            self.at_value(path, Violation::new(Code::DefinitionTooLarge, "", message).mend("join some with `|`"));
+        }
     }
 
     /// All mistakes in the order of the text, or that there are none.
@@ -428,6 +447,10 @@ fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Rep
         }
         Check::Matches(pattern) | Check::NotMatches(pattern) => {
             let path = path.key(check.name());
+            report.regex(&path);
+            if report.regexes > REGEXES_MAX {
+                return None;
+            }
             match RegexBuilder::new(pattern).size_limit(REGEX_MAX_BYTES).build() {
                 Ok(regex) => Some(CompiledCheck::Regex(regex)),
                 Err(error) => {
@@ -484,7 +507,7 @@ fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Optio
         report.at_value(&path.key("$schema"), violation.mend("remove `$schema`; 2020-12 is what is meant then"));
         return None;
     }
-    remote_references(schema, path, report);
+    references_and_patterns(schema, path, report);
     match jsonschema::meta::validator_for(schema) {
         Ok(meta) => {
             for error in meta.iter_errors(schema).take(10) {
@@ -495,7 +518,7 @@ fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Optio
         }
         Err(error) => report.at_value(path, invalid(cut(&error.to_string(), 300))),
     }
-    if report.found.len() > before {
+    if report.found.len() > before || report.regexes > REGEXES_MAX {
         return None;
     }
     let patterns = PatternOptions::regex().size_limit(REGEX_MAX_BYTES).dfa_size_limit(REGEX_MAX_BYTES);
@@ -530,15 +553,16 @@ fn is_known_draft(draft: &Value) -> bool {
     )
 }
 
-/// Reports every `$ref` that leaves the schema: nothing is ever fetched.
-fn remote_references(schema: &Value, path: &Path, report: &mut Report<'_>) {
+/// Reports every `$ref` that leaves the schema (nothing is ever fetched), and counts the regular expressions.
+fn references_and_patterns(schema: &Value, path: &Path, report: &mut Report<'_>) {
     match schema {
         Value::Array(items) => {
-            items.iter().enumerate().for_each(|(i, item)| remote_references(item, &path.index(i), report));
+            items.iter().enumerate().for_each(|(i, item)| references_and_patterns(item, &path.index(i), report));
         }
         Value::Object(map) => {
             for (key, inner) in map {
                 match (key.as_str(), inner) {
+                    ("pattern", Value::String(_)) => report.regex(&path.key(key)),
                     // Data, not schemas.
                     ("const" | "enum" | "default" | "examples", _) => {}
                     ("$ref" | "$dynamicRef" | "$recursiveRef", Value::String(to)) if !to.starts_with('#') => {
@@ -547,7 +571,14 @@ fn remote_references(schema: &Value, path: &Path, report: &mut Report<'_>) {
                         let mend = "put what it refers to under `$defs` and write `#/$defs/name`";
                         report.at_value(&path.key(key), violation.mend(mend));
                     }
-                    _ => remote_references(inner, &path.key(key), report),
+                    ("patternProperties", Value::Object(patterns)) => {
+                        for (pattern, schema) in patterns {
+                            let path = path.key(key).key(pattern);
+                            report.regex(&path);
+                            references_and_patterns(schema, &path, report);
+                        }
+                    }
+                    _ => references_and_patterns(inner, &path.key(key), report),
                 }
             }
         }

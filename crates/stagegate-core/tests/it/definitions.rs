@@ -206,6 +206,22 @@ fn what_is_no_definition_at_all_is_told_shortly() {
 }
 
 #[test]
+fn regular_expressions_are_few_and_small() {
+    let checks = vec!["{ matches: 'a+' }"; 50].join(",");
+    let stage = |n| format!("- {{ id: s{n}, transform: x, gate: {{ checks: [{checks}] }} }}\n");
+    let text = |stages: usize| format!("name: p\nstages:\n{}", (0..stages).map(stage).collect::<Vec<_>>().concat());
+    valid(&text(4));
+    let found = mistakes(&text(5));
+    assert_eq!(found.iter().map(|v| v.code).collect::<Vec<_>>(), [Code::DefinitionTooLarge]);
+    let properties: Vec<_> = (0..201).map(|n| format!("p{n}: {{ pattern: a }}")).collect();
+    let found = mistakes(&format!(
+        "name: p\ninput: {{ properties: {{ {} }} }}\nstages: [{{ id: a, transform: x }}]",
+        properties.join(", ")
+    ));
+    assert_eq!(found.iter().map(|v| v.code).collect::<Vec<_>>(), [Code::DefinitionTooLarge]);
+}
+
+#[test]
 fn yaml_and_json_in_any_order_are_the_same_content() {
     let yaml = valid(GOOD);
     let json = serde_json::to_string(&yaml.definition).expect("json");
