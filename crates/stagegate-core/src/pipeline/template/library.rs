@@ -11,7 +11,7 @@ use minijinja::{
 use super::sandbox::{CHARGE, NUMBER};
 
 /// The most bytes that one rendering may copy, join or compare.
-const WORK_MAX_BYTES: usize = 64 * 1024 * 1024;
+const WORK_MAX_BYTES: usize = 32 * 1024 * 1024;
 /// The deepest nesting of a value.
 const VALUE_MAX_DEPTH: usize = 64;
 
@@ -132,14 +132,14 @@ fn pay_for(value: &Value, depth: usize) -> Result<(), Error> {
         ValueKind::Bytes => pay(value.as_bytes().map_or(0, <[u8]>::len)),
         ValueKind::Seq | ValueKind::Iterable => {
             for item in value.try_iter()? {
-                pay(16)?;
+                pay(32)?;
                 pay_for(&item, depth + 1)?;
             }
             Ok(())
         }
         ValueKind::Map => {
             for key in value.try_iter()? {
-                pay(32)?;
+                pay(64)?;
                 pay_for(&key, depth + 1)?;
                 pay_for(&value.get_item(&key)?, depth + 1)?;
             }
