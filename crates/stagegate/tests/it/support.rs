@@ -63,7 +63,13 @@ impl Place {
     /// Starts a daemon on a free port and waits until it is ready.
     pub(crate) async fn serve(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Daemon {
         let mut command = StdCommand::new(binary());
-        command.current_dir(self.0.path()).env_clear().args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"]);
+        command.current_dir(self.0.path()).env_clear().args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--log-format",
+            "json",
+        ]);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         for (name, value) in self.environment() {
             command.env(name, value);
