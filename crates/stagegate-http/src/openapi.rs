@@ -69,6 +69,7 @@ pub(crate) struct Document {
 struct Check {
     validator: Validator,
     keys: Vec<String>,
+    integers: Vec<String>,
 }
 
 impl Document {
@@ -78,6 +79,17 @@ impl Document {
         let text = value.to_string();
         let tag = Tag::new(blake3::hash(text.as_bytes()).to_hex());
         Self { checks: checks(&value), json: text.into(), tag }
+    }
+
+    /// To JSON Schema `3.0` is an integer, to the decoder it is none: writes such values of a component as `3`.
+    pub(crate) fn settle(&self, name: &str, value: &mut Value) {
+        for key in self.checks.get(name).into_iter().flat_map(|check| &check.integers) {
+            let Some(number) = value.get_mut(key).filter(|number| number.is_f64()) else { continue };
+            // Within 2^53 a float holds whole numbers exactly; the schema's bounds are far below that.
+            if let Some(whole) = number.as_f64().and_then(|float| format!("{float:.0}").parse::<i64>().ok()) {
+                *number = whole.into();
+            }
+        }
     }
 
     /// Every way in which a value does not fit a component. An unknown component fits nothing.
@@ -140,6 +152,9 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
             (415, "The body is not of a type that this route takes (SG0002)."),
         ]);
     }
+    for parameter in operation["parameters"].as_array_mut().into_iter().flatten() {
+        only_present(&mut parameter["schema"]);
+    }
     let Some(responses) = operation["responses"].as_object_mut() else { return };
     for (status, description) in statuses {
         let entry = responses.entry(status.to_string()).or_insert_with(|| json!({ "description": description }));
@@ -158,6 +173,16 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
     let mut sorted: Vec<(String, Value)> = std::mem::take(responses).into_iter().collect();
     sorted.sort_by(|a, b| a.0.cmp(&b.0));
     responses.extend(sorted);
+}
+
+/// A parameter may be left out; it is never null.
+fn only_present(schema: &mut Value) {
+    if let Some(kinds) = schema["type"].as_array_mut() {
+        kinds.retain(|kind| kind != "null");
+        if let [only] = kinds.as_slice() {
+            schema["type"] = only.clone();
+        }
+    }
 }
 
 /// Puts the core's schema of a definition, and the ones that it refers to, among the components.
@@ -206,10 +231,16 @@ fn checks(document: &Value) -> HashMap<String, Check> {
         let mut root = json!({ "$ref": format!("#/components/schemas/{name}") });
         root["components"] = document["components"].clone();
         let properties = document["components"]["schemas"][&name]["properties"].as_object();
-        let keys = properties.map(|map| map.keys().cloned().collect()).unwrap_or_default();
+        let is_integer = |schema: &Value| match &schema["type"] {
+            Value::Array(kinds) => kinds.iter().any(|kind| kind == "integer"),
+            kind => kind == "integer",
+        };
+        let properties = properties.into_iter().flatten();
+        let keys = properties.clone().map(|(key, _)| key.clone()).collect();
+        let integers = properties.filter(|(_, schema)| is_integer(schema)).map(|(key, _)| key.clone()).collect();
         // A component that is no schema is a defect, and a test holds each body against its own.
         if let Ok(validator) = jsonschema::validator_for(&root) {
-            checks.insert(name, Check { validator, keys });
+            checks.insert(name, Check { validator, keys, integers });
         }
     }
     checks
@@ -287,6 +318,16 @@ mod tests {
         {
             assert!(told.contains(&expected), "{expected:?} in {mistakes:#?}");
         }
+    }
+
+    #[test]
+    fn a_whole_number_is_one_however_it_is_written() {
+        let document = Document::new(&crate::router::document(), false);
+        let mut value = json!({ "pipeline": "p", "version": 3.0, "priority": -2.0, "input": { "x": 1.0 } });
+        assert_eq!(document.check("SubmitRequest", &value), []);
+        document.settle("SubmitRequest", &mut value);
+        let settled = json!({ "pipeline": "p", "version": 3, "priority": -2, "input": { "x": 1.0 } });
+        assert_eq!(value.to_string(), settled.to_string());
     }
 
     #[test]

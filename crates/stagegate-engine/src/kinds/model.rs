@@ -16,7 +16,7 @@ pub(super) async fn attempt(
     kept: &mut Option<Reply>,
 ) -> Result<AttemptResult, Stopped> {
     let request = context
-        .with_render(|render| request(&context.pipeline, context.stage, work, render, context.critique.as_ref()))
+        .with_render(|seen| request(&context.pipeline, context.stage, work, seen, context.critique.as_ref()))
         .map_err(failed_render)?;
     let reply = match context.complete(&context.call_context(&work.cache), &request, calls).await {
         Ok(reply) => reply,
@@ -29,9 +29,9 @@ pub(super) async fn attempt(
     };
     let (model, origin) =
         reply.calls.last().map_or((None, Origin::None), |call| (Some(call.model.clone()), call.origin));
-    let content = reply.content.clone();
+    let answer = reply.content.clone();
     *kept = Some(reply);
-    context.assess(&content, model, origin, calls).await
+    context.assess(&answer, model, origin, calls).await
 }
 
 /// The request of a stage, with the previous answer and what was wrong with it where there is a critique.
@@ -44,7 +44,7 @@ pub(crate) fn request(
 ) -> Result<Request, Failure> {
     let mut messages = match pipeline.render(stage, context)? {
         Rendered::Messages(messages) => messages,
-        Rendered::Text(content) => vec![Message { role: Role::User, content }],
+        Rendered::Text(text) => vec![Message { role: Role::User, content: text }],
     };
     if let Some(critique) = critique {
         messages.extend(mend(critique));
@@ -69,13 +69,13 @@ fn mend(critique: &Critique) -> [Message; 2] {
         serde_json::Value::String(text) => text.clone(),
         json => json.to_string(),
     };
-    let reasons: String = critique.reasons.iter().map(|reason| format!("\n- {reason}")).collect();
+    let reasons = critique.reasons.join("\n- ");
     [
         Message { role: Role::Assistant, content: previous },
         Message {
             role: Role::User,
             content: format!(
-                "{CRITIQUE_GREETING}:{reasons}\n\nAnswer the original request again, whole, with \
+                "{CRITIQUE_GREETING}:\n- {reasons}\n\nAnswer the original request again, whole, with \
                  these points mended. Give the answer alone, without comments on the review."
             ),
         },
