@@ -17,7 +17,7 @@ use stagegate_core::Event;
 use tempfile::TempDir;
 
 /// How long anything may take before a test gives up. Never a measure of success.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A directory of its own: the working directory, home and data of the binary.
 pub(crate) struct Place(TempDir);
