@@ -493,7 +493,7 @@ async fn an_unpriced_model_is_flagged_and_never_priced_zero_in_silence() {
     assert!(!metrics.contains("made-up"), "no label is a caller's word");
     assert_eq!(bench.llm.worst_case(&request), None);
     assert_eq!(bench.llm.worst_case(&chain("q", &["one/priced", "one/made-up-by-a-caller"])), None);
-    assert_eq!(bench.llm.estimate(&request, 10), None);
+    assert_eq!(bench.llm.estimate(&request.models, 10, 10), None);
 }
 
 #[tokio::test]
@@ -505,7 +505,7 @@ async fn the_worst_case_covers_what_is_paid() {
     assert!(worst >= Usd::from_nanos(1_000 * 2_000), "every token of the longest answer: {worst:?}");
     let longer = Request { format: json_request().format, ..request.clone() };
     assert!(bench.llm.worst_case(&longer) > Some(worst), "the schema is part of the prompt");
-    let estimate = bench.llm.estimate(&request, 100).expect("priced");
+    let estimate = bench.llm.estimate(&request.models, 10, 100).expect("priced");
     assert!(estimate < worst && estimate >= Usd::from_nanos(100 * 2_000));
 }
 
