@@ -101,7 +101,8 @@ async fn a_killed_process_buys_nothing_twice_and_its_run_succeeds() {
 
     let seqs: Vec<u64> = events.iter().map(|event| event.seq).collect();
     assert_eq!(seqs, (1..=seqs.len() as u64).collect::<Vec<_>>(), "gap-free, nothing twice, across the crash");
-    let finished = |event: &Event| matches!(&event.kind, EventKind::RunFinished { state, .. } if state.as_str() == "succeeded");
+    let finished =
+        |event: &Event| matches!(&event.kind, EventKind::RunFinished { state, .. } if state.as_str() == "succeeded");
     assert!(events.last().is_some_and(finished), "{:#?}", events.last());
     assert_eq!(events.iter().filter(|event| event.kind.name() == "run.resumed").count(), 1);
     for stage in ["one", "two", "three", "four", "five"] {

@@ -57,7 +57,10 @@ fn a_plan_spends_nothing_and_knows_what_is_cached() {
     };
     let json = |text: &str| serde_json::from_str::<Value>(text).expect("stdout is JSON");
     let before = json(&plan(&["--json"]));
-    assert_eq!((&before["stages"][0]["outcome"], &before["critical_path"]), (&json!("buy"), &json!(["outline", "text"])));
+    assert_eq!(
+        (&before["stages"][0]["outcome"], &before["critical_path"]),
+        (&json!("buy"), &json!(["outline", "text"]))
+    );
     let text = plan(&[]);
     assert!(text.contains("2 to buy, 0 cached") && text.contains("critical path: outline → text"), "{text}");
 
@@ -67,7 +70,8 @@ fn a_plan_spends_nothing_and_knows_what_is_cached() {
     let changed = PIPELINE.replace("Write:", "Write well:");
     place.write("two.yaml", &changed);
     let changed = json(&plan(&["--json"]));
-    let outcomes: Vec<_> = changed["stages"].as_array().expect("stages").iter().map(|stage| &stage["outcome"]).collect();
+    let outcomes: Vec<_> =
+        changed["stages"].as_array().expect("stages").iter().map(|stage| &stage["outcome"]).collect();
     assert_eq!(outcomes, ["hit", "buy"]);
 }
 
@@ -155,8 +159,7 @@ async fn a_signal_cancels_the_run() {
     }
     let pid = child.id().to_string();
     assert!(Command::new("kill").args(["-INT", &pid]).status().expect("kill is there").success());
-    let told: Vec<String> =
-        BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok).collect();
+    let told: Vec<String> = BufReader::new(child.stderr.take().expect("piped")).lines().map_while(Result::ok).collect();
     let status = child.wait().expect("it ends");
     assert_eq!(status.code(), Some(3), "{told:#?}");
     assert!(told.iter().any(|line| line.starts_with("cancelled in")), "{told:#?}");

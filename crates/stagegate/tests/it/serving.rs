@@ -96,8 +96,7 @@ async fn a_schema_that_is_behind_is_told_with_its_mend() {
     let place = Place::new();
     let database = TestDatabase::fresh().await;
     let mut command = place.stagegate(&["serve", "--listen", "127.0.0.1:0"]);
-    let (code, _, stderr) =
-        crate::support::ended(command.env("DATABASE_URL", database.url()).output().expect("runs"));
+    let (code, _, stderr) = crate::support::ended(command.env("DATABASE_URL", database.url()).output().expect("runs"));
     assert!(code == 1 && stderr.contains("SG0502") && stderr.contains("stagegate migrate"), "{stderr}");
     for _ in 0..2 {
         let mut command = place.stagegate(&["migrate"]);

@@ -17,7 +17,7 @@ use stagegate_core::Event;
 use tempfile::TempDir;
 
 /// How long anything may take before a test gives up. Never a measure of success.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A directory of its own: the working directory, home and data of the binary.
 pub(crate) struct Place(TempDir);
@@ -63,7 +63,13 @@ impl Place {
     /// Starts a daemon on a free port and waits until it is ready.
     pub(crate) async fn serve(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Daemon {
         let mut command = StdCommand::new(binary());
-        command.current_dir(self.0.path()).env_clear().args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"]);
+        command.current_dir(self.0.path()).env_clear().args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--log-format",
+            "json",
+        ]);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         for (name, value) in self.environment() {
             command.env(name, value);
