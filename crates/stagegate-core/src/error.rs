@@ -308,7 +308,9 @@ impl Error {
 
 /// The known word that is nearest to `given`, if any is near enough to be what was meant.
 pub fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let limit = (given.chars().count() / 3).max(2);
+    let length = given.chars().count();
+    // Less than its length, or any word would do for a short one.
+    let limit = (length / 3).max(2).min(length.saturating_sub(1));
     known
         .into_iter()
         .map(|word| (strsim::damerau_levenshtein(given, word), word))
@@ -336,5 +338,6 @@ mod tests {
     fn the_nearest_word_is_offered_only_when_it_is_near() {
         assert_eq!(nearest("prmpt", ["prompt", "params"]), Some("prompt"));
         assert_eq!(nearest("zebra", ["prompt", "params"]), None);
+        assert_eq!(nearest("zz", ["a", "of"]), None);
     }
 }

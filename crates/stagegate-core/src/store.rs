@@ -150,7 +150,7 @@ pub struct Idempotency {
 }
 
 /// How the longest an idempotency key is remembered.
-pub const IDEMPOTENCY_TTL: Duration = Duration::from_secs(24 * 3600);
+pub const IDEMPOTENCY_TTL: Duration = Duration::from_hours(24);
 
 /// What became of a submitted run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -368,7 +368,7 @@ pub struct Snapshot {
     pub stages: Vec<StageRecord>,
     /// The checkpoints.
     pub checkpoints: Vec<(StageId, Checkpoint)>,
-    /// The last attempt of each stage that has attempts but no checkpoint.
+    /// The last attempt with an output of each stage without a checkpoint: what is held, or what a critique is about.
     pub last_attempts: Vec<(StageId, Attempt)>,
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures::stream::{self, BoxStream, StreamExt};
-use stagegate_core::{Error, Event, EventKind, RunId, Store, TenantId};
+use stagegate_core::{Error, Event, RunId, Store, TenantId};
 use tokio::sync::Notify;
 
 /// Events read at once.
@@ -60,11 +60,9 @@ pub(crate) fn follow(
         let (store, notify, tenant, after) = state?;
         match next(&store, &notify, &tenant, run, after).await {
             Ok(events) => {
-                let last = events.last()?;
-                let finished = matches!(last.kind, EventKind::RunFinished { .. });
-                let after = last.seq;
-                let more = if finished { None } else { Some((store, notify, tenant, after)) };
-                Some((Ok(events), more))
+                // After `run.finished` the next look ends the stream, unless the run was retried since.
+                let after = events.last()?.seq;
+                Some((Ok(events), Some((store, notify, tenant, after))))
             }
             Err(error) => Some((Err(error), None)),
         }

@@ -223,7 +223,7 @@ async fn take_one(shared: &Arc<Shared>, snapshot: Snapshot, permit: OwnedSemapho
     let mut run = Run::from_snapshot(snapshot, pipeline, shared.config.park_after.0);
     run.on(Stimulus::Taken(signals), shared.clock.now(), 0.0);
     if let Some(handle) = shared.enter(lease.run) {
-        shared.drive(handle, run, Vec::new(), permit, request_id);
+        shared.drive(handle, run, Vec::new(), permit, request_id.as_deref());
     }
     Ok(())
 }

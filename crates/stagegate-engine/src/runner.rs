@@ -175,7 +175,8 @@ impl Driver {
 
     fn context(&self, stage: usize, now: DateTime<Utc>) -> AttemptContext {
         let run = &self.run;
-        let left = (run.deadline_at() - now).to_std().unwrap_or(Duration::ZERO);
+        // A little past the run's deadline, so that it is the run that expires there and not the attempt that fails.
+        let left = (run.deadline_at() - now).to_std().unwrap_or(Duration::ZERO) + Duration::from_secs(1);
         AttemptContext {
             llm: Arc::clone(&self.shared.llm),
             tenant: run.tenant().clone(),

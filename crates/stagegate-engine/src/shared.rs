@@ -153,7 +153,7 @@ impl Shared {
         run: Run,
         first: Vec<Effect>,
         permit: OwnedSemaphorePermit,
-        request_id: Option<String>,
+        request_id: Option<&str>,
     ) {
         let shared = Arc::clone(self);
         let lease = run.lease();
@@ -163,13 +163,13 @@ impl Shared {
             run_id = %lease.run,
             tenant = %run.tenant(),
             pipeline = %run.pipeline().name,
-            request_id = request_id.as_deref(),
+            request_id,
         );
         let work = async move {
             let driver = Driver::new(Arc::clone(&shared), Arc::clone(&handle), run);
             // A panic in a driver must not keep the lease: it is handed back like any other.
-            let driven = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
-            let ended = driven.unwrap_or_else(|_| {
+            let outcome = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
+            let ended = outcome.unwrap_or_else(|_| {
                 tracing::error!("the driver of this run panicked; the run is handed back");
                 Ended::HandBack
             });

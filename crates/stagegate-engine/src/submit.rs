@@ -53,7 +53,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
     };
     match (leased, handle, permit) {
         (Some((run, effects)), Some(handle), Some(permit)) if epoch == Some(run.lease().epoch) => {
-            shared.drive(handle, run, effects, permit, request_id);
+            shared.drive(handle, run, effects, permit, request_id.as_deref());
         }
         (_, Some(handle), _) => shared.forget(record.id, &handle),
         _ => {}

@@ -20,7 +20,8 @@ pub struct HttpConfig {
     pub body_max_bytes: usize,
     /// The deepest nesting of a JSON body.
     pub json_max_depth: usize,
-    /// How long a request may take; event streams are exempt.
+    /// How long a request may take until its answer begins; event streams only have to begin in it. Also how long a
+    /// client may take nothing of an answer before its connection is closed.
     pub request_timeout: Span,
     /// How long a client may take to send its headers.
     pub header_timeout: Span,

@@ -44,11 +44,12 @@ impl<T: DeserializeOwned + ToSchema> FromRequest<Shared> for Json<T> {
             return Err(wrong_type(&kind, "application/json"));
         }
         let text = read_text(request, shared.config.body_max_bytes).await?;
-        let value = parse(&text, shared.config.json_max_depth)?;
+        let mut value = parse(&text, shared.config.json_max_depth)?;
         let violations = shared.document.check(&T::name(), &value);
         if !violations.is_empty() {
             return Err(Problem::violations(Code::InvalidRequest, violations));
         }
+        shared.document.settle(&T::name(), &mut value);
         serde_path_to_error::deserialize(value).map(Json).map_err(|error| {
             let violation = Violation::new(Code::WrongValue, error.path().to_string(), error.inner().to_string());
             Problem::violations(Code::InvalidRequest, vec![violation])
@@ -232,7 +233,7 @@ impl Fields {
                 let shown: String = name.chars().take(80).collect();
                 let message = format!("`{shown}` is not a parameter of this route");
                 fields.violations.push(Violation::new(Code::UnknownKey, shown, message).mend(mend));
-            } else if value.chars().any(char::is_control) || value.contains('\u{fffd}') {
+            } else if value.chars().any(|c| c.is_ascii_control()) || value.contains('\u{fffd}') {
                 fields.wrong(&name, "it holds characters that no value can have");
             } else {
                 fields.pairs.push((name.into_owned(), value.into_owned()));
@@ -251,9 +252,9 @@ impl Fields {
         let texts: Vec<String> = self.pairs.iter().filter(|(n, _)| n == name).map(|(_, v)| v.clone()).collect();
         let mut values = Vec::new();
         for text in &texts {
-            let parts: Vec<&str> = if split { text.split(',').collect() } else { vec![text] };
+            let parts: Vec<&str> = if split { text.split(',').map(str::trim).collect() } else { vec![text] };
             for part in parts {
-                match read(part.trim()) {
+                match read(part) {
                     Ok(value) => values.push(value),
                     Err(message) => self.wrong(name, message),
                 }

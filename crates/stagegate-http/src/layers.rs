@@ -47,7 +47,7 @@ impl RequestId {
     }
 }
 
-/// Layers 1 to 3: gives the request its id, follows it with a span, a log line and metrics, turns a panic into a
+/// Layers 2 to 4: gives the request its id, follows it with a span, a log line and metrics, turns a panic into a
 /// problem, and writes whatever problem comes out.
 pub(crate) async fn observe(State(shared): State<Shared>, mut request: Request, next: Next) -> Response {
     let id = RequestId::of(request.headers());
@@ -134,9 +134,9 @@ impl Watch {
         let latency_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         let _entered = self.span.enter();
         if is_probe(route) {
-            tracing::debug!(status, latency_ms, "answered");
+            tracing::debug!(method, route, status, latency_ms, "answered");
         } else {
-            tracing::info!(status, latency_ms, "answered");
+            tracing::info!(method, route, status, latency_ms, "answered");
         }
     }
 }
@@ -168,7 +168,7 @@ fn is_probe(route: &str) -> bool {
     matches!(route, "/healthz" | "/readyz" | "/health" | "/metrics")
 }
 
-/// Layer 4: what every answer tells browsers and caches, unless the route said otherwise.
+/// Layer 1: what every answer tells browsers and caches, unless the route said otherwise.
 pub(crate) async fn secure_headers(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     let defaults = [

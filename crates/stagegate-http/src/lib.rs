@@ -16,6 +16,7 @@ mod router;
 mod routes;
 mod serve;
 mod sse;
+mod stall;
 mod state;
 mod views;
 

@@ -69,6 +69,7 @@ pub(crate) struct Document {
 struct Check {
     validator: Validator,
     keys: Vec<String>,
+    integers: Vec<String>,
 }
 
 impl Document {
@@ -78,6 +79,17 @@ impl Document {
         let text = value.to_string();
         let tag = Tag::new(blake3::hash(text.as_bytes()).to_hex());
         Self { checks: checks(&value), json: text.into(), tag }
+    }
+
+    /// To JSON Schema `3.0` is an integer, to the decoder it is none: writes such values of a component as `3`.
+    pub(crate) fn settle(&self, name: &str, value: &mut Value) {
+        for key in self.checks.get(name).into_iter().flat_map(|check| &check.integers) {
+            let Some(number) = value.get_mut(key).filter(|number| number.is_f64()) else { continue };
+            // Within 2^53 a float holds whole numbers exactly; the schema's bounds are far below that.
+            if let Some(whole) = number.as_f64().and_then(|float| format!("{float:.0}").parse::<i64>().ok()) {
+                *number = whole.into();
+            }
+        }
     }
 
     /// Every way in which a value does not fit a component. An unknown component fits nothing.
@@ -100,7 +112,7 @@ pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool) -> Value {
         "bearer": { "type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer sg_…`" },
         "apiKey": { "type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key" },
     });
-    if let Some(paths) = value["paths"].as_object_mut() {
+    if let Some(paths) = value.get_mut("paths").and_then(Value::as_object_mut) {
         for (path, item) in paths {
             for (_, operation) in item.as_object_mut().into_iter().flatten() {
                 if operation.get("responses").is_some() {
@@ -140,10 +152,15 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
             (415, "The body is not of a type that this route takes (SG0002)."),
         ]);
     }
-    let Some(responses) = operation["responses"].as_object_mut() else { return };
+    let parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
+    for schema in parameters.into_iter().flatten().filter_map(|parameter| parameter.get_mut("schema")) {
+        only_present(schema);
+    }
+    let Some(responses) = operation.get_mut("responses").and_then(Value::as_object_mut) else { return };
     for (status, description) in statuses {
-        let entry = responses.entry(status.to_string()).or_insert_with(|| json!({ "description": description }));
-        let _ = entry;
+        if !responses.contains_key(&status.to_string()) {
+            responses.insert(status.to_string(), json!({ "description": description }));
+        }
     }
     for (status, response) in responses.iter_mut() {
         let is_error = status.starts_with('4') || status.starts_with('5');
@@ -160,6 +177,17 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
     responses.extend(sorted);
 }
 
+/// A parameter may be left out; it is never null.
+fn only_present(schema: &mut Value) {
+    let Some(kind) = schema.get_mut("type") else { return };
+    if let Some(kinds) = kind.as_array_mut() {
+        kinds.retain(|kind| kind != "null");
+        if let [only] = kinds.as_slice() {
+            *kind = only.clone();
+        }
+    }
+}
+
 /// Puts the core's schema of a definition, and the ones that it refers to, among the components.
 fn add_definition(value: &mut Value) {
     let mut schema = definition_schema();
@@ -170,7 +198,8 @@ fn add_definition(value: &mut Value) {
         root.remove("$id");
         root.remove("$defs")
     });
-    let Some(components) = value["components"]["schemas"].as_object_mut() else { return };
+    let components = value.pointer_mut("/components/schemas").and_then(Value::as_object_mut);
+    let Some(components) = components else { return };
     if let Some(Some(Value::Object(parts))) = parts {
         components.extend(parts.into_iter().map(|(name, part)| (format!("{DEFINITION}.{name}"), part)));
     }
@@ -206,10 +235,16 @@ fn checks(document: &Value) -> HashMap<String, Check> {
         let mut root = json!({ "$ref": format!("#/components/schemas/{name}") });
         root["components"] = document["components"].clone();
         let properties = document["components"]["schemas"][&name]["properties"].as_object();
-        let keys = properties.map(|map| map.keys().cloned().collect()).unwrap_or_default();
+        let is_integer = |schema: &Value| match &schema["type"] {
+            Value::Array(kinds) => kinds.iter().any(|kind| kind == "integer"),
+            kind => kind == "integer",
+        };
+        let properties = properties.into_iter().flatten();
+        let keys = properties.clone().map(|(key, _)| key.clone()).collect();
+        let integers = properties.filter(|(_, schema)| is_integer(schema)).map(|(key, _)| key.clone()).collect();
         // A component that is no schema is a defect, and a test holds each body against its own.
         if let Ok(validator) = jsonschema::validator_for(&root) {
-            checks.insert(name, Check { validator, keys });
+            checks.insert(name, Check { validator, keys, integers });
         }
     }
     checks
@@ -287,6 +322,16 @@ mod tests {
         {
             assert!(told.contains(&expected), "{expected:?} in {mistakes:#?}");
         }
+    }
+
+    #[test]
+    fn a_whole_number_is_one_however_it_is_written() {
+        let document = Document::new(&crate::router::document(), false);
+        let mut value = json!({ "pipeline": "p", "version": 3.0, "priority": -2.0, "input": { "x": 1.0 } });
+        assert_eq!(document.check("SubmitRequest", &value), []);
+        document.settle("SubmitRequest", &mut value);
+        let settled = json!({ "pipeline": "p", "version": 3, "priority": -2, "input": { "x": 1.0 } });
+        assert_eq!(value.to_string(), settled.to_string());
     }
 
     #[test]

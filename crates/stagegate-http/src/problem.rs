@@ -9,7 +9,7 @@ use axum::{
 };
 use http::{
     HeaderName, HeaderValue, Method, StatusCode,
-    header::{ALLOW, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
+    header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
 };
 use serde::Serialize;
 use stagegate_core::{Code, Error, InvalidId, StoreError, Violation};
@@ -161,10 +161,8 @@ pub(crate) fn finish(mut response: Response, method: &Method, request_id: &str, 
     };
     problem.log();
     metrics.errors.with_label_values(&[problem.0.error.code.as_str()]).inc();
+    // The header `Allow` of a 405 is not lost: the router adds it outside of the layers.
     let mut written = problem.write(request_id);
-    if let Some(allow) = response.headers_mut().remove(ALLOW) {
-        written.headers_mut().insert(ALLOW, allow);
-    }
     if method == Method::HEAD {
         // The answer to HEAD has the headers of GET, and no body.
         let length = http_body_length(&written);
@@ -197,10 +195,11 @@ fn of_status(response: &Response) -> Option<Problem> {
         status if status.is_client_error() => Code::InvalidRequest,
         _ => Code::Internal,
     };
-    let allowed = response.headers().get(ALLOW).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let detail = match code {
         Code::RouteNotFound => "No route has this path; `/docs` shows them all.".to_owned(),
-        Code::MethodNotAllowed => format!("This path takes {}.", allowed.replace(',', ", ")),
+        Code::MethodNotAllowed => {
+            "This path does not take the method; the header `Allow` names those it takes.".to_owned()
+        }
         _ => code.title().to_owned(),
     };
     Some(Problem::new(code, detail))

@@ -2,11 +2,12 @@
 //!
 //! The layers, outermost first:
 //!
-//! 1. **Request id**: the caller's `x-request-id` where it is sane, else a new one; always answered.
-//! 2. **Observation**: a span (method, route template, request id, trace id of `traceparent`, tenant once known), one
+//! 1. **Headers**: nosniff, no frames, no referrer, no-store unless a route said otherwise, a closed CSP; on every
+//!    answer, so it stands outside of all that may answer.
+//! 2. **Request id**: the caller's `x-request-id` where it is sane, else a new one; always answered.
+//! 3. **Observation**: a span (method, route template, request id, trace id of `traceparent`, tenant once known), one
 //!    log line and the metrics of each request; whatever problem comes out is written, logged and counted here, once.
-//! 3. **Catch panic**: a panic is a problem like any other (SG0008); it stands inside of 1 and 2 so that it has its id.
-//! 4. **Headers**: nosniff, no frames, no referrer, no-store unless a route said otherwise, a closed CSP.
+//! 4. **Catch panic**: a panic is a problem like any other (SG0008); it stands inside of 2 and 3 so that it has its id.
 //! 5. **Compression**: gzip; never of event streams.
 //! 6. **Guard of an open daemon**: `Host` and `Origin` must be of this machine.
 //!
@@ -82,7 +83,7 @@ pub(crate) fn build(app: App, open: bool, shutdown: CancellationToken) -> Router
         .merge(docs::ui())
         .layer(middleware::from_fn_with_state(shared.clone(), auth::guard_open))
         .layer(CompressionLayer::new())
-        .layer(middleware::from_fn(layers::secure_headers))
         .layer(middleware::from_fn_with_state(shared.clone(), layers::observe))
+        .layer(middleware::from_fn(layers::secure_headers))
         .with_state(shared)
 }

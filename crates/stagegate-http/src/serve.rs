@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::config::HttpConfig;
+use crate::{config::HttpConfig, stall::StallLimit};
 
 /// What an HTTP/2 connection begins with; anything else is HTTP/1.
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -75,6 +75,7 @@ struct Server {
     http1: auto::Builder<TokioExecutor>,
     http2: auto::Builder<TokioExecutor>,
     header_timeout: Duration,
+    stall_limit: Duration,
 }
 
 impl Server {
@@ -98,6 +99,7 @@ impl Server {
             http1: builder.clone().http1_only(),
             http2: builder.http2_only(),
             header_timeout: config.header_timeout.0,
+            stall_limit: config.request_timeout.0,
         }
     }
 
@@ -115,6 +117,7 @@ impl Server {
             return;
         };
         let builder = if first == H2_PREFACE { &self.http2 } else { &self.http1 };
+        let writer = StallLimit::new(writer, self.stall_limit);
         let io = TokioIo::new(join(io::Cursor::new(first).chain(reader), writer));
         let service = self.service.clone();
         let connection = builder.serve_connection(io, service).into_owned();

@@ -191,7 +191,12 @@ async fn board(
         };
         Arc::clone(caller).fly(job, progress)
     });
-    let Ok(landed) = timeout_at(context.deadline, &mut ticket.flight).await else {
+    let mut landed = timeout_at(context.deadline, &mut ticket.flight).await.ok();
+    if landed.is_none() && ticket.progress.is_storing() {
+        // It is paid for and there; a slow cache does not take it away.
+        landed = Some((&mut ticket.flight).await);
+    }
+    let Some(landed) = landed else {
         // Before this share is dropped: should it be the last one, the call ends as one that was too slow.
         ticket.progress.note_deadline();
         if !ticket.progress.is_calling() {

@@ -1,6 +1,8 @@
 //! One call to one model: owns the way from a request to an answer that can be used, or to the reason why not. Breaker,
 //! then a slot, then the provider; then it is weighed, priced, counted and stored.
 
+#![expect(clippy::result_large_err, reason = "a failure carries what its call took; it ends a call that took seconds")]
+
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use stagegate_core::{
@@ -169,6 +171,7 @@ impl Caller {
         match self.call(&job, &progress).await {
             Err(failed) => Landed::Failed(failed),
             Ok(bought) => {
+                progress.stores();
                 self.store(&job, &bought).await;
                 Landed::Bought(bought)
             }
@@ -255,8 +258,11 @@ impl Caller {
         };
         if changed {
             self.breakers.publish(model, &self.meter);
-            let state = self.breakers.of(model).state();
-            tracing::warn!(%model, ?state, "the breaker of a model turned");
+            if error.is_some_and(is_illness) {
+                tracing::warn!(%model, "a model fails too often and is spared");
+            } else {
+                tracing::info!(%model, "a model is back");
+            }
         }
     }
 
@@ -379,6 +385,7 @@ impl Drop for UnderWay<'_> {
         }
         if permit.failure() {
             self.caller.breakers.publish(self.model, &self.caller.meter);
+            tracing::warn!(model = %self.model, "a model fails too often and is spared");
         }
         let paid = self.caller.unpaid(self.model, self.started.elapsed());
         self.caller.log(self.model, Some(Code::ProviderTimeout), &paid);

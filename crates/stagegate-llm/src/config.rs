@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use stagegate_core::{Secret, pipeline::Span};
+use stagegate_core::{Code, Error, Secret, Violation, pipeline::Span};
 
 /// Providers, prices, cache and breaker.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -38,13 +38,45 @@ impl Default for LlmConfig {
     }
 }
 
+impl LlmConfig {
+    /// What types cannot say, of everything but the providers and the prices: every mistake at once.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let BreakerConfig { window_calls, min_calls, failure_rate, open_for: _ } = &self.breaker;
+        let mistakes = [
+            (self.answer_max_bytes == 0, "answer_max_bytes", "no answer could ever be read", "write 1 or more"),
+            (*window_calls == 0, "breaker.window_calls", "no call would count", "write 1 or more"),
+            (
+                min_calls > window_calls,
+                "breaker.min_calls",
+                "so many calls never stand in the window: the breaker would never open",
+                "write at most `breaker.window_calls`",
+            ),
+            (
+                !(*failure_rate > 0.0 && *failure_rate <= 1.0),
+                "breaker.failure_rate",
+                "a share is a number above 0 and up to 1",
+                "write, for example, 0.5 for half of the calls",
+            ),
+        ];
+        let violations: Vec<_> = mistakes
+            .into_iter()
+            .filter(|(wrong, ..)| *wrong)
+            .map(|(_, key, message, mend)| {
+                Violation::new(Code::InvalidConfig, format!("llm.{key}"), message).mend(mend)
+            })
+            .collect();
+        if violations.is_empty() { Ok(()) } else { Err(Error::violations(Code::InvalidConfig, violations)) }
+    }
+}
+
 /// A provider of models.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProviderConfig {
     /// Which protocol it speaks.
     pub kind: ProviderKind,
-    /// Where it listens; default: the vendor's own address. A local OpenAI-compatible server goes here.
+    /// Where it listens; default: the vendor's own address. A local OpenAI-compatible server goes here, with the `/v1`
+    /// (or other path) that stands before `/chat/completions`; without any path, `/v1` is meant.
     #[serde(default)]
     pub base_url: Option<String>,
     /// Its key. Default: the vendor's usual environment variable (`OPENAI_API_KEY`, `ANTHROPIC_API_KEY`,

@@ -26,6 +26,7 @@ type Future_<T> = BoxFuture<'static, Arc<T>>;
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     calling: AtomicBool,
+    storing: AtomicBool,
     late: AtomicBool,
     taken: AtomicBool,
 }
@@ -39,6 +40,16 @@ impl Progress {
     /// Whether the provider is being asked.
     pub(crate) fn is_calling(&self) -> bool {
         self.calling.load(Ordering::Relaxed)
+    }
+
+    /// The answer is there, and is being stored.
+    pub(crate) fn stores(&self) {
+        self.storing.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the answer is there, and is being stored: what is left takes no longer than the shared cache may.
+    pub(crate) fn is_storing(&self) -> bool {
+        self.storing.load(Ordering::Relaxed)
     }
 
     /// A waiter's deadline passed.

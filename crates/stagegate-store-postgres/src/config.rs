@@ -22,7 +22,7 @@ pub struct PoolConfig {
     pub idle_timeout: Span,
     /// How long any connection is kept.
     pub max_lifetime: Span,
-    /// Whether a connection is tested before it is handed out.
+    /// Whether a connection is tested before it is handed out. One that was used within the last second is trusted.
     pub test_on_checkout: bool,
 }
 
@@ -33,8 +33,8 @@ impl Default for PoolConfig {
             min_connections: 1,
             acquire_timeout: Span(Duration::from_secs(5)),
             statement_timeout: Span(Duration::from_secs(10)),
-            idle_timeout: Span(Duration::from_secs(300)),
-            max_lifetime: Span(Duration::from_secs(1800)),
+            idle_timeout: Span(Duration::from_mins(5)),
+            max_lifetime: Span(Duration::from_mins(30)),
             test_on_checkout: true,
         }
     }

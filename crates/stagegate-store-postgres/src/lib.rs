@@ -1,3 +1,202 @@
 //! The Postgres store: owns every statement that runs on it. Implements [`stagegate_core::Store`].
+//!
+//! One file a topic. Each statement is a constant, named in a comment that also shows in `pg_stat_activity`. What runs
+//! for every run (`runs.submit`, `runs.claim`, `runs.load`, `runs.commit`) is one statement for many runs, so that it is
+//! one round trip and one transaction.
 
+mod commit;
 pub mod config;
+mod error;
+mod keys;
+mod lease;
+mod migrate;
+mod pipelines;
+mod pool;
+mod read;
+mod rows;
+mod shared;
+mod signal;
+pub mod statements;
+mod submit;
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use stagegate_core::{
+    Event, KeyId, PipelineName, ReplicaId, RunId, Secret, StageId, Store, StoreResult, TenantId,
+    store::{
+        ApiKey, Commit, Committed, Heartbeat, Lease, NewApiKey, NewRun, NewSignal, NewVersion, PipelineVersion, Pulse,
+        QueueStats, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+    },
+};
+use stagegate_telemetry::Metrics;
+
+pub use config::PoolConfig;
+pub use pool::PoolStats;
+
+use pool::Pool;
+
+/// A store on Postgres. Cheap to clone; clones share the pool.
+#[derive(Debug, Clone)]
+pub struct PostgresStore {
+    pool: Pool,
+}
+
+impl PostgresStore {
+    /// Connects, so that a wrong address is told at once. Does not look at the schema.
+    pub async fn connect(url: &Secret, pool: &PoolConfig, metrics: Metrics) -> StoreResult<Self> {
+        Ok(Self { pool: Pool::connect(url, pool, metrics).await? })
+    }
+
+    /// Applies the migrations that are missing. Safe when several replicas start at once.
+    pub async fn migrate(&self) -> StoreResult<()> {
+        migrate::migrate(&self.pool).await
+    }
+
+    /// Whether the database's schema is exactly the one that this binary needs.
+    pub async fn check_schema(&self) -> StoreResult<()> {
+        migrate::check(&self.pool).await
+    }
+
+    /// The newest migration that this binary has.
+    pub fn schema_version() -> i64 {
+        migrate::needed()
+    }
+
+    /// The pool's state now.
+    pub fn pool_stats(&self) -> PoolStats {
+        self.pool.stats()
+    }
+
+    /// Brings the pool's gauges up to date; every checkout does so, too.
+    pub fn observe_pool(&self) {
+        self.pool.observe();
+    }
+}
+
+#[async_trait]
+impl Store for PostgresStore {
+    async fn register(&self, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
+        pipelines::register(&self.pool, new).await
+    }
+
+    async fn pipeline(
+        &self,
+        tenant: &TenantId,
+        name: &PipelineName,
+        version: Option<u32>,
+    ) -> StoreResult<Option<PipelineVersion>> {
+        pipelines::get(&self.pool, tenant, name, version).await
+    }
+
+    async fn pipelines(
+        &self,
+        tenant: &TenantId,
+        after: Option<&PipelineName>,
+        limit: u32,
+    ) -> StoreResult<Vec<PipelineVersion>> {
+        pipelines::list(&self.pool, tenant, after, limit).await
+    }
+
+    async fn versions(
+        &self,
+        tenant: &TenantId,
+        name: &PipelineName,
+        before: Option<u32>,
+        limit: u32,
+    ) -> StoreResult<Vec<PipelineVersion>> {
+        pipelines::versions(&self.pool, tenant, name, before, limit).await
+    }
+
+    async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
+        submit::submit(&self.pool, runs).await
+    }
+
+    async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
+        read::run(&self.pool, tenant, id).await
+    }
+
+    async fn run_record(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>> {
+        read::run_record(&self.pool, tenant, id).await
+    }
+
+    async fn runs(&self, query: &RunQuery) -> StoreResult<Vec<RunRecord>> {
+        read::runs(&self.pool, query).await
+    }
+
+    async fn stage(&self, tenant: &TenantId, run: RunId, stage: &StageId) -> StoreResult<Option<StageDetail>> {
+        read::stage(&self.pool, tenant, run, stage).await
+    }
+
+    async fn events(&self, tenant: &TenantId, run: RunId, after: u64, limit: u32) -> StoreResult<Vec<Event>> {
+        read::events(&self.pool, tenant, run, after, limit).await
+    }
+
+    async fn signal(&self, signal: &NewSignal) -> StoreResult<Signalled> {
+        signal::signal(&self.pool, signal).await
+    }
+
+    async fn heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse> {
+        lease::heartbeat(&self.pool, beat).await
+    }
+
+    async fn claim(&self, replica: ReplicaId, limit: u32) -> StoreResult<Vec<Lease>> {
+        lease::claim(&self.pool, replica, limit).await
+    }
+
+    async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>> {
+        lease::owned(&self.pool, replica).await
+    }
+
+    async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
+        lease::load(&self.pool, leases).await
+    }
+
+    async fn signals(&self, lease: Lease) -> StoreResult<Vec<Signal>> {
+        signal::signals(&self.pool, lease).await
+    }
+
+    async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
+        commit::commit(&self.pool, commits).await
+    }
+
+    async fn release(&self, leases: &[Lease]) -> StoreResult<()> {
+        lease::release(&self.pool, leases).await
+    }
+
+    async fn leave(&self, replica: ReplicaId) -> StoreResult<()> {
+        lease::leave(&self.pool, replica).await
+    }
+
+    async fn queue(&self) -> StoreResult<QueueStats> {
+        lease::queue(&self.pool).await
+    }
+
+    async fn create_key(&self, key: &NewApiKey) -> StoreResult<()> {
+        keys::create(&self.pool, key).await
+    }
+
+    async fn key_by_hash(&self, hash: &[u8; 32]) -> StoreResult<Option<ApiKey>> {
+        keys::by_hash(&self.pool, hash).await
+    }
+
+    async fn keys(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<ApiKey>> {
+        keys::list(&self.pool, tenant).await
+    }
+
+    async fn revoke_key(&self, id: KeyId, now: DateTime<Utc>) -> StoreResult<bool> {
+        keys::revoke(&self.pool, id, now).await
+    }
+
+    async fn ping(&self) -> StoreResult<()> {
+        let mut connection = self.pool.acquire("ping").await?;
+        connection.rows("ping", sqlx::query("/* ping */ SELECT 1")).await.map(|_| ())
+    }
+
+    fn kind(&self) -> &'static str {
+        "postgres"
+    }
+
+    async fn close(&self) {
+        self.pool.close().await;
+    }
+}

@@ -1,7 +1,7 @@
 //! Live progress of a run: owns how events look while they happen. Writes to stderr alone: a table of stages that
 //! moves on a terminal, plain lines elsewhere.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use anstyle::Style;
 use chrono::{DateTime, Utc};
@@ -11,20 +11,23 @@ use stagegate_core::{Event, EventKind, Totals, Verdict};
 use crate::output::{self, BAD, DIM, GOOD, REUSED, WARN, grouped, paint, time};
 
 /// The longest reason that is shown, in characters.
-const REASON_MAX: usize = 100;
+const REASON_MAX: usize = 80;
 
 /// The progress of one run.
 #[derive(Debug)]
 pub(crate) struct Progress {
     live: Option<MultiProgress>,
-    stages: BTreeMap<String, Row>,
+    rows: Vec<Row>,
     width: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Row {
+    stage: String,
     bar: Option<ProgressBar>,
     started_at: Option<DateTime<Utc>>,
+    /// How it ended, to be left on the screen.
+    ended: Option<String>,
 }
 
 impl Progress {
@@ -33,29 +36,28 @@ impl Progress {
         let live = live.then(MultiProgress::new);
         let names: Vec<&str> = stages.into_iter().collect();
         let width = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
-        let mut rows = BTreeMap::new();
-        for name in names {
+        let row = |name: &str| {
             let bar = live.as_ref().map(|multi| {
                 let bar = multi.add(ProgressBar::new_spinner().with_style(template("{msg}")));
-                bar.set_message(styled(DIM, &format!("· {name:width$}  waits for its needs")));
-                bar.tick();
+                bar.set_message(seen(&styled(DIM, &format!("· {name:width$}  waits for its needs"))));
                 bar
             });
-            rows.insert(name.to_owned(), Row { bar, started_at: None });
-        }
-        Self { live, stages: rows, width }
+            Row { stage: name.to_owned(), bar, started_at: None, ended: None }
+        };
+        let rows = names.into_iter().map(row).collect();
+        Self { live, rows, width }
     }
 
     /// Shows an event.
     pub(crate) fn event(&mut self, event: &Event) {
         let line = self.describe(event);
-        let stage = event.kind.stage().map(|stage| stage.as_str().to_owned());
-        if let (EventKind::StageStarted { attempt, .. }, Some(name)) = (&event.kind, &stage) {
-            let row = self.stages.entry(name.clone()).or_default();
+        let width = self.width;
+        let row = event.kind.stage().and_then(|stage| self.rows.iter_mut().find(|row| row.stage == stage.as_str()));
+        if let (EventKind::StageStarted { attempt, .. }, Some(row)) = (&event.kind, row) {
             row.started_at = Some(event.at);
             if let Some(bar) = &row.bar {
                 bar.set_style(template("{spinner:.cyan} {msg} {elapsed:.dim}"));
-                bar.set_message(format!("{name:width$}  attempt {attempt}", width = self.width));
+                bar.set_message(format!("{:width$}  attempt {attempt}", row.stage));
                 bar.reset_elapsed();
                 bar.enable_steady_tick(Duration::from_millis(100));
             }
@@ -66,32 +68,36 @@ impl Progress {
             event.kind,
             EventKind::StageSucceeded { .. } | EventKind::StageFailed { .. } | EventKind::StageHeld { .. }
         );
-        let bar = stage.and_then(|name| self.stages.get(&name)).and_then(|row| row.bar.as_ref());
-        match (&self.live, bar) {
-            (Some(_), Some(bar)) if ends => {
-                bar.disable_steady_tick();
-                bar.set_style(template("{msg}"));
-                bar.finish_with_message(plain_if_asked(line));
+        let row = event.kind.stage().and_then(|stage| self.rows.iter_mut().find(|row| row.stage == stage.as_str()));
+        match (&self.live, row) {
+            (None, _) => output::note(&format!("  {line}")),
+            (Some(_), Some(row)) if ends => {
+                if let Some(bar) = &row.bar {
+                    bar.disable_steady_tick();
+                    bar.set_style(template("{msg}"));
+                    bar.set_message(seen(&line));
+                }
+                row.ended = Some(line);
             }
             (Some(multi), _) => {
-                let _ = multi.println(plain_if_asked(line));
+                let _ = multi.println(seen(&format!("  {line}")));
             }
-            (None, _) => output::note(&line),
         }
     }
 
-    /// Leaves what is shown on the screen as it is.
+    /// Ends the display; how each stage ended stays on the screen.
     pub(crate) fn done(&mut self) {
-        for row in self.stages.values_mut() {
-            if let Some(bar) = row.bar.take()
-                && !bar.is_finished()
-            {
-                bar.disable_steady_tick();
-                bar.set_style(template("{msg}"));
-                bar.abandon();
+        if let Some(multi) = self.live.take() {
+            for row in &mut self.rows {
+                if let Some(bar) = row.bar.take() {
+                    bar.finish_and_clear();
+                }
+            }
+            let _ = multi.clear();
+            for line in self.rows.iter_mut().filter_map(|row| row.ended.take()) {
+                output::note(&format!("  {line}"));
             }
         }
-        self.live = None;
     }
 
     /// An event as a line; None for what needs none.
@@ -138,11 +144,12 @@ impl Progress {
                 format!("{} {:width$}  {facts}  {reason}", styled(BAD, "✗"), stage.as_str(), width = self.width)
             }
         };
-        Some(format!("  {line}"))
+        Some(line)
     }
 
     fn took(&self, stage: &str, at: DateTime<Utc>) -> Option<Duration> {
-        self.stages.get(stage).and_then(|row| row.started_at).and_then(|start| (at - start).to_std().ok())
+        let row = self.rows.iter().find(|row| row.stage == stage);
+        row.and_then(|row| row.started_at).and_then(|start| (at - start).to_std().ok())
     }
 }
 
@@ -181,10 +188,10 @@ fn styled(style: Style, text: &str) -> String {
 }
 
 /// The live display writes past `anstream`, so it asks here whether colours are wanted.
-fn plain_if_asked(line: String) -> String {
+fn seen(line: &str) -> String {
     match anstream::AutoStream::choice(&std::io::stderr()) {
-        anstream::ColorChoice::Never => anstream::adapter::strip_str(&line).to_string(),
-        _ => line,
+        anstream::ColorChoice::Never => anstream::adapter::strip_str(line).to_string(),
+        _ => line.to_owned(),
     }
 }
 

@@ -9,19 +9,20 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{
-    Budget, Check, Defaults, Definition, Gate, MessageTemplate, ModelChain, Models, Output, OutputSchema, Role,
-    StageDefinition, graph,
+    Budget, Check, Definition, ModelChain, Models, Role, graph,
     path::{Path, cut},
     schema,
     source::{MISTAKES_MAX, Source},
     template::{Flaw, Scope, Template},
 };
-use crate::{Code, StageId, Violation, error::nearest};
+use crate::{Code, Violation, error::nearest};
 
 /// The most stages.
 const STAGES_MAX: usize = 100;
 /// The largest compiled regular expression, in bytes.
-const REGEX_MAX_BYTES: usize = 1024 * 1024;
+const REGEX_MAX_BYTES: usize = 256 * 1024;
+/// The most regular expressions in a definition, those in its schemas included.
+const REGEXES_MAX: usize = 200;
 
 /// What has been compiled of a definition; stages in the author's order.
 #[derive(Debug, Default)]
@@ -65,14 +66,22 @@ pub(super) enum OutputNode {
 pub(super) struct Report<'a> {
     source: &'a Source,
     found: Vec<Violation>,
+    /// How many regular expressions have been met.
+    regexes: usize,
 }
 
 impl<'a> Report<'a> {
     pub(super) fn new(source: &'a Source, found: Vec<Violation>) -> Self {
-        Self { source, found }
+        Self { source, found, regexes: 0 }
     }
 
     fn add(&mut self, mut violation: Violation, path: &Path, at_key: bool) {
+        if self.found.len() >= 10 * MISTAKES_MAX {
+            return; // More than will be told.
+        }
+        if violation.message.starts_with("is ") && path.segments().is_empty() {
+            violation.message.insert_str(0, "the document ");
+        }
         let mark = if at_key { self.source.key_mark(path) } else { self.source.value_mark(path) };
         violation.path = path.to_string();
         violation.line = violation.line.or(mark.map(|m| m.line));
@@ -108,12 +117,21 @@ impl<'a> Report<'a> {
         self.at_value(path, violation);
     }
 
+    /// Counts a regular expression; past the limit none is compiled any more.
+    fn regex(&mut self, path: &Path) {
+        self.regexes += 1;
+        if self.regexes == REGEXES_MAX + 1 {
+            let message = format!("the definition has more than {REGEXES_MAX} regular expressions");
+            self.at_value(path, Violation::new(Code::DefinitionTooLarge, "", message).mend("join some with `|`"));
+        }
+    }
+
     /// All mistakes in the order of the text, or that there are none.
     pub(super) fn finish(mut self) -> Result<(), Vec<Violation>> {
         if self.found.is_empty() {
             return Ok(());
         }
-        self.found.sort_by_key(|v| (v.line.unwrap_or(u32::MAX), v.column.unwrap_or(u32::MAX)));
+        self.found.sort_by_key(|v| (v.line.unwrap_or(u32::MAX), v.column.unwrap_or(u32::MAX), v.code));
         self.found.truncate(MISTAKES_MAX);
         Err(self.found)
     }
@@ -121,7 +139,7 @@ impl<'a> Report<'a> {
 
 /// A definition as far as it can be read.
 struct Draft<'a> {
-    defaults: Defaults,
+    default_model: Option<ModelChain>,
     has_default_model: bool,
     budget: Option<Budget>,
     input: Option<&'a Value>,
@@ -135,24 +153,24 @@ struct StageDraft<'a> {
     raw: &'a Map<String, Value>,
     /// Its id as written, valid or not.
     id: Option<&'a str>,
-    definition: StageDefinition,
+    model: Option<ModelChain>,
+}
+
+impl<'a> StageDraft<'a> {
+    fn text(&self, key: &str) -> Option<&'a str> {
+        self.raw.get(key).and_then(Value::as_str)
+    }
 }
 
 fn field<T: DeserializeOwned>(map: &Map<String, Value>, key: &str) -> Option<T> {
     map.get(key).and_then(|value| T::deserialize(value).ok())
 }
 
-fn readable<T: DeserializeOwned>(map: &Map<String, Value>, key: &str) -> Vec<T> {
-    let items = map.get(key).and_then(Value::as_array).into_iter().flatten();
-    items.filter_map(|item| T::deserialize(item).ok()).collect()
-}
-
 fn draft(root: &Map<String, Value>) -> Draft<'_> {
     let default_map = root.get("defaults").and_then(Value::as_object);
-    let defaults = Defaults { model: default_map.and_then(|map| field(map, "model")), ..Defaults::default() };
     let stages = root.get("stages").and_then(Value::as_array).into_iter().flatten().take(STAGES_MAX).enumerate();
     Draft {
-        defaults,
+        default_model: default_map.and_then(|map| field(map, "model")),
         has_default_model: default_map.is_some_and(|map| map.contains_key("model")),
         budget: field(root, "budget"),
         input: root.get("input"),
@@ -163,33 +181,8 @@ fn draft(root: &Map<String, Value>) -> Draft<'_> {
 
 fn stage_draft(index: usize, stage: &Value) -> Option<StageDraft<'_>> {
     let raw = stage.as_object()?;
-    let gate = raw.get("gate").and_then(Value::as_object).map(|map| Gate {
-        checks: Vec::new(),
-        judge: field(map, "judge"),
-        on_fail: field(map, "on_fail").unwrap_or_default(),
-        on_exhausted: field(map, "on_exhausted").unwrap_or_default(),
-    });
-    Some(StageDraft {
-        path: Path::root().key("stages").index(index),
-        raw,
-        id: raw.get("id").and_then(Value::as_str),
-        definition: StageDefinition {
-            id: field(raw, "id").or_else(|| StageId::new("unnamed").ok())?,
-            description: None,
-            needs: Vec::new(),
-            prompt: field(raw, "prompt"),
-            system: field(raw, "system"),
-            messages: None,
-            transform: field(raw, "transform"),
-            model: field(raw, "model"),
-            params: None,
-            output: field(raw, "output").unwrap_or_default(),
-            gate,
-            retry: None,
-            timeout: None,
-            cache: None,
-        },
-    })
+    let path = Path::root().key("stages").index(index);
+    Some(StageDraft { path, raw, id: raw.get("id").and_then(Value::as_str), model: field(raw, "model") })
 }
 
 /// Finds every mistake, of form and of meaning, and compiles what is right.
@@ -199,13 +192,11 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     }
     let Some(root) = source.value.as_object() else { return Compiled::default() };
     let draft = draft(root);
-    let needs = needs(&draft, report);
+    let (needs, uncertain) = needs(&draft, report);
     let upstream = graph::upstream(&needs);
     let ids: Vec<&str> = draft.stages.iter().filter_map(|stage| stage.id).collect();
-    if let Some(ModelChain::One(_) | ModelChain::Chain(_)) = &draft.defaults.model {
-        let path = Path::root().key("defaults").key("model");
-        check_chain(draft.defaults.model.as_ref(), &path, &draft, models, report);
-    }
+    let path = Path::root().key("defaults").key("model");
+    check_chain(draft.default_model.as_ref(), &path, &draft, models, report);
     let input_keys = closed_keys(draft.input);
     let mut compiled = Compiled {
         input: draft.input.and_then(|schema| compile_schema(schema, &Path::root().key("input"), report)),
@@ -215,7 +206,11 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         let scope = Scope {
             stage: stage.id,
             stages: ids.clone(),
-            upstream: upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect(),
+            upstream: if uncertain[index] {
+                ids.iter().copied().collect()
+            } else {
+                upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect()
+            },
             input: input_keys.clone(),
             run: true,
             output: false,
@@ -235,8 +230,9 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     compiled
 }
 
-/// Ids and needs as numbers; every wrong one is reported.
-fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
+/// Needs as numbers; every wrong one is reported. Beside them, for each stage, whether it names a need that is not
+/// there: what is upstream of it is then anybody's guess, and no further mistake.
+fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> (Vec<Vec<usize>>, Vec<bool>) {
     let mut index_of = HashMap::new();
     for (index, stage) in draft.stages.iter().enumerate() {
         let Some(id) = stage.id else { continue };
@@ -251,12 +247,16 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
         }
     }
     let mut edges = vec![Vec::new(); draft.stages.len()];
+    let mut uncertain = vec![false; draft.stages.len()];
     for (index, stage) in draft.stages.iter().enumerate() {
         let list = stage.raw.get("needs").and_then(Value::as_array).into_iter().flatten();
         for (position, need) in list.enumerate().filter_map(|(position, need)| Some((position, need.as_str()?))) {
             let path = stage.path.key("needs").index(position);
             match index_of.get(need) {
-                None => report.at_value(&path, unknown_need(need, index_of.keys().copied())),
+                None => {
+                    uncertain[index] = true;
+                    report.at_value(&path, unknown_need(need, index_of.keys().copied()));
+                }
                 Some(needed) if *needed == index => {
                     let message = format!("stage `{need}` needs itself");
                     report.at_value(&path, Violation::new(Code::Cycle, "", message).mend("remove it from `needs`"));
@@ -276,7 +276,7 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
         let violation = Violation::new(Code::Cycle, "", message).mend("remove one of these from a `needs`");
         report.at_value(&draft.stages[*first].path.key("needs"), violation);
     }
-    edges
+    (edges, uncertain)
 }
 
 fn unknown_need<'a>(need: &str, ids: impl Iterator<Item = &'a str>) -> Violation {
@@ -327,10 +327,9 @@ fn check_kind(stage: &StageDraft<'_>, report: &mut Report<'_>) {
 }
 
 fn check_models(stage: &StageDraft<'_>, draft: &Draft<'_>, models: &dyn Models, report: &mut Report<'_>) {
-    let definition = &stage.definition;
     let is_transform = stage.raw.contains_key("transform");
     let has_model = stage.raw.contains_key("model") || draft.has_default_model;
-    check_chain(definition.model.as_ref(), &stage.path.key("model"), draft, models, report);
+    check_chain(stage.model.as_ref(), &stage.path.key("model"), draft, models, report);
     if !has_model && !is_transform && KINDS.iter().any(|key| stage.raw.contains_key(*key)) {
         let violation = Violation::new(Code::MissingKey, "", "no model is named, neither here nor in `defaults`");
         report.at_value(&stage.path.key("model"), violation.mend("add `model: provider/model` here or in `defaults`"));
@@ -383,27 +382,28 @@ fn closed_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
     Some(schema.get("properties")?.as_object()?.keys().map(String::as_str).collect())
 }
 
-fn template(text: Option<&String>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
-    match Template::template(text?, scope) {
+fn template(text: Option<&str>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
+    match Template::text(text?, scope) {
         Ok(template) => Some(template),
         Err(flaws) => {
-            flaws.into_iter().for_each(|flaw| report.inside(path, flaw));
+            for flaw in flaws {
+                report.inside(path, flaw);
+            }
             None
         }
     }
 }
 
 fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<'_>) -> CompiledStage {
-    let (definition, path) = (&stage.definition, &stage.path);
+    let path = &stage.path;
     let mut compiled = CompiledStage::default();
-    for (role, key, text) in [(Role::System, "system", &definition.system), (Role::User, "prompt", &definition.prompt)]
-    {
-        let template = template(text.as_ref(), &path.key(key), scope, report);
+    for (role, key) in [(Role::System, "system"), (Role::User, "prompt")] {
+        let template = template(stage.text(key), &path.key(key), scope, report);
         compiled.messages.extend(template.map(|template| (role, template)));
     }
     compiled.messages.extend(compile_messages(stage, scope, report));
-    compiled.transform = template(definition.transform.as_ref(), &path.key("transform"), scope, report);
-    if let Output::Schema(OutputSchema { schema }) = &definition.output {
+    compiled.transform = template(stage.text("transform"), &path.key("transform"), scope, report);
+    if let Some(schema) = stage.raw.get("output").and_then(|output| output.as_object()?.get("schema")) {
         compiled.schema = compile_schema(schema, &path.key("output").key("schema"), report);
     }
     let Some(gate) = stage.raw.get("gate").and_then(Value::as_object) else { return compiled };
@@ -417,8 +417,8 @@ fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<
         compiled.checks.extend(compile_check(&check, &path, &expression_scope, report));
     }
     if let Some(judge) = gate.get("judge").and_then(Value::as_object) {
-        let rubric: Option<String> = field(judge, "rubric");
-        compiled.rubric = template(rubric.as_ref(), &path.key("judge").key("rubric"), scope, report);
+        let rubric = judge.get("rubric").and_then(Value::as_str);
+        compiled.rubric = template(rubric, &path.key("judge").key("rubric"), scope, report);
     }
     compiled
 }
@@ -426,19 +426,17 @@ fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<
 fn compile_messages(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<'_>) -> Vec<(Role, Template)> {
     let Some(list) = stage.raw.get("messages").and_then(Value::as_array) else { return Vec::new() };
     let path = stage.path.key("messages");
-    let messages: Vec<MessageTemplate> = readable(stage.raw, "messages");
-    if messages.len() == list.len() && !messages.iter().any(|message| message.role == Role::User) {
+    let role = |message: &Value| message.as_object().and_then(|map| field::<Role>(map, "role"));
+    if !list.is_empty() && list.iter().filter_map(role).all(|role| role != Role::User) {
         let violation = Violation::new(Code::WrongValue, "", "no message is the user's, so that nothing is asked");
         report.at_value(&path, violation.mend("add a message with `role: user`"));
     }
-    let contents = list.iter().enumerate().filter_map(|(index, message)| Some((index, message.as_object()?)));
-    contents
-        .filter_map(|(index, message)| {
-            let (role, content) = (field(message, "role"), field::<String>(message, "content"));
-            let template = template(content.as_ref(), &path.index(index).key("content"), scope, report)?;
-            Some((role.unwrap_or(Role::User), template))
-        })
-        .collect()
+    let messages = list.iter().enumerate().filter_map(|(index, message)| {
+        let content = message.get("content").and_then(Value::as_str);
+        let template = template(content, &path.index(index).key("content"), scope, report)?;
+        Some((role(message)?, template))
+    });
+    messages.collect()
 }
 
 fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<CompiledCheck> {
@@ -449,6 +447,10 @@ fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Rep
         }
         Check::Matches(pattern) | Check::NotMatches(pattern) => {
             let path = path.key(check.name());
+            report.regex(&path);
+            if report.regexes > REGEXES_MAX {
+                return None;
+            }
             match RegexBuilder::new(pattern).size_limit(REGEX_MAX_BYTES).build() {
                 Ok(regex) => Some(CompiledCheck::Regex(regex)),
                 Err(error) => {
@@ -505,19 +507,18 @@ fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Optio
         report.at_value(&path.key("$schema"), violation.mend("remove `$schema`; 2020-12 is what is meant then"));
         return None;
     }
-    remote_references(schema, path, report);
+    references_and_patterns(schema, path, report);
     match jsonschema::meta::validator_for(schema) {
         Ok(meta) => {
             for error in meta.iter_errors(schema).take(10) {
-                report.at_value(
-                    &path.below(error.instance_path()),
-                    invalid(format!("this {}", schema::sentence(&error))),
-                );
+                let path = path.below(error.instance_path());
+                let violation = invalid(format!("this {}", schema::sentence(&error)));
+                report.at_value(&path, with_types(&path, violation));
             }
         }
         Err(error) => report.at_value(path, invalid(cut(&error.to_string(), 300))),
     }
-    if report.found.len() > before {
+    if report.found.len() > before || report.regexes > REGEXES_MAX {
         return None;
     }
     let patterns = PatternOptions::regex().size_limit(REGEX_MAX_BYTES).dfa_size_limit(REGEX_MAX_BYTES);
@@ -528,6 +529,14 @@ fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Optio
             report.at_value(&path.below(error.instance_path()), violation);
             None
         }
+    }
+}
+
+/// What is most often wrong in a schema is the name of a type.
+fn with_types(path: &Path, violation: Violation) -> Violation {
+    match path.last_key() {
+        Some("type") => violation.mend("types are object, array, string, number, integer, boolean and null"),
+        _ => violation,
     }
 }
 
@@ -544,15 +553,16 @@ fn is_known_draft(draft: &Value) -> bool {
     )
 }
 
-/// Reports every `$ref` that leaves the schema: nothing is ever fetched.
-fn remote_references(schema: &Value, path: &Path, report: &mut Report<'_>) {
+/// Reports every `$ref` that leaves the schema (nothing is ever fetched), and counts the regular expressions.
+fn references_and_patterns(schema: &Value, path: &Path, report: &mut Report<'_>) {
     match schema {
         Value::Array(items) => {
-            items.iter().enumerate().for_each(|(i, item)| remote_references(item, &path.index(i), report));
+            items.iter().enumerate().for_each(|(i, item)| references_and_patterns(item, &path.index(i), report));
         }
         Value::Object(map) => {
             for (key, inner) in map {
                 match (key.as_str(), inner) {
+                    ("pattern", Value::String(_)) => report.regex(&path.key(key)),
                     // Data, not schemas.
                     ("const" | "enum" | "default" | "examples", _) => {}
                     ("$ref" | "$dynamicRef" | "$recursiveRef", Value::String(to)) if !to.starts_with('#') => {
@@ -561,7 +571,14 @@ fn remote_references(schema: &Value, path: &Path, report: &mut Report<'_>) {
                         let mend = "put what it refers to under `$defs` and write `#/$defs/name`";
                         report.at_value(&path.key(key), violation.mend(mend));
                     }
-                    _ => remote_references(inner, &path.key(key), report),
+                    ("patternProperties", Value::Object(patterns)) => {
+                        for (pattern, schema) in patterns {
+                            let path = path.key(key).key(pattern);
+                            report.regex(&path);
+                            references_and_patterns(schema, &path, report);
+                        }
+                    }
+                    _ => references_and_patterns(inner, &path.key(key), report),
                 }
             }
         }

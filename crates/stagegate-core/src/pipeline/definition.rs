@@ -342,7 +342,7 @@ pub struct Cache {
 }
 
 fn default_cache_ttl() -> Span {
-    Span(Duration::from_secs(24 * 3600))
+    Span(Duration::from_hours(24))
 }
 
 impl Default for Cache {
@@ -381,7 +381,7 @@ pub struct Budget {
 pub struct Span(pub Duration);
 
 /// The longest time that a definition may name.
-pub const SPAN_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+pub const SPAN_MAX: Duration = Duration::from_hours(366 * 24);
 
 /// Why a text is no length of time.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -3,7 +3,7 @@
 
 use std::{borrow::Cow, collections::HashMap};
 
-use granit_parser::{Event, Parser, ScalarStyle, Span};
+use granit_parser::{ErrorKind, Event, Parser, ScalarStyle, Span};
 use serde_json::{Map, Value};
 
 use super::{
@@ -38,8 +38,8 @@ pub(super) struct Spot {
     key: Option<Mark>,
     /// Where it starts itself.
     at: Mark,
-    /// Whether it is a literal block (`|`), whose lines are the text's own lines.
-    literal: bool,
+    /// For a literal block (`|`), whose lines are the text's own lines: how many empty ones come before the first.
+    literal: Option<u32>,
     inner: Inner,
 }
 
@@ -52,15 +52,15 @@ enum Inner {
 
 impl Spot {
     pub(super) fn leaf(at: Mark) -> Self {
-        Self { key: None, at, literal: false, inner: Inner::Leaf }
+        Self { key: None, at, literal: None, inner: Inner::Leaf }
     }
 
     pub(super) fn map(at: Mark, inner: HashMap<String, Self>) -> Self {
-        Self { key: None, at, literal: false, inner: Inner::Map(inner) }
+        Self { key: None, at, literal: None, inner: Inner::Map(inner) }
     }
 
     pub(super) fn list(at: Mark, inner: Vec<Self>) -> Self {
-        Self { key: None, at, literal: false, inner: Inner::List(inner) }
+        Self { key: None, at, literal: None, inner: Inner::List(inner) }
     }
 
     pub(super) fn keyed(self, key: Mark) -> Self {
@@ -81,7 +81,6 @@ impl Spot {
 pub(super) struct Source {
     pub(super) value: Value,
     root: Option<Spot>,
-    text: String,
 }
 
 impl Source {
@@ -96,19 +95,19 @@ impl Source {
             // Text that is not JSON after all may still be YAML's flow style.
             match json::read(text) {
                 Ok(read) => {
-                    return Ok((Self { value: read.value, root: Some(read.spot), text: String::new() }, read.mistakes));
+                    return Ok((Self { value: read.value, root: Some(read.spot) }, read.mistakes));
                 }
                 Err(json::Stop::TooLarge(violation)) => return Err(vec![violation]),
                 Err(json::Stop::NotJson) => {}
             }
         }
         let (node, mistakes) = Reader::default().read(text)?;
-        Ok((Self { value: node.value, root: Some(node.spot), text: text.to_owned() }, mistakes))
+        Ok((Self { value: node.value, root: Some(node.spot) }, mistakes))
     }
 
     /// A value that comes from nowhere that a person could look at.
     pub(super) fn without_text(value: Value) -> Self {
-        Self { value, root: None, text: String::new() }
+        Self { value, root: None }
     }
 
     fn spot(&self, path: &Path) -> Option<(&Spot, bool)> {
@@ -136,16 +135,9 @@ impl Source {
     /// in a form that keeps its lines.
     pub(super) fn inner_mark(&self, path: &Path, line: usize, column: usize) -> Option<Mark> {
         let (spot, found) = self.spot(path)?;
-        if !found || !spot.literal {
-            return None;
-        }
-        // The header (`|`) ends its line; the content starts on the next.
-        let first = usize::try_from(spot.at.line).ok()?;
-        let content = self.text.lines().skip(first);
-        let indent =
-            content.clone().find(|l| !l.trim().is_empty()).map(|l| l.len() - l.trim_start_matches(' ').len())?;
-        let line = first + line;
-        Some(Mark { line: u32::try_from(line).ok()?, column: u32::try_from(indent + column + 1).ok()? })
+        let blank = spot.literal.filter(|_| found)?;
+        let line = (spot.at.line + u32::try_from(line).ok()?).checked_sub(blank + 1)?;
+        Some(Mark { line, column: spot.at.column + u32::try_from(column).ok()? })
     }
 }
 
@@ -214,9 +206,11 @@ impl Reader {
             let step = match next {
                 Ok((event, span)) => self.event(event, &span),
                 Err(error) => {
-                    let marker = error.marker();
-                    let at = mark(&Span::empty(*marker));
-                    Err(violation(Code::Syntax, at, format!("this is neither YAML nor JSON: {}", error.info())))
+                    let at = mark(&Span::empty(*error.marker()));
+                    Err(match error.kind() {
+                        ErrorKind::RecursionLimitExceeded => too_deep(at),
+                        _ => violation(Code::Syntax, at, format!("this is neither YAML nor JSON: {}", error.info())),
+                    })
                 }
             };
             if let Err(fatal) = step {
@@ -224,15 +218,12 @@ impl Reader {
                 return Err(self.mistakes);
             }
         }
-        match self.root {
-            Some(node) => Ok((node, self.mistakes)),
-            None => {
-                self.mistakes.push(
-                    Violation::new(Code::Syntax, "", "the document is empty").mend("start with `name:` and `stages:`"),
-                );
-                Err(self.mistakes)
-            }
-        }
+        let Some(node) = self.root else {
+            let empty = Violation::new(Code::Syntax, "", "the document is empty");
+            self.mistakes.push(empty.mend("start with `name:` and `stages:`"));
+            return Err(self.mistakes);
+        };
+        Ok((node, self.mistakes))
     }
 
     fn event(&mut self, event: Event<'_>, span: &Span) -> Result<(), Violation> {
@@ -249,7 +240,8 @@ impl Reader {
                 let text_tag = self.tag(tag.as_deref(), at);
                 let value = self.scalar(&text, style, text_tag, at);
                 let bytes = text.len();
-                let literal = style == ScalarStyle::Literal;
+                let blank = text.bytes().take_while(|byte| *byte == b'\n').count();
+                let literal = u32::try_from(blank).ok().filter(|_| style == ScalarStyle::Literal);
                 let spot = Spot { literal, ..Spot::leaf(at) };
                 self.add(Node { value, spot, nodes: 1, bytes }, anchor, at)?;
             }
@@ -561,7 +553,7 @@ mod tests {
         let mut bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n".to_owned();
         for level in 1..9 {
             let before = format!("*a{}", level - 1);
-            bomb.push_str(&format!("a{level}: &a{level} [{}]\n", vec![before; 10].join(",")));
+            bomb = format!("{bomb}a{level}: &a{level} [{}]\n", vec![before; 10].join(","));
         }
         assert_eq!(first_mistake(&bomb).code, Code::DefinitionTooLarge);
         let long = format!("a: &a {}\nb: [{}]", "x".repeat(100_000), vec!["*a"; 1000].join(","));

@@ -111,6 +111,11 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_simulator_knows_a_judge_when_it_meets_one() {
+        assert!(SYSTEM.starts_with(stagegate_llm::providers::sim::JUDGE_GREETING));
+    }
+
+    #[test]
     fn only_a_score_and_a_reason_make_a_verdict() {
         assert!(read("```json\n{\"score\": 0.9, \"reason\": \"fine\"}\n```").is_some());
         for bad in ["", "great!", "{\"score\": 7, \"reason\": \"\"}", "{\"score\": 0.5}", "}{"] {

@@ -5,7 +5,7 @@ use stagegate_core::{
     decide::{AttemptResult, Critique},
     pipeline::{Message, ModelWork, RenderContext, Rendered, Role},
 };
-use stagegate_llm::{Reply, Request};
+use stagegate_llm::{Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS, providers::sim::CRITIQUE_GREETING};
 
 use super::{AttemptContext, Stopped, failed_call, failed_render, incomplete};
 
@@ -16,7 +16,7 @@ pub(super) async fn attempt(
     kept: &mut Option<Reply>,
 ) -> Result<AttemptResult, Stopped> {
     let request = context
-        .with_render(|render| request(&context.pipeline, context.stage, work, render, context.critique.as_ref()))
+        .with_render(|seen| request(&context.pipeline, context.stage, work, seen, context.critique.as_ref()))
         .map_err(failed_render)?;
     let reply = match context.complete(&context.call_context(&work.cache), &request, calls).await {
         Ok(reply) => reply,
@@ -29,9 +29,9 @@ pub(super) async fn attempt(
     };
     let (model, origin) =
         reply.calls.last().map_or((None, Origin::None), |call| (Some(call.model.clone()), call.origin));
-    let content = reply.content.clone();
+    let answer = reply.content.clone();
     *kept = Some(reply);
-    context.assess(&content, model, origin, calls).await
+    context.assess(&answer, model, origin, calls).await
 }
 
 /// The request of a stage, with the previous answer and what was wrong with it where there is a critique.
@@ -44,15 +44,20 @@ pub(crate) fn request(
 ) -> Result<Request, Failure> {
     let mut messages = match pipeline.render(stage, context)? {
         Rendered::Messages(messages) => messages,
-        Rendered::Text(content) => vec![Message { role: Role::User, content }],
+        Rendered::Text(text) => vec![Message { role: Role::User, content: text }],
     };
     if let Some(critique) = critique {
         messages.extend(mend(critique));
     }
+    let mut params = work.params.clone();
+    if pipeline.budget.is_some() {
+        // A budget reckons with the longest answer, so there must be one.
+        params.max_output_tokens.get_or_insert(DEFAULT_MAX_OUTPUT_TOKENS);
+    }
     Ok(Request {
         models: work.models.clone(),
         messages,
-        params: work.params.clone(),
+        params,
         format: pipeline.stages[stage].output.clone(),
         sample: 0,
         purpose: CallPurpose::Stage,
@@ -64,13 +69,13 @@ fn mend(critique: &Critique) -> [Message; 2] {
         serde_json::Value::String(text) => text.clone(),
         json => json.to_string(),
     };
-    let reasons: String = critique.reasons.iter().map(|reason| format!("\n- {reason}")).collect();
+    let reasons = critique.reasons.join("\n- ");
     [
         Message { role: Role::Assistant, content: previous },
         Message {
             role: Role::User,
             content: format!(
-                "Your previous answer did not pass review:{reasons}\n\nAnswer the original request again, whole, with \
+                "{CRITIQUE_GREETING}:\n- {reasons}\n\nAnswer the original request again, whole, with \
                  these points mended. Give the answer alone, without comments on the review."
             ),
         },

@@ -7,9 +7,9 @@ use super::{AttemptContext, Stopped, failed_render};
 pub(super) async fn attempt(context: &AttemptContext, calls: &mut Vec<LedgerEntry>) -> Result<AttemptResult, Stopped> {
     let rendered =
         context.with_render(|render| context.pipeline.render(context.stage, render)).map_err(failed_render)?;
-    let content = match rendered {
-        Rendered::Text(content) => content,
+    let output = match rendered {
+        Rendered::Text(text) => text,
         Rendered::Messages(messages) => messages.into_iter().map(|message| message.content).collect(),
     };
-    context.assess(&content, None, Origin::None, calls).await
+    context.assess(&output, None, Origin::None, calls).await
 }

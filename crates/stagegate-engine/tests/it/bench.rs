@@ -19,15 +19,15 @@ use stagegate_telemetry::Metrics;
 use stagegate_testkit::provider::FakeProvider;
 
 /// An engine, its parts, and the provider that it asks.
-pub struct Bench {
-    pub engine: Engine,
-    pub provider: FakeProvider,
-    pub store: Arc<SqliteStore>,
-    pub llm: Arc<Llm>,
-    pub folder: Arc<tempfile::TempDir>,
+pub(crate) struct Bench {
+    pub(crate) engine: Engine,
+    pub(crate) provider: FakeProvider,
+    pub(crate) store: Arc<SqliteStore>,
+    pub(crate) llm: Arc<Llm>,
+    pub(crate) folder: Arc<tempfile::TempDir>,
 }
 
-pub fn quick() -> EngineConfig {
+pub(crate) fn quick() -> EngineConfig {
     EngineConfig {
         lease_ttl: Span(Duration::from_millis(900)),
         poll_interval: Span(Duration::from_millis(50)),
@@ -36,12 +36,12 @@ pub fn quick() -> EngineConfig {
     }
 }
 
-pub async fn store(folder: &Path) -> Arc<SqliteStore> {
+pub(crate) async fn store(folder: &Path) -> Arc<SqliteStore> {
     Arc::new(SqliteStore::open(&folder.join("test.db"), Metrics::new()).await.expect("a store"))
 }
 
 /// The model layer of a process: its own local cache, the file's shared one.
-pub fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
+pub(crate) fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
     let fake = ProviderConfig {
         kind: ProviderKind::Openai,
         base_url: Some(provider.openai_base_url()),
@@ -59,17 +59,17 @@ pub fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
     Arc::new(Llm::new(&config, Some(store.cache_tier()), Metrics::new(), Arc::new(SystemClock)).expect("a model layer"))
 }
 
-pub async fn engine(config: EngineConfig, store: &Arc<SqliteStore>, llm: &Arc<Llm>) -> Engine {
+pub(crate) async fn engine(config: EngineConfig, store: &Arc<SqliteStore>, llm: &Arc<Llm>) -> Engine {
     let store: Arc<dyn Store> = Arc::clone(store) as Arc<dyn Store>;
     Engine::start(config, store, Arc::clone(llm), Metrics::new(), Arc::new(SystemClock)).await.expect("an engine")
 }
 
 impl Bench {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(quick()).await
     }
 
-    pub async fn with(config: EngineConfig) -> Self {
+    pub(crate) async fn with(config: EngineConfig) -> Self {
         let folder = Arc::new(tempfile::tempdir().expect("a folder"));
         let store = store(folder.path()).await;
         let provider = FakeProvider::start().await;
@@ -79,7 +79,7 @@ impl Bench {
     }
 
     /// Registers a definition and submits a run of it.
-    pub async fn submit(&self, source: &str, input: Value) -> RunId {
+    pub(crate) async fn submit(&self, source: &str, input: Value) -> RunId {
         let tenant = TenantId::default();
         let (version, _) = self.engine.register(&tenant, source).await.expect("a valid definition");
         let submit = Submit {
@@ -97,23 +97,23 @@ impl Bench {
     }
 
     /// All events to the end of the run.
-    pub async fn finish(&self, run: RunId) -> Vec<Event> {
+    pub(crate) async fn finish(&self, run: RunId) -> Vec<Event> {
         finish(&self.engine, run).await
     }
 
     /// Runs to the end; what is kept of it.
-    pub async fn run(&self, source: &str, input: Value) -> RunDetail {
+    pub(crate) async fn run(&self, source: &str, input: Value) -> RunDetail {
         let run = self.submit(source, input).await;
         self.finish(run).await;
         self.detail(run).await
     }
 
-    pub async fn detail(&self, run: RunId) -> RunDetail {
+    pub(crate) async fn detail(&self, run: RunId) -> RunDetail {
         self.store.run(&TenantId::default(), run).await.expect("read").expect("there")
     }
 
     /// Waits until an event of this name is there.
-    pub async fn until(&self, run: RunId, name: &str) -> Vec<Event> {
+    pub(crate) async fn until(&self, run: RunId, name: &str) -> Vec<Event> {
         let mut seen = Vec::new();
         let mut events = self.engine.follow(TenantId::default(), run, 0);
         while let Some(batch) = events.next().await {
@@ -126,7 +126,7 @@ impl Bench {
     }
 }
 
-pub async fn finish(engine: &Engine, run: RunId) -> Vec<Event> {
+pub(crate) async fn finish(engine: &Engine, run: RunId) -> Vec<Event> {
     let mut seen = Vec::new();
     let mut events = engine.follow(TenantId::default(), run, 0);
     while let Some(batch) = events.next().await {
@@ -140,12 +140,12 @@ pub async fn finish(engine: &Engine, run: RunId) -> Vec<Event> {
     seen
 }
 
-pub fn assert_state(run: &RunRecord, state: RunState) {
+pub(crate) fn assert_state(run: &RunRecord, state: RunState) {
     assert_eq!(run.state, state, "{:?}", run.failure);
 }
 
 /// 1→2→3→{4,5}, each stage's prompt naming it and what it needs.
-pub fn canonical() -> String {
+pub(crate) fn canonical() -> String {
     json!({
         "name": "canonical",
         "defaults": { "model": "fake/model", "retry": { "max_attempts": 3, "backoff": "10ms..50ms" } },

@@ -68,7 +68,8 @@ impl FromQuery for PageQuery {
 
     fn read(fields: &mut Fields) -> Self {
         let limit = fields.number("limit", 1, Self::LIMIT_MAX).and_then(|limit| u32::try_from(limit).ok());
-        Self { cursor: fields.parsed("cursor"), limit: limit.unwrap_or(Self::LIMIT_DEFAULT) }
+        let cursor = fields.parsed::<String>("cursor").filter(|cursor| !cursor.is_empty());
+        Self { cursor, limit: limit.unwrap_or(Self::LIMIT_DEFAULT) }
     }
 }
 

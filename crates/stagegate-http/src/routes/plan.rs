@@ -32,6 +32,7 @@ pub(crate) struct PlanRequest {
     #[schema(schema_with = definition_schema)]
     definition: Option<Value>,
     /// The input. It must fit the pipeline's schema.
+    #[schema(value_type = Object)]
     input: Value,
 }
 

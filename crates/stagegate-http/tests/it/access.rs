@@ -37,7 +37,7 @@ async fn expired_and_revoked_keys_are_refused() {
     let app = spawn_app().await;
     let now = SystemClock.now();
     let (expired, _) = new_key(&app.store, "acme", Role::Admin, 50, Some(now - Duration::from_secs(1))).await;
-    let (lasting, _) = new_key(&app.store, "acme", Role::Admin, 51, Some(now + Duration::from_secs(3_600))).await;
+    let (lasting, _) = new_key(&app.store, "acme", Role::Admin, 51, Some(now + Duration::from_hours(1))).await;
     let (revoked, id) = new_key(&app.store, "acme", Role::Admin, 52, None).await;
     assert!(app.store.revoke_key(id, now).await.expect("stored"));
     let call = async |key: &str| app.send(app.http.get(app.url("/v1/runs")).bearer_auth(key)).await;

@@ -48,11 +48,13 @@ async fn a_body_that_is_no_text_is_refused() {
 #[tokio::test]
 async fn deep_json_is_refused_before_it_is_parsed() {
     let app = spawn_app().await;
-    let deep = |depth: usize| format!("{{\"pipeline\":\"p\",\"input\":{}{}}}", "[".repeat(depth), "]".repeat(depth));
-    app.post_text("/v1/runs", "application/json", deep(64)).await.is_problem(400, "SG0001");
+    let deep = |depth: usize| {
+        format!("{{\"pipeline\":\"p\",\"input\":{{\"a\":{}{}}}}}", "[".repeat(depth - 2), "]".repeat(depth - 2))
+    };
+    app.post_text("/v1/runs", "application/json", deep(65)).await.is_problem(400, "SG0001");
     app.post_text("/v1/runs", "application/json", deep(100_000)).await.is_problem(400, "SG0001");
     // One level less is read, and then there is no such pipeline.
-    app.post_text("/v1/runs", "application/json", deep(63)).await.is_problem(404, "SG0201");
+    app.post_text("/v1/runs", "application/json", deep(64)).await.is_problem(404, "SG0201");
 }
 
 #[tokio::test]
@@ -145,8 +147,8 @@ async fn a_wrong_method_names_the_right_ones() {
     answer.is_problem(405, "SG0005");
     for method in ["GET", "POST"] {
         assert!(answer.header("allow").contains(method), "{}", answer.header("allow"));
-        assert!(answer.body["detail"].as_str().is_some_and(|detail| detail.contains(method)));
     }
+    assert!(answer.text.contains("`Allow`"));
 }
 
 #[tokio::test]

@@ -69,9 +69,8 @@ async fn an_over_large_chunked_body_is_answered_while_it_is_sent() {
         app.admin
     );
     // Never ended: what is over the limit is over the limit.
-    for _ in 0..20 {
-        bytes.push_str(&format!("200\r\n{}\r\n", "x".repeat(0x200)));
-    }
+    let chunk = format!("200\r\n{}\r\n", "x".repeat(0x200));
+    bytes.push_str(&chunk.repeat(20));
     let answer = exchange(&app, bytes.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 413") && answer.contains("SG0003"), "{answer}");
 }
@@ -83,4 +82,19 @@ async fn http_2_is_spoken_without_asking() {
     let client = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().expect("a client");
     let answer = client.get(app.url("/v1/pipelines")).bearer_auth(&app.viewer).send().await.expect("an answer");
     assert_eq!((answer.status().as_u16(), answer.version()), (200, http::Version::HTTP_2));
+}
+
+#[tokio::test]
+async fn whoever_reads_nothing_is_cut_off() {
+    let request_timeout = Span(Duration::from_millis(300));
+    let http = HttpConfig { auth: AuthMode::Keys, request_timeout, ..HttpConfig::default() };
+    let app = TestApp::spawn(Options { http, ..Options::default() }).await;
+    let mut stream = TcpStream::connect(app.address).await.expect("a connection");
+    // More answers than every buffer between here and there can hold.
+    let requests = "GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n".repeat(2_000);
+    let (mut reader, mut writer) = stream.split();
+    // Ends when the other side closes: it stops reading requests while its answers are not taken.
+    while writer.write_all(requests.as_bytes()).await.is_ok() {}
+    let mut answers = Vec::new();
+    let _ = reader.read_to_end(&mut answers).await;
 }

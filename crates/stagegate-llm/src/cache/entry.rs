@@ -94,7 +94,7 @@ impl Entry {
 /// A TTL shortened by up to a tenth, so that what was stored together does not expire together. Never longer than
 /// what was asked for. The key's own bits serve as the dice.
 pub(crate) fn jittered(ttl: Duration, key: stagegate_core::cache::CacheKey) -> Duration {
-    ttl - ttl / 2_560 * u32::from(key.0[0])
+    ttl.saturating_sub(ttl / 2_560 * u32::from(key.0[0]))
 }
 
 #[cfg(test)]

@@ -72,6 +72,7 @@ struct Known {
 
 #[derive(Debug, Default)]
 struct State {
+    /// As many as there are tenants that ask: administrators make them, callers do not.
     tenants: HashMap<TenantId, Tenant>,
     readers: HashMap<Reader, Known>,
 }

@@ -164,8 +164,8 @@ impl AnswerCache {
         Found::Miss(standing)
     }
 
-    /// With the tier's word: the newer of both answers counts. One that the tier had and has no more was evicted, or
-    /// its time is over.
+    /// With the tier's word: its answer counts, unless this process holds the same one, or one that could not be shared
+    /// yet. One that the tier had and has no more was evicted, or its time is over.
     async fn settle_shared(
         &self,
         look: Look<'_>,
@@ -187,8 +187,12 @@ impl AnswerCache {
         }
         let held = held.filter(|held| held.generation >= standing.floor && (shared.is_some() || !held.is_shared()));
         let local_counts = held.as_ref().is_some_and(|held| {
-            self.suits(look, &held.entry)
-                && shared.as_ref().is_none_or(|(shared, _)| shared.stored_at_ms() <= held.entry.stored_at_ms())
+            let is_current = |shared: &Entry| {
+                // What was shared and is another one there now was replaced, whatever the clocks of replicas say.
+                let (ours, theirs) = (held.entry.stored_at_ms(), shared.stored_at_ms());
+                ours == theirs || (ours > theirs && !held.is_shared())
+            };
+            self.suits(look, &held.entry) && shared.as_ref().is_none_or(|(shared, _)| is_current(shared))
         });
         if trace {
             self.meter.cache_lookup("local", if local_counts { "hit" } else { "miss" });

@@ -9,6 +9,8 @@
 //! | `{prefix}:{{tenant}}:f:{scope}` | the floor of a scope, decimal |
 //! | `{prefix}:{{tenant}}:e:{key}` | an entry: its generation (8 bytes, big endian), then what was stored; expires |
 //!
+//! It needs `MGET`, `SET`, `GET`, `INCR`, `TIME`, `UNLINK`, `PING` and scripts (`EVALSHA`, `SCRIPT LOAD`).
+//!
 //! Generations and floors do not expire. Use a `volatile-*` eviction policy (or `noeviction`), so that memory pressure
 //! takes entries only. A generation or a tenant's floor that is lost starts anew at the server's clock, above
 //! everything before it; a lost floor of a narrower scope would forget that invalidation.
@@ -32,6 +34,8 @@ use stagegate_core::{
     pipeline::Span,
 };
 use tokio::{sync::Mutex, time::Instant};
+
+use crate::tls::install_tls;
 
 /// Bytes of an entry's generation before the entry.
 const GENERATION_BYTES: usize = 8;
@@ -100,7 +104,10 @@ pub struct RedisTier {
 impl fmt::Debug for RedisTier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The client knows the password.
-        f.debug_struct("RedisTier").field("prefix", &self.prefix).field("links", &self.links.len()).finish()
+        f.debug_struct("RedisTier")
+            .field("prefix", &self.prefix)
+            .field("links", &self.links.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -109,6 +116,7 @@ impl RedisTier {
     /// is no reason not to start. Fails on a URL that is none, and on a prefix that would break the hash tag.
     pub fn connect(url: &Secret, config: &RedisConfig) -> Result<Self, Error> {
         let invalid = |detail: String| Error::new(Code::InvalidConfig, detail);
+        install_tls();
         // The error of a wrong URL could repeat it, and with it the password.
         let client = Client::open(url.expose()).map_err(|error| {
             invalid(format!("the Redis URL is not valid ({}): write `redis://host:6379/0`", error.category()))

@@ -47,12 +47,14 @@ pub(super) fn until(at: DateTime<Utc>, now: DateTime<Utc>) -> Duration {
     (at - now).to_std().unwrap_or(Duration::ZERO).min(RETRY_AFTER_MAX)
 }
 
-/// An HTTP date (RFC 9110, section 5.6.7) in any of its three forms.
+/// An HTTP date (RFC 9110, section 5.6.7) in any of its three forms. The day of the week is passed over: it adds
+/// nothing, and some servers get it wrong.
 fn http_date(text: &str) -> Option<DateTime<Utc>> {
-    let naive = |format| NaiveDateTime::parse_from_str(text, format).ok();
-    naive("%a, %d %b %Y %H:%M:%S GMT")
-        .or_else(|| naive("%A, %d-%b-%y %H:%M:%S GMT"))
-        .or_else(|| naive("%a %b %e %H:%M:%S %Y"))
+    let (_, rest) = text.split_once(' ')?;
+    let naive = |format| NaiveDateTime::parse_from_str(rest, format).ok();
+    naive("%d %b %Y %H:%M:%S GMT")
+        .or_else(|| naive("%d-%b-%y %H:%M:%S GMT"))
+        .or_else(|| naive("%b %e %H:%M:%S %Y"))
         .map(|at| at.and_utc())
 }
 
@@ -105,6 +107,7 @@ mod tests {
         from_headers(&headers(pairs), now())
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "it is compared with what may be nothing")]
     const fn ms(ms: u64) -> Option<Duration> {
         Some(Duration::from_millis(ms))
     }

@@ -1,3 +1,7 @@
 //! The model layer against real sockets.
 
+mod bench;
+mod breaker;
+mod cache;
+mod llm;
 mod providers;

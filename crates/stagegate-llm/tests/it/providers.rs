@@ -28,6 +28,9 @@ pub(crate) fn config(kind: ProviderKind) -> ProviderConfig {
     ProviderConfig { kind, base_url: None, api_key: None, max_concurrency: 8, sim: SimConfig::default() }
 }
 
+/// The headers of an answer, and the wait that they ask for.
+pub(crate) type Wait<'a> = (&'a [(&'a str, &'a str)], Option<std::time::Duration>);
+
 /// One provider of a kind whose vendor is the fake one.
 pub(crate) fn at(fake: &FakeProvider, kind: ProviderKind) -> Arc<dyn Provider> {
     at_with(fake, kind, |_| {})

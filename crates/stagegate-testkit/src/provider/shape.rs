@@ -173,11 +173,9 @@ fn instance(schema: &Value, root: &Value, text: &str, depth: usize) -> Value {
             Value::String(value)
         }
         Some("integer") => {
-            schema["minimum"].as_f64().map_or(json!(1), |least| json!(least.ceil())).as_f64().map_or(json!(1), |n| {
-                #[expect(clippy::cast_possible_truncation, reason = "schemas of tests hold small numbers")]
-                let whole = n as i64;
-                json!(whole)
-            })
+            #[expect(clippy::cast_possible_truncation, reason = "schemas of tests hold small numbers")]
+            let least = schema["minimum"].as_f64().unwrap_or(1.0).ceil() as i64;
+            json!(least)
         }
         Some("number") => schema.get("minimum").cloned().unwrap_or_else(|| json!(1)),
         Some("boolean") => json!(true),

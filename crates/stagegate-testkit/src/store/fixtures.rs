@@ -249,7 +249,7 @@ pub fn nasty_json() -> Value {
 /// About a mebibyte of JSON that does not compress to nothing.
 pub fn large_json() -> Value {
     let words: Vec<String> =
-        (0_u32..40_000).map(|n| format!("{:x}-{}", n.wrapping_mul(2_654_435_761), n % 97)).collect();
+        (0_u32..60_000).map(|n| format!("{:x}-{}", n.wrapping_mul(2_654_435_761), n % 97)).collect();
     let value = json!({"text": words.join(" "), "list": words});
     assert!(value.to_string().len() > 1024 * 1024);
     value

@@ -133,8 +133,8 @@ async fn show(base: &str, once: bool) -> Result<(), Error> {
         paint(STRONG, concat!("Stagegate ", env!("CARGO_PKG_VERSION"), ".")),
         paint(
             WARN,
-            "All answers are simulated (models sim/…): no key, no network. Costs are made up by the same price \
-                     table\nthat prices real models; nothing is paid."
+            "All answers are simulated (models sim/…): no key, no network. Costs are what the price table \
+                     charges for the\nsimulator; nothing is paid."
         )
     ))?;
     let definition = register(&client).await?;
@@ -201,7 +201,8 @@ fn shape(definition: &Value) -> String {
     }
     let deepest = levels.iter().map(|(_, level)| *level).max().unwrap_or(0);
     let at = |level: usize| {
-        let names: Vec<&str> = levels.iter().filter(|(_, l)| *l == level).map(|(name, _)| name.as_str()).collect();
+        let ids = stages.iter().filter_map(|stage| stage["id"].as_str());
+        let names: Vec<&str> = ids.filter(|id| levels.iter().any(|(known, l)| known == id && *l == level)).collect();
         if names.len() == 1 { names[0].to_owned() } else { format!("{{{}}}", names.join(", ")) }
     };
     (0..=deepest).map(at).collect::<Vec<_>>().join(" → ")
@@ -289,31 +290,42 @@ async fn retried_stages(client: &Client, told: &Told) -> Result<String, Error> {
     Ok(text)
 }
 
-/// The result, cut to a few lines a part.
+/// The result, cut to a few lines a part: texts first, then how many items each list has, and its first one.
 fn excerpt(told: &Told) -> String {
     let (lines_max, chars_max) = EXCERPT;
-    let mut text = format!("  {}\n", paint(STRONG, "The result (abridged; simulated):"));
-    let parts: Vec<(String, String)> = match &told.detail["output"] {
-        Value::Object(map) => map.iter().map(|(key, value)| (key.clone(), plain(value))).collect(),
-        other => vec![("output".to_owned(), plain(other))],
+    let cut = |line: &str| {
+        let more = if line.chars().count() > chars_max { "…" } else { "" };
+        format!("{}{more}", line.chars().take(chars_max).collect::<String>())
     };
+    let mut text = format!("  {}\n", paint(STRONG, "The result (abridged; simulated):"));
+    let mut parts: Vec<(&str, &Value)> = match &told.detail["output"] {
+        Value::Object(map) => map.iter().map(|(key, value)| (key.as_str(), value)).collect(),
+        other => vec![("output", other)],
+    };
+    parts.sort_by_key(|(_, value)| !value.is_string());
     for (key, value) in parts {
-        let lines: Vec<&str> = value.lines().filter(|line| !line.trim().is_empty()).collect();
-        let _ = writeln!(text, "  {}", paint(DIM, &format!("{key}:")));
-        for line in lines.iter().take(lines_max) {
-            let cut: String = line.chars().take(chars_max).collect();
-            let more = if line.chars().count() > chars_max { "…" } else { "" };
-            let _ = writeln!(text, "    {cut}{more}");
-        }
-        if lines.len() > lines_max {
-            let _ = writeln!(text, "    {}", paint(DIM, &format!("… {} more lines", lines.len() - lines_max)));
+        let label = paint(DIM, &format!("{key}:"));
+        match value {
+            Value::String(body) => {
+                let lines: Vec<&str> = body.lines().filter(|line| !line.trim().is_empty()).collect();
+                let _ = writeln!(text, "  {label}");
+                for line in lines.iter().take(lines_max) {
+                    let _ = writeln!(text, "    {}", cut(line));
+                }
+                if lines.len() > lines_max {
+                    let _ = writeln!(text, "    {}", paint(DIM, &format!("… {} more lines", lines.len() - lines_max)));
+                }
+            }
+            Value::Array(items) if !items.is_empty() => {
+                let _ = writeln!(text, "  {label} {}, such as", items.len());
+                let _ = writeln!(text, "    {}", cut(&items[0].to_string()));
+            }
+            other => {
+                let _ = writeln!(text, "  {label} {}", cut(&other.to_string()));
+            }
         }
     }
     text
-}
-
-fn plain(value: &Value) -> String {
-    value.as_str().map_or_else(|| format!("{value:#}"), str::to_owned)
 }
 
 /// Registers the pipeline with one prompt changed: a new version.

@@ -264,10 +264,15 @@ fn exit_code(state: RunState) -> u8 {
     }
 }
 
+/// Wrappers and terminals may deliver one signal twice, to the process and to its group: what follows so soon is the
+/// same one.
+const SAME_SIGNAL: Duration = Duration::from_millis(300);
+
 /// SIGINT and SIGTERM, from the start, so that none is lost.
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    last: Option<tokio::time::Instant>,
 }
 
 impl Signals {
@@ -276,14 +281,24 @@ impl Signals {
         let listen = |kind| {
             signal(kind).map_err(|error| Error::new(Code::Internal, format!("signals cannot be received: {error}")))
         };
-        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            last: None,
+        })
     }
 
     /// The next signal, as the exit code of a process that it ends.
     pub(crate) async fn next(&mut self) -> i32 {
-        tokio::select! {
-            _ = self.interrupt.recv() => 130,
-            _ = self.terminate.recv() => 143,
+        loop {
+            let code = tokio::select! {
+                _ = self.interrupt.recv() => 130,
+                _ = self.terminate.recv() => 143,
+            };
+            if self.last.is_none_or(|last| last.elapsed() > SAME_SIGNAL) {
+                self.last = Some(tokio::time::Instant::now());
+                return code;
+            }
         }
     }
 }

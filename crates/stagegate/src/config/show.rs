@@ -20,9 +20,10 @@ pub(crate) fn toml(loaded: &Loaded) -> String {
         let width = lines.iter().map(|(line, _)| line.chars().count()).filter(|width| *width <= 56).max().unwrap_or(0);
         for (line, source) in lines {
             // What is unset has no source to tell.
-            let _ = match line.starts_with('#') {
-                true => writeln!(text, "{line}"),
-                false => writeln!(text, "{line:<width$}  # {source}"),
+            let _ = if line.starts_with('#') {
+                writeln!(text, "{line}")
+            } else {
+                writeln!(text, "{line:<width$}  # {source}")
             };
         }
     }

@@ -222,12 +222,12 @@ fn the_example_loads_as_it_is_and_with_every_key_in_force() {
     let loaded = load(&Flags::default(), &environment(place.path(), &[])).expect("valid");
     assert!(loaded.values.iter().all(|value| value.source == DEFAULT));
 
-    let in_force: String = example
+    let in_force: Vec<&str> = example
         .lines()
         .filter_map(|line| line.strip_prefix("# "))
         .filter(|line| line.starts_with('[') || (line.contains(" = ") && line.starts_with(|c: char| c.is_lowercase())))
-        .map(|line| format!("{line}\n"))
         .collect();
+    let in_force = in_force.join("\n");
     let place = with_file(&in_force);
     let loaded = load(&Flags::default(), &environment(place.path(), &[]));
     let loaded = loaded.unwrap_or_else(|error| panic!("{:#?}\n{in_force}", error.violations));

@@ -5,13 +5,13 @@ use std::{borrow::Cow, cell::Cell, io, sync::LazyLock};
 
 use minijinja::{
     Environment, Error, ErrorKind, State, UndefinedBehavior, Value, filters, functions, tests,
-    value::{Kwargs, Rest, ValueKind, ValueOrKwargs},
+    value::{Kwargs, Rest, ValueIter, ValueKind, ValueOrKwargs},
 };
 
 use super::sandbox::{CHARGE, NUMBER};
 
 /// The most bytes that one rendering may copy, join or compare.
-const WORK_MAX_BYTES: usize = 64 * 1024 * 1024;
+const WORK_MAX_BYTES: usize = 32 * 1024 * 1024;
 /// The deepest nesting of a value.
 const VALUE_MAX_DEPTH: usize = 64;
 
@@ -115,15 +115,10 @@ fn failed(message: impl Into<Cow<'static, str>>) -> Error {
 }
 
 fn pay(bytes: usize) -> Result<(), Error> {
-    WORK_LEFT.with(|left| match left.get().checked_sub(bytes) {
-        Some(rest) => {
-            left.set(rest);
-            Ok(())
-        }
-        None => {
-            left.set(0);
-            Err(failed(format!("it handles more than {WORK_MAX_BYTES} bytes of data")))
-        }
+    WORK_LEFT.with(|left| {
+        let rest = left.get().checked_sub(bytes);
+        left.set(rest.unwrap_or(0));
+        rest.map(|_| ()).ok_or_else(|| failed(format!("it handles more than {WORK_MAX_BYTES} bytes of data")))
     })
 }
 
@@ -137,14 +132,14 @@ fn pay_for(value: &Value, depth: usize) -> Result<(), Error> {
         ValueKind::Bytes => pay(value.as_bytes().map_or(0, <[u8]>::len)),
         ValueKind::Seq | ValueKind::Iterable => {
             for item in value.try_iter()? {
-                pay(16)?;
+                pay(32)?;
                 pay_for(&item, depth + 1)?;
             }
             Ok(())
         }
         ValueKind::Map => {
             for key in value.try_iter()? {
-                pay(32)?;
+                pay(64)?;
                 pay_for(&key, depth + 1)?;
                 pay_for(&value.get_item(&key)?, depth + 1)?;
             }
@@ -194,6 +189,11 @@ fn text(value: &Value) -> Result<Cow<'_, str>, Error> {
         None if value.is_undefined() => Err(Error::from(ErrorKind::UndefinedError)),
         None => json_text(value, 0).map(Cow::Owned),
     }
+}
+
+/// The items of a list; what is not there has none, and is an error.
+fn items(value: &Value) -> Result<ValueIter, Error> {
+    if value.is_undefined() { Err(Error::from(ErrorKind::UndefinedError)) } else { value.try_iter() }
 }
 
 /// The value of an expression as JSON.
@@ -289,7 +289,7 @@ fn add_text_filters(env: &mut Environment<'static>) {
     env.add_filter("join", |v: &Value, by: Option<&Value>| {
         let by = by.map(text).transpose()?.unwrap_or_default();
         let mut joined = String::new();
-        for (number, item) in v.try_iter()?.enumerate() {
+        for (number, item) in items(v)?.enumerate() {
             let item = text(&item)?;
             pay(by.len() + 1)?;
             if number > 0 {
@@ -312,7 +312,7 @@ fn add_text_filters(env: &mut Environment<'static>) {
 fn add_value_filters(env: &mut Environment<'static>) {
     env.add_filter("sum", |v: &Value| {
         let (mut whole, mut real, mut is_whole) = (0_i64, 0.0_f64, true);
-        for item in v.try_iter()? {
+        for item in items(v)? {
             pay(1)?;
             if !item.is_number() {
                 return Err(failed("`sum` adds numbers alone"));
@@ -353,16 +353,20 @@ fn add_value_filters(env: &mut Environment<'static>) {
         ("sort", Value::from_function(filters::sort)),
         ("unique", Value::from_function(filters::unique)),
     ] {
-        env.add_filter(name, paid(filter));
+        env.add_filter(name, paid(filter, ["d", "default"].contains(&name)));
     }
 }
 
-/// A function that pays for its arguments before it runs.
+/// A function that pays for its arguments before it runs. Only with `takes_undefined` may what it works on be missing.
 fn paid(
     inner: Value,
+    takes_undefined: bool,
 ) -> impl Fn(&mut State<'_, '_>, Rest<ValueOrKwargs>) -> Result<Value, Error> + Send + Sync + 'static {
     move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| {
         let args: Vec<Value> = args.iter().cloned().map(Value::from).collect();
+        if !takes_undefined && args.first().is_some_and(Value::is_undefined) {
+            return Err(Error::from(ErrorKind::UndefinedError));
+        }
         args.iter().try_for_each(|arg| pay_for(arg, 0))?;
         inner.call(state, &args)
     }
@@ -410,6 +414,6 @@ fn add_tests(env: &mut Environment<'static>) {
         ("ge", ge.clone()),
         (">=", ge),
     ] {
-        env.add_test(name, paid(test));
+        env.add_test(name, paid(test, ["defined", "undefined"].contains(&name)));
     }
 }

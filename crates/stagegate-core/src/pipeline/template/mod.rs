@@ -87,7 +87,7 @@ pub(super) struct Template {
 
 impl Template {
     /// A template; every flaw at once.
-    pub(super) fn template(source: &str, scope: &Scope<'_>) -> Result<Self, Vec<Flaw>> {
+    pub(super) fn text(source: &str, scope: &Scope<'_>) -> Result<Self, Vec<Flaw>> {
         Self::check(source, Kind::Text, scope)
     }
 
@@ -129,7 +129,7 @@ impl Template {
             return self.render(vars).map(Value::String);
         }
         let value = self.run(vars, None)?.unwrap_or(minijinja::Value::UNDEFINED);
-        library::to_json(&value).map_err(|error| describe(&error))
+        library::to_json(&value).map_err(|error| describe(&error, &self.source))
     }
 
     /// Whether an expression holds; it must give true or false.
@@ -141,7 +141,7 @@ impl Template {
     }
 
     fn run(&self, vars: &Vars<'_>, text: Option<&mut String>) -> Result<Option<minijinja::Value>, String> {
-        let tree = tree(&self.source, self.kind).map_err(|error| describe(&error))?;
+        let tree = tree(&self.source, self.kind).map_err(|error| describe(&error, &self.source))?;
         let context = self.context(vars)?;
         let mut code = CodeGenerator::new("template", &self.source);
         let wanted = text.is_none();
@@ -160,7 +160,7 @@ impl Template {
         let result = library::charged(|| {
             eval(&environment, &instructions, context, &blocks, &mut output, AutoEscape::None).map(|(value, _)| value)
         });
-        result.map_err(|error| describe(&error))
+        result.map_err(|error| describe(&error, &self.source))
     }
 
     /// Only what the template names is converted.
@@ -240,13 +240,16 @@ fn syntax_flaw(error: &Error) -> Flaw {
 }
 
 /// An error of a rendering as a sentence, without the engine's own vocabulary.
-fn describe(error: &Error) -> String {
+fn describe(error: &Error, text: &str) -> String {
     let mut source = std::error::Error::source(error);
     let mut detail = match error.kind() {
         ErrorKind::OutOfFuel => format!("it takes more than {FUEL} steps"),
         ErrorKind::UndefinedError => match error.detail() {
             Some(detail) => detail.to_owned(),
-            None => "it uses a value that is not there".to_owned(),
+            None => match error.range().and_then(|range| text.get(range)) {
+                Some(part) => format!("it uses a value that is not there: `{}`", super::path::cut(part.trim(), 120)),
+                None => "it uses a value that is not there".to_owned(),
+            },
         },
         kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
     };

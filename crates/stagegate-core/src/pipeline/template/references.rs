@@ -36,7 +36,8 @@ pub(super) struct Named {
 
 /// Walks the tree; every flaw at once.
 pub(super) fn check(tree: &Stmt<'_>, scope: &Scope<'_>) -> (Named, Vec<Flaw>) {
-    let mut walker = Walker { scope, locals: vec![HashSet::new()], named: Named::default(), flaws: Vec::new() };
+    let mut walker =
+        Walker { scope, locals: vec![HashSet::new()], named: Named::default(), flaws: Vec::new(), dashed: false };
     walker.statement(tree);
     (walker.named, walker.flaws)
 }
@@ -47,6 +48,8 @@ struct Walker<'a, 's> {
     locals: Vec<HashSet<&'a str>>,
     named: Named,
     flaws: Vec<Flaw>,
+    /// Whether what was last looked at was the front of an id with `-`, which reads as a subtraction.
+    dashed: bool,
 }
 
 impl<'a> Walker<'a, '_> {
@@ -76,7 +79,9 @@ impl<'a> Walker<'a, '_> {
     }
 
     fn body(&mut self, statements: &[Stmt<'a>]) {
-        statements.iter().for_each(|statement| self.statement(statement));
+        for statement in statements {
+            self.statement(statement);
+        }
     }
 
     fn assign(&mut self, target: &Expr<'a>) {
@@ -155,7 +160,7 @@ impl<'a> Walker<'a, '_> {
         for arg in args {
             match arg {
                 CallArg::Pos(expr) | CallArg::Kwarg(_, expr) | CallArg::PosSplat(expr) | CallArg::KwargSplat(expr) => {
-                    self.expression(expr)
+                    self.expression(expr);
                 }
             }
         }
@@ -173,8 +178,11 @@ impl<'a> Walker<'a, '_> {
             }
             Expr::UnaryOp(node) => self.expression(&node.expr),
             Expr::BinOp(node) => {
+                self.dashed = false;
                 self.expression(&node.left);
-                self.expression(&node.right);
+                if !(self.dashed && matches!(node.op, ast::BinOpKind::Sub)) {
+                    self.expression(&node.right);
+                }
             }
             Expr::Compare(node) => {
                 self.expression(&node.expr);
@@ -310,9 +318,9 @@ impl<'a> Walker<'a, '_> {
             return self.flaw(span, "`stages` is used without the id of a stage", mend_form);
         };
         if !self.scope.stages.contains(&id.as_str()) {
-            // `stages.test-plan.output` reads as a subtraction.
             let mend =
                 self.scope.stages.iter().find(|known| known.split('-').next() == Some(id) && known.contains('-'));
+            self.dashed = mend.is_some();
             let mend = match (mend, nearest(id, self.scope.stages.iter().copied())) {
                 (Some(known), _) => format!("write `{}`: an id with `-` stands in brackets", stage_output(known)),
                 (None, Some(near)) => format!("did you mean `{}`?", stage_output(near)),

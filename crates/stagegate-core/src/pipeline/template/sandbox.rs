@@ -79,10 +79,9 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
             },
         )),
         Expr::UnaryOp(node) => {
-            let op = match node.op {
-                ast::UnaryOpKind::Not => ast::UnaryOpKind::Not,
-                ast::UnaryOpKind::Neg => ast::UnaryOpKind::Neg,
-            };
+            // Built anew because the operator is no copy.
+            let op =
+                if matches!(node.op, ast::UnaryOpKind::Not) { ast::UnaryOpKind::Not } else { ast::UnaryOpKind::Neg };
             Expr::UnaryOp(at(span, ast::UnaryOp { op, expr: expression(&node.expr) }))
         }
         Expr::BinOp(node) => Expr::BinOp(at(span, binary(node))),
@@ -100,6 +99,13 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
         )),
         Expr::Filter(node) => {
             let (expr, args) = (optional(node.expr.as_ref()), arguments(&node.args));
+            // From what is filtered on, so that an error shows it.
+            let span = expr.as_ref().map_or(span, |expr| Span {
+                start_line: expr.span().start_line,
+                start_col: expr.span().start_col,
+                start_offset: expr.span().start_offset,
+                ..span
+            });
             Expr::Filter(at(span, ast::Filter { name: node.name, expr, args }))
         }
         Expr::Test(node) => {

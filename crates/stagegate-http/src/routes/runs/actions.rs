@@ -19,7 +19,13 @@ use crate::{
 type Accepted = Result<(StatusCode, Json<RunView>), Problem>;
 
 async fn act(context: Context<Operator>, id: RunId, action: Action) -> Accepted {
-    tracing::info!(run_id = %id, ?action, by = context.by, "action asked for");
+    let asked = match &action {
+        Action::Cancel => "cancel",
+        Action::Retry => "retry",
+        Action::Approve(_) => "approve",
+        Action::Reject(..) => "reject",
+    };
+    tracing::info!(run_id = %id, asked, by = context.by, "somebody asked something of a run");
     let run = context.engine.act(&context.tenant, id, action, Some(context.by.clone())).await?;
     Ok((StatusCode::ACCEPTED, Json(RunView::new(run, context.now()))))
 }

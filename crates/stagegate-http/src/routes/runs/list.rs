@@ -4,6 +4,8 @@ use axum::Json;
 use chrono::{DateTime, Utc};
 use stagegate_core::{PipelineName, RunId, RunState, pipeline::Labels, store::RunQuery};
 
+use utoipa::openapi::schema::{Array, ArrayBuilder, ObjectBuilder, SchemaType, Type};
+
 use crate::{
     context::{Context, Viewer},
     cursor::Paging,
@@ -29,7 +31,7 @@ pub(crate) struct RunsQuery {
     #[param(minimum = 1, maximum = 2_147_483_647)]
     version: Option<u32>,
     /// Only with this label, as `name:value`. Repeated, all of them are needed.
-    #[param(value_type = Vec<String>, required = false, max_items = 32)]
+    #[param(schema_with = label_schema, required = false)]
     label: Labels,
     /// Only those accepted at or after this time (RFC 3339).
     created_from: Option<DateTime<Utc>>,
@@ -78,6 +80,12 @@ impl FromQuery for RunsQuery {
 fn time(text: &str) -> Result<DateTime<Utc>, String> {
     let time = DateTime::parse_from_rfc3339(&text.replace(' ', "+"));
     time.map(|time| time.to_utc()).map_err(|_| "write a time as in `2026-11-05T13:00:00Z`".to_owned())
+}
+
+fn label_schema() -> Array {
+    let pair = "^[^:\\u0000-\\u001f\\u007f]+:[^\\u0000-\\u001f\\u007f]*$";
+    let pair = ObjectBuilder::new().schema_type(SchemaType::Type(Type::String)).pattern(Some(pair));
+    ArrayBuilder::new().items(pair).max_items(Some(LABELS_MAX)).build()
 }
 
 /// List runs

@@ -43,6 +43,7 @@ pub(crate) struct SubmitRequest {
     #[schema(minimum = 1, maximum = 2_147_483_647)]
     version: Option<u32>,
     /// The input. It must fit the pipeline's schema.
+    #[schema(value_type = Object)]
     input: Value,
     /// Overrides the cache mode of every stage.
     #[serde(default)]

@@ -2,6 +2,8 @@
 //! use: types, enumerations, bounds, nesting, unions (the first branch), local references, patterns. What it does not
 //! know (`not`, `if`, `dependentSchemas` …) it passes over.
 
+use std::collections::BTreeMap;
+
 use regex_syntax::hir::{Class, Hir, HirKind};
 use serde_json::{Map, Number, Value, json};
 
@@ -24,7 +26,9 @@ const PATTERN_REPEAT: u32 = 3;
 
 /// A value that fits the schema. Free strings begin with `mark`.
 pub(super) fn instance(schema: &Value, prose: &Prose, mark: &str, dice: &mut Dice) -> Value {
-    let mut maker = Maker { root: schema, prose, mark, dice, nth: 0 };
+    // Another sample or seed begins elsewhere in the material.
+    let start = dice.index(prose.len());
+    let mut maker = Maker { root: schema, prose, mark, dice, start, made: BTreeMap::new() };
     maker.value(schema, &[], 0)
 }
 
@@ -33,8 +37,10 @@ struct Maker<'a> {
     prose: &'a Prose,
     mark: &'a str,
     dice: &'a mut Dice,
-    /// Counts the strings made, so that they differ.
-    nth: usize,
+    /// The first sentence of the material that is used.
+    start: usize,
+    /// Counts the strings made at each place, so that the items of a list differ.
+    made: BTreeMap<String, usize>,
 }
 
 impl Maker<'_> {
@@ -129,8 +135,9 @@ impl Maker<'_> {
     }
 
     fn string(&mut self, schema: &Value, keys: &[&str]) -> String {
-        let nth = self.nth;
-        self.nth += 1;
+        let made = self.made.entry(keys.join(" ")).or_insert(0);
+        let nth = *made;
+        *made += 1;
         if let Some(Ok(hir)) = schema["pattern"].as_str().map(regex_syntax::parse) {
             let mut text = String::new();
             follow(&hir, self.dice, &mut text);
@@ -149,7 +156,7 @@ impl Maker<'_> {
         let mut spare = nth;
         while text.chars().count() < least {
             spare += 1;
-            text = format!("{text} {}.", self.prose.sentence(spare)).chars().take(most).collect();
+            text = format!("{text} {}.", self.prose.sentence(self.start + spare)).chars().take(most).collect();
         }
         text
     }
@@ -157,8 +164,8 @@ impl Maker<'_> {
     fn words(&self, keys: &[&str], nth: usize) -> String {
         match keys.last().map(|key| key.to_lowercase()).unwrap_or_default().as_str() {
             "id" | "key" | "code" => format!("{}-{}", letter(keys), nth + 1),
-            "title" | "name" | "label" | "heading" | "component" | "owner" => self.prose.phrase(nth),
-            _ => self.prose.statement_for(&keys.join(" "), nth),
+            "title" | "name" | "label" | "heading" | "component" | "owner" => self.prose.phrase(self.start + nth),
+            _ => self.prose.statement_for(&keys.join(" "), self.start + nth),
         }
     }
 }

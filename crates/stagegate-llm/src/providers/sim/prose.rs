@@ -17,7 +17,7 @@ const SENTENCE_CHARS: std::ops::RangeInclusive<usize> = 16..=220;
 /// The most of a prompt that is read, in bytes.
 const PROMPT_MAX_BYTES: usize = 64 * 1024;
 
-/// Words with which a prompt instructs; a sentence that begins with one is no material.
+/// Words with which a prompt instructs; a line or sentence that begins with one is no material.
 const INSTRUCTIONS: [&str; 34] = [
     "you",
     "your",
@@ -53,6 +53,56 @@ const INSTRUCTIONS: [&str; 34] = [
     "propose",
     "read",
     "base",
+];
+
+/// Statements by kind: what stands before and after a sentence of the material. The befores are taken off again where
+/// an answer becomes the material of a later stage.
+type Forms = [(&'static str, &'static str); 3];
+
+const REQUIREMENTS: Forms = [
+    ("The system must make sure that this holds: ", "."),
+    ("At any time it must be true that ", "."),
+    ("A user can rely on this, or is told why not: ", "."),
+];
+
+const DECISIONS: Forms = [
+    ("One component with one owner answers for this: ", "."),
+    ("The state behind this is kept in one place, and nowhere else: ", "."),
+    ("This is decided at the border, before anything is stored: ", "."),
+];
+
+const TESTS: Forms = [
+    ("Given a fresh system, verify that this holds: ", "."),
+    ("Break this on purpose and see it reported: ", "."),
+    ("Do this a thousand times and find no difference: ", "."),
+];
+
+const RISKS: Forms = [
+    ("This may not hold under load: ", ". Likelihood medium, impact high; limit it and watch it."),
+    ("Nobody may notice when this stops being true: ", ". Likelihood low, impact high; alert on it."),
+    ("This may cost more than was planned: ", ". Likelihood medium, impact medium; budget for it."),
+];
+
+const POINTS: Forms = [
+    ("This is carried out in full: ", "."),
+    ("This comes first, since the rest depends on it: ", "."),
+    ("This is kept small, and can be changed later: ", "."),
+];
+
+/// How a reason begins.
+const REASONS: Forms =
+    [("It matters because ", "."), ("This was chosen because ", "."), ("What was given asks for it: ", ".")];
+
+/// What the simulator says besides; no material for a later stage.
+const FILLERS: [&str; 8] = [
+    "likelihood ",
+    "limit it and watch",
+    "this text starts from",
+    "it keeps to what can be",
+    "more is to follow",
+    "what the review found",
+    "it is checked where",
+    "who decides when",
 ];
 
 /// What to say where a prompt holds no sentence.
@@ -93,11 +143,17 @@ impl Prose {
         text.truncate(end);
         let kind = kind(&text);
         let mut sentences = sentences(&text);
-        let title = sentences.first().map_or_else(|| "Simulated answer".to_owned(), |first| title(first));
+        let named = headings(&text).next().or_else(|| sentences.first().cloned());
+        let title = named.map_or_else(|| "Simulated answer".to_owned(), |name| title(&name));
         if sentences.is_empty() {
             sentences = SPARE.iter().map(|spare| (*spare).to_owned()).collect();
         }
         Self { kind, title, sentences }
+    }
+
+    /// How many sentences there are; never none.
+    pub(super) fn len(&self) -> usize {
+        self.sentences.len()
     }
 
     /// The nth sentence, going round; in the middle of another sentence.
@@ -130,16 +186,17 @@ impl Prose {
         let points = if is_draft { 3 } else { self.sentences.len().clamp(4, 7) };
         let _ = write!(text, "## {}\n\n", self.heading());
         for nth in 0..points {
-            let _ = writeln!(text, "{}. {}", nth + 1, self.point(nth, is_draft));
-        }
-        if is_draft {
-            text.push_str("\nMore is to follow once these points are agreed.\n");
-            return text;
+            let point = if is_draft { format!("{}.", capitalised(self.sentence(nth))) } else { self.point(nth) };
+            let _ = writeln!(text, "{}. {point}", nth + 1);
         }
         text.push_str("\n## Reasons\n\n");
-        for nth in 0..2 {
-            let lead = dice.pick(&["It matters because", "This was chosen because", "The material asks for it:"]);
-            let _ = writeln!(text, "{lead} {}. It is checked where it is used.\n", self.sentence(start + nth));
+        for nth in 0..if is_draft { 1 } else { 2 } {
+            let reason = stated(*dice.pick(&REASONS), self.sentence(start + nth));
+            let _ = writeln!(text, "{reason} It is checked where it is used.\n");
+        }
+        if is_draft {
+            text.push_str("More is to follow once these points are agreed.\n");
+            return text;
         }
         text.push_str("## Open questions\n\n");
         for nth in 0..2 {
@@ -158,33 +215,32 @@ impl Prose {
         }
     }
 
-    fn point(&self, nth: usize, is_draft: bool) -> String {
-        let sentence = self.sentence(nth);
-        if is_draft {
-            return format!("{}.", capitalised(sentence));
-        }
-        statement(self.kind, sentence)
+    fn point(&self, nth: usize) -> String {
+        stated(self.kind.forms()[nth % 3], self.sentence(nth))
     }
 
     /// A statement for a key of a JSON answer, by the words in the keys that lead to it.
     pub(super) fn statement_for(&self, keys: &str, nth: usize) -> String {
         let by_keys = kind(keys);
-        statement(if by_keys == Kind::General { self.kind } else { by_keys }, self.sentence(nth))
+        let kind = if by_keys == Kind::General { self.kind } else { by_keys };
+        stated(kind.forms()[nth % 3], self.sentence(nth))
     }
 }
 
-fn statement(kind: Kind, sentence: &str) -> String {
-    match kind {
-        Kind::Requirements => format!("The system must make sure that this holds: {sentence}."),
-        Kind::Design => format!("We decide on one component, with one owner, for this: {sentence}. It has a test."),
-        Kind::Tests => {
-            format!("Given a fresh system, verify that this holds: {sentence}; then break it and see it fail.")
+impl Kind {
+    fn forms(self) -> &'static Forms {
+        match self {
+            Self::Requirements => &REQUIREMENTS,
+            Self::Design => &DECISIONS,
+            Self::Tests => &TESTS,
+            Self::Risks => &RISKS,
+            Self::General => &POINTS,
         }
-        Kind::Risks => {
-            format!("This may not hold under load: {sentence}. Likelihood medium, impact high; watch it and limit it.")
-        }
-        Kind::General => format!("{}. This is carried out in full and checked.", capitalised(sentence)),
     }
+}
+
+fn stated((before, after): (&str, &str), sentence: &str) -> String {
+    format!("{before}{sentence}{after}")
 }
 
 /// By the first word of its kind: a prompt names its purpose before its material.
@@ -204,14 +260,35 @@ fn kind(text: &str) -> Kind {
     .map_or(Kind::General, |(_, kind)| kind)
 }
 
-/// The material's sentences, without their marks; each once.
+/// The headings of the material, without the simulator's own.
+fn headings(text: &str) -> impl Iterator<Item = String> {
+    let own = [
+        "Summary",
+        "Requirements",
+        "Decisions",
+        "Test cases",
+        "Risks",
+        "Points",
+        "Reasons",
+        "Open questions",
+        "Revised",
+    ];
+    text.lines()
+        .filter_map(|line| line.trim_start().strip_prefix('#'))
+        .map(|line| line.trim_start_matches('#').trim().to_owned())
+        .filter(move |name| !name.is_empty() && !own.contains(&name.as_str()) && !name.contains("simulated"))
+}
+
+/// The material's sentences, without their marks; each once. A line that begins with an instruction is none of it, and
+/// neither is a heading.
 fn sentences(text: &str) -> Vec<String> {
     // Prompts often hold JSON of earlier stages: its punctuation and its escaped line breaks end a sentence too.
     let text = text.replace("\\n", "\n").replace("\\\"", "'");
     let mut sentences: Vec<String> = Vec::new();
-    for line in text.split(['\n', '"', '{', '}', '[', ']']) {
-        for piece in line.split_inclusive(['.', '!', '?', ';']).flat_map(|piece| piece.split(". ")) {
-            let words = piece.trim_matches(|c: char| !c.is_alphanumeric());
+    let lines = text.split(['\n', '"', '{', '}', '[', ']']).filter(|line| !line.starts_with('#'));
+    for line in lines.filter(|line| !INSTRUCTIONS.contains(&first_word(line).as_str())) {
+        for piece in line.split_inclusive(['.', '!', '?', ';']) {
+            let words = without_lead(piece.trim_matches(|c: char| !c.is_alphanumeric()));
             if sentences.len() < SENTENCES_MAX && is_material(words) {
                 let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
                 let sentence = uncapitalised(&words);
@@ -224,13 +301,25 @@ fn sentences(text: &str) -> Vec<String> {
     sentences
 }
 
+fn first_word(text: &str) -> String {
+    let word = text.split_whitespace().next().unwrap_or_default();
+    word.trim_matches(|c: char| !c.is_alphanumeric()).to_lowercase()
+}
+
+fn without_lead(words: &str) -> &str {
+    let befores = [REQUIREMENTS, DECISIONS, TESTS, RISKS, POINTS, REASONS];
+    let befores = befores.as_flattened().iter().map(|(before, _)| *before);
+    let mut own = befores.filter(|before| words.get(..before.len()).is_some_and(|w| w.eq_ignore_ascii_case(before)));
+    own.next().map_or(words, |before| &words[before.len()..])
+}
+
 fn is_material(words: &str) -> bool {
-    let first = words.split_whitespace().next().unwrap_or_default().to_lowercase();
-    let first = first.trim_end_matches(|c: char| !c.is_alphanumeric());
+    let lower = words.to_lowercase();
     SENTENCE_CHARS.contains(&words.chars().count())
         && words.split_whitespace().count() >= 4
-        && !INSTRUCTIONS.contains(&first)
-        && !words.to_lowercase().contains("simulated")
+        && !INSTRUCTIONS.contains(&first_word(words).as_str())
+        && !lower.contains("simulated")
+        && !FILLERS.iter().any(|filler| lower.contains(filler))
         && !words.contains("://")
 }
 
@@ -262,11 +351,16 @@ mod tests {
     fn sentences_are_the_materials_not_the_instructions() {
         let found = sentences(
             "List the testable requirements in this brief.\n- Riders must see their bill within a minute. OK.\n\
-             {\"requirements\":[\"[simulated] this was made up before\",\"SMS alerts are sent at night\\nand by day they wait\"]}",
+             {\"requirements\":[\"[simulated] The system must make sure that this holds: a stop has a number.\",\"SMS alerts are sent at night\\nand by day they wait\"]}",
         );
         assert_eq!(
             found,
-            ["riders must see their bill within a minute", "SMS alerts are sent at night", "and by day they wait"]
+            [
+                "riders must see their bill within a minute",
+                "a stop has a number",
+                "SMS alerts are sent at night",
+                "and by day they wait"
+            ]
         );
     }
 

@@ -13,7 +13,7 @@ use stagegate_testkit::{
     provider::{Reply, any},
 };
 
-use super::{Ask, KEY, at, full, message, only_call};
+use super::{Ask, KEY, Wait, at, full, message, only_call};
 
 fn recorded() -> Value {
     json!({
@@ -247,7 +247,7 @@ async fn a_wait_is_heard_in_every_form() {
         ("anthropic-ratelimit-tokens-remaining", "50000"),
         ("anthropic-ratelimit-tokens-reset", "2026-01-27T12:00:01Z"),
     ];
-    let cases: [(&[(&str, &str)], Option<Duration>); 3] = [
+    let cases: [Wait<'_>; 3] = [
         (&[("retry-after", "41")], Some(Duration::from_secs(41))),
         (&reset, Some(Duration::from_secs(30))),
         (&[], None),

@@ -164,6 +164,7 @@ async fn usage_that_was_not_told_is_not_made_up() {
     assert_eq!((answer.content.as_str(), answer.usage), ("Madrid.", None));
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "cases read better")]
 fn told(code: u16, status: &str, message: &str, details: Value) -> String {
     json!({ "error": { "code": code, "message": message, "status": status, "details": details } }).to_string()
 }

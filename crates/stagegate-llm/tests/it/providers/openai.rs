@@ -13,7 +13,7 @@ use stagegate_testkit::{
     provider::{Reply, any},
 };
 
-use super::{Ask, KEY, at, build, config, full, only_call};
+use super::{Ask, KEY, Wait, at, build, config, full, only_call};
 
 fn recorded() -> Value {
     json!({
@@ -179,6 +179,7 @@ async fn an_answer_that_is_not_of_the_shape_is_malformed_and_worth_another_try()
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "cases read better")]
 fn told(message: &str, kind: &str, code: Value) -> String {
     json!({ "error": { "message": message, "type": kind, "param": null, "code": code } }).to_string()
 }
@@ -294,7 +295,7 @@ async fn a_wait_is_heard_in_every_form() {
         ("x-ratelimit-reset-requests", "20ms"),
         ("x-ratelimit-reset-tokens", "6m0s"),
     ];
-    let cases: [(&[(&str, &str)], Option<Duration>); 7] = [
+    let cases: [Wait<'_>; 7] = [
         (&[("retry-after", "20")], Some(Duration::from_secs(20))),
         (&[("retry-after", "1.5")], Some(Duration::from_millis(1_500))),
         (&[("retry-after-ms", "350"), ("retry-after", "1")], Some(Duration::from_millis(350))),

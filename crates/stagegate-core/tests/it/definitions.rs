@@ -1,0 +1,366 @@
+//! What is refused when a definition is registered, and how it is told.
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use stagegate_core::{Code, Pipeline, pipeline::definition_schema};
+
+use crate::{Served, mistakes, parse, valid};
+
+const GOOD: &str = "\
+name: p
+input:
+  type: object
+  additionalProperties: false
+  properties: { brief: { type: string } }
+defaults:
+  model: sim/quick
+stages:
+  - id: first
+    prompt: Say {{ input.brief }}
+  - id: second-one
+    needs: [first]
+    prompt: |
+      Line one
+      Use {{ stages.first.output }}
+    output: json
+    gate:
+      checks:
+        - min_chars: 3
+        - matches: a+
+        - expression: output.ok
+      judge: { rubric: good, threshold: 0.5 }
+output: \"{{ stages['second-one'].output }}\"
+";
+
+/// One edit of the good definition: what is replaced, by what, and the one mistake that it makes.
+struct Case(&'static str, &'static str, Code, &'static str, (u32, u32), &'static str, &'static str);
+
+#[rustfmt::skip] // A table.
+fn cases() -> Vec<Case> {
+    use Code::*;
+    vec![
+        // Form
+        Case("name: p\n", "name: p\nnaem: q\n", UnknownKey, "naem", (2, 1), "unknown key `naem`", "did you mean `name`?"),
+        Case("name: p\n", "name: p\nzzzzzzzz: q\n", UnknownKey, "zzzzzzzz", (2, 1), "unknown key", "known keys: name, description"),
+        Case("    output: json\n", "    otuput: json\n", UnknownKey, "stages[1].otuput", (16, 5), "`otuput`", "`output`"),
+        Case("prompt: Say", "prmpt: Say", UnknownKey, "stages[0].prmpt", (10, 5), "`prmpt`", "did you mean `prompt`?"),
+        Case("threshold: 0.5", "treshold: 0.5", UnknownKey, "stages[1].gate.judge.treshold", (22, 30), "`treshold`", "`threshold`"),
+        Case("name: p\n", "", MissingKey, "name", (1, 1), "`name` is missing", "add `name:`"),
+        Case("  - id: first\n    prompt", "  - prompt", MissingKey, "stages[0].id", (9, 5), "`id` is missing", "add `id:`"),
+        Case("rubric: good, ", "", MissingKey, "stages[1].gate.judge.rubric", (22, 14), "`rubric` is missing", "add `rubric:`"),
+        Case("name: p\n", "name: My Pipeline\n", WrongValue, "name", (1, 7), "`My Pipeline` is not a valid pipeline name", "a-z, 0-9"),
+        Case("name: p\n", "name: 7\n", WrongValue, "name", (1, 7), "is `7`, but must be a text", ""),
+        Case("name: p\n", "name: p\nbudget:\n", WrongValue, "budget", (2, 7), "is empty", "leave it out"),
+        Case("name: p\n", "name: p\nbudget: { max_cost_usd: 0 }\n", WrongValue, "budget.max_cost_usd", (2, 25), "must be more than 0", ""),
+        Case("name: p\n", "name: p\ndeadline: soon\n", WrongValue, "deadline", (2, 11), "`soon` is not a length of time", "`30s`"),
+        Case("name: p\n", "name: p\ndeadline: 5 parsecs\n", WrongValue, "deadline", (2, 11), "`5 parsecs` is not a length of time", "`30s`"),
+        Case("threshold: 0.5", "threshold: 1.5", WrongValue, "stages[1].gate.judge.threshold", (22, 41), "is `1.5`, but must be at most 1", ""),
+        Case("min_chars: 3", "min_chars: three", WrongValue, "stages[1].gate.checks[0].min_chars", (19, 22), "must be a whole number", ""),
+        Case("min_chars: 3", "min_chrs: 3", UnknownKey, "stages[1].gate.checks[0].min_chrs", (19, 11), "`min_chrs`", "did you mean `min_chars`?"),
+        Case("min_chars: 3", "{ min_chars: 3, max_chars: 9 }", WrongValue, "stages[1].gate.checks[0]", (19, 11), "has 2 keys", "one item per check"),
+        Case("- min_chars: 3", "- min_chars", WrongValue, "stages[1].gate.checks[0]", (19, 11), "a check is a map with a single key", "`- min_chars: 400`"),
+        Case("output: json", "output: jsn", WrongValue, "stages[1].output", (16, 13), "no output format", "did you mean `json`?"),
+        Case("output: json", "output: [1]", WrongValue, "stages[1].output", (16, 13), "no output format", "`{ schema: … }`"),
+        Case("output: json", "output: { shcema: {} }", UnknownKey, "stages[1].output.shcema", (16, 15), "`shcema`", "did you mean `schema`?"),
+        Case("model: sim/quick", "model: gpt-5", WrongValue, "defaults.model", (7, 10), "`gpt-5` is not a valid model", "write `provider/model`"),
+        Case("model: sim/quick", "model: [sim/quick, gpt-5]", WrongValue, "defaults.model[1]", (7, 22), "`gpt-5` is not a valid model", "write `provider/model`"),
+        Case("model: sim/quick", "model: []", WrongValue, "defaults.model", (7, 10), "has 0 items", ""),
+        Case("model: sim/quick", "model: { a: b }", WrongValue, "defaults.model", (7, 10), "is a map, but a model is a text", "`provider/model`"),
+        Case("model: sim/quick", "model: sim/quick\n  retry: { backoff: 30s..1s }", WrongValue, "defaults.retry.backoff", (8, 21), "`30s..1s` is no back-off", "`1s..30s`"),
+        Case("model: sim/quick", "model: sim/quick\n  cache: { mode: of }", WrongValue, "defaults.cache.mode", (8, 18), "the text `of`", "did you mean `off`?"),
+        Case("model: sim/quick", "model: sim/quick\n  params: { temperature: 3 }", WrongValue, "defaults.params.temperature", (8, 26), "at most 2", ""),
+        Case("id: first", "id: First Stage", WrongValue, "stages[0].id", (9, 9), "`First Stage` is not a valid stage id", "a-z, 0-9"),
+        // Meaning
+        Case("id: second-one", "id: first", Duplicate, "stages[1].id", (11, 9), "given twice", "rename"),
+        Case("needs: [first]", "needs: [frist]", UnknownNeed, "stages[1].needs[0]", (12, 13), "no stage `frist`", "did you mean `first`?"),
+        Case("needs: [first]", "needs: [first, first]", Duplicate, "stages[1].needs[1]", (12, 20), "needed twice", "remove"),
+        Case("needs: [first]", "needs: [first, second-one]", Cycle, "stages[1].needs[1]", (12, 20), "needs itself", "remove"),
+        Case("id: first\n", "id: first\n    needs: [second-one]\n", Cycle, "stages[0].needs", (10, 12), "first → second-one → first", "remove one"),
+        Case("    prompt: Say {{ input.brief }}\n", "", MissingKey, "stages[0]", (9, 5), "does nothing", "add `prompt:`"),
+        Case("prompt: Say", "transform: x\n    prompt: Say", WrongValue, "stages[0].transform", (10, 5), "`prompt` and `transform` exclude each other", "keep one"),
+        Case("prompt: Say", "system: x\n    transform: Say", WrongValue, "stages[0].system", (10, 5), "`system` goes with `prompt`", "role: system"),
+        Case("prompt: Say", "params: {}\n    transform: Say", WrongValue, "stages[0].params", (10, 5), "`params` means nothing", "remove it"),
+        Case("prompt: Say {{ input.brief }}", "messages: [{ role: system, content: x }]", WrongValue, "stages[0].messages", (10, 15), "nothing is asked", "role: user"),
+        Case("prompt: Say {{ input.brief }}", "transform: x\n    gate: { judge: { rubric: x } }", MissingKey, "stages[0].gate.judge.model", (11, 20), "no model that its judge", "to the judge"),
+        Case("model: sim/quick", "timeout: 5s", MissingKey, "stages[0].model", (9, 5), "no model is named", "in `defaults`"),
+        Case("Say {{ input.brief }}", "Say {{ input.brief", TemplateSyntax, "stages[0].prompt", (10, 13), "could not be parsed", ""),
+        Case("Use {{", "Use {% include 'x' %}{{", TemplateSyntax, "stages[1].prompt", (15, 7), "unknown statement", "includes"),
+        Case("Use {{ stages.first", "Use {{ stages.frist", TemplateReference, "stages[1].prompt", (15, 14), "no stage `frist`", "stages.first.output"),
+        Case("    needs: [first]\n", "", TemplateReference, "stages[1].prompt", (14, 14), "`first` is not upstream", "add `first` to `needs`"),
+        Case("input.brief", "input.breif", TemplateReference, "stages[0].prompt", (10, 13), "no `breif`", "`input.brief`"),
+        Case("rubric: good", "rubric: \"{{ stages['third'].output }}\"", TemplateReference, "stages[1].gate.judge.rubric", (22, 24), "no stage `third`", "known stages"),
+        Case("stages['second-one']", "stages['second']", TemplateReference, "output", (23, 9), "no stage `second`", "stages['second-one'].output"),
+        Case("expression: output.ok", "expression: outptu.ok", TemplateReference, "stages[1].gate.checks[2].expression", (21, 23), "no `outptu`", "`output`"),
+        Case("expression: output.ok", "expression: output ==", InvalidExpression, "stages[1].gate.checks[2].expression", (21, 23), "the expression could not be parsed", ""),
+        Case("matches: a+", "matches: \"(a\"", InvalidExpression, "stages[1].gate.checks[1].matches", (20, 20), "unclosed group", "docs.rs/regex"),
+        Case("matches: a+", "matches: \"(a{1000}){1000}\"", InvalidExpression, "stages[1].gate.checks[1].matches", (20, 20), "does not compile", "docs.rs/regex"),
+        Case("  type: object\n", "  type: objct\n", InvalidSchema, "input.type", (3, 9), "objct", ""),
+        Case("output: json", "output: { schema: { $ref: \"https://example.com/x\" } }", InvalidSchema, "stages[1].output.schema.$ref", (16, 31), "nothing is fetched", "$defs"),
+        Case("output: json", "output: { schema: { $ref: \"#/$defs/x\" } }", InvalidSchema, "stages[1].output.schema", (16, 23), "does not compile", ""),
+        Case("output: json", "output: { schema: { pattern: \"(?=a)b\" } }", InvalidSchema, "stages[1].output.schema.pattern", (16, 34), "does not compile", ""),
+        Case("output: json", "output: { schema: { $schema: \"https://example.com/s\" } }", InvalidSchema, "stages[1].output.schema.$schema", (16, 34), "no known draft", "2020-12"),
+        Case("output: json", "output: { schema: 5 }", InvalidSchema, "stages[1].output.schema", (16, 23), "", ""),
+        // Models
+        Case("model: sim/quick", "model: grok/x", UnknownModel, "defaults.model", (7, 10), "no provider `grok`", ""),
+        Case("model: sim/quick", "model: [sim/quick, anthropic/x]", ProviderWithoutKey, "defaults.model[1]", (7, 22), "ANTHROPIC_API_KEY", ""),
+        Case("model: sim/quick", "model: [sim/quick, sim/quick]", Duplicate, "defaults.model[1]", (7, 22), "twice", "remove"),
+        Case("threshold: 0.5", "model: grok/x", UnknownModel, "stages[1].gate.judge.model", (22, 37), "no provider `grok`", ""),
+        Case("model: sim/quick", "model: sim/unpriced\nbudget: { max_cost_usd: 1 }", BudgetUnpriced, "defaults.model", (7, 10), "`sim/unpriced` has no price", "price table"),
+        // Text
+        Case("  - id: first\n", "  - id: first\n    id: other\n", Duplicate, "stages[0].id", (10, 5), "given twice, first on line 9", "remove or rename"),
+        Case("name: p\n", "name: !ruby p\n", WrongValue, "", (1, 13), "the tag `!ruby`", "remove the tag"),
+    ]
+}
+
+#[test]
+fn every_mistake_names_its_place_and_its_mend() {
+    valid(GOOD);
+    for Case(from, to, code, path, (line, column), message, mend) in cases() {
+        assert!(GOOD.contains(from), "{from}");
+        let text = GOOD.replacen(from, to, 1);
+        let found = mistakes(&text);
+        let of_code: Vec<_> = found.iter().filter(|v| v.code == code && v.path == path).collect();
+        let [violation] = of_code.as_slice() else { panic!("{text}\n{found:#?}") };
+        let told = violation.mend.as_deref().unwrap_or_default();
+        assert_eq!(
+            (violation.path.as_str(), violation.line, violation.column),
+            (path, Some(line), Some(column)),
+            "{to}: {violation}"
+        );
+        assert!(violation.message.contains(message), "{to}: {violation}");
+        assert!(told.contains(mend), "{to}: {violation}");
+        // Without its id or its model more than one stage is wrong; all else is one mistake, told once.
+        let is_wide = to.contains("id: ") || to.contains("- prompt") || to == "timeout: 5s";
+        assert!(found.len() == 1 || is_wide, "{to}: {found:#?}");
+    }
+}
+
+#[test]
+fn every_mistake_is_told_at_once_in_the_order_of_the_text() {
+    use Code::*;
+    let text = "\
+nam: p
+defaults:
+  model: grok/x
+  timeout: never
+stages:
+  - id: a
+    needs: [b]
+    prompt: \"{{ x }} {{ input.a }}\"
+    gate: { checks: [ { matches: '(' }, { min_chars: -1 }, { schema: { type: nope } } ], judge: { threshold: 2 } }
+  - id: b
+    needs: [a, zz]
+    retry: { max_attempts: 0 }
+    prompt: \"{{ stages.c.output }}\"
+  - id: b
+    transform: \"{% if %}\"
+    output: xml
+output: { x: \"{{ stages.q.output }}\" }
+";
+    let found = mistakes(text);
+    let places: Vec<_> = found.iter().map(|v| (v.line.unwrap_or(0), v.code)).collect();
+    assert_eq!(
+        places,
+        [
+            (1, UnknownKey),
+            (3, UnknownModel),
+            (4, WrongValue),
+            (7, Cycle),
+            (8, TemplateReference),
+            (9, InvalidExpression),
+            (9, WrongValue),
+            (9, InvalidSchema),
+            (9, MissingKey),
+            (9, WrongValue),
+            (11, UnknownNeed),
+            (12, WrongValue),
+            (13, TemplateReference),
+            (14, Duplicate),
+            (15, TemplateSyntax),
+            (16, WrongValue),
+            (17, TemplateReference),
+        ],
+        "{found:#?}"
+    );
+}
+
+#[test]
+fn what_is_no_definition_at_all_is_told_shortly() {
+    for (text, code) in [
+        ("", Code::Syntax),
+        ("just text", Code::WrongValue),
+        ("[1, 2]", Code::WrongValue),
+        ("a: [", Code::Syntax),
+        ("{\"name\": ]}", Code::Syntax),
+        ("a: &a [*a]", Code::Syntax),
+    ] {
+        let found = mistakes(text);
+        assert_eq!(found.iter().map(|v| v.code).collect::<Vec<_>>(), [code], "{text}: {found:?}");
+    }
+    let many = (0..5_000).map(|n| format!("key{n}: 1\n")).collect::<Vec<_>>().concat();
+    assert!(mistakes(&many).len() <= 100);
+    let stages = (0..101).map(|n| format!("- {{ id: s{n}, transform: x }}\n")).collect::<Vec<_>>().concat();
+    let found = mistakes(&format!("name: p\nstages:\n{stages}"));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].message.contains("has 101 items, but must have at most 100"), "{found:?}");
+}
+
+#[test]
+fn regular_expressions_are_few_and_small() {
+    let checks = vec!["{ matches: 'a+' }"; 50].join(",");
+    let stage = |n| format!("- {{ id: s{n}, transform: x, gate: {{ checks: [{checks}] }} }}\n");
+    let text = |stages: usize| format!("name: p\nstages:\n{}", (0..stages).map(stage).collect::<Vec<_>>().concat());
+    valid(&text(4));
+    let found = mistakes(&text(5));
+    assert_eq!(found.iter().map(|v| v.code).collect::<Vec<_>>(), [Code::DefinitionTooLarge]);
+    let properties: Vec<_> = (0..201).map(|n| format!("p{n}: {{ pattern: a }}")).collect();
+    let found = mistakes(&format!(
+        "name: p\ninput: {{ properties: {{ {} }} }}\nstages: [{{ id: a, transform: x }}]",
+        properties.join(", ")
+    ));
+    assert_eq!(found.iter().map(|v| v.code).collect::<Vec<_>>(), [Code::DefinitionTooLarge]);
+}
+
+#[test]
+fn yaml_and_json_in_any_order_are_the_same_content() {
+    let yaml = valid(GOOD);
+    let json = serde_json::to_string(&yaml.definition).expect("json");
+    let pretty = serde_json::to_string_pretty(&yaml.definition).expect("json").replace("  ", "\t");
+    let (head, tail) = GOOD.split_once("stages:\n").expect("stages");
+    let (stages, output) = tail.split_once("output: \"").expect("output");
+    let turned = format!("output: \"{output}stages:\n{stages}{head}");
+    for text in [json.as_str(), pretty.as_str(), turned.as_str(), &format!("# note\n{GOOD}")] {
+        let same = valid(text);
+        assert_eq!((same.digest, &same.definition), (yaml.digest, &yaml.definition), "{text}");
+    }
+    assert_eq!(
+        json,
+        serde_json::to_string(&Pipeline::from_stored(yaml.definition.clone()).expect("valid").definition)
+            .expect("json")
+    );
+    assert_ne!(valid(&GOOD.replace("Say", "Tell")).digest, yaml.digest);
+}
+
+#[test]
+fn a_stored_definition_needs_no_provider() {
+    let unserved = GOOD.replace("sim/quick", "grok/x");
+    assert!(parse(&unserved).is_err());
+    let stored = valid(GOOD).definition.to_string().replace("sim/quick", "grok/x");
+    let stored: Value = serde_json::from_str(&stored).expect("json");
+    assert!(Pipeline::from_stored(stored).is_ok());
+    let found = Pipeline::from_stored(json!({"name": "p", "stages": [{"id": "a"}]})).expect_err("empty stage");
+    assert_eq!((found[0].code, found[0].line), (Code::MissingKey, None));
+}
+
+#[test]
+fn defaults_are_resolved_into_each_stage() {
+    let pipeline = valid(
+        "\
+name: p
+defaults:
+  model: [sim/a, sim/b]
+  params: { temperature: 0.5, max_output_tokens: 10, stop: [x] }
+  timeout: 5s
+  cache: { mode: read_only }
+stages:
+  - { id: late, needs: [early], prompt: \"{{ stages.early.output }}\", params: { temperature: 1, stop: [y] }, gate: { judge: { rubric: r } } }
+  - { id: early, prompt: hello, model: sim/c, timeout: 2m, cache: { ttl: 1h } }
+  - { id: fixed, transform: text }
+",
+    );
+    let ids: Vec<_> = pipeline.stages.iter().map(|stage| stage.id.as_str()).collect();
+    assert_eq!(ids, ["early", "late", "fixed"]);
+    let shown = format!("{:?}", pipeline.stages[1]);
+    for part in
+        ["temperature: Some(1.0)", "max_output_tokens: Some(10)", "[\"y\"]", "ReadOnly", "timeout: 5s", "needs: [0]"]
+    {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    assert_eq!(pipeline.stages[0].dependents, [1]);
+    let judge = pipeline.stages[1].gate.judge.as_ref().and_then(|judge| judge.model.as_ref()).expect("resolved");
+    assert_eq!(judge.models().iter().map(ToString::to_string).collect::<Vec<_>>(), ["sim/a", "sim/b"]);
+    assert_eq!((pipeline.deadline.as_secs(), pipeline.stages[0].timeout.as_secs()), (24 * 3600, 120));
+}
+
+#[test]
+fn schemas_that_refer_to_themselves_do_not_run_away() {
+    for schema in [
+        r##"{"$ref": "#"}"##,
+        r##"{"allOf": [{"$ref": "#"}]}"##,
+        r##"{"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}"##,
+        r##"{"type": ["object", "string"], "properties": {"a": {"$ref": "#"}}}"##,
+        r##"{"anyOf": [{"$ref": "#"}, {"type": "object"}]}"##,
+        r##"{"$dynamicAnchor": "x", "$dynamicRef": "#x"}"##,
+    ] {
+        let text =
+            format!("{{\"name\": \"p\", \"input\": {schema}, \"stages\": [{{\"id\": \"a\", \"transform\": \"x\"}}]}}");
+        if let Ok(pipeline) = parse(&text) {
+            let _ = pipeline.check_input(&json!({"a": {"a": "x"}}));
+        }
+    }
+}
+
+#[test]
+fn the_published_schema_takes_what_is_valid() {
+    let schema = definition_schema();
+    let validator = jsonschema::validator_for(&schema).expect("compiles");
+    assert!(validator.is_valid(&valid(GOOD).definition));
+    assert!(!validator.is_valid(&json!({"name": "p", "stages": [{"id": "a", "prompt": "x", "transform": "y"}]})));
+    assert!(!validator.is_valid(&json!({"name": "p", "stages": []})));
+}
+
+#[test]
+fn deep_and_explosive_documents_are_refused() {
+    let mut bomb = String::from("name: p\nx0: &x0 [a,a,a,a,a,a,a,a,a]\n");
+    for level in 1..12 {
+        let inner = vec![format!("*x{}", level - 1); 9].join(",");
+        bomb = format!("{bomb}x{level}: &x{level} [{inner}]\n");
+    }
+    for text in
+        [bomb, format!("name: {}{}", "[".repeat(500), "]".repeat(500)), format!("{{\"name\": {}", "[".repeat(100_000))]
+    {
+        let found = mistakes(&text);
+        assert_eq!(found.last().map(|v| v.code), Some(Code::DefinitionTooLarge), "{found:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_text_makes_it_panic(text in "[ -~\\n\\t{}\\[\\]:&*|>é\u{1F600}-]{0,200}") {
+        let _ = parse(&text);
+    }
+
+    #[test]
+    fn no_edit_of_a_definition_makes_it_panic(at in 0_usize..GOOD.len(), cut in 0_usize..12, put in "[ -~\\n{}\\[\\]:&*|>%é'\"-]{0,8}") {
+        let end = (at + cut).min(GOOD.len());
+        let text = format!("{}{put}{}", &GOOD[..at], &GOOD[end..]);
+        if let Err(found) = parse(&text) {
+            prop_assert!(!found.is_empty());
+            prop_assert!(found.iter().all(|violation| !violation.message.is_empty() && violation.message.len() < 2_000));
+        }
+    }
+
+    #[test]
+    fn a_value_of_any_type_anywhere_is_told_not_trusted(pick in 0_usize..1000, put in 0_usize..7) {
+        let mut definition = valid(GOOD).definition;
+        let pointers = pointers(&definition);
+        let values = [json!(null), json!(true), json!(-7), json!(1.5e300), json!("{{"), json!([[]]), json!({"a": 1})];
+        if let Some(place) = definition.pointer_mut(&pointers[pick % pointers.len()]) {
+            *place = values[put].clone();
+        }
+        let _ = Pipeline::parse(&definition.to_string(), &Served);
+    }
+}
+
+/// Every place in a value, as JSON pointers.
+fn pointers(value: &Value) -> Vec<String> {
+    let inner: Vec<(String, &Value)> = match value {
+        Value::Object(map) => map.iter().map(|(key, inner)| (key.clone(), inner)).collect(),
+        Value::Array(items) => items.iter().enumerate().map(|(index, inner)| (index.to_string(), inner)).collect(),
+        _ => Vec::new(),
+    };
+    let below = inner.iter().flat_map(|(step, inner)| pointers(inner).into_iter().map(move |p| format!("/{step}{p}")));
+    std::iter::once(String::new()).chain(below).collect()
+}

@@ -1,0 +1,197 @@
+//! Inputs, prompts, outputs: what a registered pipeline makes of them.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use stagegate_core::{
+    Code, Pipeline, StageId,
+    pipeline::{Message, RenderContext, Rendered, Role},
+};
+
+use crate::valid;
+
+fn context<'a>(input: &'a Value, outputs: &'a [Option<Arc<Value>>]) -> RenderContext<'a> {
+    RenderContext { run_id: "run-1", input, outputs }
+}
+
+fn pipeline() -> Pipeline {
+    valid(
+        "\
+name: p
+defaults: { model: sim/quick }
+input:
+  type: object
+  required: [brief, size]
+  additionalProperties: false
+  properties:
+    brief: { type: string, minLength: 2 }
+    size: { type: integer, minimum: 1 }
+    parts: { type: array, items: { type: object, required: [id] } }
+stages:
+  - id: list
+    system: Be {{ input.size }}.
+    prompt: \"{{ input.brief }}\"
+    output: { schema: { type: object, required: [items], properties: { items: { type: array, items: { type: string }, minItems: 1 } } } }
+    gate:
+      checks:
+        - min_chars: 20
+        - max_chars: 30
+        - matches: beta
+        - not_matches: \"gam+a\"
+        - contains: alpha
+        - not_contains: delta
+        - schema: { required: [note] }
+        - expression: output['items'] | length == input.size
+        - expression: output.nothing > 1
+      judge: { rubric: \"As good as {{ input.brief }}\" }
+  - id: text
+    needs: [list]
+    messages:
+      - { role: system, content: \"{{ stages.list.output['items'] | join('+') }}\" }
+      - { role: user, content: \"{{ stages.list.output }}\" }
+  - id: joined
+    needs: [text]
+    transform: \"<{{ stages.text.output }}> {{ run.id }}\"
+output:
+  words: \"{{ stages.list.output['items'] }}\"
+  count: \"{{ stages.list.output['items'] | length }}\"
+  line: \"{{ stages.joined.output }}!\"
+  fixed: [1, null, { a: b }]
+",
+    )
+}
+
+#[test]
+fn an_input_that_does_not_fit_is_told_whole() {
+    let pipeline = pipeline();
+    assert_eq!(pipeline.check_input(&json!({"brief": "ab", "size": 1})), Ok(()));
+    let found = pipeline.check_input(&json!({"brief": "a", "extra": 1, "parts": [{}, 5]})).expect_err("does not fit");
+    let mut told: Vec<_> = found.iter().map(|v| (v.path.as_str(), v.message.as_str())).collect();
+    told.sort_unstable();
+    assert_eq!(
+        told,
+        [
+            ("input.brief", "has 1 character, but must have at least 2"),
+            ("input.extra", "is not a key of this input"),
+            ("input.parts[0].id", "is required"),
+            ("input.parts[1]", "is `5`, but must be a map"),
+            ("input.size", "is required"),
+        ]
+    );
+    assert!(found.iter().all(|v| v.code == Code::InvalidInput));
+    let open = valid("{name: p, stages: [{id: a, transform: x}]}");
+    assert_eq!(open.check_input(&json!({"any": 1})), Ok(()));
+    assert_eq!(open.check_input(&json!("text")).expect_err("no map")[0].path, "input");
+}
+
+#[test]
+fn prompts_are_rendered_from_what_is_upstream() {
+    let pipeline = pipeline();
+    let input = json!({"brief": "the <brief>", "size": 2});
+    let outputs = [Some(Arc::new(json!({"z": 1, "items": ["b", "a"]}))), Some(Arc::new(json!("t\n"))), None];
+    let context = context(&input, &outputs);
+    let message = |role, content: &str| Message { role, content: content.to_owned() };
+    assert_eq!(
+        pipeline.render(0, &context),
+        Ok(Rendered::Messages(vec![message(Role::System, "Be 2."), message(Role::User, "the <brief>")]))
+    );
+    assert_eq!(
+        pipeline.render(1, &context),
+        Ok(Rendered::Messages(vec![message(Role::System, "b+a"), message(Role::User, r#"{"items":["b","a"],"z":1}"#)]))
+    );
+    assert_eq!(pipeline.render(2, &context), Ok(Rendered::Text("<t\n> run-1".to_owned())));
+    assert_eq!(pipeline.render_rubric(0, &context), Ok(Some("As good as the <brief>".to_owned())));
+    assert_eq!(pipeline.render_rubric(1, &context), Ok(None));
+}
+
+#[test]
+fn a_template_that_fails_names_its_stage_and_the_cause() {
+    let pipeline = pipeline();
+    let input = json!({"brief": "b", "size": 2});
+    let outputs = [Some(Arc::new(json!({"other": 1}))), None, None];
+    let failure = pipeline.render(1, &context(&input, &outputs)).expect_err("no items");
+    assert_eq!((failure.code, failure.stage.as_ref().map(StageId::as_str)), (Code::TemplateFailed, Some("text")));
+    assert!(failure.message.contains("stage `text`") && failure.message.contains("items"), "{}", failure.message);
+    let failure = pipeline.render_output(&context(&input, &outputs)).expect_err("not there");
+    assert!(failure.message.contains("the run's output"), "{}", failure.message);
+}
+
+#[test]
+fn an_output_mapping_keeps_the_types_of_single_expressions() {
+    let pipeline = pipeline();
+    let input = json!({"brief": "b", "size": 2});
+    let outputs = [Some(Arc::new(json!({"items": ["b", "a"]}))), None, Some(Arc::new(json!("end")))];
+    assert_eq!(
+        pipeline.render_output(&context(&input, &outputs)),
+        Ok(json!({"words": ["b", "a"], "count": 2, "line": "end!", "fixed": [1, null, {"a": "b"}]}))
+    );
+    let plain = valid(
+        "{name: p, stages: [{id: a, transform: x}, {id: b, needs: [a], transform: y}, {id: c, needs: [a], transform: z}]}",
+    );
+    let outputs: Vec<_> = ["x", "y", "z"].iter().map(|text| Some(Arc::new(json!(text)))).collect();
+    assert_eq!(plain.render_output(&context(&input, &outputs)), Ok(json!({"b": "y", "c": "z"})));
+    assert!(plain.render_output(&context(&input, &outputs[..2])).is_err());
+}
+
+#[test]
+fn every_check_says_what_it_found() {
+    let pipeline = pipeline();
+    let input = json!({"brief": "b", "size": 2});
+    let outputs = [None, None, None];
+    let told = |output: Value| -> Vec<(String, bool, String)> {
+        let assessments = pipeline.assess(0, &output, &context(&input, &outputs));
+        assert!(assessments.iter().all(|a| a.version == 1 && a.threshold >= 1.0 && (a.score >= 1.0) == a.passed));
+        assessments.into_iter().map(|a| (a.name, a.passed, a.reason)).collect()
+    };
+    let good = told(json!({"items": ["alpha", "beta"]}));
+    let passed: Vec<_> = good.iter().map(|(name, passed, _)| (name.as_str(), *passed)).collect();
+    assert_eq!(
+        passed,
+        [
+            ("schema", true),
+            ("min_chars", true),
+            ("max_chars", true),
+            ("matches", true),
+            ("not_matches", true),
+            ("contains", true),
+            ("not_contains", true),
+            ("schema", false),
+            ("expression", true),
+            ("expression", false),
+        ]
+    );
+    assert!(good[7].2.contains("lacks `note`") && good[9].2.contains("could not be evaluated"), "{good:?}");
+    let bad = told(json!({"items": [1, "gamma delta delta delta delta", 2, 3, 4, 5, 6], "note": 1}));
+    let failed: Vec<_> = bad.iter().filter(|(_, passed, _)| !passed).map(|(name, _, _)| name.as_str()).collect();
+    assert_eq!(
+        failed,
+        ["schema", "max_chars", "matches", "not_matches", "contains", "not_contains", "expression", "expression"]
+    );
+    let reasons = bad.iter().map(|(_, _, reason)| reason.as_str()).collect::<Vec<_>>().join("\n");
+    for part in [
+        "`items[0]` is `1`, but must be a text",
+        "and more",
+        "at most 30 are allowed",
+        "it says `gamma`",
+        "does not contain `alpha`",
+        "contains `delta`",
+        "does not hold",
+    ] {
+        assert!(reasons.contains(part), "{part}: {reasons}");
+    }
+    assert_eq!(told(json!({"items": []}))[1].2, "has 12 characters, at least 20 are needed");
+}
+
+#[test]
+fn an_answer_is_read_as_its_stage_says() {
+    let pipeline = pipeline();
+    assert_eq!(pipeline.read_output(1, "```json\n{}\n```"), Ok(json!("```json\n{}\n```")));
+    for answer in
+        ["{\"a\": \"```\"}", " {\"a\":\"```\"}\n", "```json\n{\"a\": \"```\"}\n```", "```\n{\"a\": \"```\"}\n```\n"]
+    {
+        assert_eq!(pipeline.read_output(0, answer), Ok(json!({"a": "```"})), "{answer}");
+    }
+    let told = pipeline.read_output(0, "Sure! {").expect_err("no JSON");
+    assert!(!told.passed && told.name == "json" && told.reason.contains("is not JSON"), "{told:?}");
+    assert!(pipeline.read_output(0, &"[".repeat(100_000)).is_err());
+}

@@ -1,0 +1,142 @@
+//! A failing model is spared, and tried again in time. The time is tokio's, and stands still.
+
+use std::time::Duration;
+
+use stagegate_core::{Code, Origin};
+
+use crate::bench::{Act, Scripted, chain, config, context, last, model, request, scripted};
+
+const OPEN_FOR: Duration = Duration::from_secs(10);
+
+/// Asks until the default breaker has seen enough failures.
+async fn trip(llm: &stagegate_llm::Llm) {
+    for n in 0..10 {
+        let error = llm.complete(&context(), &request(&format!("trip {n}"))).await.expect_err("it fails");
+        assert_eq!(error.code, Code::ProviderFailed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failing_model_is_spared_and_says_when_to_come_back() {
+    let one = Scripted::new(Act::Fail(Code::ProviderFailed, true));
+    let (llm, metrics) = scripted(&[("one", &one)], &config());
+    trip(&llm).await;
+    tokio::time::advance(Duration::from_secs(3)).await;
+    let error = llm.complete(&context(), &request("spared")).await.expect_err("spared");
+    assert_eq!((error.code, error.retryable), (Code::BreakerOpen, true));
+    assert_eq!(error.retry_after, Some(Duration::from_secs(7)));
+    assert!(error.calls.is_empty(), "nobody was called, so there is no row");
+    assert_eq!(one.calls(), 10);
+    assert_eq!(llm.health().await.providers[0].open_breakers, ["priced"]);
+    let text = metrics.render().expect("metrics render");
+    assert!(text.contains(r#"stagegate_llm_breaker_state{model="priced",provider="one"} 2"#), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_spared_model_leaves_its_fallback_at_once() {
+    let (one, two) = (Scripted::new(Act::Fail(Code::ProviderFailed, true)), Scripted::new(Act::Answer("from two")));
+    let (llm, _) = scripted(&[("one", &one), ("two", &two)], &config());
+    trip(&llm).await;
+    let reply = llm.complete(&context(), &chain("q", &["one/priced", "two/priced"])).await.expect("an answer");
+    assert_eq!((reply.content.as_str(), &last(&reply).model), ("from two", &model("two/priced")));
+    assert_eq!((reply.calls.len(), one.calls()), (1, 10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_probe_decides_whether_a_model_is_back() {
+    let one = Scripted::new(Act::Fail(Code::ProviderFailed, true));
+    let (llm, metrics) = scripted(&[("one", &one)], &config());
+    trip(&llm).await;
+    tokio::time::advance(OPEN_FOR).await;
+    let error = llm.complete(&context(), &request("probe")).await.expect_err("still ill");
+    assert_eq!((error.code, one.calls()), (Code::ProviderFailed, 11));
+    let error = llm.complete(&context(), &request("after")).await.expect_err("open again");
+    assert_eq!((error.code, one.calls()), (Code::BreakerOpen, 11));
+
+    tokio::time::advance(OPEN_FOR).await;
+    one.set(Act::Answer("well again"));
+    for n in 0..3 {
+        let reply = llm.complete(&context(), &request(&format!("well {n}"))).await.expect("an answer");
+        assert_eq!(last(&reply).origin, Origin::Provider);
+    }
+    let text = metrics.render().expect("metrics render");
+    assert!(text.contains(r#"stagegate_llm_breaker_state{model="priced",provider="one"} 0"#), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_one_call_probes_others_are_refused() {
+    let one = Scripted::new(Act::Fail(Code::ProviderUnreachable, true));
+    let (llm, _) = scripted(&[("one", &one)], &config());
+    for n in 0..10 {
+        llm.complete(&context(), &request(&format!("{n}"))).await.expect_err("it fails");
+    }
+    tokio::time::advance(OPEN_FOR).await;
+    one.set(Act::Hang);
+    let (probing, asking) = (llm.clone(), context());
+    let probe = tokio::spawn(async move { probing.complete(&asking, &request("probe")).await });
+    one.arrived(11).await;
+    let error = llm.complete(&context(), &request("beside it")).await.expect_err("refused");
+    assert_eq!((error.code, error.retryable), (Code::BreakerOpen, true));
+    assert!(error.retry_after.is_some_and(|wait| wait <= OPEN_FOR));
+
+    probe.abort();
+    assert!(probe.await.expect_err("aborted").is_cancelled());
+    one.set(Act::Answer("well again"));
+    llm.complete(&context(), &request("the next probe")).await.expect("an abandoned probe leaves room for another");
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_that_hang_until_their_deadline_count_as_failures() {
+    let one = Scripted::new(Act::Hang);
+    let (llm, _) = scripted(&[("one", &one)], &config());
+    for n in 0..10 {
+        let error = llm.complete(&context(), &request(&format!("{n}"))).await.expect_err("too slow");
+        assert_eq!((error.code, error.retryable), (Code::ProviderTimeout, true));
+    }
+    let error = llm.complete(&context(), &request("spared")).await.expect_err("spared");
+    assert_eq!((error.code, one.calls()), (Code::BreakerOpen, 10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_that_nobody_wants_any_more_do_not_count() {
+    let one = Scripted::new(Act::Hang);
+    let (llm, _) = scripted(&[("one", &one)], &config());
+    for n in 0..20 {
+        let (caller, asking) = (llm.clone(), context());
+        let call = tokio::spawn(async move { caller.complete(&asking, &request(&format!("{n}"))).await });
+        one.arrived(n + 1).await;
+        call.abort();
+        assert!(call.await.expect_err("aborted").is_cancelled());
+    }
+    one.set(Act::Answer("fine"));
+    llm.complete(&context(), &request("q")).await.expect("the breaker is closed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_and_rate_limits_do_not_count() {
+    for (code, retryable) in [
+        (Code::ProviderRateLimited, true),
+        (Code::ProviderQuota, false),
+        (Code::ProviderAuth, false),
+        (Code::ProviderRejected, false),
+        (Code::ProviderRefused, false),
+        (Code::ProviderModel, false),
+    ] {
+        let one = Scripted::new(Act::Fail(code, retryable));
+        let (llm, _) = scripted(&[("one", &one)], &config());
+        for n in 0..30 {
+            let error = llm.complete(&context(), &request(&format!("{n}"))).await.expect_err("it fails");
+            assert_eq!(error.code, code);
+        }
+        assert_eq!(one.calls(), 30);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_model_has_a_breaker_of_its_own() {
+    let one = Scripted::new(Act::Fail(Code::ProviderFailed, true));
+    let (llm, _) = scripted(&[("one", &one)], &config());
+    trip(&llm).await;
+    one.set(Act::Answer("the other model is well"));
+    llm.complete(&context(), &chain("q", &["one/other"])).await.expect("an answer");
+}

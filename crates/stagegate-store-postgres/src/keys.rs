@@ -1,0 +1,76 @@
+//! API keys.
+
+use sqlx::postgres::PgRow;
+use stagegate_core::{
+    KeyId, StoreResult, TenantId,
+    store::{ApiKey, NewApiKey, Role},
+};
+
+use crate::{
+    pool::Pool,
+    rows::{self, Reader, Time},
+};
+
+/// Stores a key. Repeating it changes nothing.
+const CREATE: &str = "/* keys.create */
+INSERT INTO api_keys (id, tenant, role, name, hash, created_at, expires_at, revoked_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+ON CONFLICT (id) DO NOTHING";
+
+/// The key with a hash.
+const BY_HASH: &str = "/* keys.by_hash */
+SELECT id, tenant, role, name, created_at, expires_at, revoked_at FROM api_keys WHERE hash = $1";
+
+/// The keys of a tenant, or of all, oldest first.
+const LIST: &str = "/* keys.list */
+SELECT id, tenant, role, name, created_at, expires_at, revoked_at FROM api_keys
+WHERE $1::text IS NULL OR tenant = $1
+ORDER BY tenant, created_at, id";
+
+/// The first revocation counts.
+const REVOKE: &str = "/* keys.revoke */
+UPDATE api_keys SET revoked_at = coalesce(revoked_at, $2) WHERE id = $1 RETURNING id";
+
+pub(crate) async fn create(pool: &Pool, new: &NewApiKey) -> StoreResult<()> {
+    let key = &new.key;
+    let query = sqlx::query(CREATE)
+        .bind(key.id.0)
+        .bind(key.tenant.as_str())
+        .bind(key.role.as_str())
+        .bind(rows::printable(&key.name))
+        .bind(&new.hash[..])
+        .bind(key.created_at)
+        .bind(key.expires_at)
+        .bind(key.revoked_at);
+    pool.acquire("keys.create").await?.rows("keys.create", query).await.map(|_| ())
+}
+
+pub(crate) async fn by_hash(pool: &Pool, hash: &[u8; 32]) -> StoreResult<Option<ApiKey>> {
+    let query = sqlx::query(BY_HASH).bind(&hash[..]);
+    let row = pool.acquire("keys.by_hash").await?.row("keys.by_hash", query).await?;
+    row.as_ref().map(key).transpose()
+}
+
+pub(crate) async fn list(pool: &Pool, tenant: Option<&TenantId>) -> StoreResult<Vec<ApiKey>> {
+    let query = sqlx::query(LIST).bind(tenant.map(TenantId::as_str));
+    pool.acquire("keys.list").await?.rows("keys.list", query).await?.iter().map(key).collect()
+}
+
+pub(crate) async fn revoke(pool: &Pool, id: KeyId, now: Time) -> StoreResult<bool> {
+    let query = sqlx::query(REVOKE).bind(id.0).bind(now);
+    Ok(pool.acquire("keys.revoke").await?.row("keys.revoke", query).await?.is_some())
+}
+
+fn key(row: &PgRow) -> StoreResult<ApiKey> {
+    let id = rows::id(row, "id", "api_keys")?;
+    let read = Reader::new(row, "api_keys", id);
+    Ok(ApiKey {
+        id: KeyId(id),
+        tenant: read.parse("tenant")?,
+        role: Role::parse(read.get("role")?).ok_or_else(|| read.corrupt("role", "not a known word"))?,
+        name: read.get("name")?,
+        created_at: read.get("created_at")?,
+        expires_at: read.get("expires_at")?,
+        revoked_at: read.get("revoked_at")?,
+    })
+}

@@ -1,0 +1,213 @@
+//! The pool: owns connections, their settings, how long anything may take, and the numbers about it. No statement
+//! waits for ever: the database ends it after the statement timeout, and if the database itself is silent, we do.
+
+use std::{
+    str::FromStr as _,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use sqlx::{
+    Connection as _, PgConnection, Postgres,
+    pool::PoolConnection,
+    postgres::{PgArguments, PgConnectOptions, PgPool, PgPoolOptions, PgRow},
+    query::Query,
+};
+use stagegate_core::{Secret, StoreError, StoreResult};
+use stagegate_telemetry::Metrics;
+
+use crate::{config::PoolConfig, error};
+
+/// How long the network may add to the statement timeout before we give a connection up.
+const SILENCE_LIMIT: Duration = Duration::from_secs(2);
+/// A connection that was used within this time is handed out without a test: the test is a round trip.
+const TRUST_LIMIT: Duration = Duration::from_secs(1);
+
+/// The pool's state at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolStats {
+    /// Connections that a task holds.
+    pub in_use: u32,
+    /// Connections that are open and free.
+    pub idle: u32,
+    /// The limit.
+    pub max: u32,
+    /// Tasks that wait for a connection.
+    pub waiters: u32,
+}
+
+/// Connections and their settings.
+#[derive(Debug, Clone)]
+pub(crate) struct Pool {
+    inner: PgPool,
+    options: Arc<PgConnectOptions>,
+    acquire_timeout: Duration,
+    statement_limit: Duration,
+    metrics: Metrics,
+}
+
+impl Pool {
+    /// Connects once, so that a wrong address is told at once, and keeps the rest for later.
+    pub(crate) async fn connect(url: &Secret, config: &PoolConfig, metrics: Metrics) -> StoreResult<Self> {
+        // sqlx's message could quote a part of the URL.
+        let options = PgConnectOptions::from_str(url.expose())
+            .map_err(|_| StoreError::Defect("the database URL is not of the form postgres://user@host/name".into()))?
+            .application_name("stagegate");
+        let acquire_timeout = config.acquire_timeout.0;
+        let probe = connect_once(&options, acquire_timeout).await?;
+        let _ = probe.close().await;
+
+        let statement_timeout = config.statement_timeout.0;
+        let session = options.clone().options([
+            ("statement_timeout", statement_timeout.as_millis().to_string()),
+            // Our statements are many and large, and take arrays whose length the planner cannot know: to plan them
+            // anew each time costs more than to run them, and can only lose the index.
+            ("plan_cache_mode", "force_generic_plan".to_owned()),
+        ]);
+        let test = config.test_on_checkout;
+        let inner = PgPoolOptions::new()
+            .max_connections(config.max_connections.max(1))
+            .min_connections(config.min_connections.min(config.max_connections))
+            .acquire_timeout(acquire_timeout)
+            .idle_timeout(config.idle_timeout.0)
+            .max_lifetime(config.max_lifetime.0)
+            .test_before_acquire(false)
+            .before_acquire(move |connection, meta| {
+                Box::pin(async move {
+                    if test && meta.idle_for > TRUST_LIMIT {
+                        connection.ping().await?;
+                    }
+                    Ok(true)
+                })
+            })
+            .connect_lazy_with(session);
+        let statement_limit = statement_timeout + SILENCE_LIMIT;
+        let pool = Self { inner, options: Arc::new(options), acquire_timeout, statement_limit, metrics };
+        pool.observe();
+        Ok(pool)
+    }
+
+    /// A connection outside the pool, without a statement timeout, for what may take long.
+    pub(crate) async fn dedicated(&self) -> StoreResult<PgConnection> {
+        connect_once(&self.options, self.acquire_timeout).await
+    }
+
+    /// A connection, for the statement that is named in errors.
+    pub(crate) async fn acquire(&self, name: &'static str) -> StoreResult<Connection> {
+        let waiting = Waiting::new(&self.metrics);
+        let started = Instant::now();
+        let acquired = self.inner.acquire().await;
+        self.metrics.pool_wait.observe(started.elapsed().as_secs_f64());
+        drop(waiting);
+        self.observe();
+        let inner = acquired.map_err(|failure| error::statement(name, &failure))?;
+        Ok(Connection { inner, limit: self.statement_limit, in_transaction: false })
+    }
+
+    pub(crate) fn stats(&self) -> PoolStats {
+        let idle = u32::try_from(self.inner.num_idle()).unwrap_or(u32::MAX);
+        PoolStats {
+            in_use: self.inner.size().saturating_sub(idle),
+            idle,
+            max: self.inner.options().get_max_connections(),
+            waiters: u32::try_from(self.metrics.pool_waiters.get()).unwrap_or(0),
+        }
+    }
+
+    /// Brings the gauges up to date.
+    pub(crate) fn observe(&self) {
+        let stats = self.stats();
+        for (state, value) in [("in_use", stats.in_use), ("idle", stats.idle), ("max", stats.max)] {
+            self.metrics.pool_connections.with_label_values(&[state]).set(i64::from(value));
+        }
+    }
+
+    pub(crate) async fn close(&self) {
+        self.inner.close().await;
+        self.observe();
+    }
+}
+
+async fn connect_once(options: &PgConnectOptions, limit: Duration) -> StoreResult<PgConnection> {
+    let place = match options.get_socket() {
+        Some(socket) => socket.display().to_string(),
+        None => format!("{}:{}", options.get_host(), options.get_port()),
+    };
+    match tokio::time::timeout(limit, PgConnection::connect_with(options)).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(failure)) => Err(match error::statement("connect", &failure) {
+            StoreError::Unavailable(message) => StoreError::Unavailable(format!("{message} (at {place})")),
+            StoreError::Defect(message) => StoreError::Defect(format!("{message} (at {place})")),
+            other => other,
+        }),
+        Err(_) => Err(StoreError::Unavailable(format!("connect: no answer within {limit:?} (at {place})"))),
+    }
+}
+
+/// Counts a waiter, also when its future is dropped.
+struct Waiting<'a>(&'a Metrics);
+
+impl<'a> Waiting<'a> {
+    fn new(metrics: &'a Metrics) -> Self {
+        metrics.pool_waiters.inc();
+        Self(metrics)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.pool_waiters.dec();
+    }
+}
+
+/// A connection that runs named statements under a limit.
+pub(crate) struct Connection {
+    inner: PoolConnection<Postgres>,
+    limit: Duration,
+    in_transaction: bool,
+}
+
+/// A statement with its parameters.
+pub(crate) type Statement<'q> = Query<'q, Postgres, PgArguments>;
+
+impl Connection {
+    /// Runs it and returns its rows.
+    pub(crate) async fn rows(&mut self, name: &'static str, query: Statement<'_>) -> StoreResult<Vec<PgRow>> {
+        let answer = tokio::time::timeout(self.limit, query.fetch_all(&mut *self.inner)).await;
+        match answer {
+            Ok(Ok(rows)) => Ok(rows),
+            Ok(Err(failure)) => Err(error::statement(name, &failure)),
+            Err(_) => {
+                // It may still answer to what nobody waits for: nobody else may have it.
+                self.inner.close_on_drop();
+                Err(StoreError::Unavailable(format!("{name}: no answer within {:?}", self.limit)))
+            }
+        }
+    }
+
+    /// Runs it and returns its first row.
+    pub(crate) async fn row(&mut self, name: &'static str, query: Statement<'_>) -> StoreResult<Option<PgRow>> {
+        Ok(self.rows(name, query).await?.into_iter().next())
+    }
+
+    /// Begins a transaction. Unless [`Connection::commit`] follows, the connection is closed with it.
+    pub(crate) async fn begin(&mut self) -> StoreResult<()> {
+        self.in_transaction = true;
+        self.rows("begin", sqlx::query("BEGIN")).await.map(|_| ())
+    }
+
+    /// Commits.
+    pub(crate) async fn commit(&mut self) -> StoreResult<()> {
+        self.rows("commit", sqlx::query("COMMIT")).await?;
+        self.in_transaction = false;
+        Ok(())
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.in_transaction {
+            self.inner.close_on_drop();
+        }
+    }
+}

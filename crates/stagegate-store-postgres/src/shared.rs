@@ -1,0 +1,123 @@
+//! What [`crate::submit::SUBMIT`] and [`crate::commit::COMMIT`] both write: stages and events. Their parameters are the
+//! first eighteen of both statements, so that the pieces of SQL can be shared.
+
+use stagegate_core::{Event, StoreResult, store::StageRecord};
+use uuid::Uuid;
+
+use crate::{
+    pool::Statement,
+    rows::{self, Time},
+};
+
+/// Inserts stages of the runs in the statement's `target`. Totals come as one array, eleven numbers a stage.
+macro_rules! insert_stages {
+    () => {
+        "INSERT INTO stages (
+             run_id, tenant, stage_id, state, attempt, round_start, not_before, verdict, score, model, origin, failure,
+             started_at, finished_at, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens,
+             reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls)
+         SELECT run.id, run.tenant, t.stage_id, t.state, t.attempt, t.round_start, t.not_before, t.verdict, t.score,
+                t.model, t.origin, t.failure, t.started_at, t.finished_at,
+                ($14::int8[])[t.i * 11 - 10], ($14::int8[])[t.i * 11 - 9], ($14::int8[])[t.i * 11 - 8],
+                ($14::int8[])[t.i * 11 - 7], ($14::int8[])[t.i * 11 - 6], ($14::int8[])[t.i * 11 - 5] <> 0,
+                ($14::int8[])[t.i * 11 - 4], ($14::int8[])[t.i * 11 - 3], ($14::int8[])[t.i * 11 - 2]::int4,
+                ($14::int8[])[t.i * 11 - 1]::int4, ($14::int8[])[t.i * 11]::int4
+         FROM unnest($1::uuid[], $2::text[], $3::text[], $4::int4[], $5::int4[], $6::timestamptz[], $7::text[],
+                     $8::float8[], $9::text[], $10::text[], $11::text[], $12::timestamptz[], $13::timestamptz[])
+             WITH ORDINALITY AS t(run_id, stage_id, state, attempt, round_start, not_before, verdict, score, model,
+                                  origin, failure, started_at, finished_at, i)
+         JOIN target run ON run.id = t.run_id AND run.started"
+    };
+}
+
+/// Inserts events of the runs in the statement's `target`, up to each run's `last_seq`.
+macro_rules! insert_events {
+    () => {
+        "INSERT INTO events (run_id, tenant, seq, at, body)
+         SELECT run.id, run.tenant, t.seq, t.at, t.body
+         FROM unnest($15::uuid[], $16::int8[], $17::timestamptz[], $18::text[]) AS t(run_id, seq, at, body)
+         JOIN target run ON run.id = t.run_id AND t.seq <= run.last_seq"
+    };
+}
+
+pub(crate) use {insert_events, insert_stages};
+
+/// Parameters $1 to $14.
+#[derive(Default)]
+pub(crate) struct StageColumns<'a> {
+    runs: Vec<Uuid>,
+    ids: Vec<&'a str>,
+    states: Vec<&'static str>,
+    attempts: Vec<i32>,
+    rounds: Vec<i32>,
+    not_before: Vec<Option<Time>>,
+    verdicts: Vec<Option<&'static str>>,
+    scores: Vec<Option<f64>>,
+    models: Vec<Option<String>>,
+    origins: Vec<Option<&'static str>>,
+    failures: Vec<Option<String>>,
+    started: Vec<Option<Time>>,
+    finished: Vec<Option<Time>>,
+    totals: Vec<i64>,
+}
+
+impl<'a> StageColumns<'a> {
+    pub(crate) fn push(&mut self, run: Uuid, stage: &'a StageRecord) -> StoreResult<()> {
+        self.runs.push(run);
+        self.ids.push(stage.id.as_str());
+        self.states.push(stage.state.as_str());
+        self.attempts.push(rows::small(stage.attempt));
+        self.rounds.push(rows::small(stage.round_start));
+        self.not_before.push(stage.not_before);
+        self.verdicts.push(stage.verdict.map(stagegate_core::Verdict::as_str));
+        self.scores.push(stage.score);
+        self.models.push(stage.model.as_ref().map(ToString::to_string));
+        self.origins.push(stage.origin.map(stagegate_core::Origin::as_str));
+        self.failures.push(rows::maybe_json("a failure", stage.failure.as_ref())?);
+        self.started.push(stage.started_at);
+        self.finished.push(stage.finished_at);
+        self.totals.extend(rows::totals_numbers(&stage.totals));
+        Ok(())
+    }
+
+    pub(crate) fn bind(self, query: Statement<'_>) -> Statement<'_> {
+        query
+            .bind(self.runs)
+            .bind(self.ids)
+            .bind(self.states)
+            .bind(self.attempts)
+            .bind(self.rounds)
+            .bind(self.not_before)
+            .bind(self.verdicts)
+            .bind(self.scores)
+            .bind(self.models)
+            .bind(self.origins)
+            .bind(self.failures)
+            .bind(self.started)
+            .bind(self.finished)
+            .bind(self.totals)
+    }
+}
+
+/// Parameters $15 to $18.
+#[derive(Default)]
+pub(crate) struct EventColumns {
+    runs: Vec<Uuid>,
+    seqs: Vec<i64>,
+    times: Vec<Time>,
+    bodies: Vec<String>,
+}
+
+impl EventColumns {
+    pub(crate) fn push(&mut self, run: Uuid, event: &Event) -> StoreResult<()> {
+        self.runs.push(run);
+        self.seqs.push(rows::integer(event.seq));
+        self.times.push(event.at);
+        self.bodies.push(rows::to_json("an event", &event.kind)?);
+        Ok(())
+    }
+
+    pub(crate) fn bind(self, query: Statement<'_>) -> Statement<'_> {
+        query.bind(self.runs).bind(self.seqs).bind(self.times).bind(self.bodies)
+    }
+}

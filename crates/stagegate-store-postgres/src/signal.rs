@@ -1,0 +1,152 @@
+//! Signals. Whoever leaves one locks the run's row first and changes it in the same transaction: so an owner that
+//! parks the run, or reads its signals, comes before (and the row says that the run must be woken) or after (and sees it).
+
+use serde::{Deserialize, Serialize};
+use sqlx::postgres::PgRow;
+use stagegate_core::{
+    ReplicaId, RunState, StageId, StageState, StoreResult,
+    store::{Lease, NewSignal, Signal, SignalKind, Signalled},
+};
+
+use crate::{
+    pool::{Connection, Pool},
+    rows::{self, Reader, Time},
+};
+
+/// Locks a run of a tenant.
+const LOCK: &str = "/* signals.lock */
+SELECT state, owner, cancel_requested FROM runs WHERE id = $1 AND tenant = $2 FOR NO KEY UPDATE";
+
+/// A stage's state, and whether a decision on it is pending.
+const HELD: &str = "/* signals.held */
+SELECT s.state, EXISTS (
+    SELECT FROM signals g WHERE g.run_id = $1 AND g.stage_id = $2
+) AS decided
+FROM stages s WHERE s.run_id = $1 AND s.stage_id = $2";
+
+/// Leaves a signal on a locked run that is under way, and wakes it where it is parked.
+const LEAVE: &str = "/* signals.leave */
+WITH left_behind AS (
+    INSERT INTO signals (run_id, tenant, body, stage_id) VALUES ($1, $2, $3, $5)
+)
+UPDATE runs SET
+    pending = pending + 1,
+    signalled = true,
+    cancel_requested = cancel_requested OR $4,
+    available_at = CASE WHEN owner IS NULL THEN least(available_at, now()) END
+WHERE id = $1";
+
+/// Reopens a locked run that failed. What was asked of it before is void. The epoch grows, so that a repeated commit of
+/// its end is stale.
+const REOPEN: &str = "/* signals.reopen */
+WITH void AS (
+    DELETE FROM signals WHERE run_id = $1
+), left_behind AS (
+    INSERT INTO signals (run_id, tenant, body) VALUES ($1, $2, $3)
+)
+UPDATE runs SET
+    state = 'queued', epoch = epoch + 1, owner = NULL, available_at = now(), pending = 1, signalled = true,
+    cancel_requested = false, failure = NULL, finished_at = NULL, deadline_at = $4
+WHERE id = $1";
+
+/// Clears the mark of a leased run.
+const SEEN: &str = "/* signals.seen */
+UPDATE runs SET signalled = false WHERE id = $1 AND epoch = $2 AND owner IS NOT NULL RETURNING id";
+
+/// The signals of a run.
+const READ: &str = "/* signals.read */ SELECT id, body FROM signals WHERE run_id = $1 ORDER BY id";
+
+/// What a signal's `body` holds.
+#[derive(Serialize, Deserialize)]
+struct Body {
+    #[serde(flatten)]
+    kind: SignalKind,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    by: Option<String>,
+}
+
+pub(crate) async fn signal(pool: &Pool, new: &NewSignal) -> StoreResult<Signalled> {
+    let mut connection = pool.acquire("signals.leave").await?;
+    connection.begin().await?;
+    let lock = sqlx::query(LOCK).bind(new.run.0).bind(new.tenant.as_str());
+    let answer = match connection.row("signals.lock", lock).await? {
+        Some(run) => on_locked(&mut connection, new, &run).await?,
+        None => Signalled::NoSuchRun,
+    };
+    connection.commit().await?;
+    Ok(answer)
+}
+
+async fn on_locked(connection: &mut Connection, new: &NewSignal, run: &PgRow) -> StoreResult<Signalled> {
+    let read = Reader::new(run, "runs", new.run.0);
+    let state = rows::run_state(&read, "state")?;
+    let owner = read.get::<Option<uuid::Uuid>>("owner")?.map(ReplicaId);
+    match &new.kind {
+        SignalKind::Retry { deadline_at } => {
+            if !state.is_terminal() || state == RunState::Succeeded {
+                return Ok(Signalled::WrongRunState(state));
+            }
+            reopen(connection, new, *deadline_at).await?;
+            return Ok(Signalled::Accepted { owner: None });
+        }
+        _ if state.is_terminal() => return Ok(Signalled::WrongRunState(state)),
+        // Asked again: the first one stands.
+        SignalKind::Cancel if read.get("cancel_requested")? => return Ok(Signalled::Accepted { owner }),
+        SignalKind::Cancel => {}
+        SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => {
+            if let Some(refusal) = not_held(connection, new, stage).await? {
+                return Ok(refusal);
+            }
+        }
+    }
+    let about = match &new.kind {
+        SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => Some(stage.as_str()),
+        SignalKind::Cancel | SignalKind::Retry { .. } => None,
+    };
+    let query = sqlx::query(LEAVE)
+        .bind(new.run.0)
+        .bind(new.tenant.as_str())
+        .bind(body(new)?)
+        .bind(new.kind == SignalKind::Cancel)
+        .bind(about);
+    connection.rows("signals.leave", query).await?;
+    Ok(Signalled::Accepted { owner })
+}
+
+async fn not_held(connection: &mut Connection, new: &NewSignal, stage: &StageId) -> StoreResult<Option<Signalled>> {
+    let query = sqlx::query(HELD).bind(new.run.0).bind(stage.as_str());
+    let Some(row) = connection.row("signals.held", query).await? else {
+        return Ok(Some(Signalled::StageNotHeld(None)));
+    };
+    let read = Reader::new(&row, "stages", new.run.0);
+    let found = StageState::parse(read.get("state")?).ok_or_else(|| read.corrupt("state", "not a known word"))?;
+    let refused = found != StageState::Held || read.get("decided")?;
+    Ok(refused.then_some(Signalled::StageNotHeld(Some(found))))
+}
+
+async fn reopen(connection: &mut Connection, new: &NewSignal, deadline_at: Time) -> StoreResult<()> {
+    let query = sqlx::query(REOPEN).bind(new.run.0).bind(new.tenant.as_str()).bind(body(new)?).bind(deadline_at);
+    connection.rows("signals.reopen", query).await.map(|_| ())
+}
+
+fn body(new: &NewSignal) -> StoreResult<String> {
+    rows::to_json("a signal", &Body { kind: new.kind.clone(), by: new.by.clone() })
+}
+
+/// Two statements, because one would clear the mark of a signal that it does not see yet.
+pub(crate) async fn signals(pool: &Pool, lease: Lease) -> StoreResult<Vec<Signal>> {
+    let mut connection = pool.acquire("signals.read").await?;
+    connection.begin().await?;
+    let seen = sqlx::query(SEEN).bind(lease.run.0).bind(lease.epoch.0);
+    let found = match connection.row("signals.seen", seen).await? {
+        Some(_) => connection.rows("signals.read", sqlx::query(READ).bind(lease.run.0)).await?,
+        None => Vec::new(),
+    };
+    connection.commit().await?;
+    let signal = |row: &PgRow| {
+        let read = Reader::new(row, "signals", lease.run.0);
+        let body: Body = read.json("body")?;
+        Ok(Signal { id: read.get("id")?, kind: body.kind, by: body.by })
+    };
+    found.iter().map(signal).collect()
+}

@@ -1,0 +1,288 @@
+//! Accepting runs: one statement for many, each on its own.
+
+use std::collections::HashSet;
+
+use sqlx::Row as _;
+use stagegate_core::{
+    Epoch, EventKind, RunId, StoreError, StoreResult,
+    pipeline::{CacheMode, Labels},
+    store::{IDEMPOTENCY_TTL, NewRun, Submitted},
+};
+use uuid::Uuid;
+
+use crate::{
+    error,
+    pool::{Connection, Pool, Statement},
+    rows::{self, Time},
+    shared::{EventColumns, StageColumns, insert_events, insert_stages},
+};
+
+/// Inserts runs with their payloads, first events and first stages.
+///
+/// - `claimed`: keys that are new, or whose time is over. They are taken in order, so that two batches never wait for
+///   each other in a circle; a key that another transaction is just taking is waited for.
+/// - `made`: runs without a key, or whose key was claimed; not those that are there. A replica that is not alive gets
+///   no lease: the run is queued, with only those of its events that tell of its acceptance.
+pub const SUBMIT: &str = concat!(
+    "/* runs.submit */
+WITH new AS (
+    SELECT * FROM unnest(
+        $19::uuid[], $20::text[], $21::text[], $22::int4[], $23::int4[], $24::text[], $25::int2[], $26::text[],
+        $27::text[], $28::timestamptz[], $29::timestamptz[], $30::uuid[], $31::int8[], $32::int8[], $33::text[],
+        $34::bytea[], $35::bytea[]
+    ) AS t(id, tenant, pipeline, version, stages_total, cache_mode, priority, labels, request_id,
+           created_at, deadline_at, lease_to, last_seq, queued_seq, input, key, digest)
+), claimed AS (
+    INSERT INTO idempotency_keys AS k (tenant, key, digest, run_id, created_at)
+    SELECT tenant, key, digest, id, created_at FROM new WHERE key IS NOT NULL ORDER BY tenant, key
+    ON CONFLICT (tenant, key) DO UPDATE
+        SET digest = excluded.digest, run_id = excluded.run_id, created_at = excluded.created_at
+        WHERE k.created_at <= excluded.created_at - make_interval(secs => $36)
+    RETURNING k.run_id
+), made AS (
+    INSERT INTO runs (id, tenant, pipeline, version, stages_total, cache_mode, priority, labels, request_id, created_at,
+                      deadline_at, state, owner, epoch, available_at, started_at, last_seq)
+    SELECT n.id, n.tenant, n.pipeline, n.version, n.stages_total, n.cache_mode, n.priority, n.labels::text[],
+           n.request_id, n.created_at, n.deadline_at,
+           CASE WHEN p.id IS NULL THEN 'queued' ELSE 'running' END,
+           p.id,
+           CASE WHEN p.id IS NULL THEN 0 ELSE 1 END,
+           CASE WHEN p.id IS NULL THEN now() END,
+           CASE WHEN p.id IS NOT NULL THEN n.created_at END,
+           CASE WHEN p.id IS NULL THEN n.queued_seq ELSE n.last_seq END
+    FROM new n
+    LEFT JOIN replicas p ON p.id = n.lease_to AND p.dead_at IS NULL AND p.expires_at > now()
+    WHERE n.key IS NULL OR n.id IN (SELECT run_id FROM claimed)
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id, tenant, owner, last_seq
+), target AS (
+    SELECT m.id, m.tenant, m.last_seq, n.input, m.owner IS NOT NULL OR n.lease_to IS NULL AS started
+    FROM made m JOIN new n ON n.id = m.id
+), payload AS (
+    INSERT INTO run_payloads (run_id, tenant, input) SELECT id, tenant, input FROM target
+), stage AS (
+    ",
+    insert_stages!(),
+    "
+), event AS (
+    ",
+    insert_events!(),
+    "
+)
+SELECT id, owner IS NOT NULL AS leased FROM made"
+);
+
+/// What became of runs that were not inserted: they are there, or their key names another run.
+const SUBMITTED: &str = "/* runs.submitted */
+SELECT r.id IS NOT NULL AS there, coalesce(r.owner = n.lease_to, false) AS leased, r.epoch, k.run_id AS existing,
+       coalesce(k.digest = n.digest, false) AS same
+FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::bytea[], $5::bytea[])
+    WITH ORDINALITY AS n(id, tenant, lease_to, key, digest, ordinal)
+LEFT JOIN runs r ON r.id = n.id AND r.tenant = n.tenant
+LEFT JOIN idempotency_keys k ON k.tenant = n.tenant AND k.key = n.key
+ORDER BY n.ordinal";
+
+pub(crate) async fn submit(pool: &Pool, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
+    let mut answers: Vec<Option<Submitted>> = vec![None; runs.len()];
+    if runs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut connection = pool.acquire("runs.submit").await?;
+    // One statement cannot meet one id or key twice. What repeats inside the batch goes in a later round.
+    let mut waiting: Vec<usize> = (0..runs.len()).collect();
+    while !waiting.is_empty() {
+        let (round, later) = split(runs, &waiting);
+        let batch: Vec<&NewRun> = round.iter().map(|index| &runs[*index]).collect();
+        let made = insert(&mut connection, &batch).await?;
+        for index in &round {
+            let found = made.iter().find(|(id, _)| *id == runs[*index].id);
+            answers[*index] = found.map(|(_, leased)| Submitted::Accepted(leased.then_some(Epoch(1))));
+        }
+        let open: Vec<usize> = round.into_iter().filter(|index| answers[*index].is_none()).collect();
+        if !open.is_empty() {
+            let batch: Vec<&NewRun> = open.iter().map(|index| &runs[*index]).collect();
+            for (index, answer) in open.into_iter().zip(look_up(&mut connection, &batch).await?) {
+                answers[index] = Some(answer);
+            }
+        }
+        waiting = later;
+    }
+    let missing = || StoreError::Defect("runs.submit: a run was left without an answer".into());
+    answers.into_iter().map(|answer| answer.ok_or_else(missing)).collect()
+}
+
+/// The first of each id and key, and the rest.
+fn split(runs: &[NewRun], waiting: &[usize]) -> (Vec<usize>, Vec<usize>) {
+    let (mut ids, mut keys) = (HashSet::new(), HashSet::new());
+    waiting.iter().partition(|index| {
+        let run = &runs[**index];
+        let key = run.idempotency.as_ref().map(|idempotency| (&run.tenant, &idempotency.key));
+        // Both are entered, so that what follows a repeated run with its key follows it into the later round.
+        let new_id = ids.insert(run.id);
+        let new_key = key.is_none_or(|key| keys.insert(key));
+        new_id && new_key
+    })
+}
+
+async fn insert(connection: &mut Connection, runs: &[&NewRun]) -> StoreResult<Vec<(RunId, bool)>> {
+    let mut columns = Columns::default();
+    for run in runs {
+        columns.push(run)?;
+    }
+    let made = connection.rows("runs.submit", columns.query()).await?;
+    let decoded = made.iter().map(|row| Ok((RunId(row.try_get("id")?), row.try_get("leased")?)));
+    decoded.collect::<Result<_, _>>().map_err(|failure: sqlx::Error| error::statement("runs.submit", &failure))
+}
+
+async fn look_up(connection: &mut Connection, runs: &[&NewRun]) -> StoreResult<Vec<Submitted>> {
+    let key = |run: &NewRun| run.idempotency.as_ref().map(|idempotency| idempotency.key.as_bytes().to_vec());
+    let digest = |run: &NewRun| run.idempotency.as_ref().map(|idempotency| idempotency.digest.to_vec());
+    let query = sqlx::query(SUBMITTED)
+        .bind(runs.iter().map(|run| run.id.0).collect::<Vec<_>>())
+        .bind(runs.iter().map(|run| run.tenant.as_str()).collect::<Vec<_>>())
+        .bind(runs.iter().map(|run| run.lease_to.map(|replica| replica.0)).collect::<Vec<_>>())
+        .bind(runs.iter().map(|run| key(run)).collect::<Vec<_>>())
+        .bind(runs.iter().map(|run| digest(run)).collect::<Vec<_>>());
+    let found = connection.rows("runs.submitted", query).await?;
+    let answer = |row: &sqlx::postgres::PgRow| -> Result<Option<Submitted>, sqlx::Error> {
+        if row.try_get("there")? {
+            let leased: bool = row.try_get("leased")?;
+            let epoch = Epoch(row.try_get("epoch")?);
+            return Ok(Some(Submitted::Accepted(leased.then_some(epoch))));
+        }
+        let existing: Option<Uuid> = row.try_get("existing")?;
+        let same: bool = row.try_get("same")?;
+        Ok(existing.map(RunId).map(|id| if same { Submitted::Existing(id) } else { Submitted::Conflict(id) }))
+    };
+    let decode = |row| answer(row).map_err(|failure| error::statement("runs.submitted", &failure));
+    let foreign = || StoreError::Defect("runs.submit: the run's id is another tenant's".into());
+    found.iter().map(|row| decode(row)?.ok_or_else(foreign)).collect()
+}
+
+/// The parameters of [`SUBMIT`], in its order.
+#[derive(Default)]
+struct Columns<'a> {
+    stages: StageColumns<'a>,
+    events: EventColumns,
+    ids: Vec<Uuid>,
+    tenants: Vec<&'a str>,
+    pipelines: Vec<&'a str>,
+    versions: Vec<i32>,
+    stages_totals: Vec<i32>,
+    cache_modes: Vec<Option<&'static str>>,
+    priorities: Vec<i16>,
+    labels: Vec<String>,
+    request_ids: Vec<Option<String>>,
+    created: Vec<Time>,
+    deadlines: Vec<Time>,
+    lease_to: Vec<Option<Uuid>>,
+    last_seqs: Vec<i64>,
+    queued_seqs: Vec<i64>,
+    inputs: Vec<String>,
+    keys: Vec<Option<&'a [u8]>>,
+    digests: Vec<Option<&'a [u8]>>,
+}
+
+impl<'a> Columns<'a> {
+    fn push(&mut self, run: &'a NewRun) -> StoreResult<()> {
+        let last_seq = rows::integer(run.events.len() as u64);
+        let accepted = |kind: &EventKind| matches!(kind, EventKind::RunAccepted { .. });
+        let acceptance = run.events.iter().take_while(|event| accepted(&event.kind)).count();
+        self.ids.push(run.id.0);
+        self.tenants.push(run.tenant.as_str());
+        self.pipelines.push(run.pipeline.as_str());
+        self.versions.push(rows::small(run.version));
+        self.stages_totals.push(rows::small(run.stages_total));
+        self.cache_modes.push(run.cache_mode.map(cache_mode));
+        self.priorities.push(run.priority);
+        self.labels.push(labels(&run.labels)?);
+        self.request_ids.push(run.request_id.as_deref().map(rows::printable));
+        self.created.push(run.created_at);
+        self.deadlines.push(run.deadline_at);
+        self.lease_to.push(run.lease_to.map(|replica| replica.0));
+        self.last_seqs.push(last_seq);
+        self.queued_seqs.push(if run.lease_to.is_some() { rows::integer(acceptance as u64) } else { last_seq });
+        self.inputs.push(rows::to_json("an input", &run.input)?);
+        self.keys.push(run.idempotency.as_ref().map(|idempotency| idempotency.key.as_bytes()));
+        self.digests.push(run.idempotency.as_ref().map(|idempotency| &idempotency.digest[..]));
+        for stage in &run.stages {
+            self.stages.push(run.id.0, stage)?;
+        }
+        for event in &run.events {
+            self.events.push(run.id.0, event)?;
+        }
+        Ok(())
+    }
+
+    fn query(self) -> Statement<'a> {
+        let query = self.events.bind(self.stages.bind(sqlx::query(SUBMIT)));
+        query
+            .bind(self.ids)
+            .bind(self.tenants)
+            .bind(self.pipelines)
+            .bind(self.versions)
+            .bind(self.stages_totals)
+            .bind(self.cache_modes)
+            .bind(self.priorities)
+            .bind(self.labels)
+            .bind(self.request_ids)
+            .bind(self.created)
+            .bind(self.deadlines)
+            .bind(self.lease_to)
+            .bind(self.last_seqs)
+            .bind(self.queued_seqs)
+            .bind(self.inputs)
+            .bind(self.keys)
+            .bind(self.digests)
+            .bind(IDEMPOTENCY_TTL.as_secs_f64())
+    }
+}
+
+/// As stored.
+fn cache_mode(mode: CacheMode) -> &'static str {
+    match mode {
+        CacheMode::Use => "use",
+        CacheMode::Refresh => "refresh",
+        CacheMode::ReadOnly => "read_only",
+        CacheMode::Off => "off",
+    }
+}
+
+/// Labels as the text of a Postgres array, because an array of arrays cannot be unnested one level only.
+fn labels(labels: &Labels) -> StoreResult<String> {
+    let mut text = String::from("{");
+    for label in labels {
+        if text.len() > 1 {
+            text.push(',');
+        }
+        text.push('"');
+        for char in rows::to_json("a label", &label)?.chars() {
+            if matches!(char, '"' | '\\') {
+                text.push('\\');
+            }
+            text.push(char);
+        }
+        text.push('"');
+    }
+    text.push('}');
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_quoted_for_an_array() {
+        let given: Labels = [("a\"b".to_owned(), "c\\d,{}\0".to_owned())].into();
+        assert_eq!(labels(&given).expect("strings"), r#"{"[\"a\\\"b\",\"c\\\\d,{}\\u0000\"]"}"#);
+        assert_eq!(labels(&Labels::new()).expect("nothing"), "{}");
+    }
+
+    #[test]
+    fn cache_modes_are_stored_as_they_are_shown() {
+        for mode in [CacheMode::Use, CacheMode::Refresh, CacheMode::ReadOnly, CacheMode::Off] {
+            assert_eq!(serde_json::to_value(mode).expect("a word"), cache_mode(mode));
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! The response cache's shared tier in the same file, so that a laptop's next invocation still hits. Owns entries,
+//! generations and floors; knows nothing of runs.
+//!
+//! Reads use the readers. Puts that come while another is being written are gathered into one transaction, on a
+//! connection that does not wait for the disk, so that the runs' commits wait for one short write at most.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use sqlx::SqliteConnection;
+use stagegate_core::{
+    StoreError, StoreResult, TenantId,
+    cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
+};
+use tokio::sync::oneshot;
+
+use crate::{
+    db::{Db, Lane},
+    error::Sql,
+    rows::{int, json, now_ms},
+};
+
+/// What all entries may take together. Past it the oldest go.
+pub const CACHE_MAX_BYTES: u64 = 256 * 1024 * 1024;
+/// An entry larger than this is not kept: one answer must not push everything else out.
+pub const CACHE_ENTRY_MAX_BYTES: u64 = 16 * 1024 * 1024;
+/// Expired entries that one write removes at most.
+const PURGE_EXPIRED: i64 = 64;
+/// Oldest entries that are removed at once while there are too many bytes.
+const EVICT_OLDEST: i64 = 8;
+/// Entries in one transaction.
+const BATCH: usize = 64;
+
+// cache-get: the generation, the highest floor of the reader's scopes, and the entry if it counts.
+pub(crate) const GET: &str = concat!(
+    "WITH lowest AS MATERIALIZED (SELECT max(floor) AS floor FROM cache_floors WHERE tenant = ?1 \
+     AND scope IN (SELECT value FROM json_each(?3))) \
+     SELECT g.generation, lowest.floor, e.entry, e.generation FROM cache_generations g CROSS JOIN lowest \
+     LEFT JOIN cache_entries e ON e.tenant = ?1 AND e.key = ?2 AND e.generation >= coalesce(lowest.floor, 0) \
+     AND e.expires_at > ",
+    now_ms!(),
+    " WHERE g.tenant = ?1"
+);
+
+// cache-start: a missing generation starts at the clock, in microseconds.
+const START: &str = concat!(
+    "INSERT INTO cache_generations (tenant, generation) VALUES (?1, ",
+    now_ms!(),
+    " * 1000) ON CONFLICT (tenant) DO NOTHING RETURNING generation"
+);
+
+// cache-advance
+const ADVANCE: &str = "UPDATE cache_generations SET generation = generation + 1 WHERE tenant = ?1 RETURNING generation";
+
+// cache-floor
+const FLOOR: &str = "INSERT INTO cache_floors (tenant, scope, floor) VALUES (?1, ?2, ?3) \
+    ON CONFLICT (tenant, scope) DO UPDATE SET floor = excluded.floor";
+
+// cache-replace: an entry of a later generation stays.
+const REPLACE: &str = "DELETE FROM cache_entries WHERE tenant = ?1 AND key = ?2 AND generation <= ?3";
+
+// cache-put
+const PUT: &str = concat!(
+    "INSERT INTO cache_entries (tenant, key, generation, expires_at, bytes, entry) VALUES (?1, ?2, ?3, ",
+    now_ms!(),
+    " + ?4, ?5, ?6) ON CONFLICT (tenant, key) DO NOTHING"
+);
+
+// cache-purge
+pub(crate) const PURGE: &str = concat!(
+    "DELETE FROM cache_entries WHERE age IN (SELECT age FROM cache_entries WHERE expires_at <= ",
+    now_ms!(),
+    " ORDER BY expires_at LIMIT ?1)"
+);
+
+// cache-size
+const SIZE: &str = "SELECT bytes FROM cache_size WHERE one = 1";
+
+// cache-evict-oldest
+pub(crate) const OLDEST: &str =
+    "DELETE FROM cache_entries WHERE age IN (SELECT age FROM cache_entries ORDER BY age LIMIT ?1)";
+
+// cache-evict
+pub(crate) const EVICT: &str = "DELETE FROM cache_entries WHERE tenant = ?1 AND key = ?2";
+
+/// An entry on its way to the file.
+#[derive(Debug)]
+struct Put {
+    tenant: TenantId,
+    key: CacheKey,
+    entry: Vec<u8>,
+    generation: u64,
+    ttl: Duration,
+    done: oneshot::Sender<Result<(), CacheError>>,
+}
+
+/// Generation, floor, entry, the entry's generation.
+type Found = (i64, Option<i64>, Option<Vec<u8>>, Option<i64>);
+
+/// The tier: a table of the store's file.
+#[derive(Debug, Clone)]
+pub(crate) struct SqliteCache {
+    db: Arc<Db>,
+    waiting: Arc<Mutex<Vec<Put>>>,
+    max_bytes: u64,
+}
+
+fn unavailable(error: &StoreError) -> CacheError {
+    CacheError(error.to_string())
+}
+
+impl SqliteCache {
+    pub(crate) fn new(db: Arc<Db>, max_bytes: u64) -> Self {
+        Self { db, waiting: Arc::default(), max_bytes }
+    }
+
+    /// Writes what waits, its own and others', until nothing does.
+    async fn flush(self) {
+        loop {
+            let mut tx = match self.db.write(Lane::Cache).await {
+                Ok(tx) => tx,
+                Err(error) => return answer(self.take(usize::MAX), &Err(unavailable(&error))),
+            };
+            // Taken only now, so that what came while this task waited for its turn goes along.
+            let batch = self.take(BATCH);
+            if batch.is_empty() {
+                let _ = tx.commit().await;
+                return;
+            }
+            let written = match self.write(tx.conn(), &batch).await {
+                Ok(()) => tx.commit().await,
+                Err(error) => Err(error),
+            };
+            answer(batch, &written.map_err(|error| unavailable(&error)));
+        }
+    }
+
+    fn take(&self, most: usize) -> Vec<Put> {
+        // A panic elsewhere leaves the list whole: it is only pushed to and drained.
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = waiting.len().min(most);
+        waiting.drain(..count).collect()
+    }
+
+    async fn write(&self, conn: &mut SqliteConnection, batch: &[Put]) -> StoreResult<()> {
+        for put in batch {
+            let (tenant, key) = (put.tenant.as_str(), put.key.0.as_slice());
+            let (generation, bytes) = (int(put.generation), int(put.entry.len() as u64));
+            let ttl = i64::try_from(put.ttl.as_millis()).unwrap_or(i64::MAX / 4).min(i64::MAX / 4);
+            sqlx::query(REPLACE).bind(tenant).bind(key).bind(generation).execute(&mut *conn).await.sql()?;
+            let insert = sqlx::query(PUT).bind(tenant).bind(key).bind(generation).bind(ttl).bind(bytes);
+            insert.bind(put.entry.as_slice()).execute(&mut *conn).await.sql()?;
+        }
+        sqlx::query(PURGE).bind(PURGE_EXPIRED).execute(&mut *conn).await.sql()?;
+        self.shrink(conn).await
+    }
+
+    /// Removes the oldest while there are too many bytes; that is about as much as the batch brought.
+    async fn shrink(&self, conn: &mut SqliteConnection) -> StoreResult<()> {
+        loop {
+            let bytes: i64 = sqlx::query_scalar(SIZE).fetch_one(&mut *conn).await.sql()?;
+            if bytes <= int(self.max_bytes) {
+                return Ok(());
+            }
+            let gone = sqlx::query(OLDEST).bind(EVICT_OLDEST).execute(&mut *conn).await.sql()?;
+            if gone.rows_affected() == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn look(&self, tenant: &TenantId, key: CacheKey, scopes: &[CacheScope]) -> StoreResult<Option<CacheLookup>> {
+        // The tenant's own floor always counts: it is where a fresh tier begins.
+        let mut names: Vec<String> = scopes.iter().map(ToString::to_string).collect();
+        names.push(CacheScope::Tenant.to_string());
+        let row: Option<Found> = sqlx::query_as(GET)
+            .bind(tenant.as_str())
+            .bind(key.0.as_slice())
+            .bind(json(&names)?)
+            .fetch_optional(self.db.read().await?.conn())
+            .await
+            .sql()?;
+        let unsigned = |stored: i64| u64::try_from(stored).unwrap_or(0);
+        Ok(row.map(|(generation, floor, entry, stored)| CacheLookup {
+            generation: unsigned(generation),
+            floor: floor.map_or(0, unsigned),
+            entry: entry.zip(stored.map(unsigned)),
+        }))
+    }
+
+    /// Starts a tenant's generation, unless somebody has. Returns it if this call did.
+    async fn start(conn: &mut SqliteConnection, tenant: &TenantId) -> StoreResult<Option<i64>> {
+        let started: Option<i64> =
+            sqlx::query_scalar(START).bind(tenant.as_str()).fetch_optional(&mut *conn).await.sql()?;
+        if let Some(generation) = started {
+            floor(conn, tenant, &CacheScope::Tenant, generation).await?;
+        }
+        Ok(started)
+    }
+
+    async fn lookup(&self, tenant: &TenantId, key: CacheKey, scopes: &[CacheScope]) -> StoreResult<CacheLookup> {
+        if let Some(found) = self.look(tenant, key, scopes).await? {
+            return Ok(found);
+        }
+        let mut tx = self.db.write(Lane::Cache).await?;
+        Self::start(tx.conn(), tenant).await?;
+        tx.commit().await?;
+        let found = self.look(tenant, key, scopes).await?;
+        found.ok_or_else(|| StoreError::Unavailable("the cache was emptied just now".to_owned()))
+    }
+
+    async fn advance(&self, tenant: &TenantId, scope: &CacheScope) -> StoreResult<u64> {
+        let mut tx = self.db.write(Lane::Cache).await?;
+        Self::start(tx.conn(), tenant).await?;
+        let generation: i64 = sqlx::query_scalar(ADVANCE).bind(tenant.as_str()).fetch_one(tx.conn()).await.sql()?;
+        floor(tx.conn(), tenant, scope, generation).await?;
+        tx.commit().await?;
+        Ok(u64::try_from(generation).unwrap_or(0))
+    }
+
+    async fn remove(&self, tenant: &TenantId, key: CacheKey) -> StoreResult<()> {
+        let mut tx = self.db.write(Lane::Cache).await?;
+        sqlx::query(EVICT).bind(tenant.as_str()).bind(key.0.as_slice()).execute(tx.conn()).await.sql()?;
+        tx.commit().await
+    }
+}
+
+async fn floor(conn: &mut SqliteConnection, tenant: &TenantId, scope: &CacheScope, floor: i64) -> StoreResult<()> {
+    let query = sqlx::query(FLOOR).bind(tenant.as_str()).bind(scope.to_string()).bind(floor);
+    query.execute(conn).await.sql().map(drop)
+}
+
+fn answer(batch: Vec<Put>, with: &Result<(), CacheError>) {
+    for put in batch {
+        // Whoever no longer waits need not know.
+        let _ = put.done.send(with.clone());
+    }
+}
+
+#[async_trait]
+impl CacheTier for SqliteCache {
+    async fn get(&self, tenant: &TenantId, key: CacheKey, scopes: &[CacheScope]) -> Result<CacheLookup, CacheError> {
+        self.lookup(tenant, key, scopes).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn put(
+        &self,
+        tenant: &TenantId,
+        key: CacheKey,
+        entry: &[u8],
+        generation: u64,
+        ttl: Duration,
+    ) -> Result<(), CacheError> {
+        if entry.len() as u64 > CACHE_ENTRY_MAX_BYTES.min(self.max_bytes) {
+            return self.evict(tenant, key).await;
+        }
+        let (done, written) = oneshot::channel();
+        let put = Put { tenant: tenant.clone(), key, entry: entry.to_vec(), generation, ttl, done };
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(put);
+        // A task of its own: others' entries are in its hands, whatever becomes of this caller.
+        tokio::spawn(self.clone().flush());
+        written.await.unwrap_or_else(|_| Err(CacheError("the writing task is gone".to_owned())))
+    }
+
+    async fn evict(&self, tenant: &TenantId, key: CacheKey) -> Result<(), CacheError> {
+        self.remove(tenant, key).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<u64, CacheError> {
+        self.advance(tenant, scope).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn ping(&self) -> Result<(), CacheError> {
+        crate::ping(&self.db).await.map_err(|error| unavailable(&error))
+    }
+
+    fn kind(&self) -> &'static str {
+        "sqlite"
+    }
+}

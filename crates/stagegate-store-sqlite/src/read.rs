@@ -1,0 +1,151 @@
+//! Reading runs, for whoever asks over the API. Every statement names the tenant.
+
+use std::collections::HashMap;
+
+use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
+use stagegate_core::{
+    Attempt, Event, LedgerEntry, RunId, StageId, StoreResult, TenantId,
+    store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
+};
+
+use crate::{
+    db::Db,
+    error::Sql,
+    records::{self, ATTEMPT_COLUMNS, CHECKPOINT_COLUMNS, LEDGER_COLUMNS, STAGE_COLUMNS, run_columns},
+    rows::{Cells, int, ms},
+};
+
+// run-record
+pub(crate) const RUN: &str = concat!("SELECT ", run_columns!(), " FROM runs WHERE id = ?1 AND tenant = ?2");
+
+// run-payloads: the caller has checked the tenant.
+pub(crate) const PAYLOADS: &str = "SELECT run_id, kind, body FROM run_payloads WHERE run_id = ?1";
+
+// events-after
+pub(crate) const EVENTS: &str =
+    "SELECT body FROM events WHERE run_id = ?1 AND tenant = ?2 AND seq > ?3 ORDER BY seq LIMIT ?4";
+
+pub(crate) async fn record(db: &Db, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>> {
+    find(db.read().await?.conn(), tenant, id).await
+}
+
+async fn find(conn: &mut SqliteConnection, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>> {
+    let row = sqlx::query(RUN).bind(id.0).bind(tenant.as_str()).fetch_optional(conn).await.sql()?;
+    row.map(|row| records::run(&row)).transpose()
+}
+
+pub(crate) async fn run(db: &Db, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
+    let mut snapshot = db.snapshot().await?;
+    let Some(run) = find(snapshot.conn(), tenant, id).await? else { return Ok(None) };
+    let mut detail = RunDetail { run, input: serde_json::Value::Null, output: None, stages: Vec::new() };
+    for row in sqlx::query(PAYLOADS).bind(id.0).fetch_all(snapshot.conn()).await.sql()? {
+        let cells = Cells::new(&row, "run_payloads", || id.to_string());
+        match cells.get("kind")? {
+            "input" => detail.input = cells.json("body")?,
+            _ => detail.output = Some(cells.json("body")?),
+        }
+    }
+    // run-stages
+    let mut stages = QueryBuilder::<Sqlite>::new("SELECT ");
+    stages.push(STAGE_COLUMNS).push(" FROM stages WHERE run_id = ").push_bind(id.0);
+    for row in stages.build().fetch_all(snapshot.conn()).await.sql()? {
+        detail.stages.push(records::stage(&row)?.1);
+    }
+    Ok(Some(detail))
+}
+
+pub(crate) async fn runs(db: &Db, query: &RunQuery) -> StoreResult<Vec<RunRecord>> {
+    let rows = list(query).build().fetch_all(db.read().await?.conn()).await.sql()?;
+    rows.iter().map(records::run).collect()
+}
+
+/// list-runs
+pub(crate) fn list(query: &RunQuery) -> QueryBuilder<Sqlite> {
+    let mut sql = QueryBuilder::new(concat!("SELECT ", run_columns!(), " FROM runs WHERE tenant = "));
+    sql.push_bind(query.tenant.to_string());
+    if let Some(pipeline) = &query.pipeline {
+        sql.push(" AND pipeline = ").push_bind(pipeline.to_string());
+    }
+    if let Some(version) = query.version {
+        sql.push(" AND version = ").push_bind(version);
+    }
+    if !query.states.is_empty() {
+        // Written out, not bound, so that SQLite sees when the partial index of live runs holds all of them.
+        let states: Vec<_> = query.states.iter().map(|state| format!("'{}'", state.as_str())).collect();
+        sql.push(format!(" AND state IN ({})", states.join(", ")));
+    }
+    for (key, value) in &query.labels {
+        sql.push(" AND EXISTS (SELECT 1 FROM json_each(labels) AS label WHERE label.key = ").push_bind(key.clone());
+        sql.push(" AND label.value = ").push_bind(value.clone()).push(")");
+    }
+    if let Some(from) = query.created_from {
+        sql.push(" AND created_at >= ").push_bind(ms(from));
+    }
+    if let Some(before) = query.created_before {
+        sql.push(" AND created_at < ").push_bind(ms(before));
+    }
+    if let Some(before) = query.before {
+        sql.push(" AND id < ").push_bind(before.0);
+    }
+    sql.push(" ORDER BY id DESC LIMIT ").push_bind(query.limit);
+    sql
+}
+
+pub(crate) async fn stage(db: &Db, tenant: &TenantId, run: RunId, id: &StageId) -> StoreResult<Option<StageDetail>> {
+    let mut snapshot = db.snapshot().await?;
+    let conn = snapshot.conn();
+    let Some(stage) = find_stage(conn, tenant, run, id).await? else { return Ok(None) };
+    // stage-checkpoint
+    let checkpoint =
+        of_stage(CHECKPOINT_COLUMNS, "checkpoints", run, id, "").build().fetch_optional(&mut *conn).await.sql()?;
+    let checkpoint = checkpoint.map(|row| records::checkpoint(&row)).transpose()?.map(|(_, _, checkpoint)| checkpoint);
+    // stage-attempts
+    let mut attempts = Vec::new();
+    for row in
+        of_stage(ATTEMPT_COLUMNS, "attempts", run, id, " ORDER BY number").build().fetch_all(&mut *conn).await.sql()?
+    {
+        attempts.push(records::attempt(&row)?.2);
+    }
+    // stage-calls
+    let mut calls: HashMap<u32, Vec<LedgerEntry>> = HashMap::new();
+    for row in
+        of_stage(LEDGER_COLUMNS, "ledger", run, id, " ORDER BY attempt, call").build().fetch_all(conn).await.sql()?
+    {
+        let (_, _, attempt, call) = records::call(&row)?;
+        calls.entry(attempt).or_default().push(call);
+    }
+    let with_calls = |attempt: Attempt| Attempt { calls: calls.remove(&attempt.number).unwrap_or_default(), ..attempt };
+    Ok(Some(StageDetail { stage, checkpoint, attempts: attempts.into_iter().map(with_calls).collect() }))
+}
+
+async fn find_stage(
+    conn: &mut SqliteConnection,
+    tenant: &TenantId,
+    run: RunId,
+    id: &StageId,
+) -> StoreResult<Option<StageRecord>> {
+    // stage-record
+    let mut sql = of_stage(STAGE_COLUMNS, "stages", run, id, " AND tenant = ");
+    let row = sql.push_bind(tenant.to_string()).build().fetch_optional(conn).await.sql()?;
+    Ok(row.map(|row| records::stage(&row)).transpose()?.map(|(_, stage)| stage))
+}
+
+/// The rows of one stage in one of the tables that lead with run and stage.
+fn of_stage(columns: &str, table: &str, run: RunId, stage: &StageId, tail: &str) -> QueryBuilder<Sqlite> {
+    let mut sql = QueryBuilder::new("SELECT ");
+    sql.push(columns).push(" FROM ").push(table).push(" WHERE run_id = ").push_bind(run.0);
+    sql.push(" AND stage = ").push_bind(stage.to_string()).push(tail);
+    sql
+}
+
+pub(crate) async fn events(db: &Db, tenant: &TenantId, run: RunId, after: u64, limit: u32) -> StoreResult<Vec<Event>> {
+    let rows = sqlx::query(EVENTS)
+        .bind(run.0)
+        .bind(tenant.as_str())
+        .bind(int(after))
+        .bind(limit)
+        .fetch_all(db.read().await?.conn())
+        .await
+        .sql()?;
+    rows.iter().map(|row| Cells::new(row, "events", || run.to_string()).json("body")).collect()
+}

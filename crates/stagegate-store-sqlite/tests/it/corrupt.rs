@@ -1,0 +1,115 @@
+//! Rows that cannot be read: the error names table, column and row.
+
+use std::{path::Path, sync::Arc};
+
+use sqlx::{AssertSqlSafe, Executor as _};
+use stagegate_core::{
+    RunId, Store, StoreError, StoreResult,
+    store::{ApiKey, Commit, NewApiKey, NewVersion, Role},
+};
+use stagegate_testkit::store::fixtures::{
+    at, checkpoint, commit, full_attempt, full_stage, key_id, live_replica, pipeline, stage, step, submit_leased,
+    tenant,
+};
+
+use crate::support::{folder, open_dyn, raw};
+
+async fn spoil(path: &Path, sql: &'static str) {
+    raw(path).await.execute(AssertSqlSafe(sql)).await.expect("spoilt");
+}
+
+fn assert_names<T: std::fmt::Debug>(result: StoreResult<T>, place: (&str, &str), row: &str) {
+    let error = result.expect_err("it cannot be read");
+    let StoreError::Corrupt { table, column, id, .. } = &error else { panic!("{error:?}") };
+    assert_eq!((*table, *column), place, "{error}");
+    assert!(id.contains(row), "{error}");
+    assert!(!error.is_retryable());
+}
+
+async fn run_with_everything(store: &Arc<dyn Store>) -> RunId {
+    let owner = live_replica(store).await;
+    let (run, lease) = submit_leased(store, 1, owner).await;
+    let whole = Commit {
+        stages: vec![full_stage("s1", "x")],
+        attempts: vec![(stage("s1"), full_attempt(1, "x"))],
+        checkpoints: vec![(stage("s1"), checkpoint("out".into()))],
+        ..step(lease, 3)
+    };
+    commit(store, &whole).await;
+    run.id
+}
+
+#[tokio::test]
+async fn a_run_that_cannot_be_read_is_named() {
+    for (sql, column) in [
+        ("UPDATE runs SET state = 'sleeping'", "state"),
+        ("UPDATE runs SET labels = '{'", "labels"),
+        ("UPDATE runs SET pipeline = 'No Slug'", "pipeline"),
+        ("UPDATE runs SET stages_done = -1", "stages_done"),
+        ("UPDATE runs SET created_at = 9223372036854775807", "created_at"),
+        ("UPDATE runs SET failure = '{\"code\": \"SG9999\", \"message\": \"\"}'", "failure"),
+    ] {
+        let (_folder, path) = folder();
+        let store = open_dyn(&path).await;
+        let run = run_with_everything(&store).await;
+        spoil(&path, sql).await;
+        assert_names(store.run_record(&tenant("acme"), run).await, ("runs", column), &run.to_string());
+    }
+}
+
+#[tokio::test]
+async fn what_belongs_to_a_run_and_cannot_be_read_is_named() {
+    for (sql, place) in [
+        ("UPDATE stages SET verdict = 'maybe'", ("stages", "verdict")),
+        ("UPDATE stages SET model = 'nobody'", ("stages", "model")),
+        ("UPDATE attempts SET assessments = '[{}]'", ("attempts", "assessments")),
+        ("UPDATE ledger SET purpose = 'fun'", ("ledger", "purpose")),
+        ("UPDATE ledger SET error = 'SG9999'", ("ledger", "error")),
+        ("UPDATE checkpoints SET output = 'no json'", ("checkpoints", "output")),
+    ] {
+        let (_folder, path) = folder();
+        let store = open_dyn(&path).await;
+        let run = run_with_everything(&store).await;
+        spoil(&path, sql).await;
+        let row = format!("{run}/s1");
+        assert_names(store.stage(&tenant("acme"), run, &stage("s1")).await, place, &row);
+    }
+    let (_folder, path) = folder();
+    let store = open_dyn(&path).await;
+    let run = run_with_everything(&store).await;
+    spoil(&path, "UPDATE events SET body = '{\"seq\": 1}'").await;
+    assert_names(store.events(&tenant("acme"), run, 0, 10).await, ("events", "body"), &run.to_string());
+    spoil(&path, "UPDATE run_payloads SET body = ''").await;
+    assert_names(store.run(&tenant("acme"), run).await, ("run_payloads", "body"), &run.to_string());
+}
+
+#[tokio::test]
+async fn pipelines_and_keys_that_cannot_be_read_are_named() {
+    let (_folder, path) = folder();
+    let store = open_dyn(&path).await;
+    let (of, name) = (tenant("acme"), pipeline("p"));
+    let new = NewVersion {
+        tenant: of.clone(),
+        name: name.clone(),
+        digest: [1; 32],
+        definition: serde_json::json!({}),
+        now: at(1),
+    };
+    store.register(&new).await.expect("register");
+    spoil(&path, "UPDATE pipeline_versions SET definition = '{'").await;
+    assert_names(store.pipeline(&of, &name, None).await, ("pipeline_versions", "definition"), "p@1");
+
+    let id = key_id();
+    let key = ApiKey {
+        id,
+        tenant: of,
+        role: Role::Admin,
+        name: "k".to_owned(),
+        created_at: at(1),
+        expires_at: None,
+        revoked_at: None,
+    };
+    store.create_key(&NewApiKey { key, hash: [2; 32] }).await.expect("create");
+    spoil(&path, "UPDATE api_keys SET role = 'king'").await;
+    assert_names(store.key_by_hash(&[2; 32]).await, ("api_keys", "role"), &id.to_string());
+}

@@ -1,0 +1,9 @@
+//! Promises of the built binary, held against real processes, sockets and servers.
+
+mod access;
+mod commands;
+mod crash;
+mod demo;
+mod running;
+mod serving;
+mod support;
