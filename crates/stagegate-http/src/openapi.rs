@@ -112,7 +112,7 @@ pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool) -> Value {
         "bearer": { "type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer sg_…`" },
         "apiKey": { "type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key" },
     });
-    if let Some(paths) = value["paths"].as_object_mut() {
+    if let Some(paths) = value.get_mut("paths").and_then(Value::as_object_mut) {
         for (path, item) in paths {
             for (_, operation) in item.as_object_mut().into_iter().flatten() {
                 if operation.get("responses").is_some() {
@@ -152,13 +152,15 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
             (415, "The body is not of a type that this route takes (SG0002)."),
         ]);
     }
-    for parameter in operation["parameters"].as_array_mut().into_iter().flatten() {
-        only_present(&mut parameter["schema"]);
+    let parameters = operation.get_mut("parameters").and_then(Value::as_array_mut);
+    for schema in parameters.into_iter().flatten().filter_map(|parameter| parameter.get_mut("schema")) {
+        only_present(schema);
     }
-    let Some(responses) = operation["responses"].as_object_mut() else { return };
+    let Some(responses) = operation.get_mut("responses").and_then(Value::as_object_mut) else { return };
     for (status, description) in statuses {
-        let entry = responses.entry(status.to_string()).or_insert_with(|| json!({ "description": description }));
-        let _ = entry;
+        if !responses.contains_key(&status.to_string()) {
+            responses.insert(status.to_string(), json!({ "description": description }));
+        }
     }
     for (status, response) in responses.iter_mut() {
         let is_error = status.starts_with('4') || status.starts_with('5');
@@ -177,10 +179,11 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
 
 /// A parameter may be left out; it is never null.
 fn only_present(schema: &mut Value) {
-    if let Some(kinds) = schema["type"].as_array_mut() {
+    let Some(kind) = schema.get_mut("type") else { return };
+    if let Some(kinds) = kind.as_array_mut() {
         kinds.retain(|kind| kind != "null");
         if let [only] = kinds.as_slice() {
-            schema["type"] = only.clone();
+            *kind = only.clone();
         }
     }
 }
@@ -195,7 +198,8 @@ fn add_definition(value: &mut Value) {
         root.remove("$id");
         root.remove("$defs")
     });
-    let Some(components) = value["components"]["schemas"].as_object_mut() else { return };
+    let components = value.pointer_mut("/components/schemas").and_then(Value::as_object_mut);
+    let Some(components) = components else { return };
     if let Some(Some(Value::Object(parts))) = parts {
         components.extend(parts.into_iter().map(|(name, part)| (format!("{DEFINITION}.{name}"), part)));
     }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use stagegate_core::{Secret, pipeline::Span};
+use stagegate_core::{Code, Error, Secret, Violation, pipeline::Span};
 
 /// Providers, prices, cache and breaker.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -35,6 +35,37 @@ impl Default for LlmConfig {
             shared_cache_timeout: Span(Duration::from_millis(250)),
             breaker: BreakerConfig::default(),
         }
+    }
+}
+
+impl LlmConfig {
+    /// What types cannot say, of everything but the providers and the prices: every mistake at once.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let BreakerConfig { window_calls, min_calls, failure_rate, open_for: _ } = &self.breaker;
+        let mistakes = [
+            (self.answer_max_bytes == 0, "answer_max_bytes", "no answer could ever be read", "write 1 or more"),
+            (*window_calls == 0, "breaker.window_calls", "no call would count", "write 1 or more"),
+            (
+                min_calls > window_calls,
+                "breaker.min_calls",
+                "so many calls never stand in the window: the breaker would never open",
+                "write at most `breaker.window_calls`",
+            ),
+            (
+                !(*failure_rate > 0.0 && *failure_rate <= 1.0),
+                "breaker.failure_rate",
+                "a share is a number above 0 and up to 1",
+                "write, for example, 0.5 for half of the calls",
+            ),
+        ];
+        let violations: Vec<_> = mistakes
+            .into_iter()
+            .filter(|(wrong, ..)| *wrong)
+            .map(|(_, key, message, mend)| {
+                Violation::new(Code::InvalidConfig, format!("llm.{key}"), message).mend(mend)
+            })
+            .collect();
+        if violations.is_empty() { Ok(()) } else { Err(Error::violations(Code::InvalidConfig, violations)) }
     }
 }
 

@@ -121,14 +121,15 @@ impl fmt::Debug for Llm {
 }
 
 impl Llm {
-    /// From the configuration. `tier` is the shared cache: Redis, the SQLite file, or none.
+    /// From the configuration. `tier` is the shared cache: Redis, the SQLite file, or none. Fails on a configuration
+    /// that has mistakes; connects to nothing.
     pub fn new(
         config: &LlmConfig,
         tier: Option<Arc<dyn CacheTier>>,
         metrics: Metrics,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, Error> {
-        install_tls();
+        config.check()?;
         let providers = providers::build(config, &providers::client()?)?;
         Ok(Self::with_providers(providers, Prices::new(config)?, config, tier, metrics, clock))
     }

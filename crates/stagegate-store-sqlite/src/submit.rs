@@ -20,6 +20,9 @@ use crate::{
 /// Outdated idempotency keys that one submit removes at most.
 const PURGE_KEYS: i64 = 100;
 
+// submit-now: the runs of one call have waited equally long.
+const NOW: &str = concat!("SELECT ", now_ms!());
+
 // live-replicas
 pub(crate) const LIVE: &str = concat!(
     "SELECT id FROM replicas WHERE id IN (SELECT unhex(value) FROM json_each(?1)) \
@@ -41,11 +44,9 @@ pub(crate) const PURGE: &str = "DELETE FROM idempotency_keys WHERE (tenant, key)
 // insert-runs
 static RUNS: Bulk = Bulk::new(
     "INSERT INTO runs (id, tenant, pipeline, version, state, priority, labels, cache_mode, request_id, stages_total, \
-     created_at, started_at, deadline_at, last_seq, epoch, owner, ready_at) SELECT column1, column2, column3, column4, \
-     column5, column6, column7, column8, column9, column10, column11, column12, column13, column14, column15, column16, \
-     CASE WHEN column16 IS NULL THEN CAST(round(unixepoch('subsec') * 1000) AS INTEGER) END FROM (VALUES",
-    16,
-    ")",
+     created_at, started_at, deadline_at, last_seq, epoch, owner, ready_at) VALUES",
+    17,
+    "",
 );
 
 // insert-keys: a key that outlived its time is taken over.
@@ -109,7 +110,8 @@ pub(crate) async fn submit(db: &Db, runs: &[NewRun]) -> StoreResult<Vec<Submitte
     for run in runs {
         answers.push(accept(run, &mut known, &mut inserts)?);
     }
-    insert(tx.conn(), &inserts).await?;
+    let now: i64 = sqlx::query_scalar(NOW).fetch_one(tx.conn()).await.sql()?;
+    insert(tx.conn(), &inserts, now).await?;
     tx.commit().await?;
     Ok(answers)
 }
@@ -170,7 +172,7 @@ async fn known(conn: &mut SqliteConnection, runs: &[NewRun]) -> StoreResult<Know
     Ok(known)
 }
 
-async fn insert(conn: &mut SqliteConnection, inserts: &[Insert<'_>]) -> StoreResult<()> {
+async fn insert(conn: &mut SqliteConnection, inserts: &[Insert<'_>], now: i64) -> StoreResult<()> {
     let bind = |row: &mut Row, each: &Insert<'_>| {
         let run = each.run;
         let started_at = each.owner.map(|_| ms(run.created_at));
@@ -180,6 +182,7 @@ async fn insert(conn: &mut SqliteConnection, inserts: &[Insert<'_>]) -> StoreRes
         row.add(run.request_id.as_deref()).add(run.stages_total).add(ms(run.created_at)).add(started_at);
         row.add(ms(run.deadline_at)).add(int(each.events().last().map_or(0, |event| event.seq)));
         row.add(i64::from(each.owner.is_some())).add(each.owner.map(|replica| replica.0));
+        row.add(each.owner.is_none().then_some(now));
     };
     RUNS.execute(conn, inserts, bind).await?;
     write::payloads(conn, "input", inserts.iter().map(|each| (each.of(), &each.run.input))).await?;

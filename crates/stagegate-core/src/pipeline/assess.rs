@@ -83,15 +83,17 @@ impl Pipeline {
         text: &str,
         context: &RenderContext<'_>,
     ) -> Assessment {
-        let chars = || u64::try_from(text.chars().count()).unwrap_or(u64::MAX);
+        let chars = || text.chars().count();
+        let told = |chars| schema::counted(chars, "character");
+        let number = |limit: &u32| usize::try_from(*limit).unwrap_or(usize::MAX);
         let (passed, reason) = match (check, compiled) {
             (Check::MinChars(min), _) => {
                 let chars = chars();
-                (chars >= u64::from(*min), format!("has {chars} characters, at least {min} are needed"))
+                (chars >= number(min), format!("has {}, at least {min} are needed", told(chars)))
             }
             (Check::MaxChars(max), _) => {
                 let chars = chars();
-                (chars <= u64::from(*max), format!("has {chars} characters, at most {max} are allowed"))
+                (chars <= number(max), format!("has {}, at most {max} are allowed", told(chars)))
             }
             (Check::Contains(part), _) => {
                 let found = text.contains(part.as_str());

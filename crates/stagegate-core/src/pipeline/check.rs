@@ -20,7 +20,9 @@ use crate::{Code, Violation, error::nearest};
 /// The most stages.
 const STAGES_MAX: usize = 100;
 /// The largest compiled regular expression, in bytes.
-const REGEX_MAX_BYTES: usize = 1024 * 1024;
+const REGEX_MAX_BYTES: usize = 256 * 1024;
+/// The most regular expressions in a definition, those in its schemas included.
+const REGEXES_MAX: usize = 200;
 
 /// What has been compiled of a definition; stages in the author's order.
 #[derive(Debug, Default)]
@@ -64,14 +66,22 @@ pub(super) enum OutputNode {
 pub(super) struct Report<'a> {
     source: &'a Source,
     found: Vec<Violation>,
+    /// How many regular expressions have been met.
+    regexes: usize,
 }
 
 impl<'a> Report<'a> {
     pub(super) fn new(source: &'a Source, found: Vec<Violation>) -> Self {
-        Self { source, found }
+        Self { source, found, regexes: 0 }
     }
 
     fn add(&mut self, mut violation: Violation, path: &Path, at_key: bool) {
+        if self.found.len() >= 10 * MISTAKES_MAX {
+            return; // More than will be told.
+        }
+        if violation.message.starts_with("is ") && path.segments().is_empty() {
+            violation.message.insert_str(0, "the document ");
+        }
         let mark = if at_key { self.source.key_mark(path) } else { self.source.value_mark(path) };
         violation.path = path.to_string();
         violation.line = violation.line.or(mark.map(|m| m.line));
@@ -105,6 +115,15 @@ impl<'a> Report<'a> {
         violation.line = mark.map(|m| m.line);
         violation.column = mark.map(|m| m.column);
         self.at_value(path, violation);
+    }
+
+    /// Counts a regular expression; past the limit none is compiled any more.
+    fn regex(&mut self, path: &Path) {
+        self.regexes += 1;
+        if self.regexes == REGEXES_MAX + 1 {
+            let message = format!("the definition has more than {REGEXES_MAX} regular expressions");
+            self.at_value(path, Violation::new(Code::DefinitionTooLarge, "", message).mend("join some with `|`"));
+        }
     }
 
     /// All mistakes in the order of the text, or that there are none.
@@ -173,7 +192,7 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     }
     let Some(root) = source.value.as_object() else { return Compiled::default() };
     let draft = draft(root);
-    let needs = needs(&draft, report);
+    let (needs, uncertain) = needs(&draft, report);
     let upstream = graph::upstream(&needs);
     let ids: Vec<&str> = draft.stages.iter().filter_map(|stage| stage.id).collect();
     let path = Path::root().key("defaults").key("model");
@@ -187,7 +206,11 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         let scope = Scope {
             stage: stage.id,
             stages: ids.clone(),
-            upstream: upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect(),
+            upstream: if uncertain[index] {
+                ids.iter().copied().collect()
+            } else {
+                upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect()
+            },
             input: input_keys.clone(),
             run: true,
             output: false,
@@ -207,8 +230,9 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     compiled
 }
 
-/// Ids and needs as numbers; every wrong one is reported.
-fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
+/// Needs as numbers; every wrong one is reported. Beside them, for each stage, whether it names a need that is not
+/// there: what is upstream of it is then anybody's guess, and no further mistake.
+fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> (Vec<Vec<usize>>, Vec<bool>) {
     let mut index_of = HashMap::new();
     for (index, stage) in draft.stages.iter().enumerate() {
         let Some(id) = stage.id else { continue };
@@ -223,12 +247,16 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
         }
     }
     let mut edges = vec![Vec::new(); draft.stages.len()];
+    let mut uncertain = vec![false; draft.stages.len()];
     for (index, stage) in draft.stages.iter().enumerate() {
         let list = stage.raw.get("needs").and_then(Value::as_array).into_iter().flatten();
         for (position, need) in list.enumerate().filter_map(|(position, need)| Some((position, need.as_str()?))) {
             let path = stage.path.key("needs").index(position);
             match index_of.get(need) {
-                None => report.at_value(&path, unknown_need(need, index_of.keys().copied())),
+                None => {
+                    uncertain[index] = true;
+                    report.at_value(&path, unknown_need(need, index_of.keys().copied()));
+                }
                 Some(needed) if *needed == index => {
                     let message = format!("stage `{need}` needs itself");
                     report.at_value(&path, Violation::new(Code::Cycle, "", message).mend("remove it from `needs`"));
@@ -248,7 +276,7 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> Vec<Vec<usize>> {
         let violation = Violation::new(Code::Cycle, "", message).mend("remove one of these from a `needs`");
         report.at_value(&draft.stages[*first].path.key("needs"), violation);
     }
-    edges
+    (edges, uncertain)
 }
 
 fn unknown_need<'a>(need: &str, ids: impl Iterator<Item = &'a str>) -> Violation {
@@ -355,10 +383,12 @@ fn closed_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
 }
 
 fn template(text: Option<&str>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
-    match Template::template(text?, scope) {
+    match Template::text(text?, scope) {
         Ok(template) => Some(template),
         Err(flaws) => {
-            flaws.into_iter().for_each(|flaw| report.inside(path, flaw));
+            for flaw in flaws {
+                report.inside(path, flaw);
+            }
             None
         }
     }
@@ -417,6 +447,10 @@ fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Rep
         }
         Check::Matches(pattern) | Check::NotMatches(pattern) => {
             let path = path.key(check.name());
+            report.regex(&path);
+            if report.regexes > REGEXES_MAX {
+                return None;
+            }
             match RegexBuilder::new(pattern).size_limit(REGEX_MAX_BYTES).build() {
                 Ok(regex) => Some(CompiledCheck::Regex(regex)),
                 Err(error) => {
@@ -473,19 +507,18 @@ fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Optio
         report.at_value(&path.key("$schema"), violation.mend("remove `$schema`; 2020-12 is what is meant then"));
         return None;
     }
-    remote_references(schema, path, report);
+    references_and_patterns(schema, path, report);
     match jsonschema::meta::validator_for(schema) {
         Ok(meta) => {
             for error in meta.iter_errors(schema).take(10) {
-                report.at_value(
-                    &path.below(error.instance_path()),
-                    invalid(format!("this {}", schema::sentence(&error))),
-                );
+                let path = path.below(error.instance_path());
+                let violation = invalid(format!("this {}", schema::sentence(&error)));
+                report.at_value(&path, with_types(&path, violation));
             }
         }
         Err(error) => report.at_value(path, invalid(cut(&error.to_string(), 300))),
     }
-    if report.found.len() > before {
+    if report.found.len() > before || report.regexes > REGEXES_MAX {
         return None;
     }
     let patterns = PatternOptions::regex().size_limit(REGEX_MAX_BYTES).dfa_size_limit(REGEX_MAX_BYTES);
@@ -496,6 +529,14 @@ fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Optio
             report.at_value(&path.below(error.instance_path()), violation);
             None
         }
+    }
+}
+
+/// What is most often wrong in a schema is the name of a type.
+fn with_types(path: &Path, violation: Violation) -> Violation {
+    match path.last_key() {
+        Some("type") => violation.mend("types are object, array, string, number, integer, boolean and null"),
+        _ => violation,
     }
 }
 
@@ -512,15 +553,16 @@ fn is_known_draft(draft: &Value) -> bool {
     )
 }
 
-/// Reports every `$ref` that leaves the schema: nothing is ever fetched.
-fn remote_references(schema: &Value, path: &Path, report: &mut Report<'_>) {
+/// Reports every `$ref` that leaves the schema (nothing is ever fetched), and counts the regular expressions.
+fn references_and_patterns(schema: &Value, path: &Path, report: &mut Report<'_>) {
     match schema {
         Value::Array(items) => {
-            items.iter().enumerate().for_each(|(i, item)| remote_references(item, &path.index(i), report));
+            items.iter().enumerate().for_each(|(i, item)| references_and_patterns(item, &path.index(i), report));
         }
         Value::Object(map) => {
             for (key, inner) in map {
                 match (key.as_str(), inner) {
+                    ("pattern", Value::String(_)) => report.regex(&path.key(key)),
                     // Data, not schemas.
                     ("const" | "enum" | "default" | "examples", _) => {}
                     ("$ref" | "$dynamicRef" | "$recursiveRef", Value::String(to)) if !to.starts_with('#') => {
@@ -529,7 +571,14 @@ fn remote_references(schema: &Value, path: &Path, report: &mut Report<'_>) {
                         let mend = "put what it refers to under `$defs` and write `#/$defs/name`";
                         report.at_value(&path.key(key), violation.mend(mend));
                     }
-                    _ => remote_references(inner, &path.key(key), report),
+                    ("patternProperties", Value::Object(patterns)) => {
+                        for (pattern, schema) in patterns {
+                            let path = path.key(key).key(pattern);
+                            report.regex(&path);
+                            references_and_patterns(schema, &path, report);
+                        }
+                    }
+                    _ => references_and_patterns(inner, &path.key(key), report),
                 }
             }
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::{
-    Message, Pipeline, RenderContext, Rendered, Work,
+    Message, Pipeline, RenderContext, Rendered, Role,
     check::OutputNode,
     template::{Template, Vars},
 };
@@ -29,19 +29,16 @@ impl Pipeline {
     /// Renders a stage's messages or its transform.
     pub fn render(&self, stage: usize, context: &RenderContext<'_>) -> Result<Rendered, Failure> {
         let compiled = &self.compiled.stages[stage];
-        self.with_vars(context, None, |vars| match (&self.stages[stage].work, &compiled.transform) {
-            (Work::Transform, Some(transform)) => {
-                transform.render(vars).map(Rendered::Text).map_err(|cause| self.failure(stage, "transform", &cause))
+        self.with_vars(context, None, |vars| {
+            if let Some(transform) = &compiled.transform {
+                let text = transform.render(vars).map_err(|cause| self.failure(stage, "transform", &cause))?;
+                return Ok(Rendered::Text(text));
             }
-            _ => {
-                let render =
-                    |template: &Template| template.render(vars).map_err(|cause| self.failure(stage, "prompt", &cause));
-                let messages = compiled.messages.iter();
-                let messages = messages
-                    .map(|(role, template)| Ok(Message { role: *role, content: render(template)? }))
-                    .collect::<Result<_, Failure>>()?;
-                Ok(Rendered::Messages(messages))
-            }
+            let render = |(role, template): &(Role, Template)| {
+                let text = template.render(vars).map_err(|cause| self.failure(stage, "prompt", &cause))?;
+                Ok(Message { role: *role, content: text })
+            };
+            compiled.messages.iter().map(render).collect::<Result<_, Failure>>().map(Rendered::Messages)
         })
     }
 

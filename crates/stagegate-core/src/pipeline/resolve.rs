@@ -5,13 +5,13 @@ use std::{sync::Arc, time::Duration};
 use serde_json::{Map, Value};
 
 use super::{
-    Cache, Defaults, Definition, Gate, ModelChain, ModelWork, Output, OutputFormat, OutputSchema, OutputWord, Params,
-    Pipeline, Stage, StageDefinition, Work, check::Compiled, graph,
+    Defaults, Definition, ModelChain, ModelWork, Output, OutputFormat, OutputSchema, OutputWord, Params, Pipeline,
+    Stage, StageDefinition, Work, check::Compiled, graph,
 };
 use crate::ModelRef;
 
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
-const DEFAULT_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+const DEFAULT_TIMEOUT: Duration = Duration::from_mins(1);
+const DEFAULT_DEADLINE: Duration = Duration::from_hours(24);
 
 /// The same content, always in the same form: keys sorted, all the way down.
 pub(super) fn canonical(value: &Value) -> Value {
@@ -71,7 +71,7 @@ pub(super) fn resolve(definition: Definition, value: &Value, compiled: Compiled)
 fn resolve_stage(stage: &StageDefinition, defaults: &Defaults, needs: Vec<usize>, dependents: Vec<usize>) -> Stage {
     let models: Vec<ModelRef> =
         stage.model.as_ref().or(defaults.model.as_ref()).map(|chain| chain.models().to_vec()).unwrap_or_default();
-    let mut gate = stage.gate.clone().unwrap_or_else(Gate::default);
+    let mut gate = stage.gate.clone().unwrap_or_default();
     if let Some(judge) = &mut gate.judge {
         judge.model.get_or_insert_with(|| ModelChain::Chain(models.clone()));
     }
@@ -81,7 +81,7 @@ fn resolve_stage(stage: &StageDefinition, defaults: &Defaults, needs: Vec<usize>
         Work::Model(ModelWork {
             models,
             params: merged(stage.params.as_ref(), defaults.params.as_ref()),
-            cache: stage.cache.clone().or_else(|| defaults.cache.clone()).unwrap_or_else(Cache::default),
+            cache: stage.cache.clone().or_else(|| defaults.cache.clone()).unwrap_or_default(),
         })
     };
     Stage {

@@ -148,8 +148,9 @@ fn union(
     let branch = match (place.name, value) {
         // Exactly one of prompt, messages and transform: told by `check`, which knows all of the stage.
         (Some("StageDefinition"), _) => return,
-        (Some("ModelChain"), Value::String(_)) | (Some("Output"), Value::Object(_)) => place.branch(value),
-        (Some("ModelChain"), Value::Array(_)) => place.branch(value),
+        (Some("ModelChain"), Value::String(_) | Value::Array(_)) | (Some("Output"), Value::Object(_)) => {
+            place.branch(value)
+        }
         (Some("ModelChain"), other) => {
             let mend = "write `provider/model`, or a list of them that is tried in order";
             return say(false, path.clone(), wrong(format!("is {}, but a model is a text", told(other)), mend));
@@ -213,7 +214,7 @@ fn wrong_value(path: &Path, value: &Value, place: &Place<'_>, error: &Validation
         let rule = match place.name {
             Some("PipelineName") => PipelineName::new(text).err().map(|e| e.to_string()),
             Some("StageId") => StageId::new(text).err().map(|e| e.to_string()),
-            Some("ModelRef") => ModelRef::new(text).err().map(|e| e.to_string()),
+            Some("ModelRef" | "ModelChain") => ModelRef::new(text).err().map(|e| e.to_string()),
             Some("Span") => text.parse::<Span>().err().map(|e| e.to_string()),
             Some("Backoff") => {
                 return (
@@ -244,17 +245,27 @@ pub(super) fn sentence(error: &ValidationError<'_>) -> String {
             _ => format!("is {is}, which is not among the allowed values"),
         },
         Kind::Constant { expected_value } => format!("is {is}, but must be `{}`", short(expected_value)),
-        Kind::Minimum { limit } => format!("is {is}, but must be at least {limit}"),
-        Kind::Maximum { limit } => format!("is {is}, but must be at most {limit}"),
-        Kind::ExclusiveMinimum { limit } => format!("is {is}, but must be more than {limit}"),
-        Kind::ExclusiveMaximum { limit } => format!("is {is}, but must be less than {limit}"),
+        Kind::Minimum { limit } => format!("is {is}, but must be at least {}", plain(limit)),
+        Kind::Maximum { limit } => format!("is {is}, but must be at most {}", plain(limit)),
+        Kind::ExclusiveMinimum { limit } => format!("is {is}, but must be more than {}", plain(limit)),
+        Kind::ExclusiveMaximum { limit } => format!("is {is}, but must be less than {}", plain(limit)),
         Kind::MultipleOf { multiple_of } => format!("is {is}, but must be a multiple of {multiple_of}"),
-        Kind::MinLength { limit } => format!("has {} characters, but must have at least {limit}", size(value)),
-        Kind::MaxLength { limit } => format!("has {} characters, but must have at most {limit}", size(value)),
-        Kind::MinItems { limit } => format!("has {} items, but must have at least {limit}", size(value)),
-        Kind::MaxItems { limit } => format!("has {} items, but must have at most {limit}", size(value)),
-        Kind::MinProperties { limit } => format!("has {} keys, but must have at least {limit}", size(value)),
-        Kind::MaxProperties { limit } => format!("has {} keys, but must have at most {limit}", size(value)),
+        Kind::MinLength { limit } => {
+            format!("has {}, but must have at least {limit}", counted(size(value), "character"))
+        }
+
+        Kind::MaxLength { limit } => {
+            format!("has {}, but must have at most {limit}", counted(size(value), "character"))
+        }
+
+        Kind::MinItems { limit } => format!("has {}, but must have at least {limit}", counted(size(value), "item")),
+
+        Kind::MaxItems { limit } => format!("has {}, but must have at most {limit}", counted(size(value), "item")),
+
+        Kind::MinProperties { limit } => format!("has {}, but must have at least {limit}", counted(size(value), "key")),
+
+        Kind::MaxProperties { limit } => format!("has {}, but must have at most {limit}", counted(size(value), "key")),
+
         Kind::UniqueItems => "has items that are equal, but each must be different".to_owned(),
         Kind::Contains => "has no item of the kind that it must contain".to_owned(),
         Kind::Pattern { pattern } => format!("is {is}, but must match the pattern `{}`", cut(pattern, 200)),
@@ -271,6 +282,17 @@ pub(super) fn sentence(error: &ValidationError<'_>) -> String {
         Kind::Not { .. } => format!("is {is}, which is just what it must not be"),
         _ => cut(&error.to_string(), 300),
     }
+}
+
+/// A limit without a needless `.0`.
+fn plain(limit: &Value) -> String {
+    let text = limit.to_string();
+    text.strip_suffix(".0").map_or_else(|| text.clone(), str::to_owned)
+}
+
+/// `1 item`, `2 items`.
+pub(super) fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 fn size(value: &Value) -> usize {

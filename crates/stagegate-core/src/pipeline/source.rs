@@ -218,15 +218,12 @@ impl Reader {
                 return Err(self.mistakes);
             }
         }
-        match self.root {
-            Some(node) => Ok((node, self.mistakes)),
-            None => {
-                self.mistakes.push(
-                    Violation::new(Code::Syntax, "", "the document is empty").mend("start with `name:` and `stages:`"),
-                );
-                Err(self.mistakes)
-            }
-        }
+        let Some(node) = self.root else {
+            let empty = Violation::new(Code::Syntax, "", "the document is empty");
+            self.mistakes.push(empty.mend("start with `name:` and `stages:`"));
+            return Err(self.mistakes);
+        };
+        Ok((node, self.mistakes))
     }
 
     fn event(&mut self, event: Event<'_>, span: &Span) -> Result<(), Violation> {
@@ -556,7 +553,7 @@ mod tests {
         let mut bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n".to_owned();
         for level in 1..9 {
             let before = format!("*a{}", level - 1);
-            bomb.push_str(&format!("a{level}: &a{level} [{}]\n", vec![before; 10].join(",")));
+            bomb = format!("{bomb}a{level}: &a{level} [{}]\n", vec![before; 10].join(","));
         }
         assert_eq!(first_mistake(&bomb).code, Code::DefinitionTooLarge);
         let long = format!("a: &a {}\nb: [{}]", "x".repeat(100_000), vec!["*a"; 1000].join(","));

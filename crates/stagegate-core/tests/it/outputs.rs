@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use stagegate_core::{
-    Code, Pipeline,
+    Code, Pipeline, StageId,
     pipeline::{Message, RenderContext, Rendered, Role},
 };
 
@@ -71,7 +71,7 @@ fn an_input_that_does_not_fit_is_told_whole() {
     assert_eq!(
         told,
         [
-            ("input.brief", "has 1 characters, but must have at least 2"),
+            ("input.brief", "has 1 character, but must have at least 2"),
             ("input.extra", "is not a key of this input"),
             ("input.parts[0].id", "is required"),
             ("input.parts[1]", "is `5`, but must be a map"),
@@ -110,7 +110,7 @@ fn a_template_that_fails_names_its_stage_and_the_cause() {
     let input = json!({"brief": "b", "size": 2});
     let outputs = [Some(Arc::new(json!({"other": 1}))), None, None];
     let failure = pipeline.render(1, &context(&input, &outputs)).expect_err("no items");
-    assert_eq!((failure.code, failure.stage.as_ref().map(|s| s.as_str())), (Code::TemplateFailed, Some("text")));
+    assert_eq!((failure.code, failure.stage.as_ref().map(StageId::as_str)), (Code::TemplateFailed, Some("text")));
     assert!(failure.message.contains("stage `text`") && failure.message.contains("items"), "{}", failure.message);
     let failure = pipeline.render_output(&context(&input, &outputs)).expect_err("not there");
     assert!(failure.message.contains("the run's output"), "{}", failure.message);
@@ -167,7 +167,7 @@ fn every_check_says_what_it_found() {
         failed,
         ["schema", "max_chars", "matches", "not_matches", "contains", "not_contains", "expression", "expression"]
     );
-    let reasons: String = bad.iter().map(|(_, _, reason)| format!("{reason}\n")).collect();
+    let reasons = bad.iter().map(|(_, _, reason)| reason.as_str()).collect::<Vec<_>>().join("\n");
     for part in [
         "`items[0]` is `1`, but must be a text",
         "and more",

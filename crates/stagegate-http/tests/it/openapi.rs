@@ -125,3 +125,21 @@ fn request_bodies_refuse_keys_that_they_do_not_know() {
         assert_eq!(document["components"]["schemas"][name]["additionalProperties"], false, "{name}");
     }
 }
+
+#[test]
+fn nothing_in_the_document_is_null_by_accident() {
+    fn check(path: &str, value: &Value) {
+        match value {
+            Value::Null => panic!("{path} is null"),
+            Value::Object(map) => {
+                for (key, value) in map.iter().filter(|(key, _)| !["default", "const", "enum"].contains(&key.as_str()))
+                {
+                    check(&format!("{path}/{key}"), value);
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| check(path, item)),
+            _ => {}
+        }
+    }
+    check("", &stagegate_http::openapi_document());
+}

@@ -8,7 +8,8 @@ use stagegate_core::{
     cache::CacheScope,
     pipeline::{CacheMode, Models, OutputFormat},
 };
-use stagegate_llm::{CallContext, Request};
+use stagegate_llm::{CallContext, Llm, Request};
+use stagegate_telemetry::Metrics;
 use stagegate_testkit::provider::{End, Reply, any, model as of_model};
 use tokio::time::Instant;
 
@@ -588,6 +589,20 @@ async fn a_model_is_checked_before_anything_is_registered() {
     assert_eq!(error.code, Code::ProviderWithoutKey);
     assert!(error.detail.contains("ANTHROPIC_API_KEY"), "{}", error.detail);
     assert!(bench.llm.is_priced(&model("one/priced")) && !bench.llm.is_priced(&model("one/other")));
+}
+
+#[tokio::test]
+async fn a_configuration_that_cannot_work_is_refused_with_every_mistake() {
+    let mut config = config();
+    config.answer_max_bytes = 0;
+    config.breaker.min_calls = config.breaker.window_calls + 1;
+    config.breaker.failure_rate = f64::NAN;
+    let clock = Arc::new(crate::bench::HandClock::default());
+    let error = Llm::new(&config, None, Metrics::new(), clock).expect_err("mistakes");
+    let paths: Vec<_> = error.violations.iter().map(|violation| violation.path.as_str()).collect();
+    assert_eq!(error.code, Code::InvalidConfig);
+    assert_eq!(paths, ["llm.answer_max_bytes", "llm.breaker.min_calls", "llm.breaker.failure_rate"]);
+    assert!(error.violations.iter().all(|violation| violation.mend.is_some()));
 }
 
 #[tokio::test]

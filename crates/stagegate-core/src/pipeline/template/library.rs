@@ -11,7 +11,7 @@ use minijinja::{
 use super::sandbox::{CHARGE, NUMBER};
 
 /// The most bytes that one rendering may copy, join or compare.
-const WORK_MAX_BYTES: usize = 64 * 1024 * 1024;
+const WORK_MAX_BYTES: usize = 32 * 1024 * 1024;
 /// The deepest nesting of a value.
 const VALUE_MAX_DEPTH: usize = 64;
 
@@ -115,15 +115,10 @@ fn failed(message: impl Into<Cow<'static, str>>) -> Error {
 }
 
 fn pay(bytes: usize) -> Result<(), Error> {
-    WORK_LEFT.with(|left| match left.get().checked_sub(bytes) {
-        Some(rest) => {
-            left.set(rest);
-            Ok(())
-        }
-        None => {
-            left.set(0);
-            Err(failed(format!("it handles more than {WORK_MAX_BYTES} bytes of data")))
-        }
+    WORK_LEFT.with(|left| {
+        let rest = left.get().checked_sub(bytes);
+        left.set(rest.unwrap_or(0));
+        rest.map(|_| ()).ok_or_else(|| failed(format!("it handles more than {WORK_MAX_BYTES} bytes of data")))
     })
 }
 
@@ -137,14 +132,14 @@ fn pay_for(value: &Value, depth: usize) -> Result<(), Error> {
         ValueKind::Bytes => pay(value.as_bytes().map_or(0, <[u8]>::len)),
         ValueKind::Seq | ValueKind::Iterable => {
             for item in value.try_iter()? {
-                pay(16)?;
+                pay(32)?;
                 pay_for(&item, depth + 1)?;
             }
             Ok(())
         }
         ValueKind::Map => {
             for key in value.try_iter()? {
-                pay(32)?;
+                pay(64)?;
                 pay_for(&key, depth + 1)?;
                 pay_for(&value.get_item(&key)?, depth + 1)?;
             }

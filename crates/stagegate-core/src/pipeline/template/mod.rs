@@ -87,7 +87,7 @@ pub(super) struct Template {
 
 impl Template {
     /// A template; every flaw at once.
-    pub(super) fn template(source: &str, scope: &Scope<'_>) -> Result<Self, Vec<Flaw>> {
+    pub(super) fn text(source: &str, scope: &Scope<'_>) -> Result<Self, Vec<Flaw>> {
         Self::check(source, Kind::Text, scope)
     }
 

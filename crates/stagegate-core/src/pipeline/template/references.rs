@@ -79,7 +79,9 @@ impl<'a> Walker<'a, '_> {
     }
 
     fn body(&mut self, statements: &[Stmt<'a>]) {
-        statements.iter().for_each(|statement| self.statement(statement));
+        for statement in statements {
+            self.statement(statement);
+        }
     }
 
     fn assign(&mut self, target: &Expr<'a>) {
@@ -158,7 +160,7 @@ impl<'a> Walker<'a, '_> {
         for arg in args {
             match arg {
                 CallArg::Pos(expr) | CallArg::Kwarg(_, expr) | CallArg::PosSplat(expr) | CallArg::KwargSplat(expr) => {
-                    self.expression(expr)
+                    self.expression(expr);
                 }
             }
         }

@@ -79,10 +79,9 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
             },
         )),
         Expr::UnaryOp(node) => {
-            let op = match node.op {
-                ast::UnaryOpKind::Not => ast::UnaryOpKind::Not,
-                ast::UnaryOpKind::Neg => ast::UnaryOpKind::Neg,
-            };
+            // Built anew because the operator is no copy.
+            let op =
+                if matches!(node.op, ast::UnaryOpKind::Not) { ast::UnaryOpKind::Not } else { ast::UnaryOpKind::Neg };
             Expr::UnaryOp(at(span, ast::UnaryOp { op, expr: expression(&node.expr) }))
         }
         Expr::BinOp(node) => Expr::BinOp(at(span, binary(node))),

@@ -32,12 +32,12 @@ fn open<'a>() -> Scope<'a> {
 }
 
 fn render(text: &str) -> Result<String, String> {
-    let template = Template::template(text, &open()).unwrap_or_else(|flaws| panic!("{text}: {flaws:?}"));
+    let template = Template::text(text, &open()).unwrap_or_else(|flaws| panic!("{text}: {flaws:?}"));
     run(|vars| template.render(vars))
 }
 
 fn flaws(text: &str) -> Vec<Flaw> {
-    Template::template(text, &scope()).map(|_| ()).expect_err(text)
+    Template::text(text, &scope()).map(|_| ()).expect_err(text)
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn a_missing_value_is_named_when_it_is_used() {
 #[test]
 fn an_output_that_is_not_there_yet_is_named() {
     let scope = Scope { upstream: ["later"].into_iter().collect(), ..scope() };
-    let template = Template::template("{{ stages.later.output }}", &scope).expect("valid");
+    let template = Template::text("{{ stages.later.output }}", &scope).expect("valid");
     assert_eq!(run(|vars| template.render(vars)), Err("the output of stage `later` is not there yet".to_owned()));
 }
 
@@ -160,7 +160,7 @@ fn what_does_not_parse_says_where() {
 #[test]
 fn a_single_expression_keeps_its_type() {
     let value = |text: &str| {
-        let template = Template::template(text, &open()).expect("valid");
+        let template = Template::text(text, &open()).expect("valid");
         run(|vars| template.value(vars))
     };
     assert_eq!(value("{{ stages.design.output }}"), Ok(json!({"items": ["p", "q"], "title": "D"})));
@@ -211,7 +211,7 @@ fn what_runs_away_is_stopped() {
         "{{ range(99999) | map('tojson', 8) | map('indent', 100, true) | join('\n' * 100) }}".to_owned(),
     ] {
         let shown: String = template.chars().take(100).collect();
-        let result = Template::template(&template, &open()).map(|template| run(|vars| template.render(vars)));
+        let result = Template::text(&template, &open()).map(|template| run(|vars| template.render(vars)));
         let Ok(Err(error)) = result else { panic!("{shown}: {:?}", result.map(|r| r.map(|t| t.len()))) };
         assert!(!error.is_empty() && error.len() < 300, "{shown}: {error}");
     }
@@ -231,6 +231,6 @@ fn what_would_take_the_parser_too_deep_is_refused() {
         format!("{{{{ 1{} }}}}", " if 1 else 1".repeat(10_000)),
         "x".repeat(TEMPLATE_MAX_BYTES + 1),
     ] {
-        assert!(Template::template(&template, &open()).is_err());
+        assert!(Template::text(&template, &open()).is_err());
     }
 }
