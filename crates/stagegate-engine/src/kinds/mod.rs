@@ -13,7 +13,7 @@ use serde_json::Value;
 use stagegate_core::{
     Assessment, Code, Evaluator, Failure, LedgerEntry, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
     decide::{AttemptResult, Critique},
-    pipeline::{CacheMode, RenderContext, Stage, Work},
+    pipeline::{CacheMode, OutputFormat, RenderContext, Stage, Work},
 };
 use stagegate_llm::{CallContext, CallError, Llm, Reply, Request};
 use tokio::time::Instant;
@@ -145,7 +145,9 @@ impl AttemptContext {
             }
         };
         let mut assessments = self.with_render(|context| self.pipeline.assess(self.stage, &output, context));
-        let usable = !assessments.iter().any(|assessment| !assessment.passed && assessment.name == "schema");
+        // The stage's own schema is assessed first; a `schema` check of the gate is a check like any other.
+        let has_schema = matches!(self.stage().output, OutputFormat::Json { schema: Some(_) });
+        let usable = !has_schema || assessments.first().is_none_or(|assessment| assessment.passed);
         if assessments.iter().all(|assessment| assessment.passed)
             && let Some(verdict) = judge::judge(self, &output, calls).await?
         {

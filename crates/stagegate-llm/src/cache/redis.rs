@@ -15,17 +15,13 @@
 //! takes entries only. A generation or a tenant's floor that is lost starts anew at the server's clock, above
 //! everything before it; a lost floor of a narrower scope would forget that invalidation.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
-use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Script, Value, aio::MultiplexedConnection};
+use deadpool_redis::{
+    Manager, Pool, PoolError, Runtime,
+    redis::{self, AsyncConnectionConfig, Cmd, RedisError, Script, Value},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use stagegate_core::{
@@ -33,7 +29,6 @@ use stagegate_core::{
     cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
     pipeline::Span,
 };
-use tokio::{sync::Mutex, time::Instant};
 
 use crate::tls::install_tls;
 
@@ -71,7 +66,7 @@ return generation
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RedisConfig {
-    /// Connections, at most; each carries many requests at once.
+    /// Connections, at most.
     pub max_connections: usize,
     /// How long a connection may take to be made.
     pub connect_timeout: Span,
@@ -84,7 +79,7 @@ pub struct RedisConfig {
 impl Default for RedisConfig {
     fn default() -> Self {
         Self {
-            max_connections: 4,
+            max_connections: 16,
             connect_timeout: Span(Duration::from_secs(1)),
             response_timeout: Span(Duration::from_millis(200)),
             key_prefix: "sg".to_owned(),
@@ -94,8 +89,7 @@ impl Default for RedisConfig {
 
 /// Redis as a shared cache tier. Connections are made when they are needed, and anew when they break.
 pub struct RedisTier {
-    links: Vec<Arc<Link>>,
-    next: AtomicUsize,
+    pool: Pool,
     prefix: String,
     init: Script,
     invalidate: Script,
@@ -106,7 +100,7 @@ impl fmt::Debug for RedisTier {
         // The client knows the password.
         f.debug_struct("RedisTier")
             .field("prefix", &self.prefix)
-            .field("links", &self.links.len())
+            .field("connections", &self.pool.status().size)
             .finish_non_exhaustive()
     }
 }
@@ -118,7 +112,10 @@ impl RedisTier {
         let invalid = |detail: String| Error::new(Code::InvalidConfig, detail);
         install_tls();
         // The error of a wrong URL could repeat it, and with it the password.
-        let client = Client::open(url.expose()).map_err(|error| {
+        let settings = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(config.connect_timeout.0))
+            .set_response_timeout(Some(config.response_timeout.0));
+        let manager = Manager::new_with_config(url.expose(), settings).map_err(|error| {
             invalid(format!("the Redis URL is not valid ({}): write `redis://host:6379/0`", error.category()))
         })?;
         let prefix = &config.key_prefix;
@@ -128,13 +125,16 @@ impl RedisTier {
         {
             return Err(invalid(format!("`{prefix}` is no key prefix: use 1 to 64 letters, digits, `_`, `-` and `:`")));
         }
-        let settings = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(config.connect_timeout.0))
-            .set_response_timeout(Some(config.response_timeout.0));
-        let link = || Arc::new(Link::new(client.clone(), settings.clone()));
+        let pool = Pool::builder(manager)
+            .max_size(config.max_connections.clamp(1, 64))
+            .wait_timeout(Some(config.response_timeout.0))
+            .create_timeout(Some(config.connect_timeout.0))
+            .recycle_timeout(Some(config.response_timeout.0))
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| invalid(format!("the Redis pool: {error}")))?;
         Ok(Self {
-            links: (0..config.max_connections.clamp(1, 64)).map(|_| link()).collect(),
-            next: AtomicUsize::new(0),
+            pool,
             prefix: prefix.clone(),
             init: Script::new(&[INIT, RETURN_GENERATION].concat()),
             invalidate: Script::new(&[INIT, INVALIDATE].concat()),
@@ -153,12 +153,9 @@ impl RedisTier {
         self.key(tenant, &format!("e:{key}"))
     }
 
-    fn link(&self) -> &Arc<Link> {
-        &self.links[self.next.fetch_add(1, Ordering::Relaxed) % self.links.len()]
-    }
-
     async fn ask(&self, command: &Cmd) -> Result<Value, CacheError> {
-        self.link().run(async |connection| command.query_async(connection).await).await
+        let mut connection = self.pool.get().await.map_err(|error| unconnected(&error))?;
+        command.query_async(&mut connection).await.map_err(|error| describe(&error))
     }
 
     async fn script(&self, script: &Script, keys: &[String]) -> Result<u64, CacheError> {
@@ -166,7 +163,8 @@ impl RedisTier {
         for key in keys {
             call.key(key);
         }
-        let answer: Value = self.link().run(async |connection| call.invoke_async(connection).await).await?;
+        let mut connection = self.pool.get().await.map_err(|error| unconnected(&error))?;
+        let answer: Value = call.invoke_async(&mut connection).await.map_err(|error| describe(&error))?;
         number(&answer).ok_or_else(|| CacheError("Redis answered a script with something that is no number".to_owned()))
     }
 }
@@ -258,95 +256,12 @@ fn stored(value: &Value) -> Option<(Vec<u8>, u64)> {
     Some((entry.to_vec(), u64::from_be_bytes(*generation)))
 }
 
-/// One connection, shared by whoever asks; made when it is needed.
-struct Link {
-    client: Client,
-    settings: AsyncConnectionConfig,
-    state: Mutex<LinkState>,
-    /// Set when a request did not come to its end: the connection may be half dead, and the next request makes another.
-    suspect: AtomicBool,
-}
-
-#[derive(Default)]
-struct LinkState {
-    connection: Option<MultiplexedConnection>,
-    /// When and why it could last not be made.
-    failed: Option<(Instant, CacheError)>,
-}
-
-impl Link {
-    fn new(client: Client, settings: AsyncConnectionConfig) -> Self {
-        Self { client, settings, state: Mutex::default(), suspect: AtomicBool::new(false) }
-    }
-
-    /// Runs one request. Redis's own complaints leave the connection as it is.
-    async fn run<T>(
-        self: &Arc<Self>,
-        request: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
-    ) -> Result<T, CacheError> {
-        let mut connection = self.connection().await?;
-        let mut doubt = Doubt { link: self, resolved: false };
-        let answer = request(&mut connection).await;
-        doubt.resolved = match &answer {
-            Ok(_) => true,
-            Err(error) => !(error.is_io_error() || error.is_unrecoverable_error()),
-        };
-        answer.map_err(|error| describe(&error))
-    }
-
-    /// The connection; a new one where there is none. It is made in a task of its own, so that a caller with little
-    /// patience does not undo what the next one needs.
-    async fn connection(self: &Arc<Self>) -> Result<MultiplexedConnection, CacheError> {
-        if let Ok(state) = self.state.try_lock()
-            && !self.suspect.load(Ordering::Relaxed)
-            && let Some(connection) = &state.connection
-        {
-            return Ok(connection.clone());
-        }
-        let (link, asked) = (Arc::clone(self), Instant::now());
-        let making = tokio::spawn(async move { link.make(asked).await });
-        making.await.unwrap_or_else(|_| Err(CacheError("the connection's task ended".to_owned())))
-    }
-
-    async fn make(&self, asked: Instant) -> Result<MultiplexedConnection, CacheError> {
-        let mut state = self.state.lock().await;
-        if self.suspect.swap(false, Ordering::Relaxed) {
-            state.connection = None;
-        }
-        if let Some(connection) = &state.connection {
-            return Ok(connection.clone());
-        }
-        // Those who waited for an attempt that failed do not each make another.
-        if let Some((at, error)) = &state.failed
-            && *at >= asked
-        {
-            return Err(error.clone());
-        }
-        match self.client.get_multiplexed_async_connection_with_config(&self.settings).await {
-            Ok(connection) => {
-                state.connection = Some(connection.clone());
-                Ok(connection)
-            }
-            Err(error) => {
-                let error = describe(&error);
-                state.failed = Some((Instant::now(), error.clone()));
-                Err(error)
-            }
-        }
-    }
-}
-
-/// Marks its connection as suspect, unless the request came to its end.
-struct Doubt<'a> {
-    link: &'a Link,
-    resolved: bool,
-}
-
-impl Drop for Doubt<'_> {
-    fn drop(&mut self) {
-        if !self.resolved {
-            self.link.suspect.store(true, Ordering::Relaxed);
-        }
+/// Why there is no connection, without the URL.
+fn unconnected(error: &PoolError) -> CacheError {
+    match error {
+        PoolError::Backend(error) => describe(error),
+        PoolError::Timeout(_) => CacheError("Redis: no connection in time".to_owned()),
+        _ => CacheError("Redis: no connection".to_owned()),
     }
 }
 

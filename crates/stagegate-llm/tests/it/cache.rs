@@ -11,7 +11,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use redis::{Client, Script, aio::MultiplexedConnection};
+use deadpool_redis::redis::{self, Client, Script, aio::MultiplexedConnection};
 use stagegate_core::{
     Code, Origin, Secret, TenantId,
     cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
