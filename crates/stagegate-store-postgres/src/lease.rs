@@ -65,10 +65,13 @@ WITH me AS (
     FROM due WHERE r.id = due.id
     RETURNING r.id, r.epoch, r.priority, r.created_at
 )
-SELECT t.id, t.epoch, f.freed FROM (SELECT count(*) AS freed FROM freed) f LEFT JOIN taken t ON true
+SELECT t.id, t.epoch, f.freed, f.lost
+FROM (SELECT (SELECT count(*) FROM freed) AS freed, (SELECT count(*) FROM lost) AS lost) f
+LEFT JOIN taken t ON true
 ORDER BY t.priority DESC, t.created_at, t.id";
 
-/// Forgets replicas that died long ago and own nothing.
+/// Forgets replicas that died long ago and own nothing. Should one of them wake up after all, it is a new one to us; what
+/// it still believes to own is stale.
 const FORGET: &str = "/* replicas.forget */
 DELETE FROM replicas p
 WHERE p.dead_at < now() - interval '1 hour' AND NOT EXISTS (SELECT FROM runs r WHERE r.owner = p.id)";
@@ -116,7 +119,7 @@ WITH gone AS (
 UPDATE runs SET owner = NULL, available_at = now() WHERE owner = $1";
 
 /// How much waits and works.
-const QUEUE: &str = "/* runs.queue */
+pub const QUEUE: &str = "/* runs.queue */
 SELECT count(*) FILTER (WHERE available_at <= now() OR lost) AS queued,
        count(*) FILTER (WHERE owner IS NOT NULL AND NOT lost) AS running,
        count(*) FILTER (WHERE owner IS NULL AND (available_at IS NULL OR available_at > now())) AS waiting,
@@ -150,25 +153,34 @@ pub(crate) async fn claim(pool: &Pool, replica: ReplicaId, limit: u32) -> StoreR
         let room = i64::from(limit) - i64::try_from(leases.len()).unwrap_or(i64::MAX);
         let query = sqlx::query(CLAIM).bind(replica.0).bind(room.max(0));
         let found = connection.rows("runs.claim", query).await?;
-        let mut freed = 0;
+        let (mut freed, mut lost) = (0, 0);
         for row in &found {
-            let (lease, count) = claimed(row).map_err(|failure| error::statement("runs.claim", &failure))?;
-            leases.extend(lease);
-            freed = count;
+            let claimed = claimed(row).map_err(|failure| error::statement("runs.claim", &failure))?;
+            leases.extend(claimed.lease);
+            (freed, lost) = (claimed.freed, claimed.lost);
+        }
+        if lost > 0 {
+            connection.rows("replicas.forget", sqlx::query(FORGET)).await?;
         }
         // What was freed can be claimed now; what is freed is never freed again, so that this ends.
         if freed == 0 || leases.len() >= limit as usize {
             return Ok(leases);
         }
-        connection.rows("replicas.forget", sqlx::query(FORGET)).await?;
     }
 }
 
-fn claimed(row: &PgRow) -> Result<(Option<Lease>, i64), sqlx::Error> {
+/// A row of [`CLAIM`]: a lease where one was taken, and the same counts in each.
+struct Claimed {
+    lease: Option<Lease>,
+    freed: i64,
+    lost: i64,
+}
+
+fn claimed(row: &PgRow) -> Result<Claimed, sqlx::Error> {
     let run: Option<Uuid> = row.try_get("id")?;
     let epoch: Option<i64> = row.try_get("epoch")?;
     let lease = run.zip(epoch).map(|(run, epoch)| Lease { run: RunId(run), epoch: Epoch(epoch) });
-    Ok((lease, row.try_get("freed")?))
+    Ok(Claimed { lease, freed: row.try_get("freed")?, lost: row.try_get("lost")? })
 }
 
 pub(crate) async fn owned(pool: &Pool, replica: ReplicaId) -> StoreResult<Vec<Lease>> {
@@ -225,7 +237,9 @@ pub(crate) async fn release(pool: &Pool, leases: &[Lease]) -> StoreResult<()> {
 
 pub(crate) async fn leave(pool: &Pool, replica: ReplicaId) -> StoreResult<()> {
     let query = sqlx::query(LEAVE).bind(replica.0);
-    pool.acquire("replicas.leave").await?.rows("replicas.leave", query).await.map(|_| ())
+    let mut connection = pool.acquire("replicas.leave").await?;
+    connection.rows("replicas.leave", query).await?;
+    connection.rows("replicas.forget", sqlx::query(FORGET)).await.map(|_| ())
 }
 
 pub(crate) async fn queue(pool: &Pool) -> StoreResult<QueueStats> {

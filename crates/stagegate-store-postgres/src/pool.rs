@@ -23,6 +23,12 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(2);
 /// A connection that was used within this time is handed out without a test: the test is a round trip.
 const TRUST_LIMIT: Duration = Duration::from_secs(1);
 
+/// Settings of every session. Our statements are large and take arrays whose length the planner cannot know: to plan
+/// them anew each time costs more than to run them. A plan that is kept must also suit the table that it meets later:
+/// one that was made while the table was empty would read the whole of it, until statistics are taken.
+pub const SESSION: &[(&str, &str)] =
+    &[("plan_cache_mode", "force_generic_plan"), ("enable_seqscan", "off"), ("jit", "off")];
+
 /// The pool's state at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PoolStats {
@@ -58,12 +64,8 @@ impl Pool {
         let _ = probe.close().await;
 
         let statement_timeout = config.statement_timeout.0;
-        let session = options.clone().options([
-            ("statement_timeout", statement_timeout.as_millis().to_string()),
-            // Our statements are many and large, and take arrays whose length the planner cannot know: to plan them
-            // anew each time costs more than to run them, and can only lose the index.
-            ("plan_cache_mode", "force_generic_plan".to_owned()),
-        ]);
+        let timeout = [("statement_timeout", statement_timeout.as_millis())];
+        let session = options.clone().options(timeout).options(SESSION.iter().copied());
         let test = config.test_on_checkout;
         let inner = PgPoolOptions::new()
             .max_connections(config.max_connections.max(1))

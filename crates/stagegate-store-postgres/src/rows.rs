@@ -76,7 +76,9 @@ impl<'r> Reader<'r> {
         Self { table, ..self }
     }
 
+    /// This row's column cannot be read. Joined columns are named as in their table.
     pub(crate) fn corrupt(&self, column: &'static str, message: impl Display) -> StoreError {
+        let column = ["s_", "c_", "a_"].iter().find_map(|alias| column.strip_prefix(alias)).unwrap_or(column);
         StoreError::Corrupt { table: self.table, column, id: self.id.to_string(), message: message.to_string() }
     }
 

@@ -1,8 +1,9 @@
-//! The hot statements, by name: what the tests of their plans explain.
+//! The hot statements, by name, and the settings under which they run: what the tests of their plans explain.
 
 pub use crate::{
     commit::COMMIT,
-    lease::{CLAIM, HEARTBEAT, LOAD, OWNED},
+    lease::{CLAIM, HEARTBEAT, LOAD, OWNED, QUEUE},
+    pool::SESSION,
     read::{EVENTS, RUN, RUN_RECORD, STAGE},
     submit::SUBMIT,
 };

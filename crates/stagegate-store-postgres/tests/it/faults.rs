@@ -103,8 +103,8 @@ async fn a_row_that_cannot_be_read_is_named() {
     commit(&store, &whole).await;
     let mut connection = PgConnection::connect(database.url()).await.expect("connects");
     let changes = [
-        ("UPDATE attempts SET body = '{\"hunter2\"'", "attempts", "a_body"),
-        ("UPDATE stages SET verdict = 'hunter2'", "stages", "s_verdict"),
+        ("UPDATE attempts SET body = '{\"hunter2\"'", "attempts", "body"),
+        ("UPDATE stages SET verdict = 'hunter2'", "stages", "verdict"),
         ("UPDATE runs SET state = 'hunter2'", "runs", "state"),
     ];
     for (change, expected_table, expected_column) in changes {
