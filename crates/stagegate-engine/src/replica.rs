@@ -176,7 +176,8 @@ async fn audit(shared: &Arc<Shared>) {
     }
 }
 
-/// Loads leased runs and drives each. What cannot be loaded is handed back.
+/// Loads leased runs and drives each. A run that cannot be read keeps its lease and is left to the next audit, so that
+/// it neither holds up the others nor is claimed again and again.
 async fn take(shared: &Arc<Shared>, leases: &[Lease], permits: Vec<OwnedSemaphorePermit>) -> Result<(), Error> {
     if leases.is_empty() {
         return Ok(());
@@ -184,24 +185,36 @@ async fn take(shared: &Arc<Shared>, leases: &[Lease], permits: Vec<OwnedSemaphor
     let started = Instant::now();
     let snapshots = match shared.store.load(leases).await {
         Ok(snapshots) => snapshots,
-        Err(error) => {
+        Err(error) if error.is_retryable() => {
             if shared.store.release(leases).await.is_err() {
                 shared.doubt.notify_one();
             }
             return Err(error.into());
+        }
+        Err(error) => {
+            tracing::error!(%error, runs = leases.len(), "a batch of runs could not be read; each is read alone");
+            load_one_by_one(shared, leases).await
         }
     };
     shared.metrics.checkpoint_load.observe(started.elapsed().as_secs_f64());
     for (snapshot, permit) in snapshots.into_iter().zip(permits) {
         let lease = snapshot.lease;
         if let Err(error) = take_one(shared, snapshot, permit).await {
-            tracing::error!(run_id = %lease.run, %error, "a leased run could not be taken up; it is handed back");
-            if shared.store.release(&[lease]).await.is_err() {
-                shared.doubt.notify_one();
-            }
+            tracing::error!(run_id = %lease.run, %error, "a leased run could not be taken up; it is tried again later");
         }
     }
     Ok(())
+}
+
+async fn load_one_by_one(shared: &Shared, leases: &[Lease]) -> Vec<Snapshot> {
+    let mut snapshots = Vec::new();
+    for lease in leases {
+        match shared.store.load(std::slice::from_ref(lease)).await {
+            Ok(loaded) => snapshots.extend(loaded),
+            Err(error) => tracing::error!(run_id = %lease.run, %error, "a run cannot be read"),
+        }
+    }
+    snapshots
 }
 
 async fn take_one(shared: &Arc<Shared>, snapshot: Snapshot, permit: OwnedSemaphorePermit) -> Result<(), Error> {

@@ -42,6 +42,9 @@ pub(crate) enum Ended {
     Lost,
     /// The lease is still ours and must be handed back.
     HandBack,
+    /// The run cannot go on for a defect of ours or of its rows. The lease stays, so that it is not claimed again and
+    /// again; the next audit tries it anew.
+    Broken,
 }
 
 type AttemptFuture = BoxFuture<'static, (usize, u32, DateTime<Utc>, Attempted)>;
@@ -84,7 +87,6 @@ impl Driver {
     pub(crate) async fn drive(mut self, first: Vec<Effect>) -> Ended {
         self.perform(first).await;
         let mut committing: Option<Committing> = None;
-        let mut failed_commits = 0;
         loop {
             if committing.is_none() {
                 committing = self.begin_commit();
@@ -112,9 +114,8 @@ impl Driver {
                         Ok(Committed::Stale) => return Ended::Lost,
                         Err(error) => {
                             // Only a defect comes here: the store retries what can be retried.
-                            failed_commits += 1;
-                            tracing::error!(%error, failed_commits, "a step of this run cannot be stored");
-                            return Ended::HandBack;
+                            tracing::error!(%error, "a step of this run cannot be stored");
+                            return Ended::Broken;
                         }
                     }
                 }

@@ -167,15 +167,14 @@ impl Shared {
         );
         let work = async move {
             let driver = Driver::new(Arc::clone(&shared), Arc::clone(&handle), run);
-            // A panic in a driver must not keep the lease: it is handed back like any other.
             let outcome = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
             let ended = outcome.unwrap_or_else(|_| {
-                tracing::error!("the driver of this run panicked; the run is handed back");
-                Ended::HandBack
+                tracing::error!("the driver of this run panicked; the run is tried again later");
+                Ended::Broken
             });
             shared.forget(lease.run, &handle);
             match ended {
-                Ended::Committed => {}
+                Ended::Committed | Ended::Broken => {}
                 Ended::Lost => {
                     shared.metrics.leases_lost.inc();
                     tracing::warn!(epoch = lease.epoch.0, "the lease is gone; another replica has this run");

@@ -149,7 +149,8 @@ impl SqliteCache {
         for put in batch {
             let (tenant, key) = (put.tenant.as_str(), put.key.0.as_slice());
             let (generation, bytes) = (int(put.generation), int(put.entry.len() as u64));
-            let ttl = i64::try_from(put.ttl.as_millis()).unwrap_or(i64::MAX / 4).min(i64::MAX / 4);
+            // Not past its time: a part of a millisecond is cut off.
+            let ttl = int(put.ttl.as_millis().try_into().unwrap_or(u64::MAX)).min(i64::MAX / 4);
             sqlx::query(REPLACE).bind(tenant).bind(key).bind(generation).execute(&mut *conn).await.sql()?;
             let insert = sqlx::query(PUT).bind(tenant).bind(key).bind(generation).bind(ttl).bind(bytes);
             insert.bind(put.entry.as_slice()).execute(&mut *conn).await.sql()?;

@@ -16,7 +16,7 @@ use crate::{
     bulk::{Bulk, Row},
     db::{Db, Lane},
     error::Sql,
-    rows::{add_totals, id_list, int, json, ms, opt_json},
+    rows::{add_totals, id_list, int, json, ms, opt_json, span_ms},
     write::{self, Of},
 };
 
@@ -212,12 +212,10 @@ async fn update(conn: &mut SqliteConnection, steps: &[Step<'_>]) -> StoreResult<
     }
 }
 
-/// When a parked run goes on by itself. Rounded up, so that none goes on before its time.
+/// When a parked run goes on by itself.
 fn delay_ms(then: Disposition) -> Option<i64> {
     match then {
-        Disposition::Park(Some(delay)) => {
-            Some(i64::try_from(delay.as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX / 4).min(i64::MAX / 4))
-        }
+        Disposition::Park(Some(delay)) => Some(span_ms(delay)),
         Disposition::Keep | Disposition::Park(None) | Disposition::End => None,
     }
 }

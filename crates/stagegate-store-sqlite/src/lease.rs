@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::{
     db::{Db, Lane},
     error::Sql,
-    rows::{json, now_ms},
+    rows::{json, now_ms, span_ms},
 };
 
 /// Parked runs that one claim wakes at most.
@@ -114,11 +114,6 @@ pub(crate) const QUEUE: &str = concat!(
      FROM clock, ready, due, orphaned, owned, parked"
 );
 
-fn millis(span: std::time::Duration) -> i64 {
-    // Rounded up, so that nothing ends before its time.
-    i64::try_from(span.as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX / 4).min(i64::MAX / 4)
-}
-
 pub(crate) async fn heartbeat(db: &Db, beat: &Heartbeat) -> StoreResult<Pulse> {
     let mut tx = db.write(Lane::Runs).await?;
     let alive: Option<Uuid> = sqlx::query_scalar(BEAT)
@@ -126,7 +121,7 @@ pub(crate) async fn heartbeat(db: &Db, beat: &Heartbeat) -> StoreResult<Pulse> {
         .bind(beat.name.as_str())
         .bind(beat.version.as_str())
         .bind(beat.draining)
-        .bind(millis(beat.ttl))
+        .bind(span_ms(beat.ttl))
         .fetch_optional(tx.conn())
         .await
         .sql()?;

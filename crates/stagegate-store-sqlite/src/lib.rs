@@ -2,7 +2,7 @@
 //! [`stagegate_core::Store`] and [`stagegate_core::cache::CacheTier`]; knows nothing of Postgres.
 //!
 //! One file, write-ahead log, synchronous=FULL: what is acknowledged survives the machine. Writers of a process take
-//! turns ([`db`]), batches are one transaction of few prepared statements ([`bulk`]), and other processes on the same
+//! turns (`db`), batches are one transaction of few prepared statements (`bulk`), and other processes on the same
 //! file (`stagegate run` beside `stagegate serve`) are kept right by SQLite's lock and by the leases' epochs.
 
 mod bulk;

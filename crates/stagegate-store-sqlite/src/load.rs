@@ -11,8 +11,8 @@ use stagegate_core::{
 use crate::{
     db::Db,
     error::Sql,
-    records::{self, run_columns},
-    rows::{Cells, id_list, json, totals_columns},
+    records::{self, attempt_columns, checkpoint_columns, ledger_columns, run_columns, stage_columns},
+    rows::{Cells, id_list, json},
 };
 
 // load-runs
@@ -27,28 +27,39 @@ pub(crate) const INPUTS: &str = "SELECT run_id, body FROM run_payloads \
     WHERE kind = 'input' AND run_id IN (SELECT unhex(value) FROM json_each(?1))";
 
 // load-stages
-pub(crate) const STAGES: &str = concat!(
-    "SELECT run_id, stage, state, attempt, round_start, not_before, verdict, score, model, origin, failure, \
-     started_at, finished_at, ",
-    totals_columns!(),
-    " FROM stages WHERE run_id IN (SELECT unhex(value) FROM json_each(?1))"
-);
+pub(crate) const STAGES: &str =
+    concat!("SELECT ", stage_columns!(), " FROM stages WHERE run_id IN (SELECT unhex(value) FROM json_each(?1))");
 
 // load-checkpoints
-pub(crate) const CHECKPOINTS: &str = "SELECT run_id, stage, attempt, verdict, score, model, origin, digest, created_at, output \
-     FROM checkpoints WHERE run_id IN (SELECT unhex(value) FROM json_each(?1))";
+pub(crate) const CHECKPOINTS: &str = concat!(
+    "SELECT ",
+    checkpoint_columns!(),
+    " FROM checkpoints WHERE run_id IN (SELECT unhex(value) FROM json_each(?1))"
+);
 
 // load-last-attempts: of the stages without a checkpoint.
+<<<<<<< HEAD
 pub(crate) const LAST_ATTEMPTS: &str = "SELECT run_id, stage, number, started_at, finished_at, verdict, assessments, output, failure FROM attempts a \
      WHERE run_id IN (SELECT unhex(value) FROM json_each(?1)) \
      AND number = (SELECT max(number) FROM attempts b WHERE b.run_id = a.run_id AND b.stage = a.stage AND b.output IS NOT NULL) \
      AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = a.run_id AND c.stage = a.stage)";
+=======
+pub(crate) const LAST_ATTEMPTS: &str = concat!(
+    "SELECT ",
+    attempt_columns!(),
+    " FROM attempts a WHERE run_id IN (SELECT unhex(value) FROM json_each(?1)) \
+     AND number = (SELECT max(number) FROM attempts b WHERE b.run_id = a.run_id AND b.stage = a.stage) \
+     AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = a.run_id AND c.stage = a.stage)"
+);
+>>>>>>> w-sqlite
 
 // load-calls: of those attempts.
-pub(crate) const CALLS: &str = "SELECT run_id, stage, attempt, call, purpose, model, origin, input_tokens, \
-    cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, \
-    priced, latency_ms, error FROM ledger WHERE (run_id, stage, attempt) IN \
-    (SELECT unhex(value ->> 0), value ->> 1, value ->> 2 FROM json_each(?1)) ORDER BY call";
+pub(crate) const CALLS: &str = concat!(
+    "SELECT ",
+    ledger_columns!(),
+    " FROM ledger WHERE (run_id, stage, attempt) IN \
+     (SELECT unhex(value ->> 0), value ->> 1, value ->> 2 FROM json_each(?1)) ORDER BY call"
+);
 
 pub(crate) async fn load(db: &Db, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
     if leases.is_empty() {

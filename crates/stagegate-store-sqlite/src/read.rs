@@ -11,7 +11,7 @@ use stagegate_core::{
 use crate::{
     db::Db,
     error::Sql,
-    records::{self, ATTEMPT_COLUMNS, CHECKPOINT_COLUMNS, LEDGER_COLUMNS, STAGE_COLUMNS, run_columns},
+    records::{self, attempt_columns, checkpoint_columns, ledger_columns, run_columns, stage_columns},
     rows::{Cells, int, ms},
 };
 
@@ -47,7 +47,7 @@ pub(crate) async fn run(db: &Db, tenant: &TenantId, id: RunId) -> StoreResult<Op
     }
     // run-stages
     let mut stages = QueryBuilder::<Sqlite>::new("SELECT ");
-    stages.push(STAGE_COLUMNS).push(" FROM stages WHERE run_id = ").push_bind(id.0);
+    stages.push(stage_columns!()).push(" FROM stages WHERE run_id = ").push_bind(id.0);
     for row in stages.build().fetch_all(snapshot.conn()).await.sql()? {
         detail.stages.push(records::stage(&row)?.1);
     }
@@ -119,19 +119,22 @@ pub(crate) async fn stage(db: &Db, tenant: &TenantId, run: RunId, id: &StageId) 
     let Some(stage) = find_stage(conn, tenant, run, id).await? else { return Ok(None) };
     // stage-checkpoint
     let checkpoint =
-        of_stage(CHECKPOINT_COLUMNS, "checkpoints", run, id, "").build().fetch_optional(&mut *conn).await.sql()?;
+        of_stage(checkpoint_columns!(), "checkpoints", run, id, "").build().fetch_optional(&mut *conn).await.sql()?;
     let checkpoint = checkpoint.map(|row| records::checkpoint(&row)).transpose()?.map(|(_, _, checkpoint)| checkpoint);
     // stage-attempts
     let mut attempts = Vec::new();
-    for row in
-        of_stage(ATTEMPT_COLUMNS, "attempts", run, id, " ORDER BY number").build().fetch_all(&mut *conn).await.sql()?
+    for row in of_stage(attempt_columns!(), "attempts", run, id, " ORDER BY number")
+        .build()
+        .fetch_all(&mut *conn)
+        .await
+        .sql()?
     {
         attempts.push(records::attempt(&row)?.2);
     }
     // stage-calls
     let mut calls: HashMap<u32, Vec<LedgerEntry>> = HashMap::new();
     for row in
-        of_stage(LEDGER_COLUMNS, "ledger", run, id, " ORDER BY attempt, call").build().fetch_all(conn).await.sql()?
+        of_stage(ledger_columns!(), "ledger", run, id, " ORDER BY attempt, call").build().fetch_all(conn).await.sql()?
     {
         let (_, _, attempt, call) = records::call(&row)?;
         calls.entry(attempt).or_default().push(call);
@@ -147,7 +150,7 @@ async fn find_stage(
     id: &StageId,
 ) -> StoreResult<Option<StageRecord>> {
     // stage-record
-    let mut sql = of_stage(STAGE_COLUMNS, "stages", run, id, " AND tenant = ");
+    let mut sql = of_stage(stage_columns!(), "stages", run, id, " AND tenant = ");
     let row = sql.push_bind(tenant.to_string()).build().fetch_optional(conn).await.sql()?;
     Ok(row.map(|row| records::stage(&row)).transpose()?.map(|(_, stage)| stage))
 }

@@ -7,7 +7,7 @@ use stagegate_core::{
 };
 use uuid::Uuid;
 
-use crate::rows::{Cells, totals_columns};
+use crate::rows::Cells;
 
 /// The columns of a [`RunRecord`].
 macro_rules! run_columns {
@@ -23,24 +23,41 @@ macro_rules! run_columns {
 pub(crate) use run_columns;
 
 /// The columns of a [`StageRecord`].
-pub(crate) const STAGE_COLUMNS: &str = concat!(
-    "run_id, stage, state, attempt, round_start, not_before, verdict, score, model, origin, failure, started_at, \
-     finished_at, ",
-    totals_columns!()
-);
+macro_rules! stage_columns {
+    () => {
+        concat!(
+            "run_id, stage, state, attempt, round_start, not_before, verdict, score, model, origin, failure, \
+             started_at, finished_at, ",
+            crate::rows::totals_columns!()
+        )
+    };
+}
+pub(crate) use stage_columns;
 
 /// The columns of an [`Attempt`] but its calls.
-pub(crate) const ATTEMPT_COLUMNS: &str =
-    "run_id, stage, number, started_at, finished_at, verdict, assessments, output, failure";
+macro_rules! attempt_columns {
+    () => {
+        "run_id, stage, number, started_at, finished_at, verdict, assessments, output, failure"
+    };
+}
+pub(crate) use attempt_columns;
 
 /// The columns of a [`LedgerEntry`].
-pub(crate) const LEDGER_COLUMNS: &str = "run_id, stage, attempt, call, purpose, model, origin, input_tokens, \
-    cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, \
-    priced, latency_ms, error";
+macro_rules! ledger_columns {
+    () => {
+        "run_id, stage, attempt, call, purpose, model, origin, input_tokens, cache_read_tokens, cache_write_tokens, \
+         output_tokens, reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, priced, latency_ms, error"
+    };
+}
+pub(crate) use ledger_columns;
 
 /// The columns of a [`Checkpoint`].
-pub(crate) const CHECKPOINT_COLUMNS: &str =
-    "run_id, stage, attempt, verdict, score, model, origin, digest, created_at, output";
+macro_rules! checkpoint_columns {
+    () => {
+        "run_id, stage, attempt, verdict, score, model, origin, digest, created_at, output"
+    };
+}
+pub(crate) use checkpoint_columns;
 
 /// The run that a row belongs to.
 pub(crate) fn run_id(row: &SqliteRow, table: &'static str, column: &'static str) -> StoreResult<RunId> {

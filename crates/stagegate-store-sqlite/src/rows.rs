@@ -1,7 +1,7 @@
 //! Values to and from columns: owns how each kind of value is stored, and the error that names a row which cannot be
 //! read. Knows no table.
 
-use std::{fmt::Display, str::FromStr};
+use std::{fmt::Display, str::FromStr, time::Duration};
 
 use chrono::{DateTime, Utc};
 use serde::{
@@ -32,6 +32,12 @@ pub(crate) use totals_columns;
 /// Milliseconds since 1970.
 pub(crate) fn ms(at: DateTime<Utc>) -> i64 {
     at.timestamp_millis()
+}
+
+/// A length of time in milliseconds, rounded up, so that nothing ends before its time; cut so that it can be added to
+/// any time.
+pub(crate) fn span_ms(span: Duration) -> i64 {
+    i64::try_from(span.as_nanos().div_ceil(1_000_000)).unwrap_or(i64::MAX).min(i64::MAX / 4)
 }
 
 /// A count as SQLite's integer. What does not fit is cut: no count of ours comes near.

@@ -1,4 +1,4 @@
-//! The contract suite of [`CacheTier`]: one function a promise, one test each by [`cache_tier_contract!`]. Owns what
+//! The contract suite of [`CacheTier`]: one function a promise, one test each by [`cache_tier_contract!`](crate::cache_tier_contract). Owns what
 //! every shared tier must prove; knows no implementation.
 //!
 //! Every test works in tenants of its own (random names), so that tests may share a server.
