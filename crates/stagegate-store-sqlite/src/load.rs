@@ -37,21 +37,15 @@ pub(crate) const CHECKPOINTS: &str = concat!(
     " FROM checkpoints WHERE run_id IN (SELECT unhex(value) FROM json_each(?1))"
 );
 
-// load-last-attempts: of the stages without a checkpoint.
-<<<<<<< HEAD
-pub(crate) const LAST_ATTEMPTS: &str = "SELECT run_id, stage, number, started_at, finished_at, verdict, assessments, output, failure FROM attempts a \
-     WHERE run_id IN (SELECT unhex(value) FROM json_each(?1)) \
-     AND number = (SELECT max(number) FROM attempts b WHERE b.run_id = a.run_id AND b.stage = a.stage AND b.output IS NOT NULL) \
-     AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = a.run_id AND c.stage = a.stage)";
-=======
+// load-last-attempts: the last with an output, of the stages without a checkpoint.
 pub(crate) const LAST_ATTEMPTS: &str = concat!(
     "SELECT ",
     attempt_columns!(),
     " FROM attempts a WHERE run_id IN (SELECT unhex(value) FROM json_each(?1)) \
-     AND number = (SELECT max(number) FROM attempts b WHERE b.run_id = a.run_id AND b.stage = a.stage) \
+     AND number = (SELECT max(number) FROM attempts b WHERE b.run_id = a.run_id AND b.stage = a.stage \
+     AND b.output IS NOT NULL) \
      AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = a.run_id AND c.stage = a.stage)"
 );
->>>>>>> w-sqlite
 
 // load-calls: of those attempts.
 pub(crate) const CALLS: &str = concat!(
