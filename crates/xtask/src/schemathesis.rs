@@ -39,6 +39,8 @@ stages:
     prompt: 'three {{ stages.two.output }}'
     gate: { checks: [ { expression: "input.end != 'badly'" } ], on_fail: fail }
 "#;
+/// Takes any input, so that submissions and plans get through.
+const LOOSE: &str = "{ name: loose, defaults: { model: sim/fuzz }, stages: [ { id: one, prompt: 'one' } ] }";
 /// How long the runs may take until they rest.
 const SEED_LIMIT: Duration = Duration::from_secs(20);
 
@@ -94,10 +96,12 @@ impl Schemathesis {
 /// ever gets past "not found".
 async fn seed(url: &str, config: &Path) -> anyhow::Result<()> {
     let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build()?;
-    let register = client.post(format!("{url}/v1/pipelines")).header("content-type", "application/yaml");
-    let answer = register.body(PIPELINE).send().await?;
-    if !answer.status().is_success() {
-        bail!("the pipeline was refused: {}", answer.text().await?);
+    for pipeline in [PIPELINE, LOOSE] {
+        let register = client.post(format!("{url}/v1/pipelines")).header("content-type", "application/yaml");
+        let answer = register.body(pipeline).send().await?;
+        if !answer.status().is_success() {
+            bail!("the pipeline was refused: {}", answer.text().await?);
+        }
     }
     let mut runs = Vec::new();
     for end in ["well", "held", "held", "held", "held", "badly", "badly"] {
@@ -122,7 +126,7 @@ async fn seed(url: &str, config: &Path) -> anyhow::Result<()> {
     let text = format!(
         "[dictionaries]\n\
          run = {{ values = {runs:?} }}\n\
-         pipeline = {{ values = [\"fuzz\"] }}\n\
+         pipeline = {{ values = [\"fuzz\", \"loose\"] }}\n\
          version = {{ values = [1] }}\n\
          stage = {{ values = [\"one\", \"two\", \"two\", \"three\"] }}\n\
          [parameters]\n\
