@@ -2,7 +2,8 @@
 --
 -- How it is laid out:
 -- * Hot rows are small. `runs` and `stages` change with each commit and hold no payload; a fill factor leaves room on
---   the page, and no index covers what changes with each commit, so that such an update is heap-only.
+--   the page, and no index covers what changes with each commit, so that such an update is heap-only. Runs that were
+--   accepted together sit on one page and commit together: half of it is free, so that all of them find room at once.
 -- * Payloads, attempts, checkpoints, events and the ledger are written once and never changed.
 -- * No foreign keys between them: each step of a run is one statement, fenced by the run's row, and a check per row
 --   would cost more than it could find. Retention deletes children first.
@@ -78,7 +79,7 @@ CREATE TABLE runs (
     failure text,
     -- Each a JSON array of the label's key and value.
     labels text[] NOT NULL
-) WITH (fillfactor = 70);
+) WITH (fillfactor = 50);
 
 -- Lists, newest first: ids are ordered by time.
 CREATE INDEX runs_by_tenant ON runs (tenant, id DESC);

@@ -20,8 +20,7 @@ pub struct HttpConfig {
     pub body_max_bytes: usize,
     /// The deepest nesting of a JSON body.
     pub json_max_depth: usize,
-    /// How long a request may take until its answer begins; event streams only have to begin in it. Also how long a
-    /// client may take nothing of an answer before its connection is closed.
+    /// The longest wait for an answer to begin, and the longest time that a client may read nothing of it.
     pub request_timeout: Span,
     /// How long a client may take to send its headers.
     pub header_timeout: Span,

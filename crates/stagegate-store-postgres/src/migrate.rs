@@ -18,8 +18,10 @@ pub(crate) fn needed() -> i64 {
 
 /// Applies what is missing. An advisory lock makes replicas that start at once wait for each other.
 pub(crate) async fn migrate(pool: &Pool) -> StoreResult<()> {
-    let mut connection = pool.dedicated().await?;
-    MIGRATIONS.run(&mut connection).await.map_err(|failure| match failure {
+    let patient = pool.patient();
+    let result = MIGRATIONS.run(&patient).await;
+    patient.close().await;
+    result.map_err(|failure| match failure {
         MigrateError::Execute(failure) => error::statement("migrate", &failure),
         MigrateError::ExecuteMigration(failure, version) => match error::statement("migrate", &failure) {
             StoreError::Defect(message) => StoreError::Defect(format!("migration {version}: {message}")),

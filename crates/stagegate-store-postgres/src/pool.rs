@@ -87,9 +87,10 @@ impl Pool {
         Ok(pool)
     }
 
-    /// A connection outside the pool, without a statement timeout, for what may take long.
-    pub(crate) async fn dedicated(&self) -> StoreResult<PgConnection> {
-        connect_once(&self.options, self.acquire_timeout).await
+    /// A pool of one connection without a statement timeout, for what may take long. To be closed by its user.
+    pub(crate) fn patient(&self) -> PgPool {
+        let options = PgPoolOptions::new().max_connections(1).acquire_timeout(self.acquire_timeout);
+        options.connect_lazy_with(self.options.as_ref().clone())
     }
 
     /// A connection, for the statement that is named in errors.

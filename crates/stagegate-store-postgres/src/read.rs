@@ -81,7 +81,7 @@ pub(crate) async fn runs(pool: &Pool, query: &RunQuery) -> StoreResult<Vec<RunRe
 }
 
 /// The statement of a list. Only constants are pushed; every value is bound.
-fn list(query: &RunQuery) -> StoreResult<QueryBuilder<Postgres>> {
+pub(crate) fn list(query: &RunQuery) -> StoreResult<QueryBuilder<Postgres>> {
     let mut sql = QueryBuilder::new(concat!(
         "/* runs.list */ SELECT * FROM (SELECT ",
         run_columns!(),

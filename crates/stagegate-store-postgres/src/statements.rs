@@ -6,3 +6,8 @@ pub use crate::{
     read::{EVENTS, RUN, RUN_RECORD, STAGE},
     submit::SUBMIT,
 };
+
+/// The statement of a list with these filters.
+pub fn list(query: &stagegate_core::store::RunQuery) -> stagegate_core::StoreResult<String> {
+    Ok(crate::read::list(query)?.sql().as_str().to_owned())
+}

@@ -223,3 +223,48 @@ impl Snapshot {
         &mut self.tx
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SqliteStore;
+
+    async fn pragmas(conn: &mut SqliteConnection) -> (i64, String, i64) {
+        let synchronous = sqlx::query_scalar("PRAGMA synchronous").fetch_one(&mut *conn).await.expect("read");
+        let journal = sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut *conn).await.expect("read");
+        let foreign_keys = sqlx::query_scalar("PRAGMA foreign_keys").fetch_one(conn).await.expect("read");
+        (synchronous, journal, foreign_keys)
+    }
+
+    #[tokio::test]
+    async fn runs_wait_for_the_disk_and_the_cache_does_not() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = SqliteStore::open(&folder.path().join("stagegate.db"), Metrics::new()).await.expect("a store");
+        let (full, normal) = (2, 1);
+        for (lane, synchronous) in [(Lane::Runs, full), (Lane::Cache, normal)] {
+            let mut tx = store.db.write(lane).await.expect("a turn");
+            assert_eq!(pragmas(tx.conn()).await, (synchronous, "wal".to_owned(), 1), "{lane:?}");
+        }
+        // The connection that a write left unfinished is opened anew by the same rules.
+        let mut tx = store.db.write(Lane::Runs).await.expect("a turn");
+        assert_eq!(pragmas(tx.conn()).await.0, full);
+    }
+
+    #[tokio::test]
+    async fn connections_and_waiters_are_counted() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = SqliteStore::open(&folder.path().join("stagegate.db"), Metrics::new()).await.expect("a store");
+        let in_use = || store.db.metrics.pool_connections.with_label_values(&["in_use"]).get();
+        let holder = store.db.write(Lane::Runs).await.expect("a turn");
+        let reading = store.db.read().await.expect("a reader");
+        assert_eq!(in_use(), 2);
+        {
+            let mut second = std::pin::pin!(store.db.write(Lane::Runs));
+            assert!(futures::poll!(second.as_mut()).is_pending(), "one turn at a time");
+            assert_eq!(store.db.metrics.pool_waiters.get(), 1);
+        }
+        drop((holder, reading));
+        assert_eq!((in_use(), store.db.metrics.pool_waiters.get()), (0, 0));
+        assert!(store.db.metrics.pool_wait.get_sample_count() >= 2);
+    }
+}

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 use stagegate_core::{
-    Attempt, Event, LedgerEntry, RunId, StageId, StoreResult, TenantId,
+    Attempt, Event, LedgerEntry, RunId, RunState, StageId, StoreResult, TenantId,
     store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
 };
 
@@ -59,10 +59,30 @@ pub(crate) async fn runs(db: &Db, query: &RunQuery) -> StoreResult<Vec<RunRecord
     rows.iter().map(records::run).collect()
 }
 
+/// The states of the partial indexes by state. Most runs have succeeded, and those are in neither.
+const BY_STATE: [(&str, [RunState; 3]); 2] = [
+    ("INDEXED BY runs_live", [RunState::Queued, RunState::Running, RunState::Waiting]),
+    ("INDEXED BY runs_lost", [RunState::Failed, RunState::Cancelled, RunState::Expired]),
+];
+
+/// The index to read, where it holds all of these states. By itself SQLite would walk all runs of the tenant for the
+/// sake of their order.
+fn by_state(states: &[RunState]) -> Option<(&'static str, [RunState; 3])> {
+    let holds =
+        |(_, index): &(_, [RunState; 3])| !states.is_empty() && states.iter().all(|state| index.contains(state));
+    BY_STATE.into_iter().find(holds)
+}
+
+fn words(states: &[RunState]) -> String {
+    states.iter().map(|state| format!("'{}'", state.as_str())).collect::<Vec<_>>().join(", ")
+}
+
 /// list-runs
 pub(crate) fn list(query: &RunQuery) -> QueryBuilder<Sqlite> {
-    let mut sql = QueryBuilder::new(concat!("SELECT ", run_columns!(), " FROM runs WHERE tenant = "));
-    sql.push_bind(query.tenant.to_string());
+    let mut sql = QueryBuilder::new(concat!("SELECT ", run_columns!(), " FROM runs "));
+    sql.push(by_state(&query.states).map_or("", |(index, _)| index))
+        .push(" WHERE tenant = ")
+        .push_bind(query.tenant.to_string());
     if let Some(pipeline) = &query.pipeline {
         sql.push(" AND pipeline = ").push_bind(pipeline.to_string());
     }
@@ -70,9 +90,11 @@ pub(crate) fn list(query: &RunQuery) -> QueryBuilder<Sqlite> {
         sql.push(" AND version = ").push_bind(version);
     }
     if !query.states.is_empty() {
-        // Written out, not bound, so that SQLite sees when the partial index of live runs holds all of them.
-        let states: Vec<_> = query.states.iter().map(|state| format!("'{}'", state.as_str())).collect();
-        sql.push(format!(" AND state IN ({})", states.join(", ")));
+        sql.push(format!(" AND state IN ({})", words(&query.states)));
+        if let Some((_, all)) = by_state(&query.states) {
+            // Word for word the condition of the index: SQLite takes a partial index for nothing less.
+            sql.push(format!(" AND state IN ({})", words(&all)));
+        }
     }
     for (key, value) in &query.labels {
         sql.push(" AND EXISTS (SELECT 1 FROM json_each(labels) AS label WHERE label.key = ").push_bind(key.clone());

@@ -1,1 +1,191 @@
-//! x
+//! A server that goes, comes back, hangs or refuses; rows that nobody wrote.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
+use stagegate_core::{
+    Epoch, RunState, Store, StoreError, StoreResult,
+    store::{Committed, Lease},
+};
+use stagegate_store_postgres::PoolConfig;
+use stagegate_testkit::{
+    servers::{Postgres, TestDatabase},
+    store::fixtures::{
+        NASTY, claim_all, commit, full_attempt, full_stage, live_replica, new_run, replica, stage, step, submit,
+        submit_leased,
+    },
+};
+use uuid::Uuid;
+
+use crate::ms;
+
+/// Asks until it is answered; whatever comes before must be worth trying again.
+async fn until_answered<T, F: Future<Output = StoreResult<T>>>(mut ask: impl FnMut() -> F) -> T {
+    loop {
+        match ask().await {
+            Ok(answer) => return answer,
+            Err(error) if error.is_retryable() => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+async fn private(pool: &PoolConfig) -> (Arc<dyn Store>, Arc<Postgres>, TestDatabase) {
+    let server = Arc::new(Postgres::private().await.expect("binaries"));
+    let database = TestDatabase::on(server.clone()).await.expect("creates");
+    let store = crate::connect(database.url(), pool).await;
+    store.migrate().await.expect("migrates");
+    (Arc::new(store), server, database)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_restarts_is_found_again() {
+    let config = PoolConfig { acquire_timeout: ms(500), ..PoolConfig::default() };
+    let (store, server, _database) = private(&config).await;
+    let owner = live_replica(&store).await;
+    let (run, lease) = submit_leased(&store, 1, owner).await;
+    for round in 0..2 {
+        if round == 0 { server.stop().await } else { server.crash().await }.expect("stops");
+        let error = store.ping().await.expect_err("nobody there");
+        assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
+        server.start().await.expect("starts");
+        let step = step(lease, 3 + round);
+        let answer = until_answered(|| store.commit(std::slice::from_ref(&step))).await;
+        assert!(matches!(answer[..], [Committed::Now | Committed::Already]), "{answer:?}");
+    }
+    let record = until_answered(|| store.run_record(&run.tenant, run.id)).await.expect("it was kept");
+    assert_eq!(record.last_seq, 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_hangs_hangs_nobody() {
+    let config = PoolConfig { acquire_timeout: ms(500), statement_timeout: ms(100), ..PoolConfig::default() };
+    let (store, server, _database) = private(&config).await;
+    store.ping().await.expect("answers");
+    server.freeze().expect("freezes");
+    for _ in 0..2 {
+        let answer = tokio::time::timeout(Duration::from_secs(30), store.ping()).await.expect("does not hang");
+        assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
+    }
+    server.thaw().expect("thaws");
+    until_answered(|| store.ping()).await;
+}
+
+#[tokio::test]
+async fn a_run_given_to_a_replica_in_the_moment_of_its_death_is_found() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let dead = live_replica(&store).await;
+    store.leave(dead).await.expect("leaves");
+    let run = new_run(1);
+    submit(&store, &run).await;
+    // As if the dead replica's submit had begun before it was declared dead, and committed after.
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    sqlx::query("UPDATE runs SET owner = $1, available_at = NULL, epoch = 1 WHERE id = $2")
+        .bind(dead.0)
+        .bind(run.id.0)
+        .execute(&mut connection)
+        .await
+        .expect("changes");
+    let heir = live_replica(&store).await;
+    assert_eq!(claim_all(&store, heir).await, [Lease { run: run.id, epoch: Epoch(2) }]);
+}
+
+#[tokio::test]
+async fn a_row_that_cannot_be_read_is_named() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let owner = live_replica(&store).await;
+    let (run, lease) = submit_leased(&store, 1, owner).await;
+    let mut whole = step(lease, 3);
+    whole.stages = vec![full_stage("s1", "x")];
+    whole.attempts = vec![(stage("s1"), full_attempt(1, "x"))];
+    commit(&store, &whole).await;
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let changes = [
+        ("UPDATE attempts SET body = '{\"hunter2\"'", "attempts", "a_body"),
+        ("UPDATE stages SET verdict = 'hunter2'", "stages", "s_verdict"),
+        ("UPDATE runs SET state = 'hunter2'", "runs", "state"),
+    ];
+    for (change, expected_table, expected_column) in changes {
+        connection.execute(change).await.expect("changes");
+        let error = match store.stage(&run.tenant, run.id, &stage("s1")).await {
+            Err(error) if expected_table != "runs" => error,
+            _ => store.run_record(&run.tenant, run.id).await.expect_err("corrupt"),
+        };
+        assert!(!error.to_string().contains("hunter2"), "{error}");
+        let StoreError::Corrupt { table, column, id, .. } = error else { panic!("{error}") };
+        assert_eq!((table, column, id), (expected_table, expected_column, run.id.to_string()));
+    }
+}
+
+#[tokio::test]
+async fn what_the_server_refuses_is_told_by_its_kind_and_without_values() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let refuse = |code: &str| {
+        format!(
+            "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = '{code}'; END $$;
+             CREATE OR REPLACE TRIGGER refuse BEFORE INSERT ON runs FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+    };
+    for code in ["53100", "53200", "40001", "40P01", "57P01", "08006", "23514", "22021", "XX000"] {
+        connection.execute(AssertSqlSafe(refuse(code))).await.expect("changes");
+        let mut run = new_run(1);
+        run.request_id = Some("hunter2".to_owned());
+        let error = store.submit(&[run]).await.expect_err("refused");
+        assert!(!error.to_string().contains("hunter2") && error.to_string().contains("runs.submit"), "{error}");
+        match code {
+            "53100" => assert!(matches!(error, StoreError::Full(_)), "{code}: {error}"),
+            "53200" | "40001" | "40P01" | "57P01" | "08006" => {
+                assert!(matches!(error, StoreError::Unavailable(_)), "{code}: {error}");
+            }
+            _ => assert!(matches!(error, StoreError::Defect(_)), "{code}: {error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_an_owner_must_not_write_is_refused_whole() {
+    let (store, _database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let owner = live_replica(&store).await;
+    let (run, lease) = submit_leased(&store, 1, owner).await;
+    let (_, other) = submit_leased(&store, 2, owner).await;
+    let mut empty = step(lease, 3);
+    empty.events.clear();
+    let mut gap = step(lease, 3);
+    gap.events.push(stagegate_testkit::store::fixtures::event(9, 1, "s1"));
+    for wrong in [vec![empty], vec![gap], vec![step(lease, 3), step(lease, 4)]] {
+        let mut batch = vec![step(other, 3)];
+        batch.extend(wrong);
+        let error = store.commit(&batch).await.expect_err("a defect of the caller");
+        assert!(matches!(error, StoreError::Defect(_)), "{error}");
+    }
+    assert_eq!(store.run_record(&run.tenant, run.id).await.expect("reads").expect("there").last_seq, 3);
+    assert_eq!(commit(&store, &step(other, 3)).await, Committed::Now);
+}
+
+#[tokio::test]
+async fn what_is_shown_to_people_may_hold_anything() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let id = replica();
+    let beat = stagegate_core::store::Heartbeat {
+        replica: id,
+        name: NASTY.to_owned(),
+        version: NASTY.to_owned(),
+        draining: true,
+        ttl: Duration::from_mins(1),
+    };
+    assert!(store.heartbeat(&beat).await.expect("beats").alive);
+    let mut run = new_run(1);
+    run.request_id = Some("a\0b".to_owned());
+    store.submit(std::slice::from_ref(&run)).await.expect("submits");
+    let record = store.run_record(&run.tenant, run.id).await.expect("reads").expect("there");
+    assert_eq!((record.request_id.as_deref(), record.state), (Some("a\u{fffd}b"), RunState::Queued));
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let row: (Uuid, bool) =
+        sqlx::query_as("SELECT id, draining FROM replicas").fetch_one(&mut connection).await.expect("reads");
+    assert_eq!(row, (id.0, true));
+}

@@ -7,3 +7,4 @@ mod crash;
 mod file;
 mod full;
 mod support;
+mod twins;

@@ -101,7 +101,7 @@ impl Demo {
         let done = match done {
             Ok(0) if !self.once => {
                 signals.next().await;
-                output::note("stopped; the temporary directory is gone");
+                output::note("stopping; the temporary directory goes with it");
                 Ok(0)
             }
             other => other,

@@ -8,7 +8,7 @@ use stagegate_testkit::{
     servers::{Redis, TestDatabase},
 };
 
-use crate::support::{Api, Place};
+use crate::support::{Api, PATIENCE, Place};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_embedded_daemon_says_what_it_uses_and_ends_with_0_on_sigterm() {
@@ -58,6 +58,13 @@ async fn what_is_under_way_at_sigterm_goes_on_at_the_next_start() {
         event.kind.name() == "stage.started" && event.kind.stage().is_some_and(|stage| stage.as_str() == "two")
     };
     api.follow(&run, 0, is_second).await;
+    // The call that hangs is the first process's: it must have arrived before the signal.
+    let called = async {
+        while provider.calls_where(&contains("SECOND")).is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, called).await.expect("the second stage is called");
     assert_eq!(daemon.end("TERM").0, 0);
 
     let daemon = place.serve(&[], &[]).await;

@@ -70,6 +70,7 @@ CREATE TABLE runs (
 CREATE INDEX runs_by_tenant ON runs (tenant, id);
 CREATE INDEX runs_by_pipeline ON runs (tenant, pipeline, id);
 CREATE INDEX runs_live ON runs (tenant, state, id) WHERE state IN ('queued', 'running', 'waiting');
+CREATE INDEX runs_lost ON runs (tenant, state, id) WHERE state IN ('failed', 'cancelled', 'expired');
 -- Leases. Each holds only the runs that it is about; a terminal run is in none of them.
 CREATE INDEX runs_ready ON runs (priority DESC, ready_at, id) WHERE ready_at IS NOT NULL;
 CREATE INDEX runs_wake ON runs (wake_at) WHERE wake_at IS NOT NULL;
