@@ -19,7 +19,7 @@ const FLOORS: [(&str, u8); 8] = [
 const BESIDE: [&str; 2] = ["stagegate-testkit", "xtask"];
 
 /// Libraries that only these crates of the product may use.
-const HOMES: [(&str, &[&str]); 11] = [
+const HOMES: [(&str, &[&str]); 10] = [
     ("axum", &["stagegate-http"]),
     ("tower-http", &["stagegate-http"]),
     ("utoipa-axum", &["stagegate-http"]),
@@ -27,7 +27,6 @@ const HOMES: [(&str, &[&str]); 11] = [
     ("deadpool-redis", &["stagegate-llm"]),
     ("redis", &["stagegate-llm"]),
     ("reqwest", &["stagegate-llm", "stagegate-telemetry", "stagegate"]),
-    ("prometheus", &["stagegate-telemetry"]),
     ("sentry", &["stagegate-telemetry"]),
     ("tracing-subscriber", &["stagegate-telemetry"]),
     ("clap", &["stagegate"]),
