@@ -98,7 +98,7 @@ pub const LOAD: &str = concat!(
      LEFT JOIN checkpoints c ON c.run_id = s.run_id AND c.stage_id = s.stage_id
      LEFT JOIN LATERAL (
          SELECT * FROM attempts a
-         WHERE a.run_id = s.run_id AND a.stage_id = s.stage_id AND c.run_id IS NULL
+         WHERE a.run_id = s.run_id AND a.stage_id = s.stage_id AND c.run_id IS NULL AND a.output IS NOT NULL
          ORDER BY a.number DESC LIMIT 1
      ) a ON true
      ORDER BY r.id, s.stage_id"

@@ -236,7 +236,7 @@ pub async fn epochs_only_grow(subject: Subject) {
     again(lease).await;
 }
 
-/// Input, stages, checkpoints, and the last attempt of what has none; leases that are gone are left out.
+/// Input, stages, checkpoints, and the last attempt with an output of what has none; leases that are gone are left out.
 pub async fn load_gives_everything_that_an_owner_needs(subject: Subject) {
     let store = &subject.store;
     let owner = live_replica(store).await;
@@ -250,7 +250,9 @@ pub async fn load_gives_everything_that_an_owner_needs(subject: Subject) {
     first.checkpoints = vec![(stage("s1"), checkpoint("out".into()))];
     assert_eq!(commit(store, &first).await, Committed::Now);
     let mut second = step(lease, 4);
-    second.attempts = vec![(stage("s2"), full_attempt(2, "z"))];
+    // What failed without an output does not hide the output that a critique is about.
+    let failed = stagegate_core::Attempt { output: None, ..full_attempt(3, "no output") };
+    second.attempts = vec![(stage("s2"), full_attempt(2, "z")), (stage("s2"), failed)];
     second.stages = vec![StageRecord::pending(stage("s3"))];
     assert_eq!(commit(store, &second).await, Committed::Now);
 
