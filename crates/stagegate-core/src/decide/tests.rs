@@ -252,8 +252,8 @@ fn a_short_pause_is_waited_out_and_a_long_one_parks() {
     assert!(step.effects.contains(&Effect::WakeAt { stage: 0, at: at(3) }));
 
     let (_, mut run, _) = begin(CANONICAL);
-    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::from_secs(600))));
-    assert_eq!(step.commit.then, Disposition::Park(Some(Duration::from_secs(600))));
+    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::from_mins(10))));
+    assert_eq!(step.commit.then, Disposition::Park(Some(Duration::from_mins(10))));
     assert_eq!(names(&step.commit), ["stage.retrying", "run.waiting"]);
     run.on(Stimulus::Taken(Vec::new()), at(601), 0.0);
     let step = run.take_step().expect("resumed");
@@ -400,7 +400,7 @@ proptest! {
                         0..=3 => output(true, true),
                         4 => output(false, true),
                         5 => output(false, false),
-                        6 => error(true, Some(Duration::from_secs(60))),
+                        6 => error(true, Some(Duration::from_mins(1))),
                         _ => error(true, None),
                     };
                     run.on(Stimulus::Attempted { stage: pick, attempt, outcome }, now, 0.3);
