@@ -46,7 +46,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
     let record = record(&new);
     // Entered before the insert: what is owned and not in the table is taken for an insert whose answer was lost.
     let handle = lease.as_ref().and_then(|(life, _)| shared.enter(new.id, life));
-    let submitted = shared.submits.send(new).await;
+    let submitted = shared.submits.offer(new).await;
     let epoch = match &submitted {
         Ok(Submitted::Accepted(epoch)) => *epoch,
         _ => None,

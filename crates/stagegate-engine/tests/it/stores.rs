@@ -10,8 +10,12 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
-use stagegate_core::{Clock, RunState, Store, SystemClock, TenantId, pipeline::Span};
-use stagegate_engine::{Action, Engine, config::EngineConfig};
+use stagegate_core::{
+    Clock, Code, RunState, Store, SystemClock, TenantId,
+    pipeline::{Labels, Span},
+    store::Idempotency,
+};
+use stagegate_engine::{Action, Engine, Submit, config::EngineConfig};
 use stagegate_telemetry::Metrics;
 use stagegate_testkit::provider::{FakeProvider, Reply, contains};
 
@@ -71,6 +75,21 @@ impl Setup {
         while self.metrics.runs_in_flight.get() > 0 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+}
+
+/// A run of the canonical pipeline, which is registered.
+fn hello() -> Submit {
+    Submit {
+        tenant: TenantId::default(),
+        pipeline: "canonical".parse().expect("valid"),
+        version: None,
+        input: json!({ "text": "hello" }),
+        cache_mode: None,
+        priority: 0,
+        labels: Labels::new(),
+        idempotency: None,
+        request_id: None,
     }
 }
 
@@ -143,17 +162,8 @@ async fn a_lost_answer_to_a_claim_or_a_submit_loses_no_run() {
     setup.faulty.set("claim", Fault::LoseOnce);
     let _ = setup.bench.submit(&canonical(), json!({ "text": "warm" })).await;
     setup.faulty.set("submit", Fault::LoseOnce);
-    let submit = stagegate_engine::Submit {
-        tenant: TenantId::default(),
-        pipeline: "canonical".parse().expect("valid"),
-        version: None,
-        input: json!({ "text": "hello" }),
-        cache_mode: None,
-        priority: 0,
-        labels: stagegate_core::pipeline::Labels::new(),
-        idempotency: Some(stagegate_core::store::Idempotency { key: "k".to_owned(), digest: [1; 32] }),
-        request_id: None,
-    };
+    let idempotency = Some(Idempotency { key: "k".to_owned(), digest: [1; 32] });
+    let submit = Submit { idempotency, ..hello() };
     setup.bench.engine.submit(submit.clone()).await.expect_err("its answer is lost");
     let (found, new) = setup.bench.engine.submit(submit).await.expect("found by its key");
     assert!(!new);
@@ -243,4 +253,28 @@ async fn an_answer_that_was_paid_before_its_attempt_timed_out_is_booked() {
     let detail = setup.bench.run(&source, json!({ "text": "hello" })).await;
     assert_state(&detail.run, RunState::Failed);
     assert!(detail.run.totals.cost_usd.nanos() > 0, "{:?}", detail.run.totals);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn submits_that_the_store_cannot_keep_up_with_are_refused() {
+    let setup = Setup::start().await;
+    setup.bench.run(&canonical(), json!({ "text": "register" })).await;
+    setup.faulty.set("submit", Fault::Hang);
+    let waiting: Vec<_> = (0..5_000)
+        .map(|_| {
+            let engine = setup.bench.engine.clone();
+            tokio::spawn(async move { engine.submit(hello()).await })
+        })
+        .collect();
+    let (first, _) = futures::future::select_ok(waiting.into_iter().map(|task| {
+        Box::pin(async move {
+            match task.await.expect("no panic") {
+                Err(error) => Ok(error),
+                Ok(_) => Err(()),
+            }
+        })
+    }))
+    .await
+    .expect("some are refused");
+    assert_eq!(first.code, Code::QueueFull);
 }
