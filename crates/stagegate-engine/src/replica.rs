@@ -4,7 +4,7 @@ use std::sync::{Arc, LazyLock, atomic::Ordering};
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use stagegate_core::{
-    Error, ReplicaId,
+    Code, Error, ReplicaId,
     decide::{Run, Stimulus},
     store::{Heartbeat, Lease, Snapshot},
 };
@@ -190,6 +190,10 @@ async fn take(
         let lease = snapshot.lease;
         match take_one(shared, life, snapshot, permit).await {
             Ok(()) => taken += 1,
+            Err(error) if error.code == Code::Unavailable => {
+                tracing::warn!(run_id = %lease.run, %error, "a leased run could not be taken up; it is handed back");
+                shared.doubt();
+            }
             Err(error) => {
                 tracing::error!(run_id = %lease.run, %error, "a leased run could not be taken up; it is tried again later");
             }
@@ -220,7 +224,7 @@ async fn take_one(
     let pipeline = shared.pipeline(&record.tenant, &record.pipeline, Some(record.version)).await?;
     let Some((pipeline, _)) = pipeline else {
         return Err(Error::new(
-            stagegate_core::Code::CorruptRow,
+            Code::CorruptRow,
             format!("the run's pipeline version {}@{} is not there", record.pipeline, record.version),
         ));
     };

@@ -172,6 +172,21 @@ async fn a_lost_answer_to_a_claim_or_a_submit_loses_no_run() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claimed_run_that_could_not_be_loaded_is_claimed_again() {
+    let setup = Setup::start().await;
+    let slow_down = Reply::status(429, "{}").header("retry-after", "1");
+    setup.bench.provider.on(contains("stage-one")).once(slow_down).respond(Reply::echo());
+    let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
+    setup.bench.until(run, "run.waiting").await;
+    setup.faulty.set("load", Fault::LoseOnce);
+    setup.faulty.next_call("load").await;
+    setup.faulty.set("signals", Fault::LoseOnce);
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Succeeded);
+    assert!(setup.faulty.calls("load") >= 3, "the first answer was lost, the second run could not be taken up");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancel_whose_reading_was_lost_is_obeyed_all_the_same() {
     let setup = Setup::start().await;
     setup.bench.provider.on(contains("stage-one")).respond(Reply::hang());
