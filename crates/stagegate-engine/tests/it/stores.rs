@@ -224,7 +224,7 @@ async fn nothing_starts_once_a_cancel_was_read() {
     while setup.faulty.calls("signals") == read {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    tokio::time::sleep(Duration::from_millis(100)).await; // The reading ends, which nothing shows from outside.
+    tokio::time::sleep(Duration::from_millis(500)).await; // The reading ends, which nothing shows from outside.
     setup.faulty.mend("commit");
     setup.bench.finish(run).await;
     assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
