@@ -29,11 +29,15 @@ use stagegate_core::{
 };
 use stagegate_llm::Llm;
 use stagegate_telemetry::Metrics;
+use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
 
 use shared::Shared;
+
+/// How long the store may take to note what is handed back, and the farewell, at the end of a drain.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// A running engine. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -59,9 +63,10 @@ impl Engine {
         let submits = writer::submits(&background, &store, batch_max);
         let replica = replica::new_replica_id();
         let shared = Arc::new(Shared::new(config, store, llm, metrics, clock, steps, submits, replica));
+        let entered = Instant::now();
         shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
         let stop = CancellationToken::new();
-        background.spawn(replica::beat(Arc::clone(&shared), stop.clone()));
+        background.spawn(replica::beat(Arc::clone(&shared), entered, stop.clone()));
         background.spawn(replica::claim(Arc::clone(&shared)));
         Ok(Self { shared, stop, background })
     }
@@ -200,13 +205,17 @@ impl Engine {
         self.begin_drain();
         self.shared.drivers.close();
         if tokio::time::timeout(grace, self.shared.drivers.wait()).await.is_err() {
-            let stopped = self.shared.stop_all();
+            let stopped = self.shared.end_life();
             tracing::warn!(stopped, "the grace period is over; the attempts under way are abandoned");
-            let _ = tokio::time::timeout(Duration::from_secs(5), self.shared.drivers.wait()).await;
+            let _ = tokio::time::timeout(FAREWELL, self.shared.drivers.wait()).await;
         }
         self.stop.cancel();
-        if let Err(error) = self.shared.store.leave(self.replica()).await {
-            tracing::warn!(%error, "this replica could not leave; its runs are taken over when its lease ends");
+        match tokio::time::timeout(FAREWELL, self.shared.store.leave(self.replica())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "this replica could not leave; its runs are taken over when its lease ends");
+            }
+            Err(_) => tracing::warn!("no answer to the farewell; the runs are taken over when the lease ends"),
         }
         self.background.close();
     }

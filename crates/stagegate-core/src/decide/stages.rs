@@ -32,10 +32,10 @@ impl Run {
         now: DateTime<Utc>,
         jitter: f64,
     ) {
-        let record = &mut self.stages[stage].record;
-        if record.state != StageState::Running || record.attempt != attempt {
+        if !self.is_under_way(stage, attempt) {
             return;
         }
+        let record = &mut self.stages[stage].record;
         let mut totals = Totals::default();
         for call in &outcome.calls {
             totals.add(call);
@@ -138,7 +138,9 @@ impl Run {
         let exhausted = !self.attempts_left(stage, attempt);
         match wait {
             Some(wait) if !exhausted && self.failure.is_none() => {
-                let next_at = now + TimeDelta::from_std(wait).unwrap_or(TimeDelta::MAX);
+                // A provider may wish for more than a calendar holds; past the deadline there is nothing to wait for.
+                let longest = (self.deadline_at - now).max(TimeDelta::zero());
+                let next_at = now + TimeDelta::from_std(wait).map_or(longest, |wait| wait.min(longest));
                 let record = &mut self.stages[stage].record;
                 record.state = StageState::Waiting;
                 record.not_before = Some(next_at);

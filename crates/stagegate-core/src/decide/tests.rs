@@ -277,6 +277,39 @@ fn what_cannot_be_retried_fails_at_once_and_what_can_fails_at_the_end() {
 }
 
 #[test]
+fn a_signal_that_is_read_twice_is_obeyed_once() {
+    let (_, mut run, _) = begin(CANONICAL);
+    attempted(&mut run, 0, 1, error(false, None));
+    let retry = || signal(SignalKind::Retry { deadline_at: at(5_000) });
+    run.on(Stimulus::Taken(retry()), at(60), 0.0);
+    // Read again before the commit that consumes it is durable.
+    run.on(Stimulus::Signalled(retry()), at(60), 0.0);
+    let step = run.take_step().expect("retried");
+    assert_eq!(names(&step.commit), ["run.retried", "stage.started"]);
+    assert_eq!(started(&step.effects), [(0, 2)]);
+    run.on(Stimulus::Signalled(retry()), at(61), 0.0);
+    assert!(run.take_step().is_none(), "nor when that commit is under way");
+}
+
+#[test]
+fn a_run_taken_after_its_deadline_starts_nothing() {
+    let (_, mut run, _) = begin(CANONICAL);
+    let late = run.deadline_at();
+    run.on(Stimulus::Taken(Vec::new()), late, 0.0);
+    let step = run.take_step().expect("expired");
+    assert_eq!(step.commit.state, RunState::Expired);
+    assert_eq!(step.effects, [Effect::Abort]);
+}
+
+#[test]
+fn a_pause_beyond_all_bounds_is_a_pause_to_the_deadline() {
+    let (_, mut run, _) = begin(CANONICAL);
+    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::MAX)));
+    assert!(matches!(step.commit.then, Disposition::Park(Some(_))));
+    assert!(step.commit.stages[0].not_before.expect("a time") >= run.deadline_at());
+}
+
+#[test]
 fn a_cancel_abandons_what_is_under_way_and_late_answers_change_nothing() {
     let (_, mut run, _) = begin(CANONICAL);
     run.on(Stimulus::Signalled(signal(SignalKind::Cancel)), at(1), 0.0);

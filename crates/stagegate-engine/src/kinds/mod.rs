@@ -45,16 +45,14 @@ pub(crate) struct Attempted {
     pub(crate) reply: Option<Reply>,
 }
 
-/// One try at a stage: its work, then its assessments.
-pub(crate) async fn attempt(context: &AttemptContext) -> Attempted {
-    let mut calls = Vec::new();
+/// One try at a stage: its work, then its assessments. Books its calls as they end.
+pub(crate) async fn attempt(context: &AttemptContext, calls: &mut Vec<LedgerEntry>) -> (AttemptResult, Option<Reply>) {
     let mut reply = None;
     let result = match &context.stage().work {
-        Work::Model(work) => model::attempt(context, work, &mut calls, &mut reply).await,
-        Work::Transform => transform::attempt(context, &mut calls).await,
+        Work::Model(work) => model::attempt(context, work, calls, &mut reply).await,
+        Work::Transform => transform::attempt(context, calls).await,
     };
-    let result = result.unwrap_or_else(|stopped| stopped);
-    Attempted { calls, result, reply }
+    (result.unwrap_or_else(|stopped| stopped), reply)
 }
 
 /// An attempt's early end.
