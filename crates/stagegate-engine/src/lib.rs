@@ -131,6 +131,13 @@ impl Engine {
         let not_found = || Error::new(Code::RunNotFound, format!("there is no run {run}"));
         let record = self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)?;
         let asked = describe(&action);
+        if let Action::Approve(stage) | Action::Reject(stage, _) = &action {
+            let (pipeline, _) = self.pipeline(tenant, &record.pipeline, Some(record.version)).await?;
+            if pipeline.stage_index(stage.as_str()).is_none() {
+                let message = format!("the pipeline `{}` has no stage `{stage}`", record.pipeline);
+                return Err(Error::new(Code::StageNotFound, message));
+            }
+        }
         let kind = match action {
             Action::Cancel => SignalKind::Cancel,
             Action::Retry => {
@@ -155,7 +162,7 @@ impl Engine {
                 return Err(Error::new(Code::WrongState, message));
             }
             Signalled::StageNotHeld(state) => {
-                let is = state.map_or("not there, or not started", |state| state.as_str());
+                let is = state.map_or("not started", |state| state.as_str());
                 let message = format!("the stage is {is}: only a held output can be {asked}, and only once");
                 return Err(Error::new(Code::WrongState, message));
             }

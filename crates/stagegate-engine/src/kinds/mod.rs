@@ -5,6 +5,7 @@ mod judge;
 mod model;
 mod transform;
 
+pub(crate) use judge::request as judge_request;
 pub(crate) use model::request;
 
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use stagegate_core::{
     decide::{AttemptResult, Critique},
     pipeline::{CacheMode, OutputFormat, RenderContext, Stage, Work},
 };
-use stagegate_llm::{CallContext, CallError, Llm, Reply, Request};
+use stagegate_llm::{CallContext, CallError, Llm, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
 use tokio::time::Instant;
 
 use crate::budget::Budget;
