@@ -24,6 +24,9 @@ pub(super) const REGEX_MAX_BYTES: usize = 256 * 1024;
 /// The most regular expressions in a definition, those in its schemas included.
 const REGEXES_MAX: usize = 200;
 
+/// The most templates in an output mapping. Each reads what it names anew.
+const OUTPUT_TEMPLATES_MAX: usize = 200;
+
 /// What has been compiled of a definition; stages in the author's order.
 #[derive(Debug, Default)]
 pub(super) struct Compiled {
@@ -59,6 +62,17 @@ pub(super) enum OutputNode {
     Template(Template),
     List(Vec<Self>),
     Map(Vec<(String, Self)>),
+}
+
+impl OutputNode {
+    fn templates(&self) -> usize {
+        match self {
+            Self::Plain(_) => 0,
+            Self::Template(_) => 1,
+            Self::List(items) => items.iter().map(Self::templates).sum(),
+            Self::Map(map) => map.iter().map(|(_, inner)| inner.templates()).sum(),
+        }
+    }
 }
 
 /// Collects mistakes and gives each its place.
@@ -236,7 +250,13 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         run: true,
         ..Scope::default()
     };
-    compiled.output = draft.output.map(|output| compile_output(output, &Path::root().key("output"), &scope, report));
+    let path = Path::root().key("output");
+    compiled.output = draft.output.map(|output| compile_output(output, &path, &scope, report));
+    if compiled.output.as_ref().is_some_and(|output| output.templates() > OUTPUT_TEMPLATES_MAX) {
+        let message = format!("the output has more than {OUTPUT_TEMPLATES_MAX} templates");
+        let violation = Violation::new(Code::DefinitionTooLarge, "", message);
+        report.at_value(&path, violation.mend("put a `transform` stage before it that makes the map as a whole"));
+    }
     compiled
 }
 
