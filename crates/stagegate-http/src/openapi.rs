@@ -12,10 +12,11 @@ use serde_json::{Map, Value, json};
 use stagegate_core::{Code, Violation, error::nearest, pipeline::definition_schema};
 use utoipa::{OpenApi as _, PartialSchema, ToSchema, openapi::RefOr};
 
-use crate::{etag::Tag, problem::PROBLEM_JSON};
+use crate::{
+    etag::Tag,
+    problem::{PROBLEM_JSON, VIOLATIONS_MAX},
+};
 
-/// The most mistakes of a body that are told.
-const MISTAKES_MAX: usize = 100;
 /// The longest part of an unknown key that is told, in characters.
 const KEY_MAX_CHARS: usize = 80;
 /// The name of the definition's schema among the components.
@@ -104,7 +105,7 @@ impl Document {
         match self.checks.get(name) {
             Some(check) => {
                 let errors = check.validator.iter_errors(value);
-                errors.flat_map(|error| violations(&error, &check.keys)).take(MISTAKES_MAX).collect()
+                errors.flat_map(|error| violations(&error, &check.keys)).take(VIOLATIONS_MAX).collect()
             }
             None => vec![Violation::new(Code::Internal, "", format!("no schema `{name}`"))],
         }
@@ -288,7 +289,7 @@ fn violations(error: &ValidationError<'_>, keys: &[String]) -> Vec<Violation> {
         }
         ValidationErrorKind::AdditionalProperties { unexpected }
         | ValidationErrorKind::UnevaluatedProperties { unexpected } => {
-            unexpected.iter().take(MISTAKES_MAX).map(|name| unknown_key(name, &at, keys)).collect()
+            unexpected.iter().take(VIOLATIONS_MAX).map(|name| unknown_key(name, &at, keys)).collect()
         }
         // The branch that was meant is the one of the value's own type and, where it is tagged, of its tag.
         ValidationErrorKind::OneOfNotValid { context } => {
@@ -420,7 +421,7 @@ mod tests {
         let mut body: Map<String, Value> = (0..10_000).map(|n| (format!("key-{n}"), json!(n))).collect();
         body.insert("k".repeat(100_000), Value::Null);
         let mistakes = document.check("SubmitRequest", &Value::Object(body));
-        assert_eq!(mistakes.len(), MISTAKES_MAX);
+        assert_eq!(mistakes.len(), VIOLATIONS_MAX);
         let bytes: usize = mistakes.iter().map(|m| m.path.len() + m.message.len()).sum();
         assert!(bytes < 100 * 300, "{bytes} bytes");
     }
