@@ -151,7 +151,19 @@ impl Llm {
     pub fn check_model(&self, model: &ModelRef) -> Result<(), Error> {
         let name = model.provider();
         match self.caller.providers.get(name) {
-            Some(served) if served.provider.is_configured() => Ok(()),
+            Some(served) if served.provider.is_configured() => match served.provider.models() {
+                Some(known) if !known.contains(&model.model()) => {
+                    let mend = nearest(model.model(), known.iter().copied()).map_or_else(
+                        || format!("it has {}", known.join(", ")),
+                        |near| format!("did you mean `{name}/{near}`?"),
+                    );
+                    Err(Error::new(
+                        Code::UnknownModel,
+                        format!("`{model}`: the provider `{name}` has no such model; {mend}"),
+                    ))
+                }
+                _ => Ok(()),
+            },
             Some(served) => {
                 let variable = match served.provider.kind() {
                     "openai" => "set OPENAI_API_KEY or ",

@@ -86,4 +86,9 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
 
     /// Whether it has a key, or needs none.
     fn is_configured(&self) -> bool;
+
+    /// The models that it serves, where it is known to serve no others.
+    fn models(&self) -> Option<&'static [&'static str]> {
+        None
+    }
 }

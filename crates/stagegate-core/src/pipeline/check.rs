@@ -221,7 +221,12 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     let ids: Vec<&str> = draft.stages.iter().filter_map(|stage| stage.id).collect();
     let path = Path::root().key("defaults").key("model");
     check_chain(draft.default_model.as_ref(), &path, &draft, models, report);
-    let input_keys = closed_keys(draft.input);
+    let input_keys = declared_keys(draft.input);
+    let outputs: HashMap<&str, Vec<&str>> = draft
+        .stages
+        .iter()
+        .filter_map(|stage| Some((stage.id?, declared_keys(stage.raw.get("output")?.get("schema"))?)))
+        .collect();
     let mut compiled = Compiled {
         input: draft.input.and_then(|schema| Schema::compile(schema, &Path::root().key("input"), report)),
         ..Compiled::default()
@@ -236,6 +241,7 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
                 upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect()
             },
             input: input_keys.clone(),
+            outputs: outputs.clone(),
             run: true,
             output: false,
         };
@@ -247,6 +253,7 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         upstream: ids.iter().copied().collect(),
         stages: ids,
         input: input_keys,
+        outputs,
         run: true,
         ..Scope::default()
     };
@@ -402,14 +409,18 @@ fn check_chain(
     }
 }
 
-/// The keys that an input can have, where its schema allows no others.
-fn closed_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
+/// The keys that a schema declares. None where it declares none, or says that there can be others: then any may be
+/// there. A key that is used but not declared is nearly always misspelt, and would fail every run.
+fn declared_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
+    const OPENERS: [&str; 8] =
+        ["patternProperties", "$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "propertyNames"];
     let schema = schema?.as_object()?;
-    let is_closed = schema.get("additionalProperties") == Some(&Value::Bool(false));
-    if !is_closed || schema.contains_key("patternProperties") {
+    let others = schema.get("additionalProperties").is_some_and(|others| others != &Value::Bool(false));
+    if others || OPENERS.iter().any(|opener| schema.contains_key(*opener)) {
         return None;
     }
-    Some(schema.get("properties")?.as_object()?.keys().map(String::as_str).collect())
+    let keys: Vec<&str> = schema.get("properties")?.as_object()?.keys().map(String::as_str).collect();
+    (!keys.is_empty()).then_some(keys)
 }
 
 fn template(text: Option<&str>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use super::{
     Message, Pipeline, RenderContext, Rendered, Role,
     check::OutputNode,
+    path::Path,
     template::{Template, Vars},
 };
 use crate::{Code, Failure};
@@ -64,7 +65,8 @@ impl Pipeline {
             stage: None,
         };
         let mut left = OUTPUT_MAX_BYTES;
-        self.with_vars(context, None, |vars| node(mapping, vars, &mut left)).map_err(failed)
+        self.with_vars(context, None, |vars| node(mapping, &Path::root().key("output"), vars, &mut left))
+            .map_err(failed)
     }
 
     /// The outputs of the last stages, by id.
@@ -91,20 +93,22 @@ impl Pipeline {
     }
 }
 
-fn node(mapping: &OutputNode, vars: &Vars<'_>, left: &mut usize) -> Result<Value, String> {
+/// Renders a part of the mapping; what fails is told with its place.
+fn node(mapping: &OutputNode, path: &Path, vars: &Vars<'_>, left: &mut usize) -> Result<Value, String> {
     Ok(match mapping {
         OutputNode::Plain(value) => value.clone(),
         OutputNode::Template(template) => {
-            let value = template.value(vars)?;
+            let value = template.value(vars).map_err(|cause| format!("{path}: {cause}"))?;
             *left =
                 left.checked_sub(bytes(&value)).ok_or_else(|| format!("it has more than {OUTPUT_MAX_BYTES} bytes"))?;
             value
         }
         OutputNode::List(items) => {
-            Value::Array(items.iter().map(|item| node(item, vars, left)).collect::<Result<_, _>>()?)
+            let items = items.iter().enumerate().map(|(index, item)| node(item, &path.index(index), vars, left));
+            Value::Array(items.collect::<Result<_, _>>()?)
         }
         OutputNode::Map(map) => {
-            let entries = map.iter().map(|(key, inner)| Ok((key.clone(), node(inner, vars, left)?)));
+            let entries = map.iter().map(|(key, inner)| Ok((key.clone(), node(inner, &path.key(key), vars, left)?)));
             Value::Object(entries.collect::<Result<_, String>>()?)
         }
     })

@@ -31,7 +31,7 @@ stages:
   - id: list
     system: Be {{ input.size }}.
     prompt: \"{{ input.brief }}\"
-    output: { schema: { type: object, required: [items], properties: { items: { type: array, items: { type: string }, minItems: 1 } } } }
+    output: { schema: { type: object, required: [items], additionalProperties: true, properties: { items: { type: array, items: { type: string }, minItems: 1 } } } }
     gate:
       checks:
         - min_chars: 20

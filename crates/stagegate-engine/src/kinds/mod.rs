@@ -102,8 +102,10 @@ impl AttemptContext {
                 _ if self.llm.peek(call, request).await.is_some() => None,
                 Some((worst, Err(left))) => {
                     return Err(over_budget(&format!(
-                        "the next call may cost up to {:.6} USD, {:.6} USD of the run's budget is left",
+                        "the next call may cost up to {:.6} USD (its longest answer is {} tokens: \
+                         `params.max_output_tokens`); {:.6} USD of the run's budget is left",
                         worst.dollars(),
+                        request.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS),
                         left.dollars()
                     )));
                 }

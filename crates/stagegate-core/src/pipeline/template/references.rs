@@ -1,6 +1,6 @@
 //! What a template names: owns the check that everything it names will be there when it is rendered. Runs nothing.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use minijinja::machinery::{
     Span,
@@ -19,8 +19,10 @@ pub(in crate::pipeline) struct Scope<'a> {
     pub(in crate::pipeline) stages: Vec<&'a str>,
     /// Those whose outputs are there: the stages upstream.
     pub(in crate::pipeline) upstream: HashSet<&'a str>,
-    /// The keys of the input, where its schema allows no others.
+    /// The keys that the input's schema declares, where it declares any.
     pub(in crate::pipeline) input: Option<Vec<&'a str>>,
+    /// The keys that the schemas of the stages' outputs declare, where they declare any.
+    pub(in crate::pipeline) outputs: HashMap<&'a str, Vec<&'a str>>,
     /// Whether `run` is known here.
     pub(in crate::pipeline) run: bool,
     /// Whether `output` is known here: an expression of a gate.
@@ -278,7 +280,11 @@ impl<'a> Walker<'a, '_> {
                     self.flaw(span, "a run has nothing but its id", "write `run.id`");
                 }
             }
-            "output" if self.scope.output => {}
+            "output" if self.scope.output => {
+                if let Some(id) = self.scope.stage {
+                    self.output_key(id, keys.first(), "output", span);
+                }
+            }
             name => self.unknown(name, span),
         }
         true
@@ -309,7 +315,20 @@ impl<'a> Walker<'a, '_> {
             Some(near) => format!("did you mean `input.{near}`?"),
             None => format!("add it to the input's `properties`, which has: {}", known.join(", ")),
         };
-        self.flaw(span, format!("the input has no `{key}`: its schema allows no other keys"), mend);
+        self.flaw(span, format!("the input's schema declares no `{key}`"), mend);
+    }
+
+    /// Checks a key of a stage's output, written after `prefix`, against what its schema declares.
+    fn output_key(&mut self, id: &str, key: Option<&Option<String>>, prefix: &str, span: Span) {
+        let (Some(Some(key)), Some(known)) = (key, self.scope.outputs.get(id)) else { return };
+        if known.contains(&key.as_str()) {
+            return;
+        }
+        let mend = match nearest(key, known.iter().copied()) {
+            Some(near) => format!("did you mean `{prefix}.{near}`?"),
+            None => format!("add it to the output's `properties`, which has: {}", known.join(", ")),
+        };
+        self.flaw(span, format!("the schema of the output of stage `{id}` declares no `{key}`"), mend);
     }
 
     fn stage(&mut self, keys: &[Option<String>], span: Span) {
@@ -347,6 +366,7 @@ impl<'a> Walker<'a, '_> {
         if !self.named.stages.contains(id) {
             self.named.stages.push(id.clone());
         }
+        self.output_key(id, keys.get(2), &stage_output(id), span);
     }
 }
 

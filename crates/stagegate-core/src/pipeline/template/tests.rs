@@ -1,3 +1,5 @@
+use std::collections::HashMap;
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -7,6 +9,7 @@ fn scope<'a>() -> Scope<'a> {
         stage: Some("spec"),
         stages: vec!["design", "test-plan", "spec", "later"],
         upstream: ["design", "test-plan"].into_iter().collect(),
+        outputs: HashMap::new(),
         input: Some(vec!["brief", "title"]),
         run: true,
         output: false,

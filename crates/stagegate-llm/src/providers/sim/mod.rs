@@ -7,7 +7,7 @@
 //!
 //! Models, by the part after the slash:
 //!
-//! - `quick`, and every other name: a good answer, after about the configured latency;
+//! - `quick`: a good answer, after about the configured latency;
 //! - `slow`: the same, ten times as late;
 //! - `drafty`: a weak first draft, until the conversation holds a critique; then a revised answer;
 //! - `faulty`: every second call fails with a fault drawn from every kind that real providers have.
@@ -41,6 +41,9 @@ use crate::{
     prices::{count_tokens_typical, text_tokens_typical},
     provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest},
 };
+
+/// The models that it plays.
+pub const MODELS: &[&str] = &["quick", "slow", "drafty", "faulty"];
 
 /// How the system message of every judge begins.
 pub const JUDGE_GREETING: &str = "You are a strict reviewer";
@@ -177,6 +180,10 @@ impl Provider for Sim {
 
     fn is_configured(&self) -> bool {
         true
+    }
+
+    fn models(&self) -> Option<&'static [&'static str]> {
+        Some(MODELS)
     }
 }
 
