@@ -376,8 +376,12 @@ fn summary(runs: &[&Told]) -> String {
 }
 
 fn what_next(base: &str, first: &Told, once: bool) -> String {
-    let own = "Your own:\n  stagegate run docs/examples/brief-to-spec.yaml --input @docs/examples/brief.md\n  \
-               stagegate validate my-pipeline.yaml\n  OPENAI_API_KEY=… stagegate serve\n";
+    // As this one was started: from a checkout the binary is on nobody's path.
+    let program = std::env::args().next().unwrap_or_else(|| "stagegate".to_owned());
+    let own = format!(
+        "Your own:\n  {program} run docs/examples/brief-to-spec.yaml --input @docs/examples/brief.md\n  \
+         {program} validate my-pipeline.yaml\n  OPENAI_API_KEY=… {program} serve\n"
+    );
     if once {
         return format!("\n{own}");
     }
