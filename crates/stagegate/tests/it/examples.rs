@@ -69,3 +69,26 @@ fn the_commands_of_the_readme_are_the_tested_ones() {
         assert!(!stdout.is_empty(), "{command}");
     }
 }
+
+/// Needs curl and jq, as the tour does; where they are missing there is nothing to hold it to.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tour_of_the_api_runs_as_it_stands() {
+    let there = |tool: &str| std::process::Command::new(tool).arg("--version").output().is_ok();
+    if !there("curl") || !there("jq") {
+        eprintln!("passed over: curl or jq is not installed");
+        return;
+    }
+    let place = Place::new();
+    let daemon = place.serve(&[], &[]).await;
+    let page = fs::read_to_string(repository().join("docs/api.md")).expect("the tour");
+    let blocks = page.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let script = blocks.collect::<String>().replace("http://127.0.0.1:8080", &daemon.base);
+    let script = script.replace("/tmp/", &format!("{}/", place.path("").display()));
+    // Every status goes to stderr, in order.
+    let watch = "curl() { command curl --noproxy '*' -w '%{stderr}%{http_code} ' \"$@\"; }; STAGEGATE_KEY=any\n";
+    let (code, stdout, stderr) = place.shell(&format!("{watch}{script}"));
+    assert_eq!(code, 0, "{stdout}\n{stderr}");
+    let told: Vec<&str> = stderr.split_whitespace().collect();
+    let expected = "201 200 202 202 200 200 200 200 200 200 409 409 409 409 200 200 200 200 200 200";
+    assert_eq!(told.join(" "), expected, "{stdout}");
+}
