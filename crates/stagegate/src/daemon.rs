@@ -199,7 +199,7 @@ fn models(config: &Config) -> String {
         let names: Vec<&str> = variables.iter().map(|(_, variable)| *variable).collect();
         return format!("models: simulated only (sim/…); for real ones set {}", names.join(", "));
     }
-    format!("models: {} (keys are set), and simulated ones (sim/…)", real.join(", "))
+    format!("models: {}, which cost what their providers charge, and simulated ones (sim/…)", real.join(", "))
 }
 
 /// The host and database of a URL: never its user, password or parameters.
