@@ -98,6 +98,9 @@ pub enum EventKind {
         stage: StageId,
         /// The attempt whose output is held.
         attempt: u32,
+        /// The quality that was reached.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        score: Option<f64>,
         /// Why, in a sentence.
         reason: String,
         /// What the attempt took.
@@ -132,6 +135,9 @@ pub enum EventKind {
         stage: StageId,
         /// The last attempt.
         attempt: u32,
+        /// The quality that was reached, where there was an output.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        score: Option<f64>,
         /// Why.
         failure: Failure,
         /// What the attempt took.

@@ -56,6 +56,10 @@ pub struct Plan {
     pub cost_usd: Usd,
     /// What hits would save.
     pub saved_usd: Usd,
+    /// The most that one pass could cost: every stage that is bought answers as long as it may. Retries come on top.
+    pub worst_case_usd: Usd,
+    /// The pipeline's budget. A call whose worst case no longer fits is not made.
+    pub budget_usd: Option<Usd>,
     /// Tokens that would probably be bought.
     pub tokens: u64,
     /// The longest chain of stages that would be bought: it sets the run's time.
@@ -81,6 +85,8 @@ pub struct PlannedStage {
     pub cost_usd: Option<Usd>,
     /// What a hit would save.
     pub saved_usd: Usd,
+    /// The most that one attempt could cost.
+    pub worst_case_usd: Usd,
 }
 
 /// What would happen to a stage.

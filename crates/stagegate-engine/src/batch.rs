@@ -1,7 +1,7 @@
 //! Group commit: owns how single requests become batches. A batch is whatever has gathered while the one before it was
 //! under way: no timer, so one request alone waits for nothing and a thousand share one transaction.
 
-use std::{fmt, future::Future};
+use std::{fmt, future::Future, time::Duration};
 
 use stagegate_core::{Code, Error};
 use tokio::sync::{mpsc, oneshot};
@@ -9,6 +9,9 @@ use tokio_util::task::TaskTracker;
 
 /// Requests that may wait for their batch before senders are held back.
 const QUEUE_MAX: usize = 4_096;
+
+/// When to come back where the queue is full.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// One request and where its answer goes.
 pub(crate) type Entry<T, R> = (T, oneshot::Sender<Result<R, Error>>);
@@ -52,9 +55,25 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
 
     /// Sends one request and waits for its answer.
     pub(crate) async fn send(&self, request: T) -> Result<R, Error> {
-        let gone = || Error::new(Code::Draining, "this replica is shutting down");
         let (answer, answered) = oneshot::channel();
         self.queue.send((request, answer)).await.map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     }
+
+    /// The same, refused at once where the queue is full.
+    pub(crate) async fn offer(&self, request: T) -> Result<R, Error> {
+        let (answer, answered) = oneshot::channel();
+        self.queue.try_send((request, answer)).map_err(|refused| match refused {
+            mpsc::error::TrySendError::Closed(_) => gone(),
+            mpsc::error::TrySendError::Full(_) => {
+                let message = format!("{QUEUE_MAX} requests wait for the database already; come back later");
+                Error::new(Code::QueueFull, message).retry_after(RETRY_AFTER)
+            }
+        })?;
+        answered.await.map_err(|_| gone())?
+    }
+}
+
+fn gone() -> Error {
+    Error::new(Code::Draining, "this replica is shutting down")
 }

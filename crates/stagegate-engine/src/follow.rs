@@ -76,7 +76,7 @@ async fn next(
     notify: &Notify,
     tenant: &TenantId,
     run: RunId,
-    after: u64,
+    mut after: u64,
 ) -> Result<Vec<Event>, Error> {
     let mut first_look = true;
     loop {
@@ -92,7 +92,8 @@ async fn next(
             match store.run_record(tenant, run).await? {
                 Some(record) if record.state.is_terminal() && record.last_seq <= after => return Ok(Vec::new()),
                 None => return Ok(Vec::new()),
-                Some(_) => {}
+                // Whoever claims to have seen what has not happened yet would wait past the end.
+                Some(record) => after = after.min(record.last_seq),
             }
         }
         let _ = tokio::time::timeout(POLL, woken).await;

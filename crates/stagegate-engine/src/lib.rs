@@ -29,11 +29,15 @@ use stagegate_core::{
 };
 use stagegate_llm::Llm;
 use stagegate_telemetry::Metrics;
+use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
 
 use shared::Shared;
+
+/// How long the store may take to note what is handed back, and the farewell, at the end of a drain.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// A running engine. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -59,9 +63,10 @@ impl Engine {
         let submits = writer::submits(&background, &store, batch_max);
         let replica = replica::new_replica_id();
         let shared = Arc::new(Shared::new(config, store, llm, metrics, clock, steps, submits, replica));
+        let entered = Instant::now();
         shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
         let stop = CancellationToken::new();
-        background.spawn(replica::beat(Arc::clone(&shared), stop.clone()));
+        background.spawn(replica::beat(Arc::clone(&shared), entered, stop.clone()));
         background.spawn(replica::claim(Arc::clone(&shared)));
         Ok(Self { shared, stop, background })
     }
@@ -126,6 +131,13 @@ impl Engine {
         let not_found = || Error::new(Code::RunNotFound, format!("there is no run {run}"));
         let record = self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)?;
         let asked = describe(&action);
+        if let Action::Approve(stage) | Action::Reject(stage, _) = &action {
+            let (pipeline, _) = self.pipeline(tenant, &record.pipeline, Some(record.version)).await?;
+            if pipeline.stage_index(stage.as_str()).is_none() {
+                let message = format!("the pipeline `{}` has no stage `{stage}`", record.pipeline);
+                return Err(Error::new(Code::StageNotFound, message));
+            }
+        }
         let kind = match action {
             Action::Cancel => SignalKind::Cancel,
             Action::Retry => {
@@ -150,7 +162,7 @@ impl Engine {
                 return Err(Error::new(Code::WrongState, message));
             }
             Signalled::StageNotHeld(state) => {
-                let is = state.map_or("not there, or not started", |state| state.as_str());
+                let is = state.map_or("not started", |state| state.as_str());
                 let message = format!("the stage is {is}: only a held output can be {asked}, and only once");
                 return Err(Error::new(Code::WrongState, message));
             }
@@ -200,13 +212,17 @@ impl Engine {
         self.begin_drain();
         self.shared.drivers.close();
         if tokio::time::timeout(grace, self.shared.drivers.wait()).await.is_err() {
-            let stopped = self.shared.stop_all();
+            let stopped = self.shared.end_life();
             tracing::warn!(stopped, "the grace period is over; the attempts under way are abandoned");
-            let _ = tokio::time::timeout(Duration::from_secs(5), self.shared.drivers.wait()).await;
+            let _ = tokio::time::timeout(FAREWELL, self.shared.drivers.wait()).await;
         }
         self.stop.cancel();
-        if let Err(error) = self.shared.store.leave(self.replica()).await {
-            tracing::warn!(%error, "this replica could not leave; its runs are taken over when its lease ends");
+        match tokio::time::timeout(FAREWELL, self.shared.store.leave(self.replica())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "this replica could not leave; its runs are taken over when its lease ends");
+            }
+            Err(_) => tracing::warn!("no answer to the farewell; the runs are taken over when the lease ends"),
         }
         self.background.close();
     }

@@ -68,33 +68,40 @@ fn count_attempt(shared: &Shared, attempt: &Attempt) {
 fn log(kind: &EventKind) {
     let event = kind.name();
     match kind {
-        EventKind::RunAccepted { .. } | EventKind::RunStarted => tracing::debug!(event, "run"),
-        EventKind::RunResumed { checkpoints } => tracing::info!(event, checkpoints, "run"),
-        EventKind::RunWaiting { until } => tracing::info!(event, ?until, "run"),
-        EventKind::RunRetried { stages } => tracing::info!(event, stages = stages.len(), "run"),
+        EventKind::RunAccepted { .. } => tracing::debug!(event, "run accepted"),
+        EventKind::RunStarted => tracing::debug!(event, "run started"),
+        EventKind::RunResumed { checkpoints } => tracing::info!(event, checkpoints, "run resumed"),
+        EventKind::RunWaiting { until } => tracing::info!(event, ?until, "run waiting"),
+        EventKind::RunRetried { stages } => tracing::info!(event, stages = stages.len(), "run retried"),
         EventKind::RunFinished { state, failure, totals } => {
             let (cost_usd, hits) = (totals.cost_usd.dollars(), totals.hits);
             let (cancelled, state) = (*state == RunState::Cancelled, state.as_str());
             match failure {
                 Some(failure) if !cancelled => {
-                    tracing::warn!(event, state, code = %failure.code, reason = %failure.message, cost_usd, hits, "run");
+                    let (code, reason) = (failure.code.as_str(), &failure.message);
+                    tracing::warn!(event, state, code, %reason, cost_usd, hits, "run finished");
                 }
-                _ => tracing::info!(event, state, cost_usd, hits, "run"),
+                _ => tracing::info!(event, state, cost_usd, hits, "run finished"),
             }
         }
-        EventKind::StageStarted { stage, attempt } => tracing::info!(event, stage_id = %stage, attempt, "stage"),
-        EventKind::StageRetrying { stage, attempt, verdict, score, reason, .. } => {
-            tracing::info!(event, stage_id = %stage, attempt, verdict = verdict.as_str(), score, %reason, "stage");
+        EventKind::StageStarted { stage, attempt } => {
+            tracing::info!(event, stage_id = %stage, attempt, "stage started");
         }
-        EventKind::StageHeld { stage, attempt, reason, .. } => {
-            tracing::info!(event, stage_id = %stage, attempt, %reason, "stage");
+        EventKind::StageRetrying { stage, attempt, verdict, score, reason, .. } => {
+            tracing::info!(event, stage_id = %stage, attempt, verdict = verdict.as_str(), score, %reason, "stage retrying");
+        }
+        EventKind::StageHeld { stage, attempt, score, reason, .. } => {
+            tracing::info!(event, stage_id = %stage, attempt, score, %reason, "stage held");
         }
         EventKind::StageSucceeded { stage, attempt, verdict, score, origin, latency_ms, totals, .. } => {
             let (verdict, origin, cost_usd) = (verdict.as_str(), origin.as_str(), totals.cost_usd.dollars());
-            tracing::info!(event, stage_id = %stage, attempt, verdict, score, origin, latency_ms, cost_usd, "stage");
+            tracing::info!(
+                event, stage_id = %stage, attempt, verdict, score, origin, latency_ms, cost_usd, "stage succeeded"
+            );
         }
         EventKind::StageFailed { stage, attempt, failure, .. } => {
-            tracing::warn!(event, stage_id = %stage, attempt, code = %failure.code, reason = %failure.message, "stage");
+            let (code, reason) = (failure.code.as_str(), &failure.message);
+            tracing::warn!(event, stage_id = %stage, attempt, code, %reason, "stage failed");
         }
     }
 }

@@ -4,10 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use stagegate_core::{
-    Error, Pipeline, RunId, StageId, TenantId, Usd,
-    pipeline::{CacheMode, ModelWork, RenderContext, Work},
+    Error, Failure, Pipeline, RunId, StageId, TenantId, Usd,
+    pipeline::{Cache, CacheMode, ModelWork, RenderContext, Rendered, Work},
 };
-use stagegate_llm::{CallContext, Llm, Request};
+use stagegate_llm::{CallContext, Llm, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -17,114 +17,173 @@ use crate::{Plan, PlannedOutcome, PlannedStage, kinds};
 const CHARS_PER_TOKEN: u64 = 4;
 /// The answer that is expected where nothing is known, in tokens; less where the stage caps it.
 const EXPECTED_OUTPUT_TOKENS: u64 = 500;
+/// A rubric and the judge's own instructions, in tokens.
+const JUDGE_TOKENS: u64 = 125;
 /// How long one look into the cache may take.
 const PEEK_TIMEOUT: Duration = Duration::from_secs(2);
+/// What templates see as the run's id.
+const NO_RUN: &str = "00000000-0000-0000-0000-000000000000";
 
 /// See [`crate::Engine::plan`].
 pub(crate) async fn plan(
     llm: &Llm,
     tenant: &TenantId,
-    pipeline: &Arc<Pipeline>,
+    pipeline: &Pipeline,
     version: u32,
     input: &Value,
 ) -> Result<Plan, Error> {
-    let mut outputs: Vec<Option<Arc<Value>>> = vec![None; pipeline.stages.len()];
-    let mut stages: Vec<PlannedStage> = Vec::with_capacity(pipeline.stages.len());
+    let outputs = vec![None; pipeline.stages.len()];
+    let mut planner = Planner { llm, tenant, pipeline, version, input, outputs, stages: Vec::new() };
     for index in 0..pipeline.stages.len() {
-        let context = RenderContext { run_id: "00000000-0000-0000-0000-000000000000", input, outputs: &outputs };
-        let (planned, output) = plan_stage(llm, tenant, pipeline, version, index, &context, &stages).await;
-        outputs[index] = output.map(Arc::new);
-        stages.push(planned);
+        let (planned, output) = planner.stage(index).await?;
+        planner.outputs[index] = output.map(Arc::new);
+        planner.stages.push(planned);
     }
+    let stages = planner.stages;
     let bought = |stage: &&PlannedStage| stage.outcome == PlannedOutcome::Buy;
     Ok(Plan {
         pipeline: pipeline.name.clone(),
         cost_usd: stages.iter().filter_map(|stage| stage.cost_usd).sum(),
         saved_usd: stages.iter().map(|stage| stage.saved_usd).sum(),
+        worst_case_usd: stages.iter().map(|stage| stage.worst_case_usd).sum(),
+        budget_usd: pipeline.budget.as_ref().map(|budget| budget.max_cost_usd),
         tokens: stages.iter().filter(bought).map(|stage| stage.input_tokens + stage.output_tokens).sum(),
         critical_path: critical_path(pipeline, &stages),
         stages,
     })
 }
 
-async fn plan_stage(
-    llm: &Llm,
-    tenant: &TenantId,
-    pipeline: &Pipeline,
+/// A plan under way: what is known of the stages so far.
+struct Planner<'a> {
+    llm: &'a Llm,
+    tenant: &'a TenantId,
+    pipeline: &'a Pipeline,
     version: u32,
-    index: usize,
-    context: &RenderContext<'_>,
-    before: &[PlannedStage],
-) -> (PlannedStage, Option<Value>) {
-    let stage = &pipeline.stages[index];
-    let mut planned = PlannedStage {
-        id: stage.id.clone(),
-        needs: stage.needs.iter().map(|need| pipeline.stages[*need].id.clone()).collect(),
-        model: None,
-        outcome: PlannedOutcome::Free,
-        input_tokens: 0,
-        output_tokens: 0,
-        cost_usd: Some(Usd::ZERO),
-        saved_usd: Usd::ZERO,
-    };
-    let known = stage.needs.iter().all(|need| context.outputs[*need].is_some());
-    let Work::Model(work) = &stage.work else {
-        let rendered = known.then(|| pipeline.render(index, context).ok()).flatten();
-        let output = rendered.and_then(|rendered| match rendered {
-            stagegate_core::pipeline::Rendered::Text(text) => pipeline.read_output(index, &text).ok(),
-            stagegate_core::pipeline::Rendered::Messages(_) => None,
-        });
-        return (planned, output);
-    };
-    planned.model = work.models.first().cloned();
-    planned.outcome = PlannedOutcome::Buy;
-    planned.output_tokens =
-        work.params.max_output_tokens.map_or(EXPECTED_OUTPUT_TOKENS, |max| EXPECTED_OUTPUT_TOKENS.min(max.into()));
-    let request = known.then(|| kinds::request(pipeline, index, work, context, None).ok()).flatten();
-    if let Some(request) = &request {
-        if let Some(hit) = peek(llm, tenant, pipeline, version, index, work, request).await {
-            let call = hit.calls.last();
-            planned.outcome = PlannedOutcome::Hit;
-            planned.input_tokens = call.map_or(0, |call| call.usage.total_tokens() - call.usage.output_tokens);
-            planned.output_tokens = call.map_or(0, |call| call.usage.output_tokens);
-            planned.saved_usd = call.map_or(Usd::ZERO, |call| call.saved_usd);
-            return (planned, pipeline.read_output(index, &hit.content).ok());
-        }
-        planned.input_tokens = tokens(request.messages.iter().map(|message| message.content.len()).sum());
-    } else {
-        // What it needs is not known yet: its own text, the input, and what its needs will probably answer.
-        let needs: u64 = stage.needs.iter().map(|need| before[*need].output_tokens).sum();
-        planned.input_tokens = needs + tokens(context.input.to_string().len()) + EXPECTED_OUTPUT_TOKENS / 4;
-    }
-    let judged = u64::from(stage.gate.judge.is_some());
-    let judge_tokens = judged * (planned.output_tokens + EXPECTED_OUTPUT_TOKENS / 4);
-    planned.cost_usd = llm.estimate(&work.models, planned.input_tokens + judge_tokens, planned.output_tokens);
-    (planned, None)
+    input: &'a Value,
+    outputs: Vec<Option<Arc<Value>>>,
+    stages: Vec<PlannedStage>,
 }
 
-async fn peek(
-    llm: &Llm,
-    tenant: &TenantId,
-    pipeline: &Pipeline,
-    version: u32,
-    index: usize,
-    work: &ModelWork,
-    request: &Request,
-) -> Option<stagegate_llm::Reply> {
-    if matches!(work.cache.mode, CacheMode::Off | CacheMode::Refresh) {
-        return None;
+impl Planner<'_> {
+    /// A stage, and its output where that is known without buying it.
+    async fn stage(&self, index: usize) -> Result<(PlannedStage, Option<Value>), Error> {
+        let stage = &self.pipeline.stages[index];
+        let planned = PlannedStage {
+            id: stage.id.clone(),
+            needs: stage.needs.iter().map(|need| self.pipeline.stages[*need].id.clone()).collect(),
+            model: None,
+            outcome: PlannedOutcome::Free,
+            input_tokens: 0,
+            output_tokens: 0,
+            cost_usd: Some(Usd::ZERO),
+            saved_usd: Usd::ZERO,
+            worst_case_usd: Usd::ZERO,
+        };
+        let known = stage.needs.iter().all(|need| self.outputs[*need].is_some());
+        match &stage.work {
+            Work::Model(work) => self.model(index, work, known, planned).await,
+            Work::Transform if known => {
+                let Rendered::Text(text) = self.pipeline.render(index, &self.context()).map_err(refused)? else {
+                    return Ok((planned, None));
+                };
+                Ok((planned, self.pipeline.read_output(index, &text).ok()))
+            }
+            Work::Transform => Ok((planned, None)),
+        }
     }
-    let call = CallContext {
-        tenant: tenant.clone(),
-        pipeline: pipeline.name.clone(),
-        version,
-        stage: pipeline.stages[index].id.clone(),
-        run: RunId(Uuid::nil()),
-        cache_mode: work.cache.mode,
-        cache_ttl: work.cache.ttl.0,
-        deadline: Instant::now() + PEEK_TIMEOUT,
-    };
-    llm.peek(&call, request).await
+
+    async fn model(
+        &self,
+        index: usize,
+        work: &ModelWork,
+        known: bool,
+        mut planned: PlannedStage,
+    ) -> Result<(PlannedStage, Option<Value>), Error> {
+        planned.model = work.models.first().cloned();
+        let longest = u64::from(work.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS));
+        if known {
+            let request = kinds::request(self.pipeline, index, work, &self.context(), None).map_err(refused)?;
+            if let Some(hit) = self.peek(index, &work.cache, &request).await {
+                return Ok(self.hit(index, work, &hit, planned).await);
+            }
+            planned.input_tokens = tokens(request.messages.iter().map(|message| message.content.len()).sum());
+            planned.worst_case_usd = self.llm.worst_case(&request).unwrap_or_default();
+        } else {
+            // What it needs is not known yet: its own text, the input, and what its needs will probably answer.
+            let needs = &self.pipeline.stages[index].needs;
+            let answers: u64 = needs.iter().map(|need| self.stages[*need].output_tokens).sum();
+            planned.input_tokens = answers + tokens(self.input.to_string().len()) + JUDGE_TOKENS;
+            let dearest = work
+                .models
+                .iter()
+                .filter_map(|model| self.llm.estimate(std::slice::from_ref(model), 2 * planned.input_tokens, longest));
+            planned.worst_case_usd = dearest.max().unwrap_or_default();
+        }
+        planned.outcome = PlannedOutcome::Buy;
+        planned.output_tokens = EXPECTED_OUTPUT_TOKENS.min(longest);
+        let judged = u64::from(self.pipeline.stages[index].gate.judge.is_some());
+        let judge_tokens = judged * (planned.output_tokens + JUDGE_TOKENS);
+        planned.cost_usd = self.llm.estimate(&work.models, planned.input_tokens + judge_tokens, planned.output_tokens);
+        Ok((planned, None))
+    }
+
+    /// A stage whose answer is there; its judge's verdict is there too, or is what remains to be paid.
+    async fn hit(
+        &self,
+        index: usize,
+        work: &ModelWork,
+        hit: &Reply,
+        mut planned: PlannedStage,
+    ) -> (PlannedStage, Option<Value>) {
+        planned.outcome = PlannedOutcome::Hit;
+        for call in &hit.calls {
+            planned.input_tokens += call.usage.total_tokens() - call.usage.output_tokens;
+            planned.output_tokens += call.usage.output_tokens;
+            planned.saved_usd += call.saved_usd;
+        }
+        let stage = &self.pipeline.stages[index];
+        let output = self.pipeline.read_output(index, &hit.content).ok();
+        let rubric = self.pipeline.render_rubric(index, &self.context()).ok().flatten();
+        if let (Some(judge), Some(rubric), Some(output)) = (&stage.gate.judge, rubric, &output) {
+            let (request, cache) = kinds::judge_request(judge, &stage.work, &rubric, output);
+            match self.peek(index, &cache, &request).await {
+                Some(verdict) => planned.saved_usd += verdict.calls.iter().map(|call| call.saved_usd).sum(),
+                None => {
+                    planned.cost_usd =
+                        self.llm.estimate(&work.models, planned.output_tokens + JUDGE_TOKENS, JUDGE_TOKENS);
+                    planned.worst_case_usd = self.llm.worst_case(&request).unwrap_or_default();
+                }
+            }
+        }
+        (planned, output)
+    }
+
+    fn context(&self) -> RenderContext<'_> {
+        RenderContext { run_id: NO_RUN, input: self.input, outputs: &self.outputs }
+    }
+
+    async fn peek(&self, index: usize, cache: &Cache, request: &Request) -> Option<Reply> {
+        if matches!(cache.mode, CacheMode::Off | CacheMode::Refresh) {
+            return None;
+        }
+        let call = CallContext {
+            tenant: self.tenant.clone(),
+            pipeline: self.pipeline.name.clone(),
+            version: self.version,
+            stage: self.pipeline.stages[index].id.clone(),
+            run: RunId(Uuid::nil()),
+            cache_mode: cache.mode,
+            cache_ttl: cache.ttl.0,
+            deadline: Instant::now() + PEEK_TIMEOUT,
+        };
+        self.llm.peek(&call, request).await
+    }
+}
+
+/// A template that fails with the values that are there would fail the run in the same way.
+fn refused(failure: Failure) -> Error {
+    let stage = failure.stage.map(|stage| format!("stage `{stage}`: ")).unwrap_or_default();
+    Error::new(failure.code, format!("{stage}{}", failure.message))
 }
 
 fn tokens(chars: usize) -> u64 {

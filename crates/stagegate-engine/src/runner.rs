@@ -8,9 +8,9 @@ use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered}
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use stagegate_core::{
     Error, Verdict,
-    decide::{Effect, Outcome, Run, Stimulus},
+    decide::{AttemptResult, Effect, Outcome, Run, Stimulus},
     pipeline::Work,
-    store::{Committed, Disposition},
+    store::{Committed, Disposition, Signal},
 };
 use stagegate_llm::Reply;
 use tokio::{sync::Notify, time::Instant};
@@ -24,12 +24,15 @@ use crate::{
     shared::Shared,
 };
 
+/// The pause before signals that could not be read are read again.
+const SIGNALS_RETRY: Duration = Duration::from_secs(1);
+
 /// How others reach a run's driver.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Handle {
     /// There are signals to be read.
     pub(crate) signalled: Notify,
-    /// Stop at once and write nothing more: the lease is gone, or the process ends.
+    /// Stop at once and write nothing more: the life in which the run was leased has ended.
     pub(crate) stop: CancellationToken,
 }
 
@@ -48,6 +51,7 @@ pub(crate) enum Ended {
 }
 
 type AttemptFuture = BoxFuture<'static, (usize, u32, DateTime<Utc>, Attempted)>;
+type SignalsFuture = BoxFuture<'static, Vec<Signal>>;
 type CommitFuture = BoxFuture<'static, Result<Committed, Error>>;
 
 /// A run, and what is under way for it.
@@ -87,6 +91,7 @@ impl Driver {
     pub(crate) async fn drive(mut self, first: Vec<Effect>) -> Ended {
         self.perform(first).await;
         let mut committing: Option<Committing> = None;
+        let mut reading: Option<SignalsFuture> = None;
         loop {
             if committing.is_none() {
                 committing = self.begin_commit();
@@ -97,6 +102,8 @@ impl Driver {
             }
             let handle = Arc::clone(&self.handle);
             let wake_at = self.next_timer();
+            // Nothing is awaited any more once the run has ended; its deadline would be due again and again.
+            let timed = !draining && !self.run.state().is_terminal();
             tokio::select! {
                 biased;
                 () = handle.stop.cancelled() => return Ended::HandBack,
@@ -119,11 +126,15 @@ impl Driver {
                         }
                     }
                 }
+                signals = read(&mut reading), if reading.is_some() => {
+                    reading = None;
+                    self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
+                }
                 Some((stage, attempt, started_at, attempted)) = self.attempts.next() => {
                     self.attempted(stage, attempt, started_at, attempted);
                 }
-                () = tokio::time::sleep_until(wake_at), if !draining => self.due(),
-                () = handle.signalled.notified() => self.signalled().await,
+                () = tokio::time::sleep_until(wake_at), if timed => self.due(),
+                () = handle.signalled.notified(), if reading.is_none() => reading = Some(self.signals()),
                 () = self.shared.drain.cancelled(), if !draining => {}
             }
         }
@@ -142,7 +153,8 @@ impl Driver {
         for effect in effects {
             match effect {
                 Effect::Start { stage, attempt } => {
-                    if !self.shared.drain.is_cancelled() {
+                    // A cancel may have been read while this start was being committed.
+                    if !self.shared.drain.is_cancelled() && self.run.is_under_way(stage, attempt) {
                         self.start(stage, attempt);
                     }
                 }
@@ -167,9 +179,10 @@ impl Driver {
         let timeout = context.stage().timeout;
         let work = async move {
             let deadline = context.deadline;
-            let ended = tokio::time::timeout_at(deadline, kinds::attempt(&context)).await;
-            let attempted = ended.unwrap_or_else(|_| timed_out(timeout));
-            (stage, attempt, started_at, attempted)
+            let mut calls = Vec::new(); // Out here, so that what was paid before a timeout is booked.
+            let ended = tokio::time::timeout_at(deadline, kinds::attempt(&context, &mut calls)).await;
+            let (result, reply) = ended.unwrap_or_else(|_| (timed_out(timeout), None));
+            (stage, attempt, started_at, Attempted { calls, result, reply })
         };
         self.attempts.push(work.instrument(span).boxed());
     }
@@ -241,14 +254,33 @@ impl Driver {
         }
     }
 
-    async fn signalled(&mut self) {
-        match self.shared.store.signals(self.run.lease()).await {
-            Ok(signals) => self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0),
-            Err(error) => {
-                // The mark stays in the store: the next heartbeat tells us again.
-                tracing::warn!(%error, "the signals of this run could not be read");
+    /// Reads the signals, beside whatever else goes on. It is repeated until the store answers: a reading that failed
+    /// may have cleared the mark, so that no heartbeat would tell of them again.
+    fn signals(&self) -> SignalsFuture {
+        let (store, lease) = (Arc::clone(&self.shared.store), self.run.lease());
+        async move {
+            loop {
+                match store.signals(lease).await {
+                    Ok(signals) => return signals,
+                    Err(error) if error.is_retryable() => {
+                        tracing::warn!(%error, "the signals of this run could not be read; they are read again");
+                        tokio::time::sleep(SIGNALS_RETRY).await;
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "the signals of this run cannot be read");
+                        return Vec::new();
+                    }
+                }
             }
         }
+        .boxed()
+    }
+}
+
+async fn read(reading: &mut Option<SignalsFuture>) -> Vec<Signal> {
+    match reading {
+        Some(reading) => reading.await,
+        None => std::future::pending().await,
     }
 }
 
@@ -259,15 +291,11 @@ async fn acked(committing: &mut Option<Committing>) -> Result<Committed, Error> 
     }
 }
 
-fn timed_out(timeout: Duration) -> Attempted {
-    Attempted {
-        calls: Vec::new(),
-        result: stagegate_core::decide::AttemptResult::Failed {
-            code: stagegate_core::Code::StageTimeout,
-            message: format!("the attempt took longer than the stage's timeout of {timeout:?}"),
-            retryable: true,
-            retry_after: None,
-        },
-        reply: None,
+fn timed_out(timeout: Duration) -> AttemptResult {
+    AttemptResult::Failed {
+        code: stagegate_core::Code::StageTimeout,
+        message: format!("the attempt took longer than the stage's timeout of {timeout:?}"),
+        retryable: true,
+        retry_after: None,
     }
 }

@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use stagegate_core::{
@@ -26,6 +29,20 @@ use crate::{
 /// Compiled pipelines kept in memory; past it the table starts over.
 const PIPELINES_MAX: usize = 512;
 
+/// A time in which this replica may count on its leases: from a heartbeat until it could not renew, or was declared
+/// dead. Whatever is leased belongs to one life and stops with it, also what was still being leased when it ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Life {
+    pub(crate) replica: ReplicaId,
+    pub(crate) ended: CancellationToken,
+}
+
+impl Life {
+    fn of(replica: ReplicaId) -> Self {
+        Self { replica, ended: CancellationToken::new() }
+    }
+}
+
 type PipelineKey = (TenantId, PipelineName, u32);
 
 /// What the parts of one engine share.
@@ -43,12 +60,13 @@ pub(crate) struct Shared {
     pub(crate) room: Arc<Semaphore>,
     /// There may be work to claim.
     pub(crate) work: Notify,
-    /// Something may be owned that no driver knows: an insert or a claim whose answer was lost.
-    pub(crate) doubt: Notify,
+    /// Something may be owned that no driver knows: an insert or a claim whose answer was lost. A flag and no wake-up,
+    /// so that a store that fails is not asked without a pause.
+    pub(crate) doubt: AtomicBool,
     /// Set once: nothing new starts.
     pub(crate) drain: CancellationToken,
     pub(crate) drivers: TaskTracker,
-    replica: Mutex<ReplicaId>,
+    life: Mutex<Life>,
     driven: Mutex<HashMap<RunId, Arc<Handle>>>,
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
 }
@@ -76,34 +94,61 @@ impl Shared {
             steps,
             submits,
             work: Notify::new(),
-            doubt: Notify::new(),
+            doubt: AtomicBool::new(false),
             drain: CancellationToken::new(),
             drivers: TaskTracker::new(),
-            replica: Mutex::new(replica),
+            life: Mutex::new(Life::of(replica)),
             driven: Mutex::default(),
             pipelines: Mutex::default(),
         }
     }
 
-    pub(crate) fn replica(&self) -> ReplicaId {
-        *self.replica.lock().unwrap_or_else(PoisonError::into_inner)
+    fn present(&self) -> std::sync::MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn set_replica(&self, replica: ReplicaId) {
-        *self.replica.lock().unwrap_or_else(PoisonError::into_inner) = replica;
+    pub(crate) fn replica(&self) -> ReplicaId {
+        self.present().replica
+    }
+
+    /// The present life; None while nothing may be leased.
+    pub(crate) fn life(&self) -> Option<Life> {
+        let life = self.present().clone();
+        (!life.ended.is_cancelled()).then_some(life)
+    }
+
+    /// The id of the next life.
+    pub(crate) fn rename(&self, replica: ReplicaId) {
+        self.present().replica = replica;
+    }
+
+    pub(crate) fn begin_life(&self, replica: ReplicaId) {
+        *self.present() = Life::of(replica);
+    }
+
+    /// Ends the present life: every driver stops at once. Returns how many there were.
+    pub(crate) fn end_life(&self) -> usize {
+        self.present().ended.cancel();
+        let stopped = std::mem::take(&mut *self.driven()).len();
+        self.count(0);
+        stopped
+    }
+
+    pub(crate) fn doubt(&self) {
+        self.doubt.store(true, Ordering::Relaxed);
     }
 
     fn driven(&self) -> std::sync::MutexGuard<'_, HashMap<RunId, Arc<Handle>>> {
         self.driven.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enters a run in the table; None where it is driven already.
-    pub(crate) fn enter(&self, run: RunId) -> Option<Arc<Handle>> {
+    /// Enters a run that is leased in this life in the table; None where it is driven already.
+    pub(crate) fn enter(&self, run: RunId, life: &Life) -> Option<Arc<Handle>> {
         let mut driven = self.driven();
         if driven.contains_key(&run) {
             return None;
         }
-        let handle = Arc::new(Handle::default());
+        let handle = Arc::new(Handle { signalled: Notify::new(), stop: life.ended.child_token() });
         driven.insert(run, Arc::clone(&handle));
         self.count(driven.len());
         Some(handle)
@@ -134,16 +179,6 @@ impl Shared {
             handle.signalled.notify_one();
             true
         })
-    }
-
-    /// Stops every driver at once; returns how many there were.
-    pub(crate) fn stop_all(&self) -> usize {
-        let driven: Vec<_> = self.driven().drain().collect();
-        for (_, handle) in &driven {
-            handle.stop.cancel();
-        }
-        self.count(0);
-        driven.len()
     }
 
     /// Drives a leased run in a task of its own.
@@ -183,12 +218,11 @@ impl Shared {
                     // Where this fails too, the heartbeat's end hands it back, or the next look at what we own.
                     if let Err(error) = shared.store.release(&[lease]).await {
                         tracing::warn!(%error, "the run could not be handed back");
-                        shared.doubt.notify_one();
+                        shared.doubt();
                     }
                 }
             }
-            drop(permit);
-            shared.work.notify_one();
+            drop(permit); // Whoever waits for room to claim is woken by this.
         };
         self.drivers.spawn(work.instrument(span));
     }

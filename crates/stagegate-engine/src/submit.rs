@@ -27,7 +27,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
     check_labels(&labels)?;
 
     let now = shared.clock.now();
-    let permit = Arc::clone(&shared.room).try_acquire_owned().ok();
+    let lease = shared.life().zip(Arc::clone(&shared.room).try_acquire_owned().ok());
     let accept = Accept {
         id: RunId::new(now, StdRng::from_os_rng().random()),
         tenant: tenant.clone(),
@@ -39,20 +39,20 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         labels,
         idempotency,
         request_id: request_id.clone(),
-        lease_to: permit.as_ref().map(|_| shared.replica()),
+        lease_to: lease.as_ref().map(|(life, _)| life.replica),
         park_after: shared.config.park_after.0,
     };
     let (new, leased) = accept.begin(now);
     let record = record(&new);
     // Entered before the insert: what is owned and not in the table is taken for an insert whose answer was lost.
-    let handle = leased.as_ref().and_then(|_| shared.enter(new.id));
-    let submitted = shared.submits.send(new).await;
+    let handle = lease.as_ref().and_then(|(life, _)| shared.enter(new.id, life));
+    let submitted = shared.submits.offer(new).await;
     let epoch = match &submitted {
         Ok(Submitted::Accepted(epoch)) => *epoch,
         _ => None,
     };
-    match (leased, handle, permit) {
-        (Some((run, effects)), Some(handle), Some(permit)) if epoch == Some(run.lease().epoch) => {
+    match (leased, handle, lease) {
+        (Some((run, effects)), Some(handle), Some((_, permit))) if epoch == Some(run.lease().epoch) => {
             shared.drive(handle, run, effects, permit, request_id.as_deref());
         }
         (_, Some(handle), _) => shared.forget(record.id, &handle),
@@ -63,7 +63,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
             shared.metrics.runs_accepted.inc();
             if epoch.is_none() {
                 shared.work.notify_one();
-                return Ok((RunRecord { state: RunState::Queued, started_at: None, ..record }, true));
+                return Ok((RunRecord { state: RunState::Queued, started_at: None, last_seq: 1, ..record }, true));
             }
             Ok((record, true))
         }
@@ -76,7 +76,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
             format!("this Idempotency-Key was used with a different request, for run {id}: use a new key"),
         )),
         Err(error) => {
-            shared.doubt.notify_one(); // It may have happened.
+            shared.doubt(); // It may have happened.
             Err(error)
         }
     }

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use stagegate_core::{
-    Error, Store, StoreError,
+    Error, Store,
     store::{Commit, Committed, NewRun, Submitted},
 };
 use stagegate_telemetry::Metrics;
@@ -54,23 +54,19 @@ async fn write_steps(store: Arc<dyn Store>, metrics: Metrics, batch: Vec<Entry<C
                     return;
                 }
             }
-            Err(error) => return write_one_by_one(&store, commits, answers, &error).await,
+            Err(error) if commits.len() == 1 => {
+                let _ = answers.remove(0).send(Err(error.into()));
+                return;
+            }
+            Err(error) => {
+                // A batch that the store refuses for good holds a step that it cannot take: it alone must fail.
+                tracing::error!(%error, steps = commits.len(), "the store refused a batch; each step is tried alone");
+                for alone in commits.into_iter().zip(answers) {
+                    Box::pin(write_steps(Arc::clone(&store), metrics.clone(), vec![alone])).await;
+                }
+                return;
+            }
         }
-    }
-}
-
-/// A batch that the store refuses for good holds a step that it cannot take: it alone must fail.
-async fn write_one_by_one(
-    store: &Arc<dyn Store>,
-    commits: Vec<Commit>,
-    answers: Vec<tokio::sync::oneshot::Sender<Result<Committed, Error>>>,
-    batch_error: &StoreError,
-) {
-    tracing::error!(error = %batch_error, steps = commits.len(), "the store refused a batch; each step is tried alone");
-    for (commit, answer) in commits.into_iter().zip(answers) {
-        let result = store.commit(std::slice::from_ref(&commit)).await.map_err(Error::from);
-        let result = result.map(|committed| committed.first().copied().unwrap_or(Committed::Stale));
-        let _ = answer.send(result);
     }
 }
 

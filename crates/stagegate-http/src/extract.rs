@@ -323,6 +323,8 @@ mod tests {
     fn every_mistake_of_a_query_is_told_at_once() {
         let good = read_query::<Sample>("limit=3&tag=a,b&tag=c").expect("valid");
         assert_eq!((good.limit, good.tags.len()), (Some(3), 3));
+        let many = read_query::<Sample>(&"x&".repeat(5_000)).expect_err("5 000 mistakes");
+        assert_eq!(many.violations_told(), 100);
         let problem = read_query::<Sample>("limit=0&limt=1&tag=%00").expect_err("three mistakes");
         let text = format!("{problem:?}");
         for part in ["from 1 to 9", "did you mean `limit`?", "no value can have"] {

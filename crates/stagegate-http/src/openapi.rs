@@ -1,7 +1,10 @@
 //! The OpenAPI document: owns what holds for every operation (errors, security, the definition's schema), so that a
 //! route states only what is its own. Also holds request bodies against the published schemas.
 
-use std::{collections::HashMap, fmt::Write as _};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt::Write as _,
+};
 
 use bytes::Bytes;
 use jsonschema::{ValidationError, Validator, error::ValidationErrorKind};
@@ -9,8 +12,13 @@ use serde_json::{Map, Value, json};
 use stagegate_core::{Code, Violation, error::nearest, pipeline::definition_schema};
 use utoipa::{OpenApi as _, PartialSchema, ToSchema, openapi::RefOr};
 
-use crate::{etag::Tag, problem::PROBLEM_JSON};
+use crate::{
+    etag::Tag,
+    problem::{PROBLEM_JSON, VIOLATIONS_MAX},
+};
 
+/// The longest part of an unknown key that is told, in characters.
+const KEY_MAX_CHARS: usize = 80;
 /// The name of the definition's schema among the components.
 const DEFINITION: &str = "Definition";
 
@@ -92,11 +100,12 @@ impl Document {
         }
     }
 
-    /// Every way in which a value does not fit a component. An unknown component fits nothing.
+    /// The ways in which a value does not fit a component, up to a limit. An unknown component fits nothing.
     pub(crate) fn check(&self, name: &str, value: &Value) -> Vec<Violation> {
         match self.checks.get(name) {
             Some(check) => {
-                check.validator.iter_errors(value).flat_map(|error| violations(&error, &check.keys)).collect()
+                let errors = check.validator.iter_errors(value);
+                errors.flat_map(|error| violations(&error, &check.keys)).take(VIOLATIONS_MAX).collect()
             }
             None => vec![Violation::new(Code::Internal, "", format!("no schema `{name}`"))],
         }
@@ -108,6 +117,7 @@ pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool) -> Value {
     // The document is made of maps, strings and numbers: it always serialises.
     let mut value = serde_json::to_value(api).unwrap_or_default();
     add_definition(&mut value);
+    close_branches(&mut value);
     value["components"]["securitySchemes"] = json!({
         "bearer": { "type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer sg_…`" },
         "apiKey": { "type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key" },
@@ -206,6 +216,27 @@ fn add_definition(value: &mut Value) {
     components.insert(DEFINITION.to_owned(), schema);
 }
 
+/// A body takes no other keys than its own. Of a tagged one the branches do not say so by themselves.
+fn close_branches(document: &mut Value) {
+    for name in bodies(document) {
+        let branches = document["components"]["schemas"][&name].get_mut("oneOf").and_then(Value::as_array_mut);
+        for branch in branches.into_iter().flatten().filter(|branch| branch["properties"].is_object()) {
+            branch["additionalProperties"] = json!(false);
+        }
+    }
+}
+
+/// The components that JSON request bodies refer to.
+fn bodies(document: &Value) -> Vec<String> {
+    let operations = document["paths"].as_object().into_iter().flat_map(Map::values);
+    let operations = operations.filter_map(Value::as_object).flat_map(Map::values);
+    let names = operations.filter_map(|operation| {
+        let schema = operation.pointer("/requestBody/content/application~1json/schema/$ref")?;
+        schema.as_str()?.strip_prefix("#/components/schemas/").map(str::to_owned)
+    });
+    names.collect()
+}
+
 fn rewrite_refs(schema: &mut Value, prefix: &str) {
     match schema {
         Value::Object(map) => {
@@ -223,25 +254,22 @@ fn rewrite_refs(schema: &mut Value, prefix: &str) {
 
 /// A validator for each component that a JSON request body refers to.
 fn checks(document: &Value) -> HashMap<String, Check> {
-    let no_operations = Map::new();
-    let paths = document["paths"].as_object().unwrap_or(&no_operations);
-    let operations = paths.values().filter_map(Value::as_object).flat_map(Map::values);
-    let names = operations.filter_map(|operation| {
-        let schema = operation.pointer("/requestBody/content/application~1json/schema/$ref")?;
-        schema.as_str()?.strip_prefix("#/components/schemas/").map(str::to_owned)
-    });
     let mut checks = HashMap::new();
-    for name in names.filter(|name| name != DEFINITION) {
+    for name in bodies(document).into_iter().filter(|name| name != DEFINITION) {
         let mut root = json!({ "$ref": format!("#/components/schemas/{name}") });
         root["components"] = document["components"].clone();
-        let properties = document["components"]["schemas"][&name]["properties"].as_object();
+        let component = &document["components"]["schemas"][&name];
+        let branches = component["oneOf"].as_array().into_iter().flatten();
         let is_integer = |schema: &Value| match &schema["type"] {
             Value::Array(kinds) => kinds.iter().any(|kind| kind == "integer"),
             kind => kind == "integer",
         };
-        let properties = properties.into_iter().flatten();
-        let keys = properties.clone().map(|(key, _)| key.clone()).collect();
-        let integers = properties.filter(|(_, schema)| is_integer(schema)).map(|(key, _)| key.clone()).collect();
+        let properties = branches.chain([component]).filter_map(|schema| schema["properties"].as_object()).flatten();
+        let names = |chosen: &dyn Fn(&Value) -> bool| {
+            let names = properties.clone().filter(|(_, schema)| chosen(schema)).map(|(key, _)| key.clone());
+            names.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
+        };
+        let (keys, integers) = (names(&|_| true), names(&is_integer));
         // A component that is no schema is a defect, and a test holds each body against its own.
         if let Ok(validator) = jsonschema::validator_for(&root) {
             checks.insert(name, Check { validator, keys, integers });
@@ -261,27 +289,54 @@ fn violations(error: &ValidationError<'_>, keys: &[String]) -> Vec<Violation> {
         }
         ValidationErrorKind::AdditionalProperties { unexpected }
         | ValidationErrorKind::UnevaluatedProperties { unexpected } => {
-            unexpected.iter().map(|name| unknown_key(name, at(name), keys)).collect()
+            unexpected.iter().take(VIOLATIONS_MAX).map(|name| unknown_key(name, &at, keys)).collect()
         }
-        // `oneOf` is how a value that may be null is written: what is wrong is wrong in the other branch.
+        // The branch that was meant is the one of the value's own type and, where it is tagged, of its tag.
         ValidationErrorKind::OneOfNotValid { context } => {
-            let branch = context.iter().find(|errors| !errors.iter().any(|e| is_type_error(e)));
-            match branch.or(context.last()).and_then(|errors| errors.first()) {
-                Some(inner) => violations(inner, keys),
-                None => vec![Violation::new(Code::WrongValue, path, "the value does not fit")],
+            match context.iter().find(|errors| !errors.iter().any(is_of_another_branch)) {
+                Some(meant) => meant.iter().flat_map(|error| violations(error, keys)).collect(),
+                None => not_among(context).unwrap_or_else(|| {
+                    let last = context.last().and_then(|errors| errors.first());
+                    last.map_or_else(
+                        || vec![Violation::new(Code::WrongValue, path, "the value does not fit")],
+                        |error| violations(error, keys),
+                    )
+                }),
             }
         }
         _ => vec![Violation::new(Code::WrongValue, path, error.masked_with("the value").to_string())],
     }
 }
 
-fn is_type_error(error: &ValidationError<'_>) -> bool {
-    matches!(error.kind(), ValidationErrorKind::Type { .. })
+fn is_of_another_branch(error: &ValidationError<'_>) -> bool {
+    matches!(
+        error.kind(),
+        ValidationErrorKind::Type { .. } | ValidationErrorKind::Enum { .. } | ValidationErrorKind::Constant { .. }
+    )
 }
 
-fn unknown_key(name: &str, path: String, keys: &[String]) -> Violation {
-    let violation = Violation::new(Code::UnknownKey, path, format!("`{name}` is not a key of this body"));
-    match nearest(name, keys.iter().map(String::as_str)) {
+/// For a value, or a tag, that is among the words of no branch: all of these words.
+fn not_among(context: &[Vec<ValidationError<'_>>]) -> Option<Vec<Violation>> {
+    let mut words = Vec::new();
+    let mut place = None;
+    for error in context.iter().flatten() {
+        if let ValidationErrorKind::Enum { options } = error.kind() {
+            place.get_or_insert_with(|| path_of(&error.instance_path().to_string()));
+            words.extend(options.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned));
+        }
+    }
+    let message = format!("the value is none of {}", words.join(", "));
+    Some(vec![Violation::new(Code::WrongValue, place?, message)])
+}
+
+fn unknown_key(name: &str, at: &impl Fn(&str) -> String, keys: &[String]) -> Violation {
+    let shown: String = name.chars().take(KEY_MAX_CHARS).collect();
+    let (path, message) = (at(&shown), format!("`{shown}` is not a key of this body"));
+    let violation = Violation::new(Code::UnknownKey, path, message);
+    if keys.contains(&shown) {
+        return violation.mend("leave it out: it does not go with the other keys");
+    }
+    match nearest(&shown, keys.iter().map(String::as_str)) {
         Some(word) => violation.mend(format!("did you mean `{word}`?")),
         None => violation.mend(format!("the keys are {}", keys.join(", "))),
     }
@@ -322,6 +377,53 @@ mod tests {
         {
             assert!(told.contains(&expected), "{expected:?} in {mistakes:#?}");
         }
+    }
+
+    #[test]
+    fn each_scope_of_an_invalidation_says_what_it_takes() {
+        let document = Document::new(&crate::router::document(), false);
+        let told = |value: Value| -> Vec<(Code, String)> {
+            let mistakes = document.check("InvalidateRequest", &value);
+            mistakes.into_iter().map(|m| (m.code, m.path)).collect()
+        };
+        let tell = |code, path: &str| (code, path.to_owned());
+        for good in [
+            json!({ "scope": "tenant" }),
+            json!({ "scope": "pipeline", "pipeline": "p" }),
+            json!({ "scope": "version", "pipeline": "p", "version": 1.0 }),
+            json!({ "scope": "stage", "pipeline": "p", "stage": "s" }),
+            json!({ "scope": "model", "model": "sim/quick" }),
+        ] {
+            assert_eq!(told(good), []);
+        }
+        let mut mistakes = told(json!({ "scope": "stage", "version": 1 }));
+        mistakes.sort_by(|a, b| a.1.cmp(&b.1));
+        let all = [(Code::MissingKey, "pipeline"), (Code::MissingKey, "stage"), (Code::UnknownKey, "version")];
+        assert_eq!(mistakes, all.map(|(code, path)| tell(code, path)));
+        assert_eq!(told(json!({ "scope": "tenant", "pipeline": "p" })), [tell(Code::UnknownKey, "pipeline")]);
+        assert_eq!(told(json!({})), [tell(Code::MissingKey, "scope")]);
+        assert_eq!(
+            told(json!({ "scope": "version", "pipeline": "p", "version": 0 })),
+            [tell(Code::WrongValue, "version")]
+        );
+        let wrong = document.check("InvalidateRequest", &json!({ "scope": "everything" }));
+        assert_eq!((wrong.len(), wrong[0].path.as_str()), (1, "scope"), "{wrong:?}");
+        assert!(wrong[0].message.contains("tenant") && wrong[0].message.contains("model"), "{wrong:?}");
+
+        let mut value = json!({ "scope": "version", "pipeline": "p", "version": 3.0 });
+        document.settle("InvalidateRequest", &mut value);
+        assert!(value["version"].is_u64());
+    }
+
+    #[test]
+    fn no_more_mistakes_are_told_than_anybody_reads() {
+        let document = Document::new(&crate::router::document(), false);
+        let mut body: Map<String, Value> = (0..10_000).map(|n| (format!("key-{n}"), json!(n))).collect();
+        body.insert("k".repeat(100_000), Value::Null);
+        let mistakes = document.check("SubmitRequest", &Value::Object(body));
+        assert_eq!(mistakes.len(), VIOLATIONS_MAX);
+        let bytes: usize = mistakes.iter().map(|m| m.path.len() + m.message.len()).sum();
+        assert!(bytes < 100 * 300, "{bytes} bytes");
     }
 
     #[test]

@@ -18,6 +18,8 @@ use utoipa::ToSchema;
 
 /// The media type of every error.
 pub(crate) const PROBLEM_JSON: &str = "application/problem+json";
+/// The most violations that one problem tells.
+pub(crate) const VIOLATIONS_MAX: usize = 100;
 /// What a caller is told to wait where the error itself does not say.
 const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -62,8 +64,9 @@ impl Problem {
         Error::new(code, detail).into()
     }
 
-    /// With every mistake.
-    pub(crate) fn violations(code: Code, violations: Vec<Violation>) -> Self {
+    /// With every mistake, up to as many as anybody reads.
+    pub(crate) fn violations(code: Code, mut violations: Vec<Violation>) -> Self {
+        violations.truncate(VIOLATIONS_MAX);
         Error::violations(code, violations).into()
     }
 
@@ -71,6 +74,11 @@ impl Problem {
     pub(crate) fn header(self, name: HeaderName, value: &'static str) -> Self {
         let raised = Raised { header: Some((name, HeaderValue::from_static(value))), ..(*self.0).clone() };
         Self(Arc::new(raised))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn violations_told(&self) -> usize {
+        self.0.error.violations.len()
     }
 
     fn status(&self) -> StatusCode {

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use stagegate_core::{
     CallPurpose, Clock, Code, LedgerEntry, ModelRef, Origin, RunId, Usage, Usd,
     cache::{CacheKey, CacheTier},
-    pipeline::{Message, OutputFormat, Params},
+    pipeline::{Message, OutputFormat, Params, unfenced},
 };
 use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
@@ -355,17 +355,8 @@ fn is_illness(error: &ProviderError) -> bool {
 fn is_well_formed(format: &OutputFormat, content: &str) -> bool {
     match format {
         OutputFormat::Text => !content.trim().is_empty(),
-        OutputFormat::Json { .. } => serde_json::from_str::<serde::de::IgnoredAny>(without_fence(content)).is_ok(),
+        OutputFormat::Json { .. } => serde_json::from_str::<serde::de::IgnoredAny>(unfenced(content)).is_ok(),
     }
-}
-
-/// The inside of a fenced code block, where the whole text is one.
-fn without_fence(text: &str) -> &str {
-    let text = text.trim();
-    text.strip_prefix("```")
-        .and_then(|rest| rest.strip_suffix("```"))
-        .and_then(|rest| rest.split_once('\n'))
-        .map_or(text, |(_language, inside)| inside.trim())
 }
 
 /// A call under way. Dropped before its end, because everybody's deadline passed or because nobody wants it any more.

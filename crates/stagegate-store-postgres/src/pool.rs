@@ -64,8 +64,11 @@ impl Pool {
         let _ = probe.close().await;
 
         let statement_timeout = config.statement_timeout.0;
-        let timeout = [("statement_timeout", statement_timeout.as_millis())];
-        let session = options.clone().options(timeout).options(SESSION.iter().copied());
+        // A replica that vanished inside a transaction would hold a run's row for as long as the network takes to
+        // notice, and every batch of commits with that run in it would wait.
+        let timeouts = ["statement_timeout", "idle_in_transaction_session_timeout"]
+            .map(|setting| (setting, statement_timeout.as_millis()));
+        let session = options.clone().options(timeouts).options(SESSION.iter().copied());
         let test = config.test_on_checkout;
         let inner = PgPoolOptions::new()
             .max_connections(config.max_connections.max(1))
@@ -104,7 +107,7 @@ impl Pool {
         drop(waiting);
         self.observe();
         let inner = acquired.map_err(|failure| error::statement(name, &failure))?;
-        Ok(Connection { inner, limit: self.statement_limit, in_transaction: false })
+        Ok(Connection { inner, limit: self.statement_limit, under_way: false, in_transaction: false })
     }
 
     pub(crate) fn stats(&self) -> PoolStats {
@@ -167,6 +170,8 @@ impl Drop for Waiting<'_> {
 pub(crate) struct Connection {
     inner: PoolConnection<Postgres>,
     limit: Duration,
+    /// A statement was sent and not answered.
+    under_way: bool,
     in_transaction: bool,
 }
 
@@ -176,16 +181,12 @@ pub(crate) type Statement<'q> = Query<'q, Postgres, PgArguments>;
 impl Connection {
     /// Runs it and returns its rows.
     pub(crate) async fn rows(&mut self, name: &'static str, query: Statement<'_>) -> StoreResult<Vec<PgRow>> {
+        self.under_way = true;
         let answer = tokio::time::timeout(self.limit, query.fetch_all(&mut *self.inner)).await;
-        match answer {
-            Ok(Ok(rows)) => Ok(rows),
-            Ok(Err(failure)) => Err(error::statement(name, &failure)),
-            Err(_) => {
-                // It may still answer to what nobody waits for: nobody else may have it.
-                self.inner.close_on_drop();
-                Err(StoreError::Unavailable(format!("{name}: no answer within {:?}", self.limit)))
-            }
-        }
+        let silent = |_| StoreError::Unavailable(format!("{name}: no answer within {:?}", self.limit));
+        let answer = answer.map_err(silent)?;
+        self.under_way = false;
+        answer.map_err(|failure| error::statement(name, &failure))
     }
 
     /// Runs it and returns its first row.
@@ -209,7 +210,8 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if self.in_transaction {
+        // It may still answer to what nobody waits for: nobody else may have it. The pool would wait for that answer.
+        if self.under_way || self.in_transaction {
             self.inner.close_on_drop();
         }
     }

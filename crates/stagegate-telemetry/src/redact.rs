@@ -30,7 +30,7 @@ const PAYLOAD_NAMES: &[&str] = &["body", "completion", "content", "critique", "i
 static SECRET_TEXT: LazyLock<Regex> = LazyLock::new(|| {
     let pattern = r#"(?x)
         (?P<scheme> (?i:\b(?:bearer|basic)\s+) ) [A-Za-z0-9._~+/=-]{6,}
-      | (?P<url>    \b[a-z][a-z0-9+.-]{1,20}:// ) [^\s/@'"]+@
+      | (?P<url>    (?i:\b[a-z][a-z0-9+.-]{1,20}://) ) [^\s/'"]+@
       | (?P<query>  (?i:[?&](?:key|api_key|token|access_token|password)=) ) [^\s&'"]+
       | \b(?: sg_[A-Za-z0-9_-]{8,} | sk-[A-Za-z0-9_-]{8,} | AIza[A-Za-z0-9_-]{20,} )
     "#;
@@ -95,6 +95,7 @@ mod tests {
         for (text, masked) in [
             ("sent Authorization: Bearer abc.def-123", "sent Authorization: Bearer [redacted]"),
             ("postgres://app:hunter2@db:5432/x is away", "postgres://[redacted]@db:5432/x is away"),
+            ("POSTGRES://app:p@ss@db/x is away", "POSTGRES://[redacted]@db/x is away"),
             ("GET https://h/v1?key=AIzaSecret&alt=json", "GET https://h/v1?key=[redacted]&alt=json"),
             ("key sg_live_0123456789abcdef revoked", "key [redacted] revoked"),
             ("the key sk-ant-api03-abcdef failed", "the key [redacted] failed"),

@@ -125,8 +125,8 @@ impl Progress {
                 let reason = styled(DIM, &format!("{} → next attempt", short(reason)));
                 format!("{} {:width$}  {facts}  {reason}", styled(WARN, "↻"), stage.as_str(), width = self.width)
             }
-            EventKind::StageHeld { stage, attempt, reason, totals } => {
-                let facts = facts(Some(*attempt), "held", None, totals, self.took(stage.as_str(), event.at));
+            EventKind::StageHeld { stage, attempt, score, reason, totals } => {
+                let facts = facts(Some(*attempt), "held", *score, totals, self.took(stage.as_str(), event.at));
                 let name = stage.as_str();
                 format!("{} {name:width$}  {facts}  {}", styled(WARN, "‖"), short(reason), width = self.width)
             }
@@ -141,8 +141,8 @@ impl Progress {
                     facts(Some(*attempt), verdict.as_str(), *score, totals, Some(Duration::from_millis(*latency_ms)));
                 format!("{} {:width$}  {facts}", styled(style, mark), stage.as_str(), width = self.width)
             }
-            EventKind::StageFailed { stage, attempt, failure, totals } => {
-                let facts = facts(Some(*attempt), "failed", None, totals, self.took(stage.as_str(), event.at));
+            EventKind::StageFailed { stage, attempt, score, failure, totals } => {
+                let facts = facts(Some(*attempt), "failed", *score, totals, self.took(stage.as_str(), event.at));
                 let reason = format!("{} {}", failure.code, short(&failure.message));
                 format!("{} {:width$}  {facts}  {reason}", styled(BAD, "✗"), stage.as_str(), width = self.width)
             }

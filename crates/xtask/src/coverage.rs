@@ -8,6 +8,7 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::{Command as Process, ExitCode},
+    sync::OnceLock,
 };
 
 use anyhow::{Context as _, bail};
@@ -19,8 +20,8 @@ use crate::{
     test::{Servers, has_nextest},
 };
 
-/// Set while this binary stands in for rustc.
-const WRAPPER_ENV: &str = "STAGEGATE_COVERAGE_WRAPPER";
+/// Set while this binary stands in for rustc. Not a `STAGEGATE_…` name: the daemon refuses those that it does not know.
+const WRAPPER_ENV: &str = "XTASK_COVERAGE_WRAPPER";
 /// Crates that are not the product.
 const NOT_COUNTED: [&str; 2] = ["stagegate-testkit", "xtask"];
 
@@ -113,7 +114,16 @@ impl Coverage {
 
 /// Has Cargo call us in the place of rustc for the workspace's own crates, and programs write where we look.
 fn instrument(command: &mut Command, folder: &Path) -> anyhow::Result<()> {
-    command.env("RUSTC_WORKSPACE_WRAPPER", std::env::current_exe()?);
+    static COPIED: OnceLock<()> = OnceLock::new();
+    // A copy, for the build may replace the binary that is running. Always at the same place: it is part of what Cargo
+    // takes a build to be.
+    let wrapper = target_dir().join("tools").join("rustc-with-coverage");
+    if COPIED.get().is_none() {
+        std::fs::create_dir_all(target_dir().join("tools"))?;
+        std::fs::copy(std::env::current_exe()?, &wrapper)?;
+        COPIED.get_or_init(|| ());
+    }
+    command.env("RUSTC_WORKSPACE_WRAPPER", wrapper);
     command.env(WRAPPER_ENV, "1");
     // One file a process and binary: `%p` its id, `%m` the binary's signature.
     command.env("LLVM_PROFILE_FILE", folder.join("%p-%m.profraw"));

@@ -102,6 +102,7 @@ fn leased(new: &NewRun, pipeline: Arc<Pipeline>, park_after: Duration) -> Run {
         failure: None,
         started_at: None,
         finished_at: None,
+        last_signal: 0,
         outputs: Arc::new(vec![None; stages.len()]),
         stages,
         draft: Draft::default(),

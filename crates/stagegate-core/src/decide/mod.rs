@@ -120,6 +120,8 @@ pub struct Run {
     started_at: Option<DateTime<Utc>>,
     finished_at: Option<DateTime<Utc>>,
     stages: Vec<StageRun>,
+    /// The newest signal that was taken in. Until its commit is durable it can be read again.
+    last_signal: i64,
     /// By stage index; shared with the attempts that render from it.
     outputs: Arc<Vec<Option<Arc<Value>>>>,
     draft: Draft,
@@ -174,6 +176,7 @@ impl Run {
             started_at: run.started_at,
             finished_at: run.finished_at,
             stages: states,
+            last_signal: 0,
             outputs: Arc::new(outputs),
             draft: Draft::default(),
             pipeline,
@@ -196,14 +199,7 @@ impl Run {
                 }
             }
             Stimulus::Signalled(signals) => self.on_signals(signals, now),
-            Stimulus::DeadlinePassed => {
-                let failure = Failure {
-                    code: Code::DeadlinePassed,
-                    message: format!("the run was not finished by its deadline, {}", self.deadline_at.to_rfc3339()),
-                    stage: None,
-                };
-                self.stop(RunState::Expired, failure, now);
-            }
+            Stimulus::DeadlinePassed => self.expire(now),
         }
         self.settle(now);
     }
@@ -219,6 +215,9 @@ impl Run {
         }
         self.state = RunState::Running;
         self.on_signals(signals, now);
+        if now >= self.deadline_at {
+            return self.expire(now);
+        }
         for stage in 0..self.stages.len() {
             let record = &self.stages[stage].record;
             match record.state {
@@ -234,7 +233,9 @@ impl Run {
         }
     }
 
-    fn on_signals(&mut self, signals: Vec<Signal>, now: DateTime<Utc>) {
+    fn on_signals(&mut self, mut signals: Vec<Signal>, now: DateTime<Utc>) {
+        signals.retain(|signal| signal.id > self.last_signal);
+        self.last_signal = signals.last().map_or(self.last_signal, |signal| signal.id);
         // What came before a retry was meant for the life that had ended.
         let moot = signals.iter().rposition(|signal| matches!(signal.kind, SignalKind::Retry { .. })).unwrap_or(0);
         for (index, signal) in signals.into_iter().enumerate() {
@@ -278,6 +279,15 @@ impl Run {
             self.draft.touch(index);
         }
         self.emit(now, EventKind::RunRetried { stages });
+    }
+
+    fn expire(&mut self, now: DateTime<Utc>) {
+        let failure = Failure {
+            code: Code::DeadlinePassed,
+            message: format!("the run was not finished by its deadline, {}", self.deadline_at.to_rfc3339()),
+            stage: None,
+        };
+        self.stop(RunState::Expired, failure, now);
     }
 
     /// Ends the run at once: attempts under way are abandoned.
@@ -441,6 +451,12 @@ impl Run {
     /// Where it stands.
     pub fn state(&self) -> RunState {
         self.state
+    }
+
+    /// Whether this attempt is still wanted: a stop may have been decided after its start was.
+    pub fn is_under_way(&self, stage: usize, attempt: u32) -> bool {
+        let record = &self.stages[stage].record;
+        record.state == StageState::Running && record.attempt == attempt
     }
 
     /// What it took so far.

@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use super::{AttemptResult, Effect, Outcome, Run};
 use crate::{
-    Assessment, Attempt, Checkpoint, Code, EventKind, Failure, ModelRef, Origin, StageId, StageState, Totals, Verdict,
+    Assessment, Attempt, Checkpoint, Code, Evaluator, EventKind, Failure, ModelRef, Origin, StageId, StageState,
+    Totals, Verdict,
     pipeline::{OnExhausted, OnFail, Stage},
 };
 
@@ -32,10 +33,10 @@ impl Run {
         now: DateTime<Utc>,
         jitter: f64,
     ) {
-        let record = &mut self.stages[stage].record;
-        if record.state != StageState::Running || record.attempt != attempt {
+        if !self.is_under_way(stage, attempt) {
             return;
         }
+        let record = &mut self.stages[stage].record;
         let mut totals = Totals::default();
         for call in &outcome.calls {
             totals.add(call);
@@ -106,7 +107,7 @@ impl Run {
             Verdict::Held => {
                 self.keep_attempt(stage, ended);
                 self.stages[stage].record.state = StageState::Held;
-                self.emit(now, EventKind::StageHeld { stage: id, attempt, reason, totals: judged.totals });
+                self.emit(now, EventKind::StageHeld { stage: id, attempt, score, reason, totals: judged.totals });
             }
             _ => {
                 let failure = Failure {
@@ -138,7 +139,9 @@ impl Run {
         let exhausted = !self.attempts_left(stage, attempt);
         match wait {
             Some(wait) if !exhausted && self.failure.is_none() => {
-                let next_at = now + TimeDelta::from_std(wait).unwrap_or(TimeDelta::MAX);
+                // A provider may wish for more than a calendar holds; past the deadline there is nothing to wait for.
+                let longest = (self.deadline_at - now).max(TimeDelta::zero());
+                let next_at = now + TimeDelta::from_std(wait).map_or(longest, |wait| wait.min(longest));
                 let record = &mut self.stages[stage].record;
                 record.state = StageState::Waiting;
                 record.not_before = Some(next_at);
@@ -225,8 +228,10 @@ impl Run {
         record.failure = Some(failure.clone());
         record.finished_at = Some(now);
         let (id, attempt) = (record.id.clone(), record.attempt);
+        // The call of an errored attempt brought nothing that could have a score.
+        let score = record.score.filter(|_| record.verdict != Some(Verdict::Errored));
         self.draft.touch(stage);
-        self.emit(now, EventKind::StageFailed { stage: id, attempt, failure: failure.clone(), totals });
+        self.emit(now, EventKind::StageFailed { stage: id, attempt, score, failure: failure.clone(), totals });
         self.failure.get_or_insert(failure);
     }
 
@@ -322,7 +327,13 @@ fn reasons(assessments: &[Assessment]) -> String {
     let failed: Vec<String> = assessments
         .iter()
         .filter(|assessment| !assessment.passed)
-        .map(|assessment| format!("{}: {}", assessment.name, assessment.reason))
+        .map(|assessment| match assessment.evaluator {
+            Evaluator::Check => format!("{}: {}", assessment.name, assessment.reason),
+            Evaluator::Judge => {
+                let Assessment { name, score, threshold, reason, .. } = assessment;
+                format!("{name} gave {score:.2}, {threshold:.2} is needed: {reason}")
+            }
+        })
         .collect();
     let text = failed.join("; ");
     match text.char_indices().nth(MAX_CHARS) {

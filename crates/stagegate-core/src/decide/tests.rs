@@ -252,8 +252,8 @@ fn a_short_pause_is_waited_out_and_a_long_one_parks() {
     assert!(step.effects.contains(&Effect::WakeAt { stage: 0, at: at(3) }));
 
     let (_, mut run, _) = begin(CANONICAL);
-    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::from_secs(600))));
-    assert_eq!(step.commit.then, Disposition::Park(Some(Duration::from_secs(600))));
+    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::from_mins(10))));
+    assert_eq!(step.commit.then, Disposition::Park(Some(Duration::from_mins(10))));
     assert_eq!(names(&step.commit), ["stage.retrying", "run.waiting"]);
     run.on(Stimulus::Taken(Vec::new()), at(601), 0.0);
     let step = run.take_step().expect("resumed");
@@ -274,6 +274,39 @@ fn what_cannot_be_retried_fails_at_once_and_what_can_fails_at_the_end() {
     run.take_step();
     let commit = attempted(&mut run, 0, 2, error(true, None)).commit;
     assert_eq!(commit.failure.expect("why").code, Code::AttemptsExhausted);
+}
+
+#[test]
+fn a_signal_that_is_read_twice_is_obeyed_once() {
+    let (_, mut run, _) = begin(CANONICAL);
+    attempted(&mut run, 0, 1, error(false, None));
+    let retry = || signal(SignalKind::Retry { deadline_at: at(5_000) });
+    run.on(Stimulus::Taken(retry()), at(60), 0.0);
+    // Read again before the commit that consumes it is durable.
+    run.on(Stimulus::Signalled(retry()), at(60), 0.0);
+    let step = run.take_step().expect("retried");
+    assert_eq!(names(&step.commit), ["run.retried", "stage.started"]);
+    assert_eq!(started(&step.effects), [(0, 2)]);
+    run.on(Stimulus::Signalled(retry()), at(61), 0.0);
+    assert!(run.take_step().is_none(), "nor when that commit is under way");
+}
+
+#[test]
+fn a_run_taken_after_its_deadline_starts_nothing() {
+    let (_, mut run, _) = begin(CANONICAL);
+    let late = run.deadline_at();
+    run.on(Stimulus::Taken(Vec::new()), late, 0.0);
+    let step = run.take_step().expect("expired");
+    assert_eq!(step.commit.state, RunState::Expired);
+    assert_eq!(step.effects, [Effect::Abort]);
+}
+
+#[test]
+fn a_pause_beyond_all_bounds_is_a_pause_to_the_deadline() {
+    let (_, mut run, _) = begin(CANONICAL);
+    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::MAX)));
+    assert!(matches!(step.commit.then, Disposition::Park(Some(_))));
+    assert!(step.commit.stages[0].not_before.expect("a time") >= run.deadline_at());
 }
 
 #[test]
@@ -400,7 +433,7 @@ proptest! {
                         0..=3 => output(true, true),
                         4 => output(false, true),
                         5 => output(false, false),
-                        6 => error(true, Some(Duration::from_secs(60))),
+                        6 => error(true, Some(Duration::from_mins(1))),
                         _ => error(true, None),
                     };
                     run.on(Stimulus::Attempted { stage: pick, attempt, outcome }, now, 0.3);

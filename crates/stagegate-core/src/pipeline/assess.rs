@@ -3,12 +3,13 @@
 
 use std::borrow::Cow;
 
-use jsonschema::{Validator, error::ValidationErrorKind};
+use jsonschema::error::ValidationErrorKind;
 use serde_json::Value;
 
 use super::{
     Check, OutputFormat, Pipeline, RenderContext,
     check::CompiledCheck,
+    json_schema::Schema,
     path::{Path, cut},
     schema,
 };
@@ -154,7 +155,8 @@ impl Pipeline {
             return Err(vec![Violation::new(Code::InvalidInput, "input", message)]);
         };
         let mut found = Vec::new();
-        for error in validator.iter_errors(input) {
+        let errors = validator.errors(input).map_err(|why| vec![Violation::new(Code::InvalidInput, "input", why)])?;
+        for error in errors {
             let path = root.below(error.instance_path());
             let mut push = |path: Path, message: String| {
                 found.push(Violation::new(Code::InvalidInput, path.to_string(), message));
@@ -179,8 +181,11 @@ impl Pipeline {
     }
 }
 
-fn assess_schema(validator: &Validator, output: &Value) -> Assessment {
-    let mut errors = validator.iter_errors(output);
+fn assess_schema(validator: &Schema, output: &Value) -> Assessment {
+    let mut errors = match validator.errors(output) {
+        Ok(errors) => errors,
+        Err(why) => return assessment("schema", false, format!("the output {why}")),
+    };
     let mut reasons: Vec<String> = errors
         .by_ref()
         .take(REASONS_MAX)
@@ -204,8 +209,8 @@ fn assess_schema(validator: &Validator, output: &Value) -> Assessment {
     assessment("schema", false, format!("does not fit the schema: {}", reasons.join("; ")))
 }
 
-/// The inside of a fenced code block that is the whole answer; models like to wrap JSON in one.
-fn unfenced(content: &str) -> &str {
+/// The inside of a fenced code block that is the whole answer, or else the answer; models like to wrap JSON in one.
+pub fn unfenced(content: &str) -> &str {
     let content = content.trim();
     let inside = content.strip_prefix("```").and_then(|rest| rest.strip_suffix("```"));
     match inside.and_then(|inside| inside.split_once('\n')) {

@@ -3,13 +3,13 @@
 
 use std::collections::{HashMap, HashSet};
 
-use jsonschema::{PatternOptions, Validator};
 use regex::{Regex, RegexBuilder};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{
     Budget, Check, Definition, ModelChain, Models, Role, graph,
+    json_schema::Schema,
     path::{Path, cut},
     schema,
     source::{MISTAKES_MAX, Source},
@@ -20,14 +20,17 @@ use crate::{Code, Violation, error::nearest};
 /// The most stages.
 const STAGES_MAX: usize = 100;
 /// The largest compiled regular expression, in bytes.
-const REGEX_MAX_BYTES: usize = 256 * 1024;
+pub(super) const REGEX_MAX_BYTES: usize = 256 * 1024;
 /// The most regular expressions in a definition, those in its schemas included.
 const REGEXES_MAX: usize = 200;
+
+/// The most templates in an output mapping. Each reads what it names anew.
+const OUTPUT_TEMPLATES_MAX: usize = 200;
 
 /// What has been compiled of a definition; stages in the author's order.
 #[derive(Debug, Default)]
 pub(super) struct Compiled {
-    pub(super) input: Option<Validator>,
+    pub(super) input: Option<Schema>,
     pub(super) stages: Vec<CompiledStage>,
     pub(super) output: Option<OutputNode>,
 }
@@ -37,7 +40,7 @@ pub(super) struct Compiled {
 pub(super) struct CompiledStage {
     pub(super) messages: Vec<(Role, Template)>,
     pub(super) transform: Option<Template>,
-    pub(super) schema: Option<Validator>,
+    pub(super) schema: Option<Schema>,
     pub(super) checks: Vec<CompiledCheck>,
     pub(super) rubric: Option<Template>,
 }
@@ -48,7 +51,7 @@ pub(super) enum CompiledCheck {
     /// Nothing; the check says it all.
     Plain,
     Regex(Regex),
-    Schema(Validator),
+    Schema(Schema),
     Expression(Template),
 }
 
@@ -59,6 +62,17 @@ pub(super) enum OutputNode {
     Template(Template),
     List(Vec<Self>),
     Map(Vec<(String, Self)>),
+}
+
+impl OutputNode {
+    fn templates(&self) -> usize {
+        match self {
+            Self::Plain(_) => 0,
+            Self::Template(_) => 1,
+            Self::List(items) => items.iter().map(Self::templates).sum(),
+            Self::Map(map) => map.iter().map(|(_, inner)| inner.templates()).sum(),
+        }
+    }
 }
 
 /// Collects mistakes and gives each its place.
@@ -96,7 +110,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    fn at_value(&mut self, path: &Path, violation: Violation) {
+    pub(super) fn at_value(&mut self, path: &Path, violation: Violation) {
         self.add(violation, path, false);
     }
 
@@ -117,8 +131,18 @@ impl<'a> Report<'a> {
         self.at_value(path, violation);
     }
 
+    /// How many mistakes there are.
+    pub(super) fn count(&self) -> usize {
+        self.found.len()
+    }
+
+    /// Whether there are too many regular expressions to compile any.
+    pub(super) fn has_too_many_regexes(&self) -> bool {
+        self.regexes > REGEXES_MAX
+    }
+
     /// Counts a regular expression; past the limit none is compiled any more.
-    fn regex(&mut self, path: &Path) {
+    pub(super) fn regex(&mut self, path: &Path) {
         self.regexes += 1;
         if self.regexes == REGEXES_MAX + 1 {
             let message = format!("the definition has more than {REGEXES_MAX} regular expressions");
@@ -199,7 +223,7 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     check_chain(draft.default_model.as_ref(), &path, &draft, models, report);
     let input_keys = closed_keys(draft.input);
     let mut compiled = Compiled {
-        input: draft.input.and_then(|schema| compile_schema(schema, &Path::root().key("input"), report)),
+        input: draft.input.and_then(|schema| Schema::compile(schema, &Path::root().key("input"), report)),
         ..Compiled::default()
     };
     for (index, stage) in draft.stages.iter().enumerate() {
@@ -226,7 +250,13 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         run: true,
         ..Scope::default()
     };
-    compiled.output = draft.output.map(|output| compile_output(output, &Path::root().key("output"), &scope, report));
+    let path = Path::root().key("output");
+    compiled.output = draft.output.map(|output| compile_output(output, &path, &scope, report));
+    if compiled.output.as_ref().is_some_and(|output| output.templates() > OUTPUT_TEMPLATES_MAX) {
+        let message = format!("the output has more than {OUTPUT_TEMPLATES_MAX} templates");
+        let violation = Violation::new(Code::DefinitionTooLarge, "", message);
+        report.at_value(&path, violation.mend("put a `transform` stage before it that makes the map as a whole"));
+    }
     compiled
 }
 
@@ -404,7 +434,7 @@ fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<
     compiled.messages.extend(compile_messages(stage, scope, report));
     compiled.transform = template(stage.text("transform"), &path.key("transform"), scope, report);
     if let Some(schema) = stage.raw.get("output").and_then(|output| output.as_object()?.get("schema")) {
-        compiled.schema = compile_schema(schema, &path.key("output").key("schema"), report);
+        compiled.schema = Schema::compile(schema, &path.key("output").key("schema"), report);
     }
     let Some(gate) = stage.raw.get("gate").and_then(Value::as_object) else { return compiled };
     let path = path.key("gate");
@@ -448,7 +478,7 @@ fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Rep
         Check::Matches(pattern) | Check::NotMatches(pattern) => {
             let path = path.key(check.name());
             report.regex(&path);
-            if report.regexes > REGEXES_MAX {
+            if report.has_too_many_regexes() {
                 return None;
             }
             match RegexBuilder::new(pattern).size_limit(REGEX_MAX_BYTES).build() {
@@ -466,7 +496,7 @@ fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Rep
                 }
             }
         }
-        Check::Schema(schema) => compile_schema(schema, &path.key("schema"), report).map(CompiledCheck::Schema),
+        Check::Schema(schema) => Schema::compile(schema, &path.key("schema"), report).map(CompiledCheck::Schema),
         Check::Expression(text) => match Template::expression(text, scope) {
             Ok(expression) => Some(CompiledCheck::Expression(expression)),
             Err(flaws) => {
@@ -494,95 +524,6 @@ fn compile_output(value: &Value, path: &Path, scope: &Scope<'_>, report: &mut Re
             map.iter().map(|(key, item)| (key.clone(), compile_output(item, &path.key(key), scope, report))).collect(),
         ),
         plain => OutputNode::Plain(plain.clone()),
-    }
-}
-
-/// Compiles a JSON Schema of the author's: valid, of a known draft, without references to elsewhere, and with
-/// regular expressions that cannot run away.
-fn compile_schema(schema: &Value, path: &Path, report: &mut Report<'_>) -> Option<Validator> {
-    let invalid = |message: String| Violation::new(Code::InvalidSchema, "", message);
-    let before = report.found.len();
-    if let Some(draft) = schema.get("$schema").filter(|draft| !is_known_draft(draft)) {
-        let violation = invalid(format!("{} is no known draft of JSON Schema", schema::told(draft)));
-        report.at_value(&path.key("$schema"), violation.mend("remove `$schema`; 2020-12 is what is meant then"));
-        return None;
-    }
-    references_and_patterns(schema, path, report);
-    match jsonschema::meta::validator_for(schema) {
-        Ok(meta) => {
-            for error in meta.iter_errors(schema).take(10) {
-                let path = path.below(error.instance_path());
-                let violation = invalid(format!("this {}", schema::sentence(&error)));
-                report.at_value(&path, with_types(&path, violation));
-            }
-        }
-        Err(error) => report.at_value(path, invalid(cut(&error.to_string(), 300))),
-    }
-    if report.found.len() > before || report.regexes > REGEXES_MAX {
-        return None;
-    }
-    let patterns = PatternOptions::regex().size_limit(REGEX_MAX_BYTES).dfa_size_limit(REGEX_MAX_BYTES);
-    match jsonschema::options().offline().with_pattern_options(patterns).build(schema) {
-        Ok(validator) => Some(validator),
-        Err(error) => {
-            let violation = invalid(format!("the schema does not compile: {}", cut(&error.to_string(), 300)));
-            report.at_value(&path.below(error.instance_path()), violation);
-            None
-        }
-    }
-}
-
-/// What is most often wrong in a schema is the name of a type.
-fn with_types(path: &Path, violation: Violation) -> Violation {
-    match path.last_key() {
-        Some("type") => violation.mend("types are object, array, string, number, integer, boolean and null"),
-        _ => violation,
-    }
-}
-
-fn is_known_draft(draft: &Value) -> bool {
-    let Some(draft) = draft.as_str() else { return false };
-    let draft = draft.trim_end_matches('#').trim_start_matches("https://").trim_start_matches("http://");
-    matches!(
-        draft,
-        "json-schema.org/draft/2020-12/schema"
-            | "json-schema.org/draft/2019-09/schema"
-            | "json-schema.org/draft-07/schema"
-            | "json-schema.org/draft-06/schema"
-            | "json-schema.org/draft-04/schema"
-    )
-}
-
-/// Reports every `$ref` that leaves the schema (nothing is ever fetched), and counts the regular expressions.
-fn references_and_patterns(schema: &Value, path: &Path, report: &mut Report<'_>) {
-    match schema {
-        Value::Array(items) => {
-            items.iter().enumerate().for_each(|(i, item)| references_and_patterns(item, &path.index(i), report));
-        }
-        Value::Object(map) => {
-            for (key, inner) in map {
-                match (key.as_str(), inner) {
-                    ("pattern", Value::String(_)) => report.regex(&path.key(key)),
-                    // Data, not schemas.
-                    ("const" | "enum" | "default" | "examples", _) => {}
-                    ("$ref" | "$dynamicRef" | "$recursiveRef", Value::String(to)) if !to.starts_with('#') => {
-                        let message = format!("`{}` is outside of this schema, and nothing is fetched", cut(to, 80));
-                        let violation = Violation::new(Code::InvalidSchema, "", message);
-                        let mend = "put what it refers to under `$defs` and write `#/$defs/name`";
-                        report.at_value(&path.key(key), violation.mend(mend));
-                    }
-                    ("patternProperties", Value::Object(patterns)) => {
-                        for (pattern, schema) in patterns {
-                            let path = path.key(key).key(pattern);
-                            report.regex(&path);
-                            references_and_patterns(schema, &path, report);
-                        }
-                    }
-                    _ => references_and_patterns(inner, &path.key(key), report),
-                }
-            }
-        }
-        _ => {}
     }
 }
 

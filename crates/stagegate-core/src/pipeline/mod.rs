@@ -8,6 +8,7 @@ mod check;
 mod definition;
 mod graph;
 mod json;
+mod json_schema;
 mod path;
 mod render;
 mod resolve;
@@ -19,6 +20,7 @@ use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 
+pub use assess::unfenced;
 pub use definition::{
     Backoff, Budget, Cache, CacheMode, Check, Defaults, Definition, Gate, InvalidSpan, Judge, Labels, MessageTemplate,
     ModelChain, OnExhausted, OnFail, Output, OutputSchema, OutputWord, Params, Retry, Role, SPAN_MAX, Span,

@@ -11,6 +11,11 @@ use super::{
 };
 use crate::{Code, Failure};
 
+/// The most that the templates of an output mapping may give together, in bytes.
+const OUTPUT_MAX_BYTES: usize = 16 * 1024 * 1024;
+/// What a value counts beside its text, in bytes.
+const VALUE_BYTES: usize = 8;
+
 impl Pipeline {
     pub(super) fn with_vars<'a, T>(
         &self,
@@ -58,7 +63,8 @@ impl Pipeline {
             message: format!("the run's output could not be rendered: {cause}"),
             stage: None,
         };
-        self.with_vars(context, None, |vars| node(mapping, vars)).map_err(failed)
+        let mut left = OUTPUT_MAX_BYTES;
+        self.with_vars(context, None, |vars| node(mapping, vars, &mut left)).map_err(failed)
     }
 
     /// The outputs of the last stages, by id.
@@ -85,14 +91,32 @@ impl Pipeline {
     }
 }
 
-fn node(mapping: &OutputNode, vars: &Vars<'_>) -> Result<Value, String> {
+fn node(mapping: &OutputNode, vars: &Vars<'_>, left: &mut usize) -> Result<Value, String> {
     Ok(match mapping {
         OutputNode::Plain(value) => value.clone(),
-        OutputNode::Template(template) => template.value(vars)?,
-        OutputNode::List(items) => Value::Array(items.iter().map(|item| node(item, vars)).collect::<Result<_, _>>()?),
+        OutputNode::Template(template) => {
+            let value = template.value(vars)?;
+            *left =
+                left.checked_sub(bytes(&value)).ok_or_else(|| format!("it has more than {OUTPUT_MAX_BYTES} bytes"))?;
+            value
+        }
+        OutputNode::List(items) => {
+            Value::Array(items.iter().map(|item| node(item, vars, left)).collect::<Result<_, _>>()?)
+        }
         OutputNode::Map(map) => {
-            let entries = map.iter().map(|(key, inner)| Ok((key.clone(), node(inner, vars)?)));
+            let entries = map.iter().map(|(key, inner)| Ok((key.clone(), node(inner, vars, left)?)));
             Value::Object(entries.collect::<Result<_, String>>()?)
         }
     })
+}
+
+/// About what a value takes.
+fn bytes(value: &Value) -> usize {
+    VALUE_BYTES
+        + match value {
+            Value::String(text) => text.len(),
+            Value::Array(items) => items.iter().map(bytes).sum(),
+            Value::Object(map) => map.iter().map(|(key, inner)| key.len() + bytes(inner)).sum(),
+            _ => 0,
+        }
 }

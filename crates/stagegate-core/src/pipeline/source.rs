@@ -172,6 +172,9 @@ struct Reader {
     documents: usize,
     nodes: usize,
     bytes: usize,
+    /// The same of the copies that anchors keep: one inside the other, they would keep the innermost as often.
+    kept_nodes: usize,
+    kept_bytes: usize,
     mistakes: Vec<Violation>,
 }
 
@@ -273,6 +276,13 @@ impl Reader {
         Ok(())
     }
 
+    /// Notes a mistake, up to as many as are told.
+    fn note(&mut self, mistake: Violation) {
+        if self.mistakes.len() < MISTAKES_MAX {
+            self.mistakes.push(mistake);
+        }
+    }
+
     /// Refuses every tag but `!!str`; says whether it was that.
     fn tag(&mut self, tag: Option<&granit_parser::Tag>, at: Mark) -> bool {
         let Some(tag) = tag else { return false };
@@ -280,7 +290,7 @@ impl Reader {
             return true;
         }
         let message = format!("the tag `{}` has no meaning here", cut(&tag.original(), 80));
-        self.mistakes.push(violation(Code::WrongValue, at, message).mend("remove the tag"));
+        self.note(violation(Code::WrongValue, at, message).mend("remove the tag"));
         false
     }
 
@@ -290,7 +300,7 @@ impl Reader {
         }
         resolve_plain(text).unwrap_or_else(|| {
             let message = format!("`{}` is no number that JSON knows", cut(text, 80));
-            self.mistakes.push(violation(Code::WrongValue, at, message).mend("quote it if it is text"));
+            self.note(violation(Code::WrongValue, at, message).mend("quote it if it is text"));
             Value::Null
         })
     }
@@ -322,6 +332,11 @@ impl Reader {
             return Err(too_many_nodes(at));
         }
         if anchor != 0 {
+            self.kept_nodes += node.nodes;
+            self.kept_bytes += node.bytes;
+            if self.kept_nodes > NODES_MAX || self.kept_bytes > EXPANDED_MAX_BYTES {
+                return Err(too_many_nodes(at));
+            }
             self.anchors.insert(anchor, node.clone());
         }
         let Some(mut frame) = self.stack.pop() else {
@@ -339,13 +354,13 @@ impl Reader {
                 None => {
                     let (text, mistake) = as_key(node.value, at);
                     *key = Some((text.into_owned(), at));
-                    self.mistakes.extend(mistake);
+                    if let Some(mistake) = mistake {
+                        self.note(mistake);
+                    }
                 }
                 Some((text, key_at)) if values.contains_key(&text) => {
-                    if self.mistakes.len() < MISTAKES_MAX {
-                        let first = spots.get(&text).and_then(|spot| spot.key);
-                        self.mistakes.push(duplicate_key(self.path().key(&text).to_string(), &text, key_at, first));
-                    }
+                    let first = spots.get(&text).and_then(|spot| spot.key);
+                    self.note(duplicate_key(self.path().key(&text).to_string(), &text, key_at, first));
                 }
                 Some((text, key_at)) => {
                     values.insert(text.clone(), node.value);

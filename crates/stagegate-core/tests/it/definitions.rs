@@ -316,12 +316,66 @@ fn deep_and_explosive_documents_are_refused() {
         let inner = vec![format!("*x{}", level - 1); 9].join(",");
         bomb = format!("{bomb}x{level}: &x{level} [{inner}]\n");
     }
-    for text in
-        [bomb, format!("name: {}{}", "[".repeat(500), "]".repeat(500)), format!("{{\"name\": {}", "[".repeat(100_000))]
-    {
+    // Each anchor keeps a copy of what is in it: forty of them around one large value would keep forty of it.
+    let many = vec!["*t"; 90_000].join(",");
+    let copies = format!(
+        "t: &t a\nname: {}[{many}]{}",
+        (0..40).map(|n| format!("&k{n} [")).collect::<Vec<_>>().concat(),
+        "]".repeat(40)
+    );
+    for text in [
+        bomb,
+        copies,
+        format!("name: {}{}", "[".repeat(500), "]".repeat(500)),
+        format!("{{\"name\": {}", "[".repeat(100_000)),
+    ] {
         let found = mistakes(&text);
         assert_eq!(found.last().map(|v| v.code), Some(Code::DefinitionTooLarge), "{found:?}");
     }
+}
+
+#[test]
+fn no_more_mistakes_are_told_than_anybody_reads() {
+    let tags = "  - !!none a\n".repeat(5_000);
+    let found = mistakes(&format!("name:\n{tags}stages: ]\n"));
+    assert!(found.len() <= 101, "{}", found.len());
+    assert_eq!(found.last().map(|v| v.code), Some(Code::Syntax), "the last one is why it was given up");
+}
+
+#[test]
+fn schemas_whose_branches_multiply_are_refused_or_take_shallow_values_alone() {
+    let text =
+        |schema: &Value| json!({"name": "p", "input": schema, "stages": [{"id": "a", "transform": "x"}]}).to_string();
+    let mut definitions: serde_json::Map<String, Value> = (0..40)
+        .map(|level| {
+            let next = json!({"$ref": format!("#/$defs/d{}", level + 1)});
+            (format!("d{level}"), json!({"allOf": [next, next]}))
+        })
+        .collect();
+    definitions.insert("d40".to_owned(), json!({"type": "string"}));
+    let found = mistakes(&text(&json!({"$ref": "#/$defs/d0", "$defs": definitions})));
+    assert_eq!(found.iter().map(|v| v.code).collect::<Vec<_>>(), [Code::InvalidSchema], "{found:?}");
+
+    let branch = json!({"properties": {"a": {"$ref": "#"}}});
+    let pipeline = valid(&text(&json!({"type": "object", "anyOf": [branch, branch]})));
+    let nested = |levels| (0..levels).fold(json!({}), |inner, _| json!({"a": inner}));
+    assert!(pipeline.check_input(&nested(5)).is_ok());
+    let refused = pipeline.check_input(&nested(60)).expect_err("2^60 steps");
+    assert!(refused[0].message.contains("nested too deeply"), "{refused:?}");
+    assert_eq!((refused[0].code, refused[0].path.as_str()), (Code::InvalidInput, "input"));
+}
+
+#[test]
+fn properties_that_are_called_like_keywords_are_no_keywords() {
+    let pipeline = valid(
+        "name: p\ninput: { properties: { default: { pattern: a }, enum: { type: integer }, $ref: { type: string } } }\n\
+         stages: [{ id: a, transform: x }]",
+    );
+    assert!(pipeline.check_input(&json!({"enum": "x"})).is_err());
+    let outside =
+        "name: p\ninput: { properties: { default: { $ref: 'other.json' } } }\nstages: [{ id: a, transform: x }]";
+    let found = mistakes(outside);
+    assert!(found[0].message.contains("nothing is fetched"), "{found:?}");
 }
 
 proptest! {

@@ -195,3 +195,25 @@ fn an_answer_is_read_as_its_stage_says() {
     assert!(!told.passed && told.name == "json" && told.reason.contains("is not JSON"), "{told:?}");
     assert!(pipeline.read_output(0, &"[".repeat(100_000)).is_err());
 }
+
+#[test]
+fn an_output_mapping_is_bounded_in_templates_and_in_bytes() {
+    let text = |templates: usize| {
+        let each = vec!["'{{ stages.a.output }}'"; templates].join(", ");
+        format!("name: p\nstages: [{{ id: a, transform: x }}]\noutput: [{each}]\n")
+    };
+    let found = crate::mistakes(&text(201));
+    assert_eq!(
+        found.iter().map(|v| (v.code, v.path.as_str())).collect::<Vec<_>>(),
+        [(Code::DefinitionTooLarge, "output")]
+    );
+    let pipeline = valid(&text(200));
+    let render = |bytes: usize| {
+        let outputs = [Some(Arc::new(json!("x".repeat(bytes))))];
+        pipeline.render_output(&context(&json!({}), &outputs))
+    };
+    assert!(render(1_000).is_ok());
+    let failure = render(100_000).expect_err("20 MB");
+    assert_eq!(failure.code, Code::TemplateFailed);
+    assert!(failure.message.contains("more than 16777216 bytes"), "{}", failure.message);
+}

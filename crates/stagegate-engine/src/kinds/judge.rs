@@ -75,7 +75,8 @@ pub(super) async fn judge(
     }))
 }
 
-fn request(judge: &Judge, work: &Work, rubric: &str, output: &Value) -> (Request, Cache) {
+/// The request that has an output judged, and how its verdict is cached: as the stage's answers are.
+pub(crate) fn request(judge: &Judge, work: &Work, rubric: &str, output: &Value) -> (Request, Cache) {
     let (stage_models, cache) = match work {
         Work::Model(ModelWork { models, cache, .. }) => (models.as_slice(), cache.clone()),
         Work::Transform => (&[][..], Cache::default()),

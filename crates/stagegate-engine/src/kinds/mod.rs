@@ -5,6 +5,7 @@ mod judge;
 mod model;
 mod transform;
 
+pub(crate) use judge::request as judge_request;
 pub(crate) use model::request;
 
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use stagegate_core::{
     decide::{AttemptResult, Critique},
     pipeline::{CacheMode, OutputFormat, RenderContext, Stage, Work},
 };
-use stagegate_llm::{CallContext, CallError, Llm, Reply, Request};
+use stagegate_llm::{CallContext, CallError, Llm, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
 use tokio::time::Instant;
 
 use crate::budget::Budget;
@@ -45,16 +46,14 @@ pub(crate) struct Attempted {
     pub(crate) reply: Option<Reply>,
 }
 
-/// One try at a stage: its work, then its assessments.
-pub(crate) async fn attempt(context: &AttemptContext) -> Attempted {
-    let mut calls = Vec::new();
+/// One try at a stage: its work, then its assessments. Books its calls as they end.
+pub(crate) async fn attempt(context: &AttemptContext, calls: &mut Vec<LedgerEntry>) -> (AttemptResult, Option<Reply>) {
     let mut reply = None;
     let result = match &context.stage().work {
-        Work::Model(work) => model::attempt(context, work, &mut calls, &mut reply).await,
-        Work::Transform => transform::attempt(context, &mut calls).await,
+        Work::Model(work) => model::attempt(context, work, calls, &mut reply).await,
+        Work::Transform => transform::attempt(context, calls).await,
     };
-    let result = result.unwrap_or_else(|stopped| stopped);
-    Attempted { calls, result, reply }
+    (result.unwrap_or_else(|stopped| stopped), reply)
 }
 
 /// An attempt's early end.

@@ -3,5 +3,7 @@
 mod bench;
 mod cache;
 mod faults;
+mod faulty;
 mod gates;
 mod runs;
+mod stores;

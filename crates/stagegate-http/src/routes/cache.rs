@@ -2,7 +2,7 @@
 
 use axum::Json;
 use serde::{Deserialize, Serialize};
-use stagegate_core::{Code, ModelRef, PipelineName, StageId, Violation, cache::CacheScope};
+use stagegate_core::{ModelRef, PipelineName, StageId, cache::CacheScope};
 use utoipa::ToSchema;
 
 use crate::{
@@ -11,42 +11,61 @@ use crate::{
     problem::Problem,
 };
 
-/// What is made stale.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum ScopeKind {
+/// Which answers are made stale; each scope takes exactly its own keys. Too wide a purge is dear, so that nothing is
+/// ignored here.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
+#[serde(tag = "scope", rename_all = "lowercase", deny_unknown_fields)]
+pub(crate) enum InvalidateRequest {
     /// Everything of the tenant.
-    Tenant,
-    /// What a pipeline reads; needs `pipeline`.
-    Pipeline,
-    /// What one version of it reads; needs `pipeline` and `version`.
-    Version,
-    /// What one stage of it reads; needs `pipeline` and `stage`.
-    Stage,
-    /// What a model answered; needs `model`.
-    Model,
+    Tenant {},
+    /// What a pipeline reads.
+    Pipeline {
+        /// The pipeline's name.
+        pipeline: PipelineName,
+    },
+    /// What one version of it reads.
+    Version {
+        /// The pipeline's name.
+        pipeline: PipelineName,
+        /// The version.
+        #[schema(minimum = 1, maximum = 2_147_483_647)]
+        version: u32,
+    },
+    /// What one stage of it reads.
+    Stage {
+        /// The pipeline's name.
+        pipeline: PipelineName,
+        /// The stage's id.
+        stage: StageId,
+    },
+    /// What a model answered.
+    Model {
+        /// The model: `openai/gpt-5-mini`.
+        model: ModelRef,
+    },
 }
 
-/// Which answers are made stale.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct InvalidateRequest {
-    /// `tenant`, `pipeline` (with `pipeline`), `version` (with `pipeline` and `version`), `stage` (with `pipeline` and
-    /// `stage`) or `model` (with `model`).
-    scope: ScopeKind,
-    /// The pipeline's name.
-    #[serde(default)]
-    pipeline: Option<PipelineName>,
-    /// The version.
-    #[serde(default)]
-    #[schema(minimum = 1, maximum = 2_147_483_647)]
-    version: Option<u32>,
-    /// The stage's id.
-    #[serde(default)]
-    stage: Option<StageId>,
-    /// The model: `openai/gpt-5-mini`.
-    #[serde(default)]
-    model: Option<ModelRef>,
+impl InvalidateRequest {
+    fn scope(self) -> (CacheScope, ScopeKind) {
+        match self {
+            Self::Tenant {} => (CacheScope::Tenant, ScopeKind::Tenant),
+            Self::Pipeline { pipeline } => (CacheScope::Pipeline(pipeline), ScopeKind::Pipeline),
+            Self::Version { pipeline, version } => (CacheScope::Version(pipeline, version), ScopeKind::Version),
+            Self::Stage { pipeline, stage } => (CacheScope::Stage(pipeline, stage), ScopeKind::Stage),
+            Self::Model { model } => (CacheScope::Model(model), ScopeKind::Model),
+        }
+    }
+}
+
+/// What was made stale.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ScopeKind {
+    Tenant,
+    Pipeline,
+    Version,
+    Stage,
+    Model,
 }
 
 /// What was made stale.
@@ -68,59 +87,8 @@ pub(crate) async fn invalidate(
     context: Context<Admin>,
     extract::Json(body): extract::Json<InvalidateRequest>,
 ) -> Result<Json<Invalidated>, Problem> {
-    let kind = body.scope;
-    let scope = scope(body).map_err(|mistakes| Problem::violations(Code::InvalidRequest, mistakes))?;
+    let (scope, kind) = body.scope();
     context.engine.llm().invalidate(&context.tenant, &scope).await?;
     tracing::info!(%scope, by = context.by, "cached answers invalidated");
     Ok(Json(Invalidated { scope: kind }))
-}
-
-/// The scope, or every key that it lacks and every key that it has no use for. Too wide a purge is dear, so that
-/// nothing is ignored here.
-fn scope(body: InvalidateRequest) -> Result<CacheScope, Vec<Violation>> {
-    let InvalidateRequest { scope, pipeline, version, stage, model } = body;
-    let needed: &[&str] = match scope {
-        ScopeKind::Tenant => &[],
-        ScopeKind::Pipeline => &["pipeline"],
-        ScopeKind::Version => &["pipeline", "version"],
-        ScopeKind::Stage => &["pipeline", "stage"],
-        ScopeKind::Model => &["model"],
-    };
-    let given = [
-        ("pipeline", pipeline.is_some()),
-        ("version", version.is_some()),
-        ("stage", stage.is_some()),
-        ("model", model.is_some()),
-    ];
-    let mistakes = given.into_iter().filter_map(|(key, is_given)| match (needed.contains(&key), is_given) {
-        (true, false) => Some(Violation::new(Code::MissingKey, key, format!("this scope needs `{key}`"))),
-        (false, true) => Some(Violation::new(Code::WrongValue, key, format!("this scope has no use for `{key}`"))),
-        _ => None,
-    });
-    let mistakes: Vec<Violation> = mistakes.collect();
-    match (scope, pipeline, version, stage, model) {
-        _ if !mistakes.is_empty() => Err(mistakes),
-        (ScopeKind::Tenant, ..) => Ok(CacheScope::Tenant),
-        (ScopeKind::Pipeline, Some(pipeline), ..) => Ok(CacheScope::Pipeline(pipeline)),
-        (ScopeKind::Version, Some(pipeline), Some(version), ..) => Ok(CacheScope::Version(pipeline, version)),
-        (ScopeKind::Stage, Some(pipeline), _, Some(stage), _) => Ok(CacheScope::Stage(pipeline, stage)),
-        (ScopeKind::Model, .., Some(model)) => Ok(CacheScope::Model(model)),
-        _ => Err(mistakes),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_scope_needs_exactly_its_own_keys() {
-        let read = |text: &str| scope(serde_json::from_str(text).expect("valid"));
-        assert_eq!(read(r#"{"scope":"tenant"}"#), Ok(CacheScope::Tenant));
-        let stage = CacheScope::Stage(PipelineName::new("p").expect("valid"), StageId::new("s").expect("valid"));
-        assert_eq!(read(r#"{"scope":"stage","pipeline":"p","stage":"s"}"#), Ok(stage));
-        let mistakes = read(r#"{"scope":"stage","version":1}"#).expect_err("three mistakes");
-        assert_eq!(mistakes.iter().map(|m| m.path.as_str()).collect::<Vec<_>>(), ["pipeline", "version", "stage"]);
-        assert!(read(r#"{"scope":"tenant","pipeline":"p"}"#).is_err());
-    }
 }

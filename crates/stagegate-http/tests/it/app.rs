@@ -26,7 +26,7 @@ use stagegate_telemetry::Metrics;
 use tempfile::TempDir;
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
-use crate::conformance::Conformance;
+use crate::{conformance::Conformance, stalling::Stalling};
 
 /// Two stages on the simulator.
 pub(crate) const PIPELINE: &str = r"
@@ -76,6 +76,8 @@ impl Default for Options {
 pub(crate) struct TestApp {
     pub(crate) address: SocketAddr,
     pub(crate) store: Arc<dyn Store>,
+    /// The same, to be stalled.
+    pub(crate) stalling: Arc<Stalling>,
     pub(crate) engine: Engine,
     pub(crate) http: reqwest::Client,
     /// Keys of the tenant `acme`, by role; what a request is sent with unless it says otherwise.
@@ -143,7 +145,8 @@ impl TestApp {
         let metrics = Metrics::new();
         let store = SqliteStore::open(&dir.path().join("test.db"), metrics.clone()).await.expect("a store");
         let tier = store.cache_tier();
-        let store: Arc<dyn Store> = Arc::new(store);
+        let stalling = Arc::new(Stalling::new(Arc::new(store)));
+        let store: Arc<dyn Store> = Arc::clone(&stalling) as Arc<dyn Store>;
         let clock = Arc::new(SystemClock);
         let llm = Llm::new(&llm_config(options.latency), Some(tier), metrics.clone(), clock.clone()).expect("a model");
         let engine = Engine::start(
@@ -170,6 +173,7 @@ impl TestApp {
             stranger: key("globex", Role::Admin, 4).await,
             address,
             store,
+            stalling,
             engine,
             http: reqwest::Client::builder().no_proxy().build().expect("a client"),
             conformance: Arc::new(Conformance::new()),

@@ -222,7 +222,9 @@ async fn a_purge_that_is_not_clear_is_refused() {
     let app = spawn_app().await;
     let answer = app.post("/v1/cache/invalidate", &json!({ "scope": "stage", "version": 1 })).await;
     answer.is_problem(400, "SG0001");
-    assert_eq!(answer.paths(), ["pipeline", "version", "stage"]);
+    let mut paths = answer.paths();
+    paths.sort_unstable();
+    assert_eq!(paths, ["pipeline", "stage", "version"]);
     app.post("/v1/cache/invalidate", &json!({ "scope": "everything" })).await.is_problem(400, "SG0001");
     app.post("/v1/plan", &json!({ "input": {} })).await.is_problem(400, "SG0001");
 }

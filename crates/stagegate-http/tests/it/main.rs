@@ -9,3 +9,4 @@ mod openapi;
 mod pipelines;
 mod probes;
 mod runs;
+mod stalling;

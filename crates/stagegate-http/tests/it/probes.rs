@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use futures::future::join_all;
 use serde_json::json;
+use stagegate_core::pipeline::Span;
+use stagegate_http::config::{AuthMode, HttpConfig};
 
-use crate::app::{PIPELINE, spawn_app};
+use crate::app::{Options, PIPELINE, TestApp, spawn_app};
 
 #[tokio::test]
 async fn a_dead_store_is_not_ready_but_alive() {
@@ -33,6 +36,34 @@ async fn a_dead_store_is_not_ready_but_alive() {
     let read = app.get("/v1/runs").await;
     read.is_problem(503, "SG0009");
     assert!(!read.header("retry-after").is_empty());
+}
+
+#[tokio::test]
+async fn a_store_that_hangs_is_not_ready_and_holds_up_no_probe() {
+    let request_timeout = Span(Duration::from_millis(500));
+    let http = HttpConfig { auth: AuthMode::Keys, request_timeout, ..HttpConfig::default() };
+    let app = TestApp::spawn(Options { http, ..Options::default() }).await;
+    let get = async |path: &str| app.send(app.http.get(app.url(path)).timeout(Duration::from_secs(20))).await;
+    app.stalling.hang(true);
+    // Callers that give up before there is an answer do not keep it from the others.
+    let impatient = (0..20).map(|_| app.http.get(app.url("/readyz")).timeout(Duration::from_millis(50)).send());
+    assert!(join_all(impatient).await.iter().all(Result::is_err), "nothing is known yet");
+    for ready in join_all((0..50).map(|_| get("/readyz"))).await {
+        assert_eq!((ready.status.as_u16(), &ready.body["state"]), (503, &json!("down")), "{}", ready.text);
+        let store = &ready.body["dependencies"][0];
+        assert_eq!((&store["state"], &store["latency_ms"]), (&json!("down"), &json!(null)), "{}", ready.text);
+        assert!(!ready.header("retry-after").is_empty());
+    }
+    assert_eq!(get("/healthz").await.text, "ok\n");
+    assert_eq!(get("/health").await.body["state"], json!("down"));
+    assert_eq!(get("/metrics").await.status, 200);
+    app.get("/v1/runs").await.is_problem(408, "SG0006");
+
+    app.stalling.hang(false);
+    while get("/readyz").await.status != 200 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(app.get("/v1/runs").await.status, 200);
 }
 
 #[tokio::test]

@@ -147,7 +147,9 @@ impl Floors {
             tenant.own.clear();
             scope = CacheScope::Tenant;
         }
-        tenant.own.insert(scope, (generation, Instant::now()));
+        // Of two at once the later generation may be told first.
+        let earlier = tenant.own.get(&scope).map_or(0, |(floor, _)| *floor);
+        tenant.own.insert(scope, (generation.max(earlier), Instant::now()));
     }
 }
 
@@ -206,6 +208,15 @@ mod tests {
         tokio::time::advance(Duration::from_millis(1)).await;
         floors.learn(&reader("a"), &told(20, 12), Instant::now());
         assert_eq!(floors.standing(&reader("a")).0.floor, 12, "what the tier says later counts alone");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_two_invalidations_at_once_the_later_one_counts() {
+        let floors = Floors::new(true);
+        floors.learn(&reader("a"), &told(9, 7), Instant::now());
+        floors.invalidate(&TenantId::default(), &CacheScope::Tenant, Some(11));
+        floors.invalidate(&TenantId::default(), &CacheScope::Tenant, Some(10));
+        assert_eq!(floors.standing(&reader("a")).0.floor, 11);
     }
 
     #[tokio::test]

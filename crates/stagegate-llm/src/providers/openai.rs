@@ -106,8 +106,13 @@ impl OpenAi {
             return Err(paid(malformed("the answer has no `choices[0].message`"), usage));
         }
         let finish = match choice["finish_reason"].as_str() {
-            Some("length") => Finish::Length,
+            Some("length" | "model_length") => Finish::Length,
             Some("content_filter") => Finish::Refused,
+            // How compatible servers say that they broke off; what came until then is no whole answer.
+            Some(other @ ("error" | "abort" | "cancelled" | "time_limit" | "insufficient_system_resource")) => {
+                return Err(paid(malformed(format!("{}: the answer broke off (`{other}`)", self.name)), usage));
+            }
+            // Others have words of their own for a natural end, or none.
             _ => Finish::Stop,
         };
         let limits = limits(exchange);

@@ -71,6 +71,51 @@ async fn a_server_that_hangs_hangs_nobody() {
     until_answered(|| store.ping()).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_that_its_caller_gave_up_does_not_keep_its_connection() {
+    let config = PoolConfig { min_connections: 0, ..PoolConfig::default() };
+    let server = Arc::new(Postgres::private().await.expect("binaries"));
+    let database = TestDatabase::on(server.clone()).await.expect("creates");
+    let store = crate::connect(database.url(), &config).await;
+    store.ping().await.expect("answers");
+    server.freeze().expect("freezes");
+    tokio::time::timeout(Duration::from_millis(100), store.ping()).await.expect_err("given up");
+    let freed = async {
+        while store.pool_stats().in_use > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let freed = tokio::time::timeout(Duration::from_secs(15), freed).await;
+    server.thaw().expect("thaws");
+    freed.expect("while the server is still silent");
+}
+
+#[tokio::test]
+async fn a_replica_that_vanished_inside_a_transaction_holds_its_rows_no_longer_than_a_statement_may_run() {
+    let config = PoolConfig { statement_timeout: ms(500), ..PoolConfig::default() };
+    let (store, database) = crate::fresh(&config).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let owner = live_replica(&store).await;
+    let (_, lease) = submit_leased(&store, 1, owner).await;
+    let mut operator = PgConnection::connect(database.url()).await.expect("connects");
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+               AND application_name = 'stagegate' AND state LIKE 'idle in transaction%'";
+    let mut inside = async || sqlx::query_scalar::<_, i64>(sql).fetch_one(&mut operator).await.expect("reads") > 0;
+    // Never asked to go on: what a partition looks like from the server, which sees no connection end.
+    let mut reading = store.signals(lease);
+    while !inside().await {
+        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(reading.as_mut().poll(context))).await;
+        assert!(polled.is_pending(), "it has more to do");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let ended = async {
+        while inside().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(15), ended).await.expect("the server ends it");
+}
+
 #[tokio::test]
 async fn a_run_given_to_a_replica_in_the_moment_of_its_death_is_found() {
     let (store, database) = crate::fresh(&PoolConfig::default()).await;

@@ -127,6 +127,19 @@ async fn a_server_of_ones_own_needs_no_key() {
 }
 
 #[tokio::test]
+async fn an_answer_that_a_compatible_server_broke_off_is_no_answer() {
+    for reason in ["error", "abort", "cancelled", "time_limit", "insufficient_system_resource"] {
+        let fake = FakeProvider::start().await;
+        let mut body = recorded();
+        body["choices"][0]["finish_reason"] = json!(reason);
+        fake.on(any()).once(Reply::raw(body.to_string()));
+        let error = Ask::user("Hi").of(&at(&fake, ProviderKind::Openai)).await.expect_err(reason);
+        assert_eq!((error.code, error.retryable), (Code::ProviderMalformed, true), "{reason}");
+        assert!(error.usage.is_some(), "what came is paid for");
+    }
+}
+
+#[tokio::test]
 async fn each_end_is_told_apart() {
     let fake = FakeProvider::start().await;
     let provider = at(&fake, ProviderKind::Openai);

@@ -1,0 +1,295 @@
+//! A store that refuses, hangs, or loses its answers under the engine.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use chrono::{DateTime, Utc};
+use serde_json::json;
+use stagegate_core::{
+    Clock, Code, RunState, Store, SystemClock, TenantId,
+    pipeline::{Labels, Span},
+    store::Idempotency,
+};
+use stagegate_engine::{Action, Engine, Submit, config::EngineConfig};
+use stagegate_telemetry::Metrics;
+use stagegate_testkit::provider::{FakeProvider, Reply, contains};
+
+use crate::{
+    bench::{self, Bench, assert_state, canonical, quick},
+    faulty::{Fault, Faulty},
+};
+
+/// Far more than anything here may take.
+const LONG: Duration = Duration::from_secs(20);
+
+/// A clock that counts how often it is read.
+#[derive(Debug, Default)]
+struct Counting(AtomicUsize);
+
+impl Clock for Counting {
+    fn now(&self) -> DateTime<Utc> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        SystemClock.now()
+    }
+}
+
+/// A bench whose store can fail.
+struct Setup {
+    bench: Bench,
+    faulty: Arc<Faulty>,
+    metrics: Metrics,
+    clock: Arc<Counting>,
+}
+
+impl Setup {
+    async fn with(config: EngineConfig) -> Self {
+        let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+        let store = bench::store(folder.path()).await;
+        let faulty = Faulty::before(Arc::clone(&store) as Arc<dyn Store>);
+        let provider = FakeProvider::start().await;
+        let llm = bench::llm(&provider, &store);
+        let (metrics, clock) = (Metrics::new(), Arc::new(Counting::default()));
+        let front = Arc::clone(&faulty) as Arc<dyn Store>;
+        let engine =
+            Engine::start(config, front, Arc::clone(&llm), metrics.clone(), Arc::clone(&clock) as Arc<dyn Clock>);
+        let engine = engine.await.expect("an engine");
+        Self { bench: Bench { engine, provider, store, llm, folder }, faulty, metrics, clock }
+    }
+
+    async fn start() -> Self {
+        Self::with(quick()).await
+    }
+
+    async fn until_called(&self, stage: &str) {
+        while self.bench.provider.calls_where(&contains(stage)).is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn until_idle(&self) {
+        while self.metrics.runs_in_flight.get() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// A run of the canonical pipeline, which is registered.
+fn hello() -> Submit {
+    Submit {
+        tenant: TenantId::default(),
+        pipeline: "canonical".parse().expect("valid"),
+        version: None,
+        input: json!({ "text": "hello" }),
+        cache_mode: None,
+        priority: 0,
+        labels: Labels::new(),
+        idempotency: None,
+        request_id: None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_cannot_renew_stops_before_others_may_take_over_and_takes_nothing_new() {
+    let ttl = Duration::from_secs(3);
+    let setup = Setup::with(EngineConfig { lease_ttl: Span(ttl), ..quick() }).await;
+    let provider = &setup.bench.provider;
+    provider.on(contains("stage-one")).once(Reply::hang()).respond(Reply::echo());
+    let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
+    setup.until_called("stage-one").await;
+    setup.faulty.next_call("heartbeat").await;
+    let renewed = Instant::now();
+    setup.faulty.set("heartbeat", Fault::Refuse);
+    setup.until_idle().await;
+    assert!(renewed.elapsed() < ttl, "stopped after {:?} of {ttl:?}", renewed.elapsed());
+
+    let second = setup.bench.submit(&canonical(), json!({ "text": "second" })).await;
+    assert_state(&setup.bench.detail(second).await.run, RunState::Queued);
+    setup.faulty.mend("heartbeat");
+    for run in [run, second] {
+        setup.bench.finish(run).await;
+        assert_state(&setup.bench.detail(run).await.run, RunState::Succeeded);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_that_outlives_its_replicas_life_is_not_driven() {
+    let setup = Setup::start().await;
+    let (provider, faulty) = (&setup.bench.provider, &setup.faulty);
+    faulty.set("claim", Fault::Refuse);
+    let other = bench::engine(EngineConfig { max_runs: 0, ..quick() }, &setup.bench.store, &setup.bench.llm).await;
+    let elsewhere = Bench {
+        engine: other,
+        provider: FakeProvider::start().await,
+        store: Arc::clone(&setup.bench.store),
+        llm: Arc::clone(&setup.bench.llm),
+        folder: Arc::clone(&setup.bench.folder),
+    };
+    let run = elsewhere.submit(&canonical(), json!({ "text": "hello" })).await;
+    faulty.set("claim", Fault::HoldAnswer);
+    while setup.bench.store.owned(setup.bench.engine.replica()).await.expect("read").is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    faulty.set("heartbeat", Fault::Refuse);
+    tokio::time::sleep(Duration::from_millis(800)).await; // Past the fence, which nothing shows from outside.
+    faulty.mend("claim");
+    tokio::time::timeout(LONG, faulty.next_call("release")).await.expect("it is handed back");
+    assert_eq!(provider.call_count(), 0, "nothing is called for it");
+    faulty.mend("heartbeat");
+    setup.bench.finish(run).await;
+    assert_eq!(provider.call_count(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_refuses_is_not_asked_without_a_pause() {
+    let setup = Setup::start().await;
+    for method in ["claim", "owned"] {
+        setup.faulty.set(method, Fault::Refuse);
+    }
+    let before = setup.faulty.calls("claim") + setup.faulty.calls("owned");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let asked = setup.faulty.calls("claim") + setup.faulty.calls("owned") - before;
+    assert!(asked < 200, "asked {asked} times in a second, with a pause of 25 to 50 ms");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_answer_to_a_claim_or_a_submit_loses_no_run() {
+    let setup = Setup::start().await;
+    setup.faulty.set("claim", Fault::LoseOnce);
+    let _ = setup.bench.submit(&canonical(), json!({ "text": "warm" })).await;
+    setup.faulty.set("submit", Fault::LoseOnce);
+    let idempotency = Some(Idempotency { key: "k".to_owned(), digest: [1; 32] });
+    let submit = Submit { idempotency, ..hello() };
+    setup.bench.engine.submit(submit.clone()).await.expect_err("its answer is lost");
+    let (found, new) = setup.bench.engine.submit(submit).await.expect("found by its key");
+    assert!(!new);
+    setup.bench.finish(found.id).await;
+    assert_state(&setup.bench.detail(found.id).await.run, RunState::Succeeded);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claimed_run_that_could_not_be_loaded_is_claimed_again() {
+    let setup = Setup::start().await;
+    let slow_down = Reply::status(429, "{}").header("retry-after", "1");
+    setup.bench.provider.on(contains("stage-one")).once(slow_down).respond(Reply::echo());
+    let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
+    setup.bench.until(run, "run.waiting").await;
+    setup.faulty.set("load", Fault::LoseOnce);
+    setup.faulty.next_call("load").await;
+    setup.faulty.set("signals", Fault::LoseOnce);
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Succeeded);
+    assert!(setup.faulty.calls("load") >= 3, "the first answer was lost, the second run could not be taken up");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancel_whose_reading_was_lost_is_obeyed_all_the_same() {
+    let setup = Setup::start().await;
+    setup.bench.provider.on(contains("stage-one")).respond(Reply::hang());
+    let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
+    setup.until_called("stage-one").await;
+    setup.faulty.set("signals", Fault::LoseOnce);
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    tokio::time::timeout(LONG, setup.bench.finish(run)).await.expect("it is read again");
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reading_of_signals_that_hangs_holds_up_no_stage() {
+    let setup = Setup::start().await;
+    setup.bench.provider.on(contains("stage-one")).respond(Reply::echo().after(Duration::from_millis(200)));
+    setup.bench.provider.on(contains("stage-three")).respond(Reply::hang());
+    let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
+    setup.until_called("stage-one").await;
+    setup.faulty.set("signals", Fault::Hang);
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    tokio::time::timeout(LONG, setup.until_called("stage-three")).await.expect("the run goes on");
+    setup.faulty.mend("signals");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_starts_once_a_cancel_was_read() {
+    let setup = Setup::start().await;
+    let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
+    setup.faulty.set("commit", Fault::Hang);
+    setup.faulty.next_call("commit").await; // Stage one is being committed; stage two starts with it.
+    let read = setup.faulty.calls("signals");
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    while setup.faulty.calls("signals") == read {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await; // The reading ends, which nothing shows from outside.
+    setup.faulty.mend("commit");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+    assert!(setup.bench.provider.calls_where(&contains("stage-two")).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expired_run_waits_for_its_commit_in_peace() {
+    let setup = Setup::start().await;
+    setup.bench.provider.on(contains("stage-one")).respond(Reply::hang());
+    let source = canonical().replace("\"name\":", "\"deadline\":\"400ms\",\"name\":");
+    let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
+    setup.faulty.set("commit", Fault::Hang);
+    setup.faulty.next_call("commit").await;
+    let before = setup.clock.0.load(Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let read = setup.clock.0.load(Ordering::Relaxed) - before;
+    assert!(read < 100, "the clock was read {read} times by a run that waits");
+    setup.faulty.mend("commit");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Expired);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_claims_to_have_seen_the_future_still_sees_the_end() {
+    let setup = Setup::start().await;
+    let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
+    let events = setup.bench.engine.follow(TenantId::default(), run, 1_000_000);
+    let seen = futures::StreamExt::collect::<Vec<_>>(events);
+    tokio::time::timeout(LONG, seen).await.expect("it ends");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_was_paid_before_its_attempt_timed_out_is_booked() {
+    let setup = Setup::start().await;
+    setup.bench.provider.on(contains("Rubric:")).respond(Reply::hang());
+    let source = canonical().replace("\"max_attempts\":3", "\"max_attempts\":1").replace(
+        "\"id\":\"one\"",
+        "\"id\":\"one\",\"timeout\":\"400ms\",\"gate\":{\"judge\":{\"rubric\":\"good\",\"threshold\":0.5}}",
+    );
+    let detail = setup.bench.run(&source, json!({ "text": "hello" })).await;
+    assert_state(&detail.run, RunState::Failed);
+    assert!(detail.run.totals.cost_usd.nanos() > 0, "{:?}", detail.run.totals);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn submits_that_the_store_cannot_keep_up_with_are_refused() {
+    let setup = Setup::start().await;
+    setup.bench.run(&canonical(), json!({ "text": "register" })).await;
+    setup.faulty.set("submit", Fault::Hang);
+    let waiting: Vec<_> = (0..5_000)
+        .map(|_| {
+            let engine = setup.bench.engine.clone();
+            tokio::spawn(async move { engine.submit(hello()).await })
+        })
+        .collect();
+    let (first, _) = futures::future::select_ok(waiting.into_iter().map(|task| {
+        Box::pin(async move {
+            match task.await.expect("no panic") {
+                Err(error) => Ok(error),
+                Ok(_) => Err(()),
+            }
+        })
+    }))
+    .await
+    .expect("some are refused");
+    assert_eq!(first.code, Code::QueueFull);
+}
