@@ -5,6 +5,9 @@ use std::{fmt, time::Duration};
 use serde::{Deserialize, Serialize};
 use utoipa::{PartialSchema, ToSchema};
 
+/// Where the pages about the codes are published.
+const PAGES: &str = "https://github.com/stagegate/stagegate/blob/main/docs/errors/";
+
 /// One line a code: `Variant = "SGnnnn", status, "title"`. Each has a page in `docs/errors/`.
 macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = $code:literal, $status:literal, $title:literal;)*) => {
@@ -181,6 +184,11 @@ codes! {
 }
 
 impl Code {
+    /// The page that explains this code: the `type` of a problem, and where the command line points to.
+    pub fn docs_url(self) -> String {
+        format!("{PAGES}{self}.md")
+    }
+
     /// The code with this text, such as `SG0101`.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|code| code.as_str() == text)
@@ -331,6 +339,7 @@ mod tests {
         assert_eq!(distinct.len(), Code::ALL.len());
         for code in Code::ALL {
             assert_eq!(Code::parse(code.as_str()), Some(*code));
+            assert!(code.docs_url().ends_with(&format!("/docs/errors/{code}.md")));
         }
     }
 

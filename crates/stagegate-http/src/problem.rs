@@ -16,8 +16,6 @@ use stagegate_core::{Code, Error, InvalidId, StoreError, Violation};
 use stagegate_telemetry::Metrics;
 use utoipa::ToSchema;
 
-/// Where each code has its page.
-const TYPE_BASE: &str = "https://stagegate.dev/errors/";
 /// The media type of every error.
 pub(crate) const PROBLEM_JSON: &str = "application/problem+json";
 /// The most violations that one problem tells.
@@ -31,7 +29,7 @@ const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(1);
 pub(crate) struct ProblemBody {
     /// The page about this code.
     #[serde(rename = "type")]
-    #[schema(example = "https://stagegate.dev/errors/SG0203")]
+    #[schema(example = "https://github.com/stagegate/stagegate/blob/main/docs/errors/SG0203.md")]
     kind: String,
     /// What kind of problem it is; the same for every occurrence.
     #[schema(example = "No such run")]
@@ -125,7 +123,7 @@ impl Problem {
 
     fn write(&self, request_id: &str) -> Response {
         let body = ProblemBody {
-            kind: format!("{TYPE_BASE}{}", self.0.error.code),
+            kind: self.0.error.code.docs_url(),
             title: self.0.error.code.title().to_owned(),
             status: self.status().as_u16(),
             detail: self.shown_detail(),

@@ -116,15 +116,39 @@ pub(crate) async fn open_postgres(
     migrate: bool,
     metrics: &Metrics,
 ) -> Result<PostgresStore, Error> {
+    is_postgres(url)?;
     let host = host_of(url);
     let unreachable = |error: StoreError| told(&error, &format!("Postgres at {host}"));
-    let store = PostgresStore::connect(url, &config.store.pool, metrics.clone()).await.map_err(unreachable)?;
+    let store =
+        PostgresStore::connect(url, &config.store.pool, metrics.clone()).await.map_err(|error| match error {
+            // No statement was asked for yet: it is the door that was not opened.
+            StoreError::Defect(reason) => Error::new(
+                Code::DatabaseUnreachable,
+                format!(
+                    "Postgres at {host} refused us: {reason}; check the user, the password and the database's name"
+                ),
+            ),
+            other => unreachable(other),
+        })?;
     if migrate {
         store.migrate().await.map_err(unreachable)?;
     } else {
         store.check_schema().await.map_err(unreachable)?;
     }
     Ok(store)
+}
+
+/// Refuses what is no address of a Postgres database, without showing it.
+fn is_postgres(url: &Secret) -> Result<(), Error> {
+    let wrong = |what: String| {
+        let mend = "write postgres://user:password@host/database, special characters percent-encoded";
+        Err(Error::new(Code::InvalidConfig, format!("store.database_url (DATABASE_URL): {what}; {mend}")))
+    };
+    match url::Url::parse(url.expose()) {
+        Ok(url) if matches!(url.scheme(), "postgres" | "postgresql") => Ok(()),
+        Ok(url) => wrong(format!("`{}` is not a scheme of Postgres", url.scheme())),
+        Err(error) => wrong(format!("this is no URL ({error})")),
+    }
 }
 
 /// A store's error as a person can mend it.
@@ -175,7 +199,7 @@ fn models(config: &Config) -> String {
         let names: Vec<&str> = variables.iter().map(|(_, variable)| *variable).collect();
         return format!("models: simulated only (sim/…); for real ones set {}", names.join(", "));
     }
-    format!("models: {} (keys are set), and simulated ones (sim/…)", real.join(", "))
+    format!("models: {}, which cost what their providers charge, and simulated ones (sim/…)", real.join(", "))
 }
 
 /// The host and database of a URL: never its user, password or parameters.
@@ -235,6 +259,17 @@ mod tests {
         assert_eq!(host("postgres://me:hunter2@db.example:5433/runs?password=x"), "db.example:5433/runs");
         assert_eq!(host("redis://:hunter2@cache"), "cache");
         assert!(!host("not a url hunter2").contains("hunter2"));
+    }
+
+    #[test]
+    fn what_is_no_address_of_a_postgres_database_is_refused_and_not_shown() {
+        let check = |url: &str| is_postgres(&Secret::from(url.to_owned()));
+        assert_eq!(check("postgres://me:x@db/runs").or(check("postgresql:///runs?host=/run")), Ok(()));
+        for url in ["hunter2", "mysql://me:hunter2@db/runs", "postgres://me:hunter2@db:port/runs"] {
+            let error = check(url).expect_err("refused");
+            assert_eq!(error.code, Code::InvalidConfig, "{error}");
+            assert!(error.detail.contains("DATABASE_URL") && !error.detail.contains("hunter2"), "{error}");
+        }
     }
 
     #[test]

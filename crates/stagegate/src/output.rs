@@ -49,11 +49,6 @@ pub(crate) fn stderr_is_live() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// The page that explains a code.
-pub(crate) fn page_of(code: Code) -> String {
-    format!("{}/blob/main/docs/errors/{code}.md", env!("CARGO_PKG_REPOSITORY"))
-}
-
 /// Tells an error on stderr: one line, its mistakes below, and where to read on.
 pub(crate) fn error(error: &Error) {
     let label = paint(BAD.bold(), "error:");
@@ -64,7 +59,7 @@ pub(crate) fn error(error: &Error) {
     for violation in &error.violations {
         let _ = write!(text, "\n  {}", violation_line(error.code, violation));
     }
-    let _ = write!(text, "\n{}", paint(DIM, &format!("  see {}", page_of(error.code))));
+    let _ = write!(text, "\n{}", paint(DIM, &format!("  see {}", error.code.docs_url())));
     note(&text);
 }
 

@@ -80,6 +80,9 @@ impl Progress {
                 row.ended = Some(line);
             }
             (Some(multi), _) => {
+                // A line that wraps would tear the table below it.
+                let columns = usize::from(console::Term::stderr().size().1);
+                let line = console::truncate_str(&line, columns.saturating_sub(3), "…").into_owned();
                 let _ = multi.println(seen(&format!("  {line}")));
             }
         }

@@ -118,7 +118,11 @@ impl Answer {
         assert_eq!(self.header("content-type"), "application/problem+json");
         assert_eq!(self.body["status"], status);
         assert_eq!(self.body["request_id"], self.header("x-request-id"));
-        assert!(self.body["type"].as_str().is_some_and(|kind| kind.ends_with(code)), "{}", self.text);
+        assert!(
+            self.body["type"].as_str().is_some_and(|kind| kind.ends_with(&format!("/docs/errors/{code}.md"))),
+            "{}",
+            self.text
+        );
         assert!(!self.body["detail"].as_str().unwrap_or_default().is_empty(), "{}", self.text);
     }
 

@@ -376,8 +376,12 @@ fn summary(runs: &[&Told]) -> String {
 }
 
 fn what_next(base: &str, first: &Told, once: bool) -> String {
-    let own = "Your own:\n  stagegate run docs/examples/brief-to-spec.yaml --input @docs/examples/brief.md\n  \
-               stagegate validate my-pipeline.yaml\n  OPENAI_API_KEY=… stagegate serve\n";
+    // As this one was started: from a checkout the binary is on nobody's path.
+    let program = std::env::args().next().unwrap_or_else(|| "stagegate".to_owned());
+    let own = format!(
+        "Your own:\n  {program} run docs/examples/brief-to-spec.yaml --input @docs/examples/brief.md\n  \
+         {program} validate my-pipeline.yaml\n  OPENAI_API_KEY=… {program} serve\n"
+    );
     if once {
         return format!("\n{own}");
     }
@@ -385,11 +389,12 @@ fn what_next(base: &str, first: &Told, once: bool) -> String {
     let stage = StageId::new("design").map_or_else(|_| String::new(), |stage| stage.to_string());
     format!(
         "\n{} (Ctrl-C stops it)\n  \
-         curl -s {base}/v1/runs/{id}                      the run: state, stages, cost, output\n  \
-         curl -s {base}/v1/runs/{id}/stages/{stage}        its attempts, assessments and calls\n  \
-         curl -N -H 'accept: text/event-stream' {base}/v1/runs/{id}/events\n  \
+         RUN={base}/v1/runs/{id}\n  \
+         curl -s $RUN                                            # state, stages, cost, output\n  \
+         curl -s $RUN/stages/{stage}                              # its attempts, assessments and calls\n  \
+         curl -N -H 'accept: text/event-stream' $RUN/events      # what happened, and live what happens\n  \
          curl -s {base}/metrics\n  \
-         {base}/docs                                       every route, to try in the browser\n{own}",
+         {base}/docs                             # every route, to try in the browser\n{own}",
         paint(STRONG, "The daemon stays up.")
     )
 }

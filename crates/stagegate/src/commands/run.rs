@@ -240,7 +240,7 @@ fn tell_end(run: RunId, state: RunState, totals: &Totals, failure: Option<&stage
         let label = paint(style.bold(), if state == RunState::Cancelled { "why:" } else { "error:" });
         output::note(&format!("{label} {} {place}{}", failure.code, failure.message));
         if state != RunState::Cancelled {
-            output::note(&paint(DIM, &format!("  see {}", output::page_of(failure.code))));
+            output::note(&paint(DIM, &format!("  see {}", failure.code.docs_url())));
         }
     }
 }

@@ -4,6 +4,7 @@ mod access;
 mod commands;
 mod crash;
 mod demo;
+mod examples;
 mod running;
 mod serving;
 mod support;

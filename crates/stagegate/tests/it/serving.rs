@@ -116,6 +116,21 @@ async fn a_schema_that_is_behind_is_told_with_its_mend() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_not_there_is_told_as_one() {
+    let place = Place::new();
+    let database = TestDatabase::fresh().await;
+    let (server, _) = database.url().rsplit_once('/').expect("a database's name");
+    for (url, code, part) in [
+        (format!("{server}/nobody_made_this"), "SG0501", "nobody_made_this"),
+        ("nonsense".to_owned(), "SG0500", "postgres://user:password@host/database"),
+    ] {
+        let mut command = place.stagegate(&["serve", "--listen", "127.0.0.1:0"]);
+        let (_, _, stderr) = crate::support::ended(command.env("DATABASE_URL", url).output().expect("runs"));
+        assert!(stderr.contains(&format!("error: {code}")) && stderr.contains(part), "{stderr}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_is_away_degrades_and_stops_nothing() {
     let place = Place::new();
     let database = TestDatabase::fresh().await;

@@ -60,6 +60,15 @@ impl Place {
         ended(self.stagegate(arguments).output().expect("the binary starts"))
     }
 
+    /// Runs a line of documentation as its reader would: by the shell, in the repository. What it keeps is kept here.
+    pub(crate) fn shell(&self, line: &str) -> (i32, String, String) {
+        let line = format!("stagegate() {{ {} \"$@\"; }}; {line}", binary());
+        let mut command = Command::new("bash");
+        command.args(["-euc", &line]).current_dir(repository()).env_clear().timeout(PATIENCE);
+        command.envs(self.environment()).env("STAGEGATE_CONFIG", self.path("stagegate.toml"));
+        ended(command.output().expect("bash starts"))
+    }
+
     /// Starts a daemon on a free port and waits until it is ready.
     pub(crate) async fn serve(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Daemon {
         let mut command = StdCommand::new(binary());
