@@ -35,9 +35,9 @@ pub(crate) async fn plan(
     let outputs = vec![None; pipeline.stages.len()];
     let mut planner = Planner { llm, tenant, pipeline, version, input, outputs, stages: Vec::new() };
     for index in 0..pipeline.stages.len() {
-        let (planned, output) = planner.stage(index).await?;
+        let (stage, output) = planner.stage(index).await?;
         planner.outputs[index] = output.map(Arc::new);
-        planner.stages.push(planned);
+        planner.stages.push(stage);
     }
     let stages = planner.stages;
     let bought = |stage: &&PlannedStage| stage.outcome == PlannedOutcome::Buy;
@@ -146,13 +146,11 @@ impl Planner<'_> {
         let rubric = self.pipeline.render_rubric(index, &self.context()).ok().flatten();
         if let (Some(judge), Some(rubric), Some(output)) = (&stage.gate.judge, rubric, &output) {
             let (request, cache) = kinds::judge_request(judge, &stage.work, &rubric, output);
-            match self.peek(index, &cache, &request).await {
-                Some(verdict) => planned.saved_usd += verdict.calls.iter().map(|call| call.saved_usd).sum(),
-                None => {
-                    planned.cost_usd =
-                        self.llm.estimate(&work.models, planned.output_tokens + JUDGE_TOKENS, JUDGE_TOKENS);
-                    planned.worst_case_usd = self.llm.worst_case(&request).unwrap_or_default();
-                }
+            if let Some(verdict) = self.peek(index, &cache, &request).await {
+                planned.saved_usd += verdict.calls.iter().map(|call| call.saved_usd).sum();
+            } else {
+                planned.cost_usd = self.llm.estimate(&work.models, planned.output_tokens + JUDGE_TOKENS, JUDGE_TOKENS);
+                planned.worst_case_usd = self.llm.worst_case(&request).unwrap_or_default();
             }
         }
         (planned, output)

@@ -46,7 +46,7 @@ impl Needs for Admin {
 pub(crate) struct Context<R: Needs> {
     pub(crate) tenant: TenantId,
     /// For the record: who asked.
-    pub(crate) by: String,
+    pub(crate) by: Option<String>,
     pub(crate) request_id: String,
     pub(crate) engine: Engine,
     pub(crate) shared: Shared,
@@ -78,7 +78,7 @@ impl<R: Needs> FromRequestParts<Shared> for Context<R> {
         }
         let request_id = parts.extensions.get::<RequestId>().map(|id| id.0.to_string()).unwrap_or_default();
         Ok(Self {
-            by: identity.key.map_or_else(|| "anybody".to_owned(), |key| format!("key {key}")),
+            by: identity.key.map(|key| format!("key {key}")),
             tenant: identity.tenant,
             request_id,
             engine: shared.engine.clone(),

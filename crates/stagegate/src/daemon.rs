@@ -103,7 +103,7 @@ pub(crate) async fn open_store(config: &Config, options: Options, metrics: &Metr
             let path = directory.join(FILE);
             let store = SqliteStore::open(&path, metrics.clone()).await.map_err(|error| told(&error, "SQLite"))?;
             let tier = Some(store.cache_tier());
-            let note = format!("store: embedded SQLite at {}: one process, no replicas", path.display());
+            let note = format!("store: embedded SQLite at {}: this machine alone, no replicas", path.display());
             Ok(OpenStore { store: Arc::new(store), tier, note })
         }
     }

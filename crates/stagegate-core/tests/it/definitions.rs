@@ -32,6 +32,29 @@ stages:
 output: \"{{ stages['second-one'].output }}\"
 ";
 
+#[test]
+fn a_key_that_no_schema_declares_is_refused_where_it_is_named() {
+    let typed = GOOD
+        .replace("    output: json", "    output: { schema: { type: object, properties: { ok: { type: boolean } } } }");
+    valid(&typed);
+    let told = |source: &str| {
+        let found = mistakes(source);
+        assert!(found.iter().all(|violation| violation.code == Code::TemplateReference), "{found:?}");
+        found.into_iter().map(|violation| (violation.path, violation.mend.unwrap_or_default())).collect::<Vec<_>>()
+    };
+    let expression = told(&typed.replace("output.ok", "output.okay"));
+    assert_eq!(
+        expression,
+        [("stages[1].gate.checks[2].expression".to_owned(), "did you mean `output.ok`?".to_owned())]
+    );
+    let mapping = told(&typed.replace("['second-one'].output }}", "['second-one'].output.verdict }}"));
+    assert_eq!(mapping[0].0, "output");
+    assert!(mapping[0].1.contains("which has: ok"), "{mapping:?}");
+    // Where the schema says that there can be others, any may be there.
+    let open = typed.replace("{ type: object, properties", "{ type: object, additionalProperties: true, properties");
+    valid(&open.replace("output.ok", "output.okay"));
+}
+
 /// One edit of the good definition: what is replaced, by what, and the one mistake that it makes.
 struct Case(&'static str, &'static str, Code, &'static str, (u32, u32), &'static str, &'static str);
 

@@ -89,6 +89,6 @@ pub(crate) async fn invalidate(
 ) -> Result<Json<Invalidated>, Problem> {
     let (scope, kind) = body.scope();
     context.engine.llm().invalidate(&context.tenant, &scope).await?;
-    tracing::info!(%scope, by = context.by, "cached answers invalidated");
+    tracing::info!(%scope, by = context.by.as_deref().unwrap_or("an open daemon's caller"), "cached answers invalidated");
     Ok(Json(Invalidated { scope: kind }))
 }

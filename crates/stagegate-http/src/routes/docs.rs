@@ -50,6 +50,8 @@ pub(crate) fn ui() -> Router<Shared> {
     };
     let file = get(move |Path(name): Path<String>| async move { page(&name, config) });
     Router::new()
+        // Whoever opens the printed address in a browser.
+        .route("/", get(|| async { Redirect::temporary("/docs/") }))
         .route("/docs", get(|| async { Redirect::permanent("/docs/") }))
         .route("/docs/", index)
         .route("/docs/{*file}", file)

@@ -121,6 +121,15 @@ fn as_text(plan: &Planned) -> String {
     );
     let path = if path.is_empty() { "nothing would be bought".to_owned() } else { path };
     let _ = writeln!(text, " {} {path}", paint(STRONG, "critical path:"));
+    if let Some(budget) = plan.budget_usd {
+        let worst = plan.worst_case_usd;
+        let verdict = match (plan.cost_usd > budget, worst > budget) {
+            (true, _) => "too little: the run will fail with SG0303",
+            (false, true) => "enough for what is likely, not for the longest answers (`params.max_output_tokens`)",
+            (false, false) => "enough, retries aside",
+        };
+        let _ = writeln!(text, " {} {}; at worst {}: {verdict}", paint(STRONG, "budget:"), usd(budget), usd(worst));
+    }
     text
 }
 

@@ -48,7 +48,7 @@ pub(crate) struct Config {
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct StoreConfig {
     /// The Postgres database, as `postgres://user:password@host/database`. Without it everything is kept in one SQLite
-    /// file in the data directory: one process, no replicas. Also `DATABASE_URL`.
+    /// file in the data directory: this machine alone, no replicas. Also `DATABASE_URL`.
     pub database_url: Option<Secret>,
     /// Where the SQLite file lies. Default: `$XDG_DATA_HOME/stagegate`, else `~/.local/share/stagegate`. Also
     /// `STAGEGATE_DATA_DIR`.

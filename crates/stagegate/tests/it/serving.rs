@@ -21,7 +21,7 @@ async fn an_embedded_daemon_says_what_it_uses_and_ends_with_0_on_sigterm() {
     assert_eq!(code, 0, "{log:#?}");
     for part in [
         "store: embedded SQLite at",
-        "one process, no replicas",
+        "this machine alone, no replicas",
         "cache: in the same SQLite file",
         "models: simulated only",
         "access: open to everybody on this machine",

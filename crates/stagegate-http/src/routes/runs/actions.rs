@@ -25,8 +25,8 @@ async fn act(context: Context<Operator>, id: RunId, action: Action) -> Accepted 
         Action::Approve(_) => "approve",
         Action::Reject(..) => "reject",
     };
-    tracing::info!(run_id = %id, asked, by = context.by, "somebody asked something of a run");
-    let run = context.engine.act(&context.tenant, id, action, Some(context.by.clone())).await?;
+    tracing::info!(run_id = %id, asked, by = context.by.as_deref().unwrap_or("an open daemon's caller"), "an action on a run was asked for");
+    let run = context.engine.act(&context.tenant, id, action, context.by.clone()).await?;
     Ok((StatusCode::ACCEPTED, Json(RunView::new(run, context.now()))))
 }
 
