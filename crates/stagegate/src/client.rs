@@ -136,6 +136,11 @@ async fn answer(request: reqwest::RequestBuilder) -> Result<Value, Error> {
 }
 
 fn unreached(error: &reqwest::Error) -> Error {
+    if error.is_connect() {
+        let address = error.url().map(|url| url.origin().ascii_serialization()).unwrap_or_default();
+        let mend = "start a daemon with `stagegate serve`, or name another address";
+        return Error::new(Code::Unavailable, format!("nothing answers at {address}: {mend}"));
+    }
     let mut detail = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
