@@ -130,7 +130,7 @@ async fn what_is_not_there_is_told_by_its_kind() {
         (&format!("/v1/runs/{nowhere}/stages/first"), "SG0203"),
         (&format!("/v1/runs/{run}/stages/third"), "SG0204"),
         ("/v1/nothing", "SG0004"),
-        ("/", "SG0004"),
+        ("/nothing", "SG0004"),
     ] {
         app.get(path).await.is_problem(404, code);
     }
