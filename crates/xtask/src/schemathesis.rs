@@ -27,7 +27,7 @@ const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_co
 const PIPELINE: &str = r#"
 name: fuzz
 input: { type: object, required: [end], properties: { end: { enum: [well, held, badly] } } }
-defaults: { model: sim/fuzz, retry: { max_attempts: 1 } }
+defaults: { model: sim/quick, retry: { max_attempts: 1 } }
 stages:
   - { id: one, prompt: 'one {{ input.end }}' }
   - id: two
@@ -40,7 +40,7 @@ stages:
     gate: { checks: [ { expression: "input.end != 'badly'" } ], on_fail: fail }
 "#;
 /// Takes any input, so that submissions and plans get through.
-const LOOSE: &str = "{ name: loose, defaults: { model: sim/fuzz }, stages: [ { id: one, prompt: 'one' } ] }";
+const LOOSE: &str = "{ name: loose, defaults: { model: sim/quick }, stages: [ { id: one, prompt: 'one' } ] }";
 /// How long the runs may take until they rest.
 const SEED_LIMIT: Duration = Duration::from_secs(20);
 
