@@ -5,6 +5,8 @@ use std::{fmt, time::Duration};
 use serde::{Deserialize, Serialize};
 use utoipa::{PartialSchema, ToSchema};
 
+use crate::StoreError;
+
 /// Where the pages about the codes are published.
 const PAGES: &str = "https://github.com/stagegate/stagegate/blob/main/docs/errors/";
 
@@ -311,6 +313,21 @@ impl Error {
     pub fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);
         self
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        const RETRY_AFTER: Duration = Duration::from_secs(1);
+        match &error {
+            StoreError::Unavailable(_) | StoreError::Full(_) => {
+                Error::new(Code::Unavailable, error.to_string()).retry_after(RETRY_AFTER)
+            }
+            StoreError::Corrupt { .. } => Error::new(Code::CorruptRow, error.to_string()),
+            StoreError::SchemaBehind { .. } => Error::new(Code::SchemaBehind, error.to_string()),
+            StoreError::SchemaAhead(_) => Error::new(Code::SchemaAhead, error.to_string()),
+            StoreError::Defect(_) => Error::new(Code::Internal, error.to_string()),
+        }
     }
 }
 

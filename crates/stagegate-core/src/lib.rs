@@ -3,6 +3,7 @@
 //! Nothing in this crate does I/O, reads a clock (but [`SystemClock`]) or draws a random number by itself: time and
 //! randomness are arguments. So everything here can be tested as a function.
 
+pub mod access;
 pub mod cache;
 pub mod clock;
 pub mod decide;

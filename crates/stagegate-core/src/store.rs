@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+pub use crate::access::{ApiKey, NewApiKey, Role};
 use crate::{
     Attempt, Checkpoint, Epoch, Event, Failure, KeyId, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState,
     StageId, StageState, TenantId, Totals, Verdict,
@@ -493,67 +494,6 @@ pub enum Committed {
     Stale,
 }
 
-// ---- Access -------------------------------------------------------------------------------------------------
-
-/// What a key may do, inside its tenant. Each includes the ones before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Reads.
-    Viewer,
-    /// Submits, cancels, retries, approves.
-    Operator,
-    /// Registers pipelines, purges the cache.
-    Admin,
-}
-
-impl Role {
-    /// Every role, lowest first.
-    pub const ALL: [Self; 3] = [Self::Viewer, Self::Operator, Self::Admin];
-
-    /// As stored and shown.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Viewer => "viewer",
-            Self::Operator => "operator",
-            Self::Admin => "admin",
-        }
-    }
-
-    /// From its stored form.
-    pub fn parse(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|role| role.as_str() == text)
-    }
-}
-
-/// An API key, without its secret.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct ApiKey {
-    /// Its id.
-    pub id: KeyId,
-    /// Its tenant.
-    pub tenant: TenantId,
-    /// What it may do.
-    pub role: Role,
-    /// For people.
-    pub name: String,
-    /// When it was made.
-    pub created_at: DateTime<Utc>,
-    /// When it ends by itself.
-    pub expires_at: Option<DateTime<Utc>>,
-    /// When it was revoked.
-    pub revoked_at: Option<DateTime<Utc>>,
-}
-
-/// A key to be stored: what is kept of the secret is its SHA-256.
-#[derive(Debug, Clone)]
-pub struct NewApiKey {
-    /// The key.
-    pub key: ApiKey,
-    /// SHA-256 of the secret.
-    pub hash: [u8; 32],
-}
-
 /// The store. See the module's documentation for what every implementation promises.
 #[async_trait]
 pub trait Store: Send + Sync + std::fmt::Debug + 'static {
@@ -656,20 +596,4 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
 
     /// Waits until what is under way is done, and closes.
     async fn close(&self);
-}
-
-impl From<StoreError> for crate::Error {
-    fn from(error: StoreError) -> Self {
-        use crate::{Code, Error};
-        const RETRY_AFTER: Duration = Duration::from_secs(1);
-        match &error {
-            StoreError::Unavailable(_) | StoreError::Full(_) => {
-                Error::new(Code::Unavailable, error.to_string()).retry_after(RETRY_AFTER)
-            }
-            StoreError::Corrupt { .. } => Error::new(Code::CorruptRow, error.to_string()),
-            StoreError::SchemaBehind { .. } => Error::new(Code::SchemaBehind, error.to_string()),
-            StoreError::SchemaAhead(_) => Error::new(Code::SchemaAhead, error.to_string()),
-            StoreError::Defect(_) => Error::new(Code::Internal, error.to_string()),
-        }
-    }
 }

@@ -1,3 +1,5 @@
+//! What templates may do, what they may name, and what stops them.
+
 use std::collections::HashMap;
 
 use serde_json::{Value, json};
