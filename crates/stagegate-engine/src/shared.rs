@@ -11,6 +11,7 @@ use std::{
 use stagegate_core::{
     Clock, Error, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
+    fair::Shares,
     store::{Commit, Committed, NewRun, Submitted},
 };
 use stagegate_llm::Llm;
@@ -49,6 +50,7 @@ type PipelineKey = (TenantId, PipelineName, u32);
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) config: EngineConfig,
+    pub(crate) shares: Shares,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) llm: Arc<Llm>,
     pub(crate) metrics: Metrics,
@@ -85,6 +87,7 @@ impl Shared {
     ) -> Self {
         Self {
             room: Arc::new(Semaphore::new(config.max_runs.min(Semaphore::MAX_PERMITS))),
+            shares: config.shares(),
             config,
             store,
             llm,
