@@ -199,6 +199,11 @@ impl Engine {
         follow::follow(Arc::clone(&self.shared.store), &self.shared.hub, tenant, run, after)
     }
 
+    /// What a tenant may have.
+    pub fn limits_of(&self, tenant: &TenantId) -> config::TenantLimits {
+        self.shared.config.limits_of(tenant)
+    }
+
     /// The store, for reads.
     pub fn store(&self) -> &Arc<dyn Store> {
         &self.shared.store
