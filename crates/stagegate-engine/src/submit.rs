@@ -68,6 +68,9 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
             shared.metrics.runs_accepted.inc();
             if epoch.is_none() {
                 shared.work.notify_one();
+                if record.start_at.is_none() && shared.room.available_permits() == 0 {
+                    shared.whisper.work();
+                }
                 return Ok((RunRecord { state: RunState::Queued, started_at: None, last_seq: 1, ..record }, true));
             }
             Ok((record, true))
