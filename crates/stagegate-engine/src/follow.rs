@@ -430,3 +430,157 @@ async fn look(shared: &Shared, asked: &[(RunId, u64)]) -> Result<bool, Error> {
     }
     Ok(any)
 }
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::*;
+
+    fn event(seq: u64, kind: EventKind) -> Event {
+        Event { seq, at: DateTime::from_timestamp_millis(0).expect("in range"), kind }
+    }
+
+    fn events(seqs: impl IntoIterator<Item = u64>) -> Vec<Event> {
+        seqs.into_iter().map(|seq| event(seq, EventKind::RunStarted)).collect()
+    }
+
+    fn batch(seqs: impl IntoIterator<Item = u64>) -> Arc<EventBatch> {
+        EventBatch::of(events(seqs)).expect("events")
+    }
+
+    fn seqs(batch: &EventBatch) -> Vec<u64> {
+        batch.events().iter().map(|event| event.seq).collect()
+    }
+
+    /// A watcher as [`Watcher`] goes about it, with a store that has `durable` events.
+    struct Reader {
+        seen: u64,
+        catching_up: bool,
+        had: Vec<u64>,
+    }
+
+    impl Reader {
+        fn step(&mut self, known: &mut Known, durable: u64) {
+            let got = if self.catching_up {
+                self.catching_up = false;
+                let read: Vec<u64> = (self.seen + 1..=durable).collect();
+                EventBatch::of(events(read)).inspect(|batch| {
+                    known.learn(batch);
+                })
+            } else {
+                match known.after(self.seen) {
+                    Following::Nothing => None,
+                    Following::Batch(batch) => Some(batch),
+                    Following::InStore => {
+                        self.catching_up = true;
+                        None
+                    }
+                }
+            };
+            if let Some(batch) = got {
+                self.had.extend(seqs(&batch));
+                self.seen = batch.last;
+            }
+        }
+    }
+
+    /// Commits here and elsewhere, news that arrives late, and watchers who come and read whenever they like, in any
+    /// order: each has every event once and in turn.
+    #[test]
+    fn whatever_the_order_every_watcher_has_every_event_once_and_in_turn() {
+        for seed in 0..2_000 {
+            let mut rng = SmallRng::seed_from_u64(seed);
+            let (mut known, mut durable) = (Known::default(), 0_u64);
+            let mut late: Vec<Arc<EventBatch>> = Vec::new();
+            let mut readers: Vec<Reader> = Vec::new();
+            for _ in 0..rng.random_range(10..200) {
+                match rng.random_range(0..8) {
+                    0 => {
+                        let from = durable + 1;
+                        durable += rng.random_range(1..4);
+                        known.learn(&batch(from..=durable));
+                    }
+                    1 => durable += rng.random_range(1..40), // Elsewhere.
+                    2 if durable > known.last => {
+                        let end = rng.random_range(known.last + 1..=durable);
+                        late.push(batch(known.last + 1..=end));
+                    }
+                    3 if !late.is_empty() => {
+                        let news = late.swap_remove(rng.random_range(0..late.len()));
+                        known.learn(&news);
+                    }
+                    4 if readers.len() < 4 => {
+                        let seen = rng.random_range(0..=durable);
+                        readers.push(Reader { seen, catching_up: true, had: vec![seen] });
+                        known.watchers = readers.len();
+                    }
+                    _ if !readers.is_empty() => {
+                        let which = rng.random_range(0..readers.len());
+                        readers[which].step(&mut known, durable);
+                    }
+                    _ => {}
+                }
+                assert!(known.recent.iter().map(|batch| batch.events.len()).sum::<usize>() <= RECENT_MAX);
+            }
+            if durable > known.last {
+                known.learn(&batch(known.last + 1..=durable));
+            }
+            for reader in &mut readers {
+                while reader.seen < durable {
+                    reader.step(&mut known, durable);
+                }
+                let whole: Vec<u64> = (reader.had[0]..=durable).collect();
+                assert_eq!(reader.had, whole, "seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_slow_watcher_costs_a_feed_nothing_and_reads_the_store() {
+        let mut known = Known { watchers: 2, ..Known::default() };
+        for seq in 1..=10_000 {
+            known.learn(&batch([seq]));
+        }
+        assert_eq!(known.recent.len(), RECENT_MAX);
+        assert!(matches!(known.after(5), Following::InStore));
+        assert!(matches!(known.after(9_999), Following::Batch(last) if seqs(&last) == [10_000]));
+        assert!(matches!(known.after(10_000), Following::Nothing));
+    }
+
+    #[test]
+    fn what_the_only_watcher_has_taken_is_not_kept() {
+        let mut known = Known { watchers: 1, ..Known::default() };
+        known.learn(&batch([1, 2]));
+        known.learn(&batch([3]));
+        assert!(matches!(known.after(0), Following::Batch(_)));
+        assert_eq!(known.recent.len(), 1);
+        assert!(matches!(known.after(2), Following::Batch(_)));
+        assert!(known.recent.is_empty());
+        assert!(matches!(known.after(0), Following::InStore), "whoever comes later reads");
+    }
+
+    #[test]
+    fn events_are_rendered_once_for_all_who_watch() {
+        let batch = batch([1, 2]);
+        let mut times = 0;
+        for _ in 0..3 {
+            batch.rendered(|events| {
+                times += 1;
+                Bytes::from(events.len().to_string())
+            });
+        }
+        assert_eq!(times, 1);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_of_a_run_that_nobody_watches_any_more() {
+        let hub = Arc::new(Hub::default());
+        let run = RunId(uuid::Uuid::from_u128(1));
+        let (one, two) = (hub.watch(run), hub.watch(run));
+        drop(one);
+        assert!(hub.is_watched());
+        drop(two);
+        assert!(!hub.is_watched());
+    }
+}

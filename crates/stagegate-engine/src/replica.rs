@@ -180,11 +180,11 @@ async fn take(
         return Ok(0);
     }
     let started = Instant::now();
-    let snapshots = readable(shared, leases, "a run", |store, leases| store.load(leases)).await?;
+    let snapshots = readable(&*shared.store, leases, "a run", |store, leases| store.load(leases)).await?;
     // A run that was never started has at most a cancel; all else has been seen by an owner before.
     let may_be_signalled = |run: &Snapshot| run.run.started_at.is_some() || run.run.cancel_requested;
     let signalled: Vec<Lease> = snapshots.iter().filter(|run| may_be_signalled(run)).map(|run| run.lease).collect();
-    let signals = readable(shared, &signalled, "what is asked of a run", signals_of_each).await?;
+    let signals = readable(&*shared.store, &signalled, "what is asked of a run", signals_of_each).await?;
     let mut signals: HashMap<RunId, Vec<Signal>> = signals.into_iter().collect();
     shared.metrics.checkpoint_load.observe(started.elapsed().as_secs_f64());
     let mut pipelines = HashMap::new();
@@ -229,14 +229,14 @@ fn signals_of_each<'a>(
 
 /// Reads something of every lease that it can be read of. A batch that cannot be read is halved until those that are to
 /// blame are found; an error that may pass is returned.
-async fn readable<T>(shared: &Shared, leases: &[Lease], what: &str, read: Reading<T>) -> Result<Vec<T>, Error> {
+async fn readable<T>(store: &dyn Store, leases: &[Lease], what: &str, read: Reading<T>) -> Result<Vec<T>, Error> {
     let mut found = Vec::with_capacity(leases.len());
     let mut parts = vec![leases];
     while let Some(part) = parts.pop() {
         if part.is_empty() {
             continue;
         }
-        match read(&*shared.store, part).await {
+        match read(store, part).await {
             Ok(some) => found.extend(some),
             Err(error) if error.is_retryable() => return Err(error.into()),
             Err(error) if part.len() == 1 => {
@@ -274,5 +274,47 @@ fn take_one(
     run.on(Stimulus::Taken(signals), shared.clock.now(), 0.0);
     if let Some(handle) = shared.enter(lease.run, life) {
         shared.drive(handle, run, Vec::new(), permit, request_id.as_deref());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stagegate_core::{Epoch, StoreError};
+    use stagegate_store_sqlite::SqliteStore;
+    use stagegate_telemetry::Metrics;
+
+    use super::*;
+
+    /// Runs 3 and 7 cannot be read, and a batch with them neither. While run 100 is in it, the store is away.
+    fn reading<'a>(_: &'a dyn Store, leases: &'a [Lease]) -> BoxFuture<'a, StoreResult<Vec<u128>>> {
+        Box::pin(async {
+            let runs: Vec<u128> = leases.iter().map(|lease| lease.run.0.as_u128()).collect();
+            if runs.contains(&100) {
+                return Err(StoreError::Unavailable("away".to_owned()));
+            }
+            let is_bad = |run: &&u128| matches!(run, 3 | 7);
+            match runs.iter().find(is_bad) {
+                Some(run) => Err(StoreError::Corrupt {
+                    table: "runs",
+                    column: "input",
+                    id: run.to_string(),
+                    message: "no JSON".to_owned(),
+                }),
+                None => Ok(runs),
+            }
+        })
+    }
+
+    fn leases(runs: impl IntoIterator<Item = u128>) -> Vec<Lease> {
+        runs.into_iter().map(|run| Lease { run: RunId(Uuid::from_u128(run)), epoch: Epoch(1) }).collect()
+    }
+
+    #[tokio::test]
+    async fn runs_that_cannot_be_read_hold_up_no_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = SqliteStore::open(&folder.path().join("test.db"), Metrics::new()).await.expect("a store");
+        let found = readable(&store, &leases(0..20), "a run", reading).await.expect("the others");
+        assert_eq!(found, (0..20).filter(|run| ![3, 7].contains(run)).collect::<Vec<_>>());
+        readable(&store, &leases([1, 3, 100]), "a run", reading).await.expect_err("the store is away for all of them");
     }
 }
