@@ -76,6 +76,11 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
         }
     }
 
+    /// Sends one request and waits for its answer.
+    pub(crate) async fn send(&self, request: T) -> Result<R, Error> {
+        self.begin(request).await
+    }
+
     /// Sends one request and waits for its answer, refused at once where the queue is full.
     pub(crate) async fn offer(&self, request: T) -> Result<R, Error> {
         let (answer, answered) = oneshot::channel();

@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use serde_json::json;
-use stagegate_core::{Code, RunState, Store, SystemClock};
-use stagegate_engine::Engine;
+use stagegate_core::{Code, RunState, Store, SystemClock, pipeline::Span};
+use stagegate_engine::{Engine, config::EngineConfig};
 use stagegate_llm::{
     Llm,
     config::LlmConfig,
@@ -23,6 +23,11 @@ use crate::{
 /// Runs that the dead replica leaves.
 const LEFT: usize = 200;
 
+/// A lease that a busy machine does not lose.
+fn patient() -> EngineConfig {
+    EngineConfig { lease_ttl: Span(Duration::from_secs(3)), ..quick() }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_dead_replica_leaves_is_taken_up_in_batches_and_ends_once() {
     let folder = Arc::new(tempfile::tempdir().expect("a folder"));
@@ -35,7 +40,7 @@ async fn what_a_dead_replica_leaves_is_taken_up_in_batches_and_ends_once() {
     let left = doomed.spawn({
         let (store, folder) = (Arc::clone(&store), Arc::clone(&folder));
         async move {
-            let engine = bench::engine(quick(), &store, &llm).await;
+            let engine = bench::engine(patient(), &store, &llm).await;
             let bench = Bench { engine, provider, store, llm, folder };
             let mut runs = Vec::new();
             for n in 0..LEFT {
@@ -52,7 +57,7 @@ async fn what_a_dead_replica_leaves_is_taken_up_in_batches_and_ends_once() {
     let counted = Faulty::before(Arc::clone(&bench.store) as Arc<dyn Store>);
     let llm = bench::llm(&bench.provider, &bench.store);
     let front = Arc::clone(&counted) as Arc<dyn Store>;
-    let next = Engine::start(quick(), front, llm, Metrics::new(), Arc::new(SystemClock)).await.expect("an engine");
+    let next = Engine::start(patient(), front, llm, Metrics::new(), Arc::new(SystemClock)).await.expect("an engine");
     for run in runs {
         let events = finish(&next, run).await;
         assert_eq!(events.iter().filter(|event| event.kind.name() == "run.resumed").count(), 1);
