@@ -6,6 +6,7 @@ mod faults;
 mod faulty;
 mod follow;
 mod gates;
+mod order;
 mod runs;
 mod stores;
 mod takeover;
