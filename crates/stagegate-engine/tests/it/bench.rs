@@ -6,6 +6,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 use stagegate_core::{
     Event, EventKind, RunId, RunState, Store, SystemClock, TenantId,
+    cache::CacheTier,
     pipeline::{Labels, Span},
     store::{RunDetail, RunRecord},
 };
@@ -42,9 +43,14 @@ pub(crate) async fn store(folder: &Path) -> Arc<SqliteStore> {
 
 /// The model layer of a process: its own local cache, the file's shared one.
 pub(crate) fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
+    llm_with(provider.openai_base_url(), store.cache_tier())
+}
+
+/// The same, with any shared tier.
+pub(crate) fn llm_with(base_url: String, tier: Arc<dyn CacheTier>) -> Arc<Llm> {
     let fake = ProviderConfig {
         kind: ProviderKind::Openai,
-        base_url: Some(provider.openai_base_url()),
+        base_url: Some(base_url),
         api_key: None,
         max_concurrency: 64,
         sim: SimConfig::default(),
@@ -53,10 +59,12 @@ pub(crate) fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
     let config = LlmConfig {
         providers: BTreeMap::from([("fake".to_owned(), fake)]),
         prices: BTreeMap::from([("fake/model".to_owned(), price)]),
+        // A machine that is busy with other tests must not make a cache look away.
+        shared_cache_timeout: Span(Duration::from_secs(5)),
         ..LlmConfig::default()
     };
     stagegate_llm::install_tls();
-    Arc::new(Llm::new(&config, Some(store.cache_tier()), Metrics::new(), Arc::new(SystemClock)).expect("a model layer"))
+    Arc::new(Llm::new(&config, Some(tier), Metrics::new(), Arc::new(SystemClock)).expect("a model layer"))
 }
 
 pub(crate) async fn engine(config: EngineConfig, store: &Arc<SqliteStore>, llm: &Arc<Llm>) -> Engine {

@@ -5,5 +5,7 @@ mod cache;
 mod faults;
 mod faulty;
 mod gates;
+mod loops;
 mod runs;
+mod stand;
 mod stores;
