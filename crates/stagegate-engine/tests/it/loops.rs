@@ -401,11 +401,13 @@ async fn play(stand: &Stand, scenario: &Scenario, injection: Option<Injection>) 
                 client.act(run, action).await;
             }
             Act::ElsewhereWhenAsked(marker, action) => {
+                client.watch(run, "stage.succeeded").await;
                 client.asked(marker).await;
                 let other = other.as_ref().expect("started");
                 other.act(&client.tenant, run, action.clone(), None).await.expect("accepted");
             }
             Act::DrainWhenAsked(marker) => {
+                client.watch(run, "stage.succeeded").await;
                 client.asked(marker).await;
                 client.drain().await;
             }
@@ -542,14 +544,16 @@ async fn play_all(kind: Kind, hows: [How; 2]) {
                 let told = if *telling { ", of those that tell something" } else { "" };
                 let case = format!("{}: {how:?} at call {nth} of {method}{told}", scenario.name);
                 let _ = free.send(stand).await;
-                match ended {
-                    Ok(Ok(())) => None,
+                let why = match ended {
+                    Ok(Ok(())) => return None,
                     Ok(Err(panic)) => {
                         let text = panic.downcast_ref::<String>().cloned();
-                        Some(format!("{case}: {}", text.unwrap_or_else(|| "see above".to_owned())))
+                        text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
                     }
-                    Err(_) => Some(format!("{case}: it never ended")),
-                }
+                    Err(_) => "it never ended".to_owned(),
+                };
+                println!("BROKEN {case}: {why}");
+                Some(format!("{case}: {why}"))
             }
         })
         .buffer_unordered(AT_ONCE)
