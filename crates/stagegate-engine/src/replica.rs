@@ -1,7 +1,11 @@
 //! This replica among the others: owns its heartbeat, its fence, and its claims.
 
-use std::sync::{Arc, LazyLock, atomic::Ordering};
+use std::{
+    sync::{Arc, LazyLock, atomic::Ordering},
+    time::Duration,
+};
 
+use futures::{FutureExt, future::BoxFuture};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use stagegate_core::{
     Code, Error, ReplicaId,
@@ -20,6 +24,8 @@ const BEATS_PER_TTL: u32 = 3;
 const FENCE_PERCENT: u32 = 70;
 /// Runs claimed at once.
 const CLAIM_MAX: usize = 64;
+/// How long runs that were claimed together are read in ever smaller parts, before the rest is handed back.
+const LOAD_PATIENCE: Duration = Duration::from_mins(1);
 /// Looks for work between two looks at what is owned.
 const LOOKS_PER_AUDIT: u32 = 30;
 
@@ -155,7 +161,7 @@ async fn audit(shared: &Arc<Shared>) {
     let released = match shared.store.owned(life.replica).await {
         Ok(mut owned) => {
             owned.retain(|lease| !shared.is_driven(lease.run));
-            shared.store.release(&owned).await
+            if owned.is_empty() { Ok(()) } else { shared.store.release(&owned).await }
         }
         Err(error) => Err(error),
     };
@@ -177,14 +183,7 @@ async fn take(
         return Ok(0);
     }
     let started = Instant::now();
-    let snapshots = match shared.store.load(leases).await {
-        Ok(snapshots) => snapshots,
-        Err(error) if error.is_retryable() => return Err(error.into()),
-        Err(error) => {
-            tracing::error!(%error, runs = leases.len(), "a batch of runs could not be read; each is read alone");
-            load_one_by_one(shared, leases).await
-        }
-    };
+    let snapshots = load(shared, leases, started + LOAD_PATIENCE).await;
     shared.metrics.checkpoint_load.observe(started.elapsed().as_secs_f64());
     let mut taken = 0;
     for (snapshot, permit) in snapshots.into_iter().zip(permits) {
@@ -203,15 +202,32 @@ async fn take(
     Ok(taken)
 }
 
-async fn load_one_by_one(shared: &Shared, leases: &[Lease]) -> Vec<Snapshot> {
-    let mut snapshots = Vec::new();
-    for lease in leases {
-        match shared.store.load(std::slice::from_ref(lease)).await {
-            Ok(loaded) => snapshots.extend(loaded),
-            Err(error) => tracing::error!(run_id = %lease.run, %error, "a run cannot be read"),
+/// Loads leased runs. What the database cannot read in one go, though it answers, is read in smaller parts: handed back,
+/// it would be claimed and fail as one again. What cannot be read at all now is left to the next audit.
+fn load<'a>(shared: &'a Shared, leases: &'a [Lease], until: Instant) -> BoxFuture<'a, Vec<Snapshot>> {
+    let work = async move {
+        let error = match shared.store.load(leases).await {
+            Ok(snapshots) => return snapshots,
+            Err(error) => error,
+        };
+        let worth_it = leases.len() > 1
+            && (!error.is_retryable() || (Instant::now() < until && shared.store.ping().await.is_ok()));
+        if worth_it {
+            tracing::warn!(%error, runs = leases.len(), "a batch of runs could not be read; it is read in parts");
+            let (left, right) = leases.split_at(leases.len() / 2);
+            let mut snapshots = load(shared, left, until).await;
+            snapshots.extend(load(shared, right, until).await);
+            return snapshots;
         }
-    }
-    snapshots
+        if error.is_retryable() {
+            tracing::warn!(%error, runs = leases.len(), "leased runs could not be read; they are handed back");
+            shared.doubt();
+        } else {
+            tracing::error!(%error, run_id = ?leases.first().map(|lease| lease.run), "a run cannot be read");
+        }
+        Vec::new()
+    };
+    work.boxed()
 }
 
 async fn take_one(

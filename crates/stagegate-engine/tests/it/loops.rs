@@ -36,7 +36,7 @@ use crate::{
 /// Cases under way at once. Mostly they wait: for a lease to end, for a pause to be over.
 const AT_ONCE: usize = 14;
 /// A case that is not through by then hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(45);
 /// Calls that come by the clock, and how many of them are met: at the start and in the middle of a run.
 const TIMED: [(&str, usize); 5] = [("heartbeat", 2), ("claim", 2), ("owned", 1), ("events", 3), ("run_record", 1)];
 
@@ -263,6 +263,7 @@ impl Client<'_> {
             labels: Labels::new(),
             idempotency: Some(Idempotency { key: "k".to_owned(), digest: [1; 32] }),
             request_id: None,
+            start_at: None,
         };
         if let (true, Some(acceptor)) = (scenario.queued, acceptor) {
             return acceptor.submit(submit).await.expect("accepted").0.id;
@@ -523,6 +524,7 @@ async fn play_all(kind: Kind, hows: [How; 2]) {
     let stands: Arc<Vec<_>> = Arc::new(
         stream::iter(0..AT_ONCE).map(|_| async move { Arc::new(Stand::new(kind).await) }).buffer_unordered(4).collect().await,
     );
+    let begun = std::time::Instant::now();
     let scenarios = scenarios();
     let mut cases = Vec::new();
     for (at, scenario) in scenarios.iter().enumerate() {
@@ -560,6 +562,7 @@ async fn play_all(kind: Kind, hows: [How; 2]) {
         .filter_map(|broken| async move { broken })
         .collect()
         .await;
+    println!("took {:?}", begun.elapsed());
     println!("{kind:?} {hows:?}: {} cases in {} scenarios", cases.len(), scenarios.len());
     assert!(cases.len() > scenarios.len() * 20, "hardly a loop: {}", cases.len());
     assert!(broken.is_empty(), "{} of {} cases:\n{}", broken.len(), cases.len(), broken.join("\n"));
