@@ -88,21 +88,7 @@ impl Bench {
 
     /// Registers a definition and submits a run of it.
     pub(crate) async fn submit(&self, source: &str, input: Value) -> RunId {
-        let tenant = TenantId::default();
-        let (version, _) = self.engine.register(&tenant, source).await.expect("a valid definition");
-        let submit = Submit {
-            tenant,
-            pipeline: version.name,
-            version: Some(version.version),
-            input,
-            cache_mode: None,
-            priority: 0,
-            labels: Labels::new(),
-            idempotency: None,
-            start_at: None,
-            request_id: Some("test".to_owned()),
-        };
-        self.engine.submit(submit).await.expect("accepted").0.id
+        submit(&self.engine, source, input).await
     }
 
     /// All events to the end of the run.
@@ -133,6 +119,25 @@ impl Bench {
         }
         panic!("the run ended without {name}: {seen:?}");
     }
+}
+
+/// Registers a definition and submits a run of it.
+pub(crate) async fn submit(engine: &Engine, source: &str, input: Value) -> RunId {
+    let tenant = TenantId::default();
+    let (version, _) = engine.register(&tenant, source).await.expect("a valid definition");
+    let submit = Submit {
+        tenant,
+        pipeline: version.name,
+        version: Some(version.version),
+        input,
+        cache_mode: None,
+        priority: 0,
+        labels: Labels::new(),
+        idempotency: None,
+        start_at: None,
+        request_id: Some("test".to_owned()),
+    };
+    engine.submit(submit).await.expect("accepted").0.id
 }
 
 pub(crate) async fn finish(engine: &Engine, run: RunId) -> Vec<Event> {

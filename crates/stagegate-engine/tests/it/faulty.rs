@@ -21,6 +21,8 @@ use tokio::sync::watch;
 pub(crate) enum Fault {
     /// Nothing happens, and an error comes at once.
     Refuse,
+    /// Nothing happens, and an error comes at once, where it is asked for more than one run.
+    RefuseMany,
     /// It happens, and its answer is lost; once.
     LoseOnce,
     /// It happens, and its answer comes when the fault is mended.
@@ -199,7 +201,7 @@ impl Faulty {
     ) -> StoreResult<T> {
         let lost = || StoreError::Unavailable(format!("{method}: a fault of the test"));
         match self.fault(method) {
-            None => call.await,
+            None | Some(Fault::RefuseMany) => call.await,
             Some(Fault::Refuse) => Err(lost()),
             Some(Fault::LoseOnce) => {
                 self.mend(method);
@@ -243,6 +245,13 @@ macro_rules! through {
                 self.through(stringify!($method), self.inner.$method($($arg),*)).await
             })*
 
+            async fn load(&self, leases: &[s::Lease]) -> StoreResult<Vec<s::Snapshot>> {
+                if leases.len() > 1 && self.fault("load") == Some(Fault::RefuseMany) {
+                    return Err(StoreError::Unavailable("load: too much at once, says the test".to_owned()));
+                }
+                self.through("load", self.inner.load(leases)).await
+            }
+
             fn kind(&self) -> &'static str {
                 self.inner.kind()
             }
@@ -270,7 +279,6 @@ through! {
     heartbeat(beat: &s::Heartbeat) -> s::Pulse;
     claim(replica: ReplicaId, limit: u32, shares: &Shares) -> Vec<s::Lease>;
     owned(replica: ReplicaId) -> Vec<s::Lease>;
-    load(leases: &[s::Lease]) -> Vec<s::Snapshot>;
     signals(leases: &[s::Lease]) -> Vec<(RunId, Vec<s::Signal>)>;
     commit(commits: &[s::Commit]) -> Vec<s::Committed>;
     release(leases: &[s::Lease]) -> ();

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// Cases under way at once. Mostly they wait: for a lease to end, for a pause to be over.
-const AT_ONCE: usize = 14;
+const AT_ONCE: usize = 20;
 /// A case that is not through by then hangs.
 const PATIENCE: Duration = Duration::from_secs(45);
 /// Calls that come by the clock, and how many of them are met: at the start and in the middle of a run.

@@ -9,3 +9,4 @@ mod loops;
 mod runs;
 mod stand;
 mod stores;
+mod stuck;

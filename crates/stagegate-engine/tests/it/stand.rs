@@ -46,7 +46,7 @@ enum Place {
 }
 
 /// Connections of one process. Few: many of these stand beside each other on one server.
-const POOL: u32 = 3;
+const POOL: u32 = 2;
 
 impl Place {
     async fn open(&self) -> (Arc<dyn Store>, Arc<dyn CacheTier>) {
