@@ -32,7 +32,7 @@ const RETRY_LONGEST: Duration = Duration::from_secs(2);
 /// A batch that takes longer than this goes on beside the next one.
 const SLOW: Duration = Duration::from_millis(250);
 /// Batches under way at once, and with them connections.
-const LANES: usize = 4;
+const LANES: usize = 3;
 /// Steps that were set aside and are being tried at once; each may hold a connection until its statement times out.
 const ASIDE_AT_ONCE: usize = 2;
 /// Into how many parts a batch is split that failed.

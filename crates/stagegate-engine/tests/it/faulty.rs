@@ -126,10 +126,8 @@ impl Faulty {
             return self.strike(*at, fired).await;
         }
         let answer = call.await;
-        let strikes = match tells(&answer) {
-            true => strikes.or(self.struck(method, count(&self.telling, method), true)),
-            false => strikes,
-        };
+        let strikes =
+            if tells(&answer) { strikes.or(self.struck(method, count(&self.telling, method), true)) } else { strikes };
         match strikes {
             Some((at, fired)) => self.strike(*at, fired).await,
             None => answer,

@@ -378,10 +378,14 @@ impl Client<'_> {
 
 /// One run of a scenario, undisturbed or with a fault.
 async fn play(stand: &Stand, scenario: &Scenario, injection: Option<Injection>) -> Seen {
+    play_noting(stand, scenario, injection, Noted::default()).await
+}
+
+async fn play_noting(stand: &Stand, scenario: &Scenario, injection: Option<Injection>, noted: Noted) -> Seen {
     static TENANTS: AtomicUsize = AtomicUsize::new(0);
     let tenant: TenantId = format!("tenant-{}", TENANTS.fetch_add(1, Ordering::Relaxed)).parse().expect("valid");
     let provider = FakeProvider::start().await;
-    let (fired, noted) = (watch::Sender::new(injection.is_none()), Noted::default());
+    let fired = watch::Sender::new(injection.is_none());
     let (moved, mended) = (watch::Sender::new(false), Arc::new(AtomicBool::new(false)));
     let timed = injection.is_some_and(is_timed);
     let open = watch::Sender::new(true);
@@ -461,7 +465,8 @@ async fn inspect(client: &Client<'_>, run: RunId, fired: bool) -> Seen {
     let mut digests = BTreeMap::new();
     for stage in &detail.stages {
         let kept = store.stage(tenant, run, &stage.id).await.expect("reads").expect("there");
-        let succeeded = |event: &&Event| event.kind.name() == "stage.succeeded" && event.kind.stage() == Some(&stage.id);
+        let succeeded =
+            |event: &&Event| event.kind.name() == "stage.succeeded" && event.kind.stage() == Some(&stage.id);
         assert_eq!(events.iter().filter(succeeded).count(), usize::from(kept.checkpoint.is_some()), "{}", stage.id);
         digests.extend(kept.checkpoint.map(|checkpoint| (stage.id.clone(), checkpoint.digest)));
     }
@@ -517,7 +522,7 @@ fn injections(dry: &Seen, scenario: &Scenario, hows: [How; 2]) -> Vec<Injection>
             for how in hows {
                 let at = Injection { method, nth, telling, how };
                 let taken = scenario.base.is_some_and(|base| (base.method, base.nth) == (method, nth));
-                if !(telling && how.is_before()) && !taken {
+                if !(taken || telling && how.is_before()) {
                     found.push(at);
                 }
             }
@@ -543,7 +548,11 @@ fn check(scenario: &Scenario, dry: &Seen, at: Injection, seen: &Seen) {
 
 async fn play_all(kind: Kind, hows: [How; 2]) {
     let stands: Arc<Vec<_>> = Arc::new(
-        stream::iter(0..AT_ONCE).map(|_| async move { Arc::new(Stand::new(kind).await) }).buffer_unordered(4).collect().await,
+        stream::iter(0..AT_ONCE)
+            .map(|_| async move { Arc::new(Stand::new(kind).await) })
+            .buffer_unordered(4)
+            .collect()
+            .await,
     );
     let begun = std::time::Instant::now();
     let scenarios = scenarios();
@@ -583,8 +592,7 @@ async fn play_all(kind: Kind, hows: [How; 2]) {
         .filter_map(|broken| async move { broken })
         .collect()
         .await;
-    println!("took {:?}", begun.elapsed());
-    println!("{kind:?} {hows:?}: {} cases in {} scenarios", cases.len(), scenarios.len());
+    println!("{kind:?} {hows:?}: {} cases in {} scenarios, {:?}", cases.len(), scenarios.len(), begun.elapsed());
     assert!(cases.len() > scenarios.len() * 20, "hardly a loop: {}", cases.len());
     assert!(broken.is_empty(), "{} of {} cases:\n{}", broken.len(), cases.len(), broken.join("\n"));
 }
@@ -619,4 +627,15 @@ async fn on_postgres_a_run_ends_the_same_whichever_call_of_its_store_fails() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_postgres_a_run_ends_the_same_at_whichever_call_of_its_store_its_replica_dies() {
     play_all(Kind::Postgres, [How::KillBefore, How::KillAfter]).await;
+}
+
+/// What the loops stand on: were an answer not in the cache before its commit, they would see it bought again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shared_cache_that_forgets_does_not_go_unnoticed() {
+    let stand = Stand::new(Kind::Sqlite).await;
+    let scenario = scenarios().into_iter().find(|scenario| scenario.name == "queued").expect("there");
+    let dry = play(&stand, &scenario, None).await;
+    let at = Injection { method: "commit", nth: 2, telling: false, how: How::KillBefore };
+    let seen = play_noting(&stand, &scenario, Some(at), Noted::forgetful()).await;
+    assert!(seen.fired && seen.provider_calls > dry.provider_calls + scenario.unanswered(at));
 }

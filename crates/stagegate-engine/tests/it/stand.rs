@@ -232,16 +232,24 @@ impl Drop for Doomed {
 
 /// What reached the shared tier, and when it was surely there.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Noted(Arc<Mutex<Vec<(String, Instant)>>>);
+pub(crate) struct Noted {
+    entries: Arc<Mutex<Vec<(String, Instant)>>>,
+    forgets: bool,
+}
 
 impl Noted {
+    /// Before a tier that says that it has stored what it has not.
+    pub(crate) fn forgetful() -> Self {
+        Self { forgets: true, ..Self::default() }
+    }
+
     fn before(&self, tier: &Arc<dyn CacheTier>) -> Arc<dyn CacheTier> {
         Arc::new(Noting { inner: Arc::clone(tier), noted: self.clone() })
     }
 
     /// When an entry that holds this text was first there.
     pub(crate) fn held(&self, text: &str) -> Option<Instant> {
-        let noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let noted = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         noted.iter().find(|(entry, _)| entry.contains(text)).map(|(_, at)| *at)
     }
 }
@@ -266,9 +274,12 @@ impl CacheTier for Noting {
         generation: u64,
         ttl: Duration,
     ) -> Result<(), CacheError> {
+        if self.noted.forgets {
+            return Ok(());
+        }
         self.inner.put(tenant, key, entry, generation, ttl).await?;
         let entry = String::from_utf8_lossy(entry).into_owned();
-        self.noted.0.lock().unwrap_or_else(PoisonError::into_inner).push((entry, Instant::now()));
+        self.noted.entries.lock().unwrap_or_else(PoisonError::into_inner).push((entry, Instant::now()));
         Ok(())
     }
 

@@ -128,7 +128,10 @@ async fn what_is_asked_of_another_replica_reaches_the_owner_and_its_watcher_sees
         assert_eq!(seen[0], seen[1], "on the owner and elsewhere");
         assert!(seen[1].iter().all(|event| event.kind.name() != "run.resumed"), "it never changed hands");
     }
-    assert!(stand.provider.calls_where(&contains("AFTER")).len() == 1, "what was rejected or cancelled went no further");
+    assert!(
+        stand.provider.calls_where(&contains("AFTER")).len() == 1,
+        "what was rejected or cancelled went no further"
+    );
     assert_eq!(stand.provider.call_count(), 7, "nothing was asked twice");
 }
 
@@ -136,7 +139,11 @@ async fn what_is_asked_of_another_replica_reaches_the_owner_and_its_watcher_sees
 async fn a_frozen_replica_that_wakes_writes_nothing_under_its_old_lease_and_goes_on_with_new_runs() {
     let stand = Stand::with_ttl(TTL).await;
     let gate = watch::Sender::new(false);
-    stand.provider.on(contains("MARK-2")).once(Reply::text("late").when(gate.subscribe())).always(Reply::text("answer 2"));
+    stand
+        .provider
+        .on(contains("MARK-2"))
+        .once(Reply::text("late").when(gate.subscribe()))
+        .always(Reply::text("answer 2"));
     stand.answer(1..=5);
     let (mut frozen, api) = stand.serve().await;
     api.register(PIPELINE).await;
@@ -175,8 +182,10 @@ async fn a_killed_replicas_runs_all_end_on_another_and_only_unanswered_calls_are
     stand.answer(4..=5);
     let (doomed, api) = stand.serve().await;
     let (other, elsewhere) = stand.serve().await;
-    let own_prompts = PIPELINE.replace("MARK-3 ", "MARK-3 {{ input.brief }}").replace("{{ stages.one.output }}", "{{ input.brief }}");
-    let own_prompts = own_prompts.replace("MARK-4 ", "MARK-4 {{ input.brief }}").replace("MARK-5 ", "MARK-5 {{ input.brief }}");
+    let own_prompts =
+        PIPELINE.replace("MARK-3 ", "MARK-3 {{ input.brief }}").replace("{{ stages.one.output }}", "{{ input.brief }}");
+    let own_prompts =
+        own_prompts.replace("MARK-4 ", "MARK-4 {{ input.brief }}").replace("MARK-5 ", "MARK-5 {{ input.brief }}");
     let own_prompts = own_prompts.replace("{{ stages.two.output }}", "").replace("{{ stages.three.output }}", "");
     api.register(&own_prompts).await;
     let mut runs = Vec::new();
