@@ -11,9 +11,10 @@ use uuid::Uuid;
 
 use crate::{
     error,
+    first::FirstAttempts,
     pool::{Connection, Pool, Statement},
     rows::{self, AttemptBody, Time},
-    shared::{EventColumns, StageColumns, insert_events, insert_stages},
+    shared::{EventColumns, StageColumns, insert_events, insert_stages, stages_given},
 };
 
 /// Writes steps.
@@ -24,29 +25,31 @@ use crate::{
 /// - A run is parked by the number of signals on its row, not by the rows of `signals`: a signal that was left while we
 ///   waited for the row is in its number, and not in what this statement can see.
 /// - A stage that has its checkpoint keeps it.
+/// - Whether a row is there is looked up before it is inserted or updated: nobody else writes rows of a run whose fence
+///   has let us in, and `ON CONFLICT` would write two records more for each.
 pub const COMMIT: &str = concat!(
     "/* runs.commit */
 WITH step AS (
     SELECT t.*, (
-        SELECT count(*)::int4 FROM unnest($53::uuid[], $54::int8[]) AS c(run_id, id)
+        SELECT count(*)::int4 FROM unnest($54::uuid[], $55::int8[]) AS c(run_id, id)
         JOIN signals g ON g.run_id = c.run_id AND g.id = c.id
         WHERE c.run_id = t.run_id
     ) AS answered
     FROM unnest(
-        $19::uuid[], $20::int8[], $21::int8[], $22::int8[], $23::text[], $24::int4[], $25::text[], $26::timestamptz[],
-        $27::timestamptz[], $28::bool[], $29::bool[], $30::int8[]
+        $20::uuid[], $21::int8[], $22::int8[], $23::int8[], $24::text[], $25::int4[], $26::text[], $27::timestamptz[],
+        $28::timestamptz[], $29::bool[], $30::bool[], $31::int8[], $65::text[], $66::text[]
     ) WITH ORDINALITY AS t(run_id, epoch, first_seq, last_seq, state, stages_done, failure, started_at, finished_at,
-                           keeps, ends, delay_ms, i)
+                           keeps, ends, delay_ms, first_attempts, settled, i)
 ), target AS (
     UPDATE runs r SET
         state = s.state, last_seq = s.last_seq, stages_done = s.stages_done, failure = s.failure,
         started_at = s.started_at, finished_at = s.finished_at,
-        input_tokens = ($31::int8[])[s.i * 11 - 10], cache_read_tokens = ($31::int8[])[s.i * 11 - 9],
-        cache_write_tokens = ($31::int8[])[s.i * 11 - 8], output_tokens = ($31::int8[])[s.i * 11 - 7],
-        reasoning_tokens = ($31::int8[])[s.i * 11 - 6], usage_estimated = ($31::int8[])[s.i * 11 - 5] <> 0,
-        cost_nanos = ($31::int8[])[s.i * 11 - 4], saved_nanos = ($31::int8[])[s.i * 11 - 3],
-        calls = ($31::int8[])[s.i * 11 - 2]::int4, hits = ($31::int8[])[s.i * 11 - 1]::int4,
-        unpriced_calls = ($31::int8[])[s.i * 11]::int4,
+        input_tokens = ($32::int8[])[s.i * 11 - 10], cache_read_tokens = ($32::int8[])[s.i * 11 - 9],
+        cache_write_tokens = ($32::int8[])[s.i * 11 - 8], output_tokens = ($32::int8[])[s.i * 11 - 7],
+        reasoning_tokens = ($32::int8[])[s.i * 11 - 6], usage_estimated = ($32::int8[])[s.i * 11 - 5] <> 0,
+        cost_nanos = ($32::int8[])[s.i * 11 - 4], saved_nanos = ($32::int8[])[s.i * 11 - 3],
+        calls = ($32::int8[])[s.i * 11 - 2]::int4, hits = ($32::int8[])[s.i * 11 - 1]::int4,
+        unpriced_calls = ($32::int8[])[s.i * 11]::int4,
         owner = CASE WHEN s.keeps THEN r.owner END,
         available_at = CASE
             WHEN s.keeps OR s.ends THEN NULL
@@ -54,72 +57,84 @@ WITH step AS (
             ELSE now() + s.delay_ms * interval '1 millisecond'
         END,
         pending = CASE WHEN s.ends THEN 0 ELSE greatest(0, r.pending - s.answered) END,
-        signalled = r.signalled AND NOT s.ends
+        signalled = r.signalled AND NOT s.ends,
+        first_attempts = nullif(coalesce(r.first_attempts - s.settled::text[], r.first_attempts, '{}')
+                                || coalesce(s.first_attempts, '{}')::jsonb, '{}')
     FROM step s
     WHERE r.id = s.run_id AND r.epoch = s.epoch AND r.owner IS NOT NULL AND r.last_seq + 1 = s.first_seq
     RETURNING r.id, r.tenant, r.pipeline, r.version, r.last_seq, s.ends, true AS started
 ), output AS (
     UPDATE run_payloads p SET output = t.output
-    FROM unnest($32::uuid[], $33::text[]) AS t(run_id, output) JOIN target run ON run.id = t.run_id
+    FROM unnest($33::uuid[], $34::text[]) AS t(run_id, output) JOIN target run ON run.id = t.run_id
     WHERE p.run_id = run.id
+), given AS MATERIALIZED (
+    ",
+    stages_given!(),
+    "
 ), stage AS (
     ",
     insert_stages!(),
     "
-    ON CONFLICT (run_id, stage_id) DO UPDATE SET
-        state = excluded.state, attempt = excluded.attempt, round_start = excluded.round_start,
-        not_before = excluded.not_before, verdict = excluded.verdict, score = excluded.score, model = excluded.model,
-        origin = excluded.origin, failure = excluded.failure, started_at = excluded.started_at,
-        finished_at = excluded.finished_at, input_tokens = excluded.input_tokens,
-        cache_read_tokens = excluded.cache_read_tokens, cache_write_tokens = excluded.cache_write_tokens,
-        output_tokens = excluded.output_tokens, reasoning_tokens = excluded.reasoning_tokens,
-        usage_estimated = excluded.usage_estimated, cost_nanos = excluded.cost_nanos,
-        saved_nanos = excluded.saved_nanos, calls = excluded.calls, hits = excluded.hits,
-        unpriced_calls = excluded.unpriced_calls
+), changed AS (
+    UPDATE stages s SET
+        state = g.state, attempt = g.attempt, round_start = g.round_start, not_before = g.not_before,
+        verdict = g.verdict, score = g.score, model = g.model, origin = g.origin, failure = g.failure,
+        started_at = g.started_at, finished_at = g.finished_at, input_tokens = g.input_tokens,
+        cache_read_tokens = g.cache_read_tokens, cache_write_tokens = g.cache_write_tokens,
+        output_tokens = g.output_tokens, reasoning_tokens = g.reasoning_tokens, usage_estimated = g.usage_estimated,
+        cost_nanos = g.cost_nanos, saved_nanos = g.saved_nanos, calls = g.calls, hits = g.hits,
+        unpriced_calls = g.unpriced_calls
+    FROM given g WHERE g.there AND s.run_id = g.run_id AND s.stage_id = g.stage_id
 ), event AS (
     ",
     insert_events!(),
     "
+), tried AS MATERIALIZED (
+    SELECT run.id AS run_id, run.tenant, t.stage_id, t.number, t.started_at, t.finished_at, t.verdict, t.body, t.output,
+           (SELECT true FROM attempts a
+            WHERE a.run_id = t.run_id AND a.stage_id = t.stage_id AND a.number = t.number) IS TRUE AS there
+    FROM unnest($35::uuid[], $36::text[], $37::int4[], $38::timestamptz[], $39::timestamptz[], $40::text[], $41::text[],
+                $42::text[]) AS t(run_id, stage_id, number, started_at, finished_at, verdict, body, output)
+    JOIN target run ON run.id = t.run_id
 ), attempt AS (
     INSERT INTO attempts (run_id, tenant, stage_id, number, started_at, finished_at, verdict, body, output)
-    SELECT run.id, run.tenant, t.stage_id, t.number, t.started_at, t.finished_at, t.verdict, t.body, t.output
-    FROM unnest($34::uuid[], $35::text[], $36::int4[], $37::timestamptz[], $38::timestamptz[], $39::text[], $40::text[],
-                $41::text[]) AS t(run_id, stage_id, number, started_at, finished_at, verdict, body, output)
-    JOIN target run ON run.id = t.run_id
-    ON CONFLICT (run_id, stage_id, number) DO UPDATE SET
-        started_at = excluded.started_at, finished_at = excluded.finished_at, verdict = excluded.verdict,
-        body = excluded.body, output = excluded.output
+    SELECT run_id, tenant, stage_id, number, started_at, finished_at, verdict, body, output FROM tried WHERE NOT there
+), repeated AS (
+    UPDATE attempts a SET
+        started_at = t.started_at, finished_at = t.finished_at, verdict = t.verdict, body = t.body, output = t.output
+    FROM tried t
+    WHERE t.there AND a.run_id = t.run_id AND a.stage_id = t.stage_id AND a.number = t.number
 ), checkpoint AS (
     INSERT INTO checkpoints (run_id, tenant, stage_id, output, digest, attempt, verdict, score, model, origin, created_at)
     SELECT run.id, run.tenant, t.stage_id, t.output, t.digest, t.attempt, t.verdict, t.score, t.model, t.origin,
            t.created_at
-    FROM unnest($42::uuid[], $43::text[], $44::text[], $45::text[], $46::int4[], $47::text[], $48::float8[], $49::text[],
-                $50::text[], $51::timestamptz[])
+    FROM unnest($43::uuid[], $44::text[], $45::text[], $46::text[], $47::int4[], $48::text[], $49::float8[], $50::text[],
+                $51::text[], $52::timestamptz[])
         AS t(run_id, stage_id, output, digest, attempt, verdict, score, model, origin, created_at)
     JOIN target run ON run.id = t.run_id
-    ON CONFLICT (run_id, stage_id) DO NOTHING
+    WHERE (SELECT true FROM checkpoints c WHERE c.run_id = t.run_id AND c.stage_id = t.stage_id) IS NULL
 ), entry AS (
     INSERT INTO ledger (run_id, tenant, pipeline, version, stage_id, attempt, at, purpose, provider, model, origin, error,
                         input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
                         usage_estimated, cost_nanos, saved_nanos, priced, latency_ms)
     SELECT run.id, run.tenant, run.pipeline, run.version, t.stage_id, t.attempt, t.at, t.purpose, t.provider, t.model,
            t.origin, t.error,
-           ($52::int8[])[t.i * 10 - 9], ($52::int8[])[t.i * 10 - 8], ($52::int8[])[t.i * 10 - 7],
-           ($52::int8[])[t.i * 10 - 6], ($52::int8[])[t.i * 10 - 5], ($52::int8[])[t.i * 10 - 4] <> 0,
-           ($52::int8[])[t.i * 10 - 3], ($52::int8[])[t.i * 10 - 2], ($52::int8[])[t.i * 10 - 1] <> 0,
-           ($52::int8[])[t.i * 10]
-    FROM unnest($55::uuid[], $56::text[], $57::int4[], $58::timestamptz[], $59::text[], $60::text[], $61::text[],
-                $62::text[], $63::text[])
+           ($53::int8[])[t.i * 10 - 9], ($53::int8[])[t.i * 10 - 8], ($53::int8[])[t.i * 10 - 7],
+           ($53::int8[])[t.i * 10 - 6], ($53::int8[])[t.i * 10 - 5], ($53::int8[])[t.i * 10 - 4] <> 0,
+           ($53::int8[])[t.i * 10 - 3], ($53::int8[])[t.i * 10 - 2], ($53::int8[])[t.i * 10 - 1] <> 0,
+           ($53::int8[])[t.i * 10]
+    FROM unnest($56::uuid[], $57::text[], $58::int4[], $59::timestamptz[], $60::text[], $61::text[], $62::text[],
+                $63::text[], $64::text[])
         WITH ORDINALITY AS t(run_id, stage_id, attempt, at, purpose, provider, model, origin, error, i)
     JOIN target run ON run.id = t.run_id
 ), answered AS (
     DELETE FROM signals g USING target run
-    WHERE g.run_id = run.id AND (run.ends OR g.id = ANY($54::int8[]))
+    WHERE g.run_id = run.id AND (run.ends OR g.id = ANY($55::int8[]))
 )
 SELECT id FROM target"
 );
 
-/// The numbers of one ledger row in `$52`.
+/// The numbers of one ledger row in `$53`.
 const LEDGER_NUMBERS: usize = 10;
 
 /// Where runs stand, read after the fence refused them. It waits for a writer that holds the row: an earlier try of
@@ -183,6 +198,9 @@ struct Columns<'a> {
     ledger: LedgerColumns<'a>,
     consumed_runs: Vec<Uuid>,
     consumed: Vec<i64>,
+    /// Parameters $65 and $66.
+    first_attempts: Vec<Option<String>>,
+    settled: Vec<Option<String>>,
 }
 
 impl<'a> Columns<'a> {
@@ -192,12 +210,21 @@ impl<'a> Columns<'a> {
         for event in &commit.events {
             self.events.push(run, event)?;
         }
+        let fresh = FirstAttempts::of_step(commit);
+        let mut settled = Vec::new();
         for (at, stage) in commit.stages.iter().enumerate() {
             // One statement can write a row once: of a row that is given twice the last one counts.
             if !commit.stages[at + 1..].iter().any(|later| later.id == stage.id) {
-                self.stages.push(run, stage)?;
+                let fresh = fresh.contains(stage);
+                self.stages.push(run, stage, fresh)?;
+                if !fresh {
+                    settled.push(stage.id.as_str());
+                }
             }
         }
+        self.first_attempts.push(fresh.to_json()?);
+        // Ids need no quotes inside an array's text.
+        self.settled.push((!settled.is_empty()).then(|| format!("{{{}}}", settled.join(","))));
         for (at, (stage, attempt)) in commit.attempts.iter().enumerate() {
             let same = |(id, later): &(StageId, Attempt)| id == stage && later.number == attempt.number;
             if !commit.attempts[at + 1..].iter().any(same) {
@@ -224,11 +251,12 @@ impl<'a> Columns<'a> {
         let query = self.runs.bind(query).bind(self.output_runs).bind(self.outputs);
         let query = self.checkpoints.bind(self.attempts.bind(query));
         let (numbers, ledger) = self.ledger.split();
-        ledger.bind(query.bind(numbers).bind(self.consumed_runs).bind(self.consumed))
+        let query = ledger.bind(query.bind(numbers).bind(self.consumed_runs).bind(self.consumed));
+        query.bind(self.first_attempts).bind(self.settled)
     }
 }
 
-/// Parameters $19 to $31.
+/// Parameters $20 to $32.
 #[derive(Default)]
 struct RunColumns {
     ids: Vec<Uuid>,
@@ -290,7 +318,7 @@ impl RunColumns {
     }
 }
 
-/// Parameters $34 to $41.
+/// Parameters $35 to $42.
 #[derive(Default)]
 struct AttemptColumns<'a> {
     runs: Vec<Uuid>,
@@ -329,7 +357,7 @@ impl<'a> AttemptColumns<'a> {
     }
 }
 
-/// Parameters $42 to $51.
+/// Parameters $43 to $52.
 #[derive(Default)]
 struct CheckpointColumns<'a> {
     runs: Vec<Uuid>,
@@ -374,7 +402,7 @@ impl<'a> CheckpointColumns<'a> {
     }
 }
 
-/// Parameters $52 (the numbers) and $55 to $63.
+/// Parameters $53 (the numbers) and $56 to $64.
 #[derive(Default)]
 struct LedgerColumns<'a> {
     numbers: Vec<i64>,

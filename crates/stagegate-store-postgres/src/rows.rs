@@ -20,7 +20,7 @@ macro_rules! run_columns {
     () => {
         "r.id, r.tenant, r.pipeline, r.version, r.state, r.cancel_requested, r.priority, r.labels, r.cache_mode,
          r.stages_total, r.stages_done, r.failure, r.request_id, r.created_at, r.started_at, r.finished_at,
-         r.deadline_at, r.last_seq,
+         r.deadline_at, r.last_seq, r.start_at, r.purged_at,
          ARRAY[r.input_tokens, r.cache_read_tokens, r.cache_write_tokens, r.output_tokens, r.reasoning_tokens,
                r.usage_estimated::int, r.cost_nanos, r.saved_nanos, r.calls, r.hits, r.unpriced_calls] AS totals"
     };
@@ -158,8 +158,8 @@ pub(crate) fn run(row: &PgRow) -> StoreResult<RunRecord> {
         failure: read.maybe_json("failure")?,
         request_id: read.get("request_id")?,
         created_at: read.get("created_at")?,
-        start_at: None,
-        purged_at: None,
+        start_at: read.get("start_at")?,
+        purged_at: read.get("purged_at")?,
         started_at: read.get("started_at")?,
         finished_at: read.get("finished_at")?,
         deadline_at: read.get("deadline_at")?,
@@ -315,6 +315,11 @@ pub(crate) fn millis(span: std::time::Duration) -> i64 {
 /// as it was is kept as JSON or as bytes instead.
 pub(crate) fn printable(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
+}
+
+/// A text that is only ever compared, as Postgres can hold it: distinct texts stay distinct.
+pub(crate) fn without_nul(text: &str) -> String {
+    if text.contains(['\0', '\\']) { text.replace('\\', "\\\\").replace('\0', "\\0") } else { text.to_owned() }
 }
 
 /// A document as JSON text.

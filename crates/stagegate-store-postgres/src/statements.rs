@@ -2,9 +2,12 @@
 
 pub use crate::{
     commit::COMMIT,
-    lease::{CLAIM, HEARTBEAT, LOAD, OWNED, QUEUE},
+    gauges::{BACKLOG_OF, DEPTHS, QUEUE, REPLICAS},
+    lease::{CLAIM, HEARTBEAT, LOAD, OWNED},
     pool::SESSION,
-    read::{EVENTS, RUN, RUN_RECORD, STAGE},
+    read::{EVENTS, NEWS, RUN, RUN_RECORD, STAGE},
+    retention::KEPT,
+    signal::READ as SIGNALS,
     submit::SUBMIT,
 };
 
