@@ -25,6 +25,14 @@ ALTER TABLE runs
     ADD COLUMN lane text COLLATE "C" NOT NULL DEFAULT '',
     ADD COLUMN first_attempts jsonb;
 
+-- An attempt that became a checkpoint at once is told of beside it, and has no row in `attempts`. A replica of schema 1
+-- does not show it; it needs only the attempts of stages that have no checkpoint.
+ALTER TABLE checkpoints
+    ADD COLUMN attempt_started_at timestamptz,
+    ADD COLUMN attempt_finished_at timestamptz,
+    ADD COLUMN attempt_verdict text,
+    ADD COLUMN attempt_body text;
+
 -- Claims: lanes are found by skipping from one to the next, and each is read from its head. A run that is leased with
 -- its insert never enters it. The index of schema 1 goes: while replicas of schema 1 remain they sort the queue, which
 -- is a tenth of a second at a hundred thousand waiting runs; to keep it would cost each queued run a second entry.

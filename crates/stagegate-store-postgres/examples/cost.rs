@@ -11,14 +11,14 @@ use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection, Row as _};
 use stagegate_core::{
     Attempt, CallPurpose, Epoch, Event, EventKind, LedgerEntry, Origin, ReplicaId, RunState, Secret, StageState, Store,
-    Verdict,
+    Totals, Usage, Usd, Verdict,
     store::{Commit, Disposition, Heartbeat, Lease, NewRun, StageRecord},
 };
 use stagegate_store_postgres::{PoolConfig, PostgresStore};
 use stagegate_telemetry::Metrics;
 use stagegate_testkit::{
     servers::{Postgres, TestDatabase},
-    store::fixtures::{at, checkpoint, leased_run, model, replica, stage, totals},
+    store::fixtures::{at, checkpoint, leased_run, model, replica, stage},
 };
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -37,14 +37,20 @@ fn running(of: &str) -> StageRecord {
     StageRecord { state: StageState::Running, attempt: 1, started_at: Some(at(5)), ..StageRecord::pending(stage(of)) }
 }
 
+/// What so many calls take of a provider that knows no cache of its own, as most do.
+fn taken(calls: u32) -> Totals {
+    let usage = Usage { input_tokens: 250, output_tokens: 260, ..Usage::default() };
+    Totals { usage, cost_usd: Usd::from_nanos(612_500 * i64::from(calls)), calls, ..Totals::default() }
+}
+
 fn attempt() -> Attempt {
     let call = LedgerEntry {
         purpose: CallPurpose::Stage,
         model: model(),
         origin: Origin::Provider,
-        usage: totals(1).usage,
-        cost_usd: totals(1).cost_usd,
-        saved_usd: totals(0).saved_usd,
+        usage: taken(1).usage,
+        cost_usd: taken(1).cost_usd,
+        saved_usd: Usd::ZERO,
         priced: true,
         latency_ms: 12,
         error: None,
@@ -73,11 +79,11 @@ fn step(lease: Lease, done: usize, last_seq: u64, seed: u32) -> Commit {
         model: Some(model()),
         origin: Origin::Provider,
         latency_ms: 12,
-        totals: totals(1),
+        totals: taken(1),
     }];
     kinds.extend(started.iter().map(|next| EventKind::StageStarted { stage: stage(next), attempt: 1 }));
     if last {
-        kinds.push(EventKind::RunFinished { state: RunState::Succeeded, failure: None, totals: totals(5) });
+        kinds.push(EventKind::RunFinished { state: RunState::Succeeded, failure: None, totals: taken(5) });
     }
     let events = (last_seq + 1..).zip(kinds).map(|(seq, kind)| Event { seq, at: at(17), kind }).collect();
     let succeeded = StageRecord {
@@ -85,7 +91,7 @@ fn step(lease: Lease, done: usize, last_seq: u64, seed: u32) -> Commit {
         verdict: Some(Verdict::Passed),
         model: Some(model()),
         origin: Some(Origin::Provider),
-        totals: totals(1),
+        totals: taken(1),
         finished_at: Some(at(17)),
         ..running(ended)
     };
@@ -97,7 +103,7 @@ fn step(lease: Lease, done: usize, last_seq: u64, seed: u32) -> Commit {
         checkpoints: vec![(stage(ended), checkpoint(kilobyte(seed)))],
         state: if last { RunState::Succeeded } else { RunState::Running },
         stages_done: u32::try_from(done + 1).unwrap_or(0),
-        totals: totals(u32::try_from(done).unwrap_or(0)),
+        totals: taken(u32::try_from(done + 1).unwrap_or(0)),
         failure: None,
         started_at: Some(at(5)),
         finished_at: last.then(|| at(17)),

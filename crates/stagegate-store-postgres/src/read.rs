@@ -47,7 +47,13 @@ pub const STAGE: &str = concat!(
      FROM runs r
      LEFT JOIN stages s ON s.run_id = r.id AND s.stage_id = $2
      LEFT JOIN checkpoints c ON c.run_id = s.run_id AND c.stage_id = s.stage_id
-     LEFT JOIN attempts a ON a.run_id = s.run_id AND a.stage_id = s.stage_id
+     LEFT JOIN LATERAL (
+         SELECT number, started_at, finished_at, verdict, body, output FROM attempts
+         WHERE run_id = s.run_id AND stage_id = s.stage_id
+         UNION ALL
+         SELECT c.attempt, c.attempt_started_at, c.attempt_finished_at, c.attempt_verdict, c.attempt_body, NULL
+         WHERE c.attempt_body IS NOT NULL
+     ) a ON true
      WHERE r.id = $1 AND r.tenant = $3
      ORDER BY a.number"
 );

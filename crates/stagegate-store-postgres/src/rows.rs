@@ -327,6 +327,35 @@ pub(crate) fn to_json<T: Serialize + ?Sized>(what: &'static str, value: &T) -> S
     serde_json::to_string(value).map_err(|_| crate::error::unencodable(what))
 }
 
+/// Counts that are mostly nought, as JSON text has them. Whoever reads them takes what is missing for nought.
+const NOUGHTS: [&str; 7] = [
+    ",\"cache_read_tokens\":0",
+    ",\"cache_write_tokens\":0",
+    ",\"output_tokens\":0",
+    ",\"reasoning_tokens\":0",
+    ",\"estimated\":false",
+    ",\"hits\":0",
+    ",\"unpriced_calls\":0",
+];
+
+/// A document without its noughts: of an event or an attempt they are a third. The words cannot be part of a text,
+/// where their quotes would be escaped.
+pub(crate) fn lean(mut json: String) -> String {
+    for nought in NOUGHTS {
+        let mut from = 0;
+        while let Some(at) = json[from..].find(nought).map(|at| from + at) {
+            let end = at + nought.len();
+            if matches!(json.as_bytes().get(end), Some(b',' | b'}')) {
+                json.replace_range(at..end, "");
+                from = at;
+            } else {
+                from = end;
+            }
+        }
+    }
+    json
+}
+
 /// An optional document as JSON text.
 pub(crate) fn maybe_json<T: Serialize>(what: &'static str, value: Option<&T>) -> StoreResult<Option<String>> {
     value.map(|value| to_json(what, value)).transpose()
@@ -334,3 +363,43 @@ pub(crate) fn maybe_json<T: Serialize>(what: &'static str, value: Option<&T>) ->
 
 /// A time, as stored.
 pub(crate) type Time = DateTime<Utc>;
+
+#[cfg(test)]
+mod tests {
+    use stagegate_core::{Event, EventKind, RunState};
+
+    use super::*;
+
+    #[test]
+    fn a_lean_document_reads_as_the_whole_one() {
+        let finished = |totals: Totals, message: &str| Event {
+            seq: 1,
+            at: DateTime::UNIX_EPOCH,
+            kind: EventKind::RunFinished {
+                state: RunState::Failed,
+                failure: Some(Failure {
+                    code: stagegate_core::Code::GateFailed,
+                    message: message.to_owned(),
+                    stage: None,
+                }),
+                totals,
+            },
+        };
+        let ten = Totals { usage: Usage { cache_read_tokens: 10, ..Usage::default() }, hits: 100, ..Totals::default() };
+        for totals in [Totals::default(), ten] {
+            let event = finished(totals, ",\"hits\":0, and ,\"hits\":0}");
+            let whole = serde_json::to_string(&event).expect("JSON");
+            let lean = lean(whole.clone());
+            assert!(lean.len() < whole.len(), "{lean}");
+            assert_eq!(serde_json::from_str::<Event>(&lean).expect("reads"), event);
+        }
+    }
+
+    #[test]
+    fn texts_without_nul_stay_distinct() {
+        let given = ["", "a", "a\0", "a\\0", "a\\\\0", "\0", "\\"];
+        let stored: std::collections::HashSet<_> = given.iter().map(|text| without_nul(text)).collect();
+        assert_eq!(stored.len(), given.len());
+        assert!(stored.iter().all(|text| !text.contains('\0')));
+    }
+}

@@ -9,10 +9,11 @@ use crate::{
     rows::{self, Time},
 };
 
-/// The stages that are given for the runs in the statement's `target`, and whether each has its row. Totals come as one
-/// array, eleven numbers a stage. The look for the row is a subquery, so that it can only be done by index.
+/// The stages that are given for the runs in the statement's `target`, and whether each has its row, which is told
+/// by this expression. Totals come as one array, eleven numbers a stage.
 macro_rules! stages_given {
-    () => {
+    ($there:literal) => {
+        concat!(
         "SELECT run.id AS run_id, run.tenant, t.stage_id, t.state, t.attempt, t.round_start, t.not_before, t.verdict,
                 t.score, t.model, t.origin, t.failure, t.started_at, t.finished_at,
                 ($14::int8[])[t.i * 11 - 10] AS input_tokens, ($14::int8[])[t.i * 11 - 9] AS cache_read_tokens,
@@ -21,17 +22,20 @@ macro_rules! stages_given {
                 ($14::int8[])[t.i * 11 - 4] AS cost_nanos, ($14::int8[])[t.i * 11 - 3] AS saved_nanos,
                 ($14::int8[])[t.i * 11 - 2]::int4 AS calls, ($14::int8[])[t.i * 11 - 1]::int4 AS hits,
                 ($14::int8[])[t.i * 11]::int4 AS unpriced_calls, t.fresh,
-                (SELECT true FROM stages s WHERE s.run_id = t.run_id AND s.stage_id = t.stage_id) IS TRUE AS there
+                ",
+        $there,
+        " AS there
          FROM unnest($1::uuid[], $2::text[], $3::text[], $4::int4[], $5::int4[], $6::timestamptz[], $7::text[],
                      $8::float8[], $9::text[], $10::text[], $11::text[], $12::timestamptz[], $13::timestamptz[],
                      $15::bool[])
              WITH ORDINALITY AS t(run_id, stage_id, state, attempt, round_start, not_before, verdict, score, model,
                                   origin, failure, started_at, finished_at, fresh, i)
          JOIN target run ON run.id = t.run_id AND run.started"
+        )
     };
 }
 
-/// Inserts those of the stages that are `given` that need a row and have none.
+/// Inserts stages; to be followed by where they are given, and which of them.
 macro_rules! insert_stages {
     () => {
         "INSERT INTO stages (
@@ -41,7 +45,7 @@ macro_rules! insert_stages {
          SELECT run_id, tenant, stage_id, state, attempt, round_start, not_before, verdict, score, model, origin, failure,
                 started_at, finished_at, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens,
                 reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls
-         FROM given WHERE NOT fresh AND NOT there"
+         FROM"
     };
 }
 
@@ -132,7 +136,7 @@ impl EventColumns {
         self.runs.push(run);
         self.seqs.push(rows::integer(event.seq));
         self.times.push(event.at);
-        self.bodies.push(rows::to_json("an event", &event.kind)?);
+        self.bodies.push(rows::lean(rows::to_json("an event", &event.kind)?));
         Ok(())
     }
 

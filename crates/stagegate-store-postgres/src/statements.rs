@@ -1,7 +1,7 @@
 //! The hot statements, by name, and the settings under which they run: what the tests of their plans explain.
 
 pub use crate::{
-    commit::COMMIT,
+    commit::statements::{COMMIT, COMMIT_PLAIN, COMMIT_PLAIN_END},
     gauges::{BACKLOG_OF, DEPTHS, QUEUE, REPLICAS},
     lease::{CLAIM, HEARTBEAT, LOAD, OWNED},
     pool::SESSION,

@@ -66,14 +66,12 @@ WITH new AS (
     FROM made m JOIN new n ON n.id = m.id
 ), payload AS (
     INSERT INTO run_payloads (run_id, tenant, input) SELECT id, tenant, input FROM target
-), given AS MATERIALIZED (
-    ",
-    stages_given!(),
-    "
 ), stage AS (
     ",
     insert_stages!(),
-    "
+    " (",
+    stages_given!("false"),
+    ") given WHERE NOT fresh AND NOT there
 ), event AS (
     ",
     insert_events!(),

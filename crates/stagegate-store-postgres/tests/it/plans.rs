@@ -99,6 +99,8 @@ fn hot() -> BTreeMap<&'static str, (String, &'static str)> {
     let mut hot: BTreeMap<&str, (String, &str)> = [
         ("submit", statements::SUBMIT, "replicas_pkey"),
         ("commit", statements::COMMIT, "runs_pkey"),
+        ("plain commit", statements::COMMIT_PLAIN, "runs_pkey"),
+        ("plain commit with outputs", statements::COMMIT_PLAIN_END, "run_payloads_pkey"),
         ("load", statements::LOAD, "runs_pkey"),
         ("owned", statements::OWNED, "runs_leased"),
         ("heartbeat", statements::HEARTBEAT, "runs_signalled"),
