@@ -6,9 +6,10 @@ use std::{error::Error as _, fmt::Write, time::Duration};
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use reqwest::{
-    Client, Response, StatusCode,
+    Client, Method, Request, Response, StatusCode,
     header::{CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION},
 };
+use serde::Serialize;
 use serde_json::Value;
 use stagegate_core::{Clock, Code, Error, Secret, SystemClock, Usage, Violation};
 use url::Url;
@@ -62,14 +63,13 @@ pub(super) struct Exchange {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
-    /// For dates that must be compared with something.
-    pub(super) answered_at: DateTime<Utc>,
 }
 
 impl Endpoint {
     /// `base` is what comes before the vendor's own paths.
     pub(super) fn new(client: Client, base: Url, key: Option<Secret>, answer_max_bytes: usize) -> Self {
-        Self { client, base, headers: HeaderMap::new(), key, answer_max_bytes }
+        let headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
+        Self { client, base, headers, key, answer_max_bytes }
     }
 
     /// The same with a header on every request.
@@ -89,18 +89,21 @@ impl Endpoint {
     }
 
     /// Sends the body and reads the answer within the bound.
-    pub(super) async fn post(&self, url: Url, body: &Value) -> Result<Exchange, ProviderError> {
-        let request = self.client.post(url).headers(self.headers.clone()).json(body);
-        let response = request.send().await.map_err(|error| self.unreachable(&error))?;
-        let (status, headers) = (response.status(), response.headers().clone());
-        let answered_at = retry_after::answered_at(&headers, SystemClock.now());
+    pub(super) async fn post(&self, url: Url, body: &impl Serialize) -> Result<Exchange, ProviderError> {
+        let body = serde_json::to_vec(body)
+            .map_err(|_| error(Code::ProviderRejected, "the request cannot be written as JSON"))?;
+        let mut request = Request::new(Method::POST, url);
+        request.headers_mut().clone_from(&self.headers);
+        *request.body_mut() = Some(body.into());
+        let mut response = self.client.execute(request).await.map_err(|error| self.unreachable(&error))?;
+        let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
         let body = if status.is_success() {
             self.read_answer(response).await?
         } else {
             // A cut error body is still an error with that status.
             read_at_most(response, ERROR_BODY_MAX_BYTES).await
         };
-        Ok(Exchange { status, headers, body, answered_at })
+        Ok(Exchange { status, headers, body })
     }
 
     async fn read_answer(&self, mut response: Response) -> Result<Bytes, ProviderError> {
@@ -112,14 +115,24 @@ impl Endpoint {
         if announced > self.answer_max_bytes {
             return Err(too_large());
         }
-        let mut body = BytesMut::with_capacity(announced);
+        // Most answers come in one piece, which needs no copy.
+        let mut whole = Bytes::new();
+        let mut pieces = BytesMut::new();
         while let Some(chunk) = response.chunk().await.map_err(|error| self.unreachable(&error))? {
-            if body.len() + chunk.len() > self.answer_max_bytes {
+            if whole.len() + pieces.len() + chunk.len() > self.answer_max_bytes {
                 return Err(too_large());
             }
-            body.extend_from_slice(&chunk);
+            if whole.is_empty() && pieces.is_empty() {
+                whole = chunk;
+                continue;
+            }
+            if pieces.is_empty() {
+                pieces.reserve(announced.max(whole.len() + chunk.len()));
+                pieces.extend_from_slice(&std::mem::take(&mut whole));
+            }
+            pieces.extend_from_slice(&chunk);
         }
-        Ok(body.freeze())
+        Ok(if pieces.is_empty() { whole } else { pieces.freeze() })
     }
 
     fn unreachable(&self, cause: &reqwest::Error) -> ProviderError {
@@ -184,9 +197,14 @@ impl Exchange {
         serde_json::from_slice(&self.body).unwrap_or(Value::Null)
     }
 
+    /// When it was answered, for dates that must be compared with something.
+    pub(super) fn answered_at(&self) -> DateTime<Utc> {
+        retry_after::answered_at(&self.headers, SystemClock.now())
+    }
+
     /// What the headers ask to wait.
     pub(super) fn retry_after(&self) -> Option<Duration> {
-        retry_after::from_headers(&self.headers, self.answered_at)
+        retry_after::from_headers(&self.headers, self.answered_at())
     }
 
     /// What to say of an error that came without words of its own.
