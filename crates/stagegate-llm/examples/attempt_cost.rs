@@ -150,8 +150,7 @@ struct Immediate;
 #[async_trait]
 impl Provider for Immediate {
     async fn call(&self, request: ProviderRequest<'_>) -> Result<Answer, ProviderError> {
-        let content =
-            if matches!(request.format, OutputFormat::Text) { text_answer() } else { json_answer() };
+        let content = if matches!(request.format, OutputFormat::Text) { text_answer() } else { json_answer() };
         let usage = Some(Usage { input_tokens: 250, output_tokens: 250, ..Usage::default() });
         Ok(Answer { content, finish: Finish::Stop, usage, limits: Limits::default() })
     }
@@ -262,9 +261,9 @@ impl Bench {
         llm.complete(&self.context(n), &request).await.expect("an answer").content
     }
 
-    fn assess(&self, n: usize, content: &str) {
+    fn assess(&self, n: usize, answer: &str) {
         let stage = n % self.pipeline.stages.len();
-        let output = self.pipeline.read_output(stage, content).expect("the right form");
+        let output = self.pipeline.read_output(stage, answer).expect("the right form");
         let context = RenderContext { run_id: "0193", input: &Value::Null, outputs: &self.outputs };
         let assessments = self.pipeline.assess(stage, &output, &context);
         assert!(assessments.iter().all(|assessment| assessment.passed), "{assessments:?}");
@@ -345,7 +344,8 @@ fn main() {
     let number = |name: &str, default| option(name).map_or(default, |text| text.parse().expect("a number"));
     let (attempts, at_once) = (number("--attempts", 20_000), number("--at-once", 64));
     let only: Option<HashSet<String>> = option("--only").map(|parts| parts.split(',').map(str::to_owned).collect());
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let redis = Redis::private().await.expect("a Redis");
         let (address, calls) = vendor();

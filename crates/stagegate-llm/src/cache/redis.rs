@@ -253,11 +253,8 @@ impl CacheTier for RedisTier {
 
     async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<u64, CacheError> {
         let mut keys = self.keys(tenant);
-        let keys = [
-            keys.generation().to_owned(),
-            keys.floor(&CacheScope::Tenant).to_owned(),
-            keys.floor(scope).to_owned(),
-        ];
+        let keys =
+            [keys.generation().to_owned(), keys.floor(&CacheScope::Tenant).to_owned(), keys.floor(scope).to_owned()];
         self.script(&self.invalidate, &keys).await
     }
 

@@ -138,7 +138,7 @@ impl Endpoint {
         loop {
             match response.chunk().await {
                 Ok(Some(chunk)) => {
-                    if body.add(chunk)? {
+                    if body.add(&chunk)? {
                         continue;
                     }
                 }
@@ -166,7 +166,7 @@ impl Endpoint {
             while let Some(frame) = pieces.frame().await {
                 match frame.map(Frame::into_data) {
                     Ok(Ok(chunk)) => {
-                        if !body.add(chunk)? {
+                        if !body.add(&chunk)? {
                             break;
                         }
                     }
@@ -309,7 +309,7 @@ struct Gathering {
 
 impl Gathering {
     /// Takes a piece. False where no more is wanted.
-    fn add(&mut self, piece: Bytes) -> Result<bool, ProviderError> {
+    fn add(&mut self, piece: &Bytes) -> Result<bool, ProviderError> {
         let room = self.max_bytes - self.first.len().max(self.joined.len());
         if piece.len() > room && !self.is_error {
             return Err(self.too_large());
@@ -418,4 +418,84 @@ pub(super) fn base_url(name: &str, text: &str) -> Result<Url, Violation> {
         return Err(wrong("it holds a query or a fragment", "end it before `?` or `#`"));
     }
     Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use stagegate_testkit::{
+        FakeProvider,
+        provider::{Reply, any},
+    };
+
+    use super::*;
+
+    const MAX_BYTES: usize = 10_000;
+
+    /// The short way and the general one.
+    fn both_ways(base: &str) -> [Endpoint; 2] {
+        [true, false].map(|short| {
+            let base = Url::parse(base).expect("an address");
+            let endpoint = Endpoint::new(client().expect("a client"), base, None, MAX_BYTES);
+            assert!(endpoint.plain.is_some());
+            Endpoint { plain: endpoint.plain.filter(|_| short), ..endpoint }
+        })
+    }
+
+    async fn ask(endpoint: &Endpoint) -> Result<Exchange, ProviderError> {
+        let body = json!({ "model": "m", "messages": [{ "role": "user", "content": "Hi" }] });
+        endpoint.post(endpoint.url(&["chat", "completions"]), &body).await
+    }
+
+    #[tokio::test]
+    async fn both_ways_bring_the_same() {
+        let fake = FakeProvider::start().await;
+        let pause = Duration::from_millis(1);
+        let replies = [
+            Reply::raw("{}"),
+            Reply::raw("x".repeat(MAX_BYTES)),
+            Reply::raw("x".repeat(MAX_BYTES)).drip(3_000, pause),
+            Reply::raw(""),
+            Reply::status(500, "y".repeat(100)),
+            Reply::status(500, "y".repeat(2 * ERROR_BODY_MAX_BYTES)),
+            Reply::status(500, "y".repeat(2 * ERROR_BODY_MAX_BYTES)).drip(50_000, pause),
+            Reply::status(500, "y".repeat(100)).cut_halfway(),
+            Reply::status(302, "").header("location", "http://elsewhere/"),
+            Reply::huge(MAX_BYTES + 1),
+            Reply::huge(MAX_BYTES + 1).drip(2_000, pause),
+            Reply::text("Madrid.").cut_halfway(),
+            Reply::close(),
+        ];
+        let [short, general] = both_ways(&fake.openai_base_url());
+        for reply in replies {
+            fake.on(any()).once(reply.clone()).once(reply.clone());
+            match (ask(&short).await, ask(&general).await) {
+                (Ok(one), Ok(other)) => {
+                    assert_eq!((one.status, &one.body), (other.status, &other.body), "{reply:?}");
+                    assert_eq!(one.text("location"), other.text("location"));
+                }
+                (Err(one), Err(other)) => {
+                    assert_eq!((one.code, one.retryable), (other.code, other.retryable), "{reply:?}");
+                }
+                (one, other) => panic!("{reply:?}: {one:?} but {other:?}"),
+            }
+        }
+        let [one, other] = [0, 1].map(|index| {
+            let mut headers = fake.calls()[index].headers.clone();
+            headers.remove("accept-encoding");
+            headers
+        });
+        assert_eq!(one, other);
+        let [one, other] = [0, 1].map(|index| (fake.calls()[index].body.clone(), fake.calls()[index].path.clone()));
+        assert_eq!(one, other);
+    }
+
+    #[test]
+    fn only_what_is_in_the_clear_goes_the_short_way() {
+        let endpoint = |base: &str| {
+            Endpoint::new(client().expect("a client"), Url::parse(base).expect("an address"), None, MAX_BYTES)
+        };
+        assert!(endpoint("http://127.0.0.1:1/v1").plain.is_some());
+        assert!(endpoint("https://127.0.0.1:1/v1").plain.is_none());
+    }
 }

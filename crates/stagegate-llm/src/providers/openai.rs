@@ -282,8 +282,10 @@ struct Said {
 /// OpenAI's prompt tokens include the cached ones; its completion tokens include the reasoning.
 #[derive(Deserialize)]
 struct Tokens {
-    prompt_tokens: u64,
-    completion_tokens: u64,
+    #[serde(rename = "prompt_tokens")]
+    prompt: u64,
+    #[serde(rename = "completion_tokens")]
+    completion: u64,
     prompt_tokens_details: Option<PromptDetails>,
     completion_tokens_details: Option<CompletionDetails>,
 }
@@ -312,12 +314,12 @@ impl Tokens {
     fn usage(&self) -> Usage {
         let cached = self.prompt_tokens_details.as_ref().and_then(|details| details.cached_tokens).unwrap_or(0);
         let reasoning = self.completion_tokens_details.as_ref().and_then(|details| details.reasoning_tokens);
-        let cached = cached.min(self.prompt_tokens);
+        let cached = cached.min(self.prompt);
         Usage {
-            input_tokens: self.prompt_tokens - cached,
+            input_tokens: self.prompt - cached,
             cache_read_tokens: cached,
-            output_tokens: self.completion_tokens,
-            reasoning_tokens: reasoning.unwrap_or(0).min(self.completion_tokens),
+            output_tokens: self.completion,
+            reasoning_tokens: reasoning.unwrap_or(0).min(self.completion),
             ..Usage::default()
         }
     }
@@ -353,8 +355,8 @@ fn usage(answer: &Value) -> Option<Usage> {
     let told = answer.get("usage").filter(|usage| usage.is_object())?;
     let detail = |path: &str| told.pointer(path).and_then(Value::as_u64);
     let tokens = Tokens {
-        prompt_tokens: told["prompt_tokens"].as_u64()?,
-        completion_tokens: told["completion_tokens"].as_u64().unwrap_or(0),
+        prompt: told["prompt_tokens"].as_u64()?,
+        completion: told["completion_tokens"].as_u64().unwrap_or(0),
         prompt_tokens_details: Some(PromptDetails { cached_tokens: detail("/prompt_tokens_details/cached_tokens") }),
         completion_tokens_details: Some(CompletionDetails {
             reasoning_tokens: detail("/completion_tokens_details/reasoning_tokens"),

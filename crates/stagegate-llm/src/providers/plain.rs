@@ -208,3 +208,108 @@ async fn drive<T>(connection: &mut Driven, work: impl Future<Output = T>) -> T {
     })
     .await
 }
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+        sync::mpsc,
+    };
+
+    use super::*;
+
+    const KEEPING: Keeping = Keeping {
+        idle_max: 2,
+        idle_for: Duration::from_mins(1),
+        connect_timeout: Duration::from_secs(10),
+        keepalive: Duration::from_secs(30),
+    };
+
+    /// A server that gives so many answers over each connection and then closes it; it tells of each connection.
+    async fn server(answers: usize) -> (String, mpsc::UnboundedReceiver<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let (told, connections) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let _ = told.send(());
+                tokio::spawn(async move {
+                    for _ in 0..answers {
+                        let mut heard = Vec::new();
+                        while !heard.ends_with(b"Hi") {
+                            if !matches!(stream.read_buf(&mut heard).await, Ok(1..)) {
+                                return;
+                            }
+                        }
+                        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nYes").await.expect("a listener");
+                    }
+                });
+            }
+        });
+        (format!("http://{address}/"), connections)
+    }
+
+    fn request() -> Request<Full<Bytes>> {
+        let mut request = Request::new(Full::new(Bytes::from_static(b"Hi")));
+        *request.method_mut() = hyper::Method::POST;
+        request
+    }
+
+    async fn ask(plain: &Plain) -> Bytes {
+        let (response, answering) = plain.send(request()).await.expect("an answer");
+        answering.during(response.into_body().collect()).await.expect("a body").to_bytes()
+    }
+
+    fn count(connections: &mut mpsc::UnboundedReceiver<()>) -> usize {
+        std::iter::from_fn(|| connections.try_recv().ok()).count()
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_used_again() {
+        let (address, mut connections) = server(10).await;
+        let plain = Plain::to(&address, KEEPING).expect("in the clear");
+        for _ in 0..10 {
+            assert_eq!(ask(&plain).await, "Yes");
+        }
+        assert_eq!(count(&mut connections), 1);
+    }
+
+    #[tokio::test]
+    async fn one_that_was_closed_while_it_rested_fails_nobody() {
+        let (address, mut connections) = server(1).await;
+        let plain = Plain::to(&address, KEEPING).expect("in the clear");
+        for _ in 0..3 {
+            assert_eq!(ask(&plain).await, "Yes");
+            // Until the end of it has arrived.
+            while let Some(line) = plain.take().await {
+                plain.keep(line);
+                tokio::task::yield_now().await;
+            }
+        }
+        assert_eq!(count(&mut connections), 3);
+    }
+
+    #[tokio::test]
+    async fn an_exchange_that_is_dropped_takes_its_connection_with_it() {
+        let (address, mut connections) = server(10).await;
+        let plain = Plain::to(&address, KEEPING).expect("in the clear");
+        let (response, answering) = plain.send(request()).await.expect("an answer");
+        drop((response, answering));
+        assert_eq!(ask(&plain).await, "Yes");
+        assert_eq!(count(&mut connections), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_so_many_rest_and_not_for_ever() {
+        let (address, mut connections) = server(10).await;
+        let plain = Plain::to(&address, KEEPING).expect("in the clear");
+        let all = futures::future::join_all((0..5).map(|_| ask(&plain))).await;
+        assert!(all.iter().all(|answer| answer == "Yes"));
+        assert_eq!(count(&mut connections), 5);
+        assert_eq!(plain.idle.lock().expect("no panic").len(), 2);
+        tokio::time::advance(KEEPING.idle_for).await;
+        assert!(plain.take().await.is_none());
+    }
+}

@@ -28,7 +28,7 @@ const LINES_MAX: usize = 64;
 /// A few shared connections, each made when it is first needed.
 pub(super) struct Lines {
     pool: Pool,
-    lines: Box<[Line]>,
+    shared: Box<[Line]>,
     next: AtomicUsize,
     response_timeout: Duration,
 }
@@ -79,27 +79,26 @@ impl Lines {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| invalid(format!("the Redis pool: {error}")))?;
-        let lines = (0..count).map(|_| Line::default()).collect();
-        Ok(Self { pool, lines, next: AtomicUsize::new(0), response_timeout: config.response_timeout.0 })
+        let shared = (0..count).map(|_| Line::default()).collect();
+        Ok(Self { pool, shared, next: AtomicUsize::new(0), response_timeout: config.response_timeout.0 })
     }
 
     /// How many are open.
     pub(super) fn open(&self) -> usize {
-        self.lines.iter().filter(|line| line.current().is_some()).count()
+        self.shared.iter().filter(|line| line.current().is_some()).count()
     }
 
     /// Asks over one of them, within the time that an answer may take. What broke with its connection is asked once
     /// more over a new one: an idle connection may have been closed by the server or by something between.
     pub(super) async fn ask(&self, question: Question<'_>) -> Result<Value, CacheError> {
-        let line = &self.lines[self.next.fetch_add(1, Ordering::Relaxed) % self.lines.len()];
+        let line = &self.shared[self.next.fetch_add(1, Ordering::Relaxed) % self.shared.len()];
         let mut is_fresh = false;
         loop {
-            let connection = match line.current() {
-                Some(connection) => connection,
-                None => {
-                    is_fresh = true;
-                    line.make(&self.pool).await?
-                }
+            let connection = if let Some(connection) = line.current() {
+                connection
+            } else {
+                is_fresh = true;
+                line.make(&self.pool).await?
             };
             let mut share = MultiplexedConnection::clone(&connection);
             let error = match timeout(self.response_timeout, question.put_to(&mut share)).await {
