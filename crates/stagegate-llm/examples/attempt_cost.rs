@@ -2,7 +2,7 @@
 //! and a real Redis, and prints the microseconds of CPU per attempt, part by part.
 //!
 //! ```text
-//! cargo run --release -p stagegate-llm --example attempt_cost -- [--only PART] [--attempts N] [--at-once N]
+//! cargo run --release -p stagegate-llm --example attempt_cost -- [--only PARTS] [--attempts N] [--at-once N] [--connections N]
 //! ```
 //!
 //! The CPU is what the scheduler counted for the threads of the runtime that does the work; the provider's and Redis's
@@ -194,7 +194,11 @@ impl Bench {
     fn new(vendor: SocketAddr, redis: &str) -> Self {
         let (config, pipeline) = (config(vendor), pipeline());
         let tier = || {
-            let tier = RedisTier::connect(&Secret::from(redis.to_owned()), &RedisConfig::default());
+            let mut settings = RedisConfig::default();
+            if let Some(connections) = option("--connections") {
+                settings.max_connections = connections.parse().expect("a number");
+            }
+            let tier = RedisTier::connect(&Secret::from(redis.to_owned()), &settings);
             Some(Arc::new(tier.expect("a Redis URL")) as Arc<dyn CacheTier>)
         };
         let over_http = |tier| Llm::new(&config, tier, Metrics::new(), Arc::new(SystemClock)).expect("valid");
