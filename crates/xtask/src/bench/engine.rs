@@ -94,7 +94,7 @@ async fn saturation(rig: &Rig, site: &mut Site, options: &Options, figures: &mut
         }
     };
     let idle = machine::resident_bytes(site.pid()?);
-    let measuring = async {
+    let window = async {
         sleep(options.warm_up).await;
         let before = site.reading().await?;
         sleep(options.window).await;
@@ -103,9 +103,14 @@ async fn saturation(rig: &Rig, site: &mut Site, options: &Options, figures: &mut
         let resident = machine::resident_bytes(site.pid()?);
         figures.push("resident_mb", "resident at saturation, MB", resident / 1e6);
         figures.push("resident_idle_mb", "resident when it had started, MB", idle / 1e6);
+        anyhow::Ok(())
+    };
+    let measuring = async {
+        let measured = window.await;
+        // Also where it failed: the load would never end.
         stop.store(true, Ordering::Relaxed);
         room.close();
-        anyhow::Ok(())
+        measured
     };
     let loading = async { tokio::join!(submitting, measuring) };
     let (outcome, measured): (Outcome, anyhow::Result<()>) = tokio::select! {
@@ -121,7 +126,8 @@ async fn saturation(rig: &Rig, site: &mut Site, options: &Options, figures: &mut
 async fn drained(site: &Site) -> anyhow::Result<()> {
     let limit = Instant::now() + DRAIN_LIMIT;
     loop {
-        let accepted = site.metric("stagegate_runs_accepted_total", "").await?;
+        // Nothing is accepted any more: the two may be read one after the other.
+        let accepted = site.metrics().await?.sum("stagegate_runs_accepted_total", "");
         if site.succeeded().await? >= accepted {
             return Ok(());
         }

@@ -220,22 +220,18 @@ impl Site {
         self.observer.as_mut().context("only Postgres can be asked")
     }
 
-    /// A counter of the daemon's own metrics, summed over the series whose labels hold this text.
-    pub(crate) async fn metric(&self, name: &str, label: &str) -> anyhow::Result<f64> {
+    /// The daemon's own metrics at one moment.
+    pub(crate) async fn metrics(&self) -> anyhow::Result<Metrics> {
         let mut connection = Connection::open(self.address()?).await?;
         let answer = connection.call(&wire::get("/metrics")).await?;
-        let text = String::from_utf8_lossy(answer.body).into_owned();
-        let series = text.lines().filter(|line| {
-            let rest = line.strip_prefix(name).unwrap_or("!");
-            (rest.starts_with('{') || rest.starts_with(' ')) && rest.contains(label)
-        });
-        Ok(series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+        Ok(Metrics { text: String::from_utf8_lossy(answer.body).into_owned() })
     }
 
     /// Runs that have succeeded on this daemon; fails where any ended otherwise.
     pub(crate) async fn succeeded(&self) -> anyhow::Result<f64> {
-        let succeeded = self.metric("stagegate_runs_finished_total", "succeeded").await?;
-        let all = self.metric("stagegate_runs_finished_total", "").await?;
+        let metrics = self.metrics().await?;
+        let succeeded = metrics.sum("stagegate_runs_finished_total", "succeeded");
+        let all = metrics.sum("stagegate_runs_finished_total", "");
         if all > succeeded {
             bail!("{} runs ended otherwise than succeeded:\n{}", all - succeeded, self.log());
         }
@@ -262,6 +258,23 @@ impl Site {
         reading.machine_s = machine::machine_cpu_s();
         reading.at = Some(std::time::Instant::now());
         Ok(reading)
+    }
+}
+
+/// What `GET /metrics` answered.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    text: String,
+}
+
+impl Metrics {
+    /// The sum over the series of this name whose labels hold this text.
+    pub(crate) fn sum(&self, name: &str, label: &str) -> f64 {
+        let series = self.text.lines().filter(|line| {
+            let rest = line.strip_prefix(name).unwrap_or("!");
+            (rest.starts_with('{') || rest.starts_with(' ')) && rest.contains(label)
+        });
+        series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 }
 
