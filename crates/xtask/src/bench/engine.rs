@@ -123,7 +123,7 @@ async fn saturation(rig: &Rig, site: &mut Site, options: &Options, figures: &mut
 }
 
 /// Waits until every accepted run has succeeded.
-async fn drained(site: &Site) -> anyhow::Result<()> {
+pub(crate) async fn drained(site: &Site) -> anyhow::Result<()> {
     let limit = Instant::now() + DRAIN_LIMIT;
     loop {
         // Nothing is accepted any more: the two may be read one after the other.
@@ -168,7 +168,7 @@ async fn half_load(rig: &Rig, site: &Site, options: &Options, rate: f64, figures
     let mut dispatch = Times::default();
     for (number, due) in due_at.into_inner().unwrap_or_else(PoisonError::into_inner) {
         let due = epoch_nanos + i64::try_from((due - epoch).as_nanos())?;
-        let Some(record) = records.get(usize::try_from(number)?).filter(|record| record.calls > 0) else {
+        let Some(record) = records.get(&number) else {
             anyhow::bail!("run {number} made no call");
         };
         dispatch.add_ms(milliseconds(record.first - due));

@@ -83,8 +83,15 @@ pub(crate) async fn raise_open_files() {
     let limit = format!("--nofile={OPEN_FILES}:{OPEN_FILES}");
     let pid = std::process::id().to_string();
     if !system::succeeds("prlimit", &["--pid", &pid, &limit]).await {
-        say("the limit of open files cannot be raised (needs root): the cell `sse` may fail at its full size");
+        say(&format!("the limit of open files cannot be raised above {} here", open_files()));
     }
+}
+
+/// How many files we, and what we start, may open.
+pub(crate) fn open_files() -> usize {
+    let text = fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap_or_default();
+    line.split_whitespace().next().and_then(|limit| limit.parse().ok()).unwrap_or(0)
 }
 
 /// Now, in nanoseconds on the clock that all processes of this machine share.

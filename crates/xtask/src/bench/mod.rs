@@ -6,12 +6,18 @@
 
 mod engine;
 mod figures;
+mod growth;
 mod latency;
 mod limits;
 mod load;
 mod machine;
+mod page;
 mod provider;
+mod read;
+mod recovery;
 mod rig;
+mod sse;
+mod submit;
 mod wire;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
@@ -53,6 +59,18 @@ pub(crate) struct Bench {
     /// Runs that are measured alone, one after another
     #[arg(long, default_value_t = 300)]
     alone: u32,
+    /// Runs in flight, and watchers, of the cell `sse`
+    #[arg(long, default_value_t = 10_000)]
+    watched: usize,
+    /// Runs of the killed replica of the cell `recovery`
+    #[arg(long, default_value_t = 1000)]
+    owned: usize,
+    /// Finished runs of the cell `growth`; a tenth as many are queued
+    #[arg(long, default_value_t = 1_000_000)]
+    rows: usize,
+    /// Write what was measured into docs/benchmarks.md, in place of what is there of the same cells and stores
+    #[arg(long)]
+    write_docs: bool,
     /// A stagegate binary to measure, instead of building one with the release profile
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
@@ -64,9 +82,27 @@ enum Cell {
     Engine,
     /// One run alone
     Latency,
+    /// Acceptances a second, and their times
+    Submit,
+    /// `GET` of a run at 5,000 requests a second
+    Read,
+    /// Ten thousand runs in flight with a watcher each
+    Sse,
+    /// What a killed replica owned, until it is under way elsewhere
+    Recovery,
+    /// Submit, claim and read with a million finished runs
+    Growth,
 }
 
-const ALL: [Cell; 1] = [Cell::Engine];
+/// What is measured where nothing is named: all but the one that is a part of `engine`.
+const ALL: [Cell; 6] = [Cell::Engine, Cell::Submit, Cell::Read, Cell::Sse, Cell::Recovery, Cell::Growth];
+
+impl Cell {
+    /// Whether it can be measured there: replicas and long transactions are Postgres' alone.
+    fn is_for(self, store: Store) -> bool {
+        store == Store::Postgres || !matches!(self, Self::Recovery | Self::Growth)
+    }
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Stores {
@@ -83,6 +119,9 @@ pub(crate) struct Options {
     pub(crate) warm_up: Duration,
     pub(crate) in_flight: usize,
     pub(crate) alone: u32,
+    pub(crate) watched: usize,
+    pub(crate) owned: usize,
+    pub(crate) rows: usize,
 }
 
 impl Options {
@@ -112,16 +151,23 @@ impl Bench {
             warm_up: Duration::from_secs_f64(self.warm_up),
             in_flight: self.in_flight,
             alone: self.alone,
+            watched: self.watched,
+            owned: self.owned,
+            rows: self.rows,
         };
         let cells = if self.cells.is_empty() { ALL.to_vec() } else { self.cells.clone() };
         println!("{}", machine.line());
         for cell in cells {
-            for store in self.stores() {
+            for store in self.stores().into_iter().filter(|store| cell.is_for(*store)) {
                 say(&format!("{cell:?} on {}", store.name()));
                 let mut rig = Rig::start(store, &binary).await?;
                 let report = measure(cell, &mut rig, &options).await?;
                 println!("\n{}\n{}", report.title(), report.table());
                 say(&format!("appended to {}", report.append(&machine)?.display()));
+                // After each cell, so that a later one that fails takes nothing away.
+                if self.write_docs {
+                    page::write(&report, &machine)?;
+                }
             }
         }
         Ok(system::code(0))
@@ -140,6 +186,11 @@ async fn measure(cell: Cell, rig: &mut Rig, options: &Options) -> anyhow::Result
     match cell {
         Cell::Engine => Box::pin(engine::run(rig, options)).await,
         Cell::Latency => Box::pin(latency::run(rig, options)).await,
+        Cell::Submit => Box::pin(submit::run(rig, options)).await,
+        Cell::Read => Box::pin(read::run(rig, options)).await,
+        Cell::Sse => Box::pin(sse::run(rig, options)).await,
+        Cell::Recovery => Box::pin(recovery::run(rig, options)).await,
+        Cell::Growth => Box::pin(growth::run(rig, options)).await,
     }
 }
 

@@ -2,10 +2,11 @@
 //! told apart. Owns when it answers and what it remembers of each run; judges no request.
 //!
 //! It costs as little as it can: one thread, kept connections, one prebuilt answer in which only the digits that make
-//! it distinct are written. A model's name says how it answers: `d0` at once, `d50` after 50 ms, `hold` when it is
-//! told to. A prompt names its run as `run-` and ten digits.
+//! it distinct are written. A model's name says how it answers: `d0` at once, `d50` after 50 ms, `hold` once the gate is
+//! open, `tiny` at once with a short text. A prompt names its run as `run-` and ten digits.
 
 use std::{
+    collections::HashMap,
     net::SocketAddr,
     process::{ExitCode, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -29,6 +30,8 @@ use super::{
 const CALLS_PER_RUN: u32 = 5;
 /// The size of an answer's text, in bytes.
 const ANSWER_BYTES: usize = 1024;
+/// The same of `tiny`.
+const TINY_BYTES: usize = 64;
 /// Delays are slept by threads, which are exact, while there are no more of them than this.
 const EXACT_SLEEPERS: usize = 8;
 /// How often a watcher is told the number of finished runs.
@@ -36,7 +39,7 @@ const WATCH_EVERY: Duration = Duration::from_millis(1);
 /// Digits of a run's number.
 const DIGITS: usize = 10;
 /// Bytes of one run's record on the wire.
-const RECORD_BYTES: usize = 20;
+const RECORD_BYTES: usize = 28;
 
 /// The provider's process (used by `bench` itself).
 #[derive(Debug, clap::Args)]
@@ -55,7 +58,7 @@ pub(crate) struct Record {
 
 #[derive(Debug, Default)]
 struct State {
-    records: Vec<Record>,
+    records: HashMap<u64, Record>,
     /// Runs whose last call was answered.
     finished: u64,
     /// Delays that are being slept.
@@ -65,10 +68,16 @@ struct State {
 #[derive(Debug)]
 struct Provider {
     state: Mutex<State>,
-    /// Counts the releases of what is held.
-    releases: watch::Sender<u64>,
-    /// A whole answer, head included, and where its distinct digits stand.
-    answer: Vec<u8>,
+    /// Whether what is held may go.
+    gate: watch::Sender<bool>,
+    answer: Answer,
+    tiny: Answer,
+}
+
+/// A whole answer, head included, and where its distinct digits stand.
+#[derive(Debug)]
+struct Answer {
+    bytes: Vec<u8>,
     digits_at: usize,
 }
 
@@ -77,9 +86,12 @@ impl BenchProvider {
     pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         println!("{}", listener.local_addr()?.port());
-        let (answer, digits_at) = answer();
-        let state = Mutex::default();
-        let provider = Arc::new(Provider { state, releases: watch::Sender::new(0), answer, digits_at });
+        let provider = Arc::new(Provider {
+            state: Mutex::default(),
+            gate: watch::Sender::new(false),
+            answer: Answer::of(ANSWER_BYTES),
+            tiny: Answer::of(TINY_BYTES),
+        });
         end_with_parent();
         loop {
             let (stream, _) = listener.accept().await?;
@@ -91,21 +103,29 @@ impl BenchProvider {
     }
 }
 
-/// The whole answer, with zeros where the digits come.
-fn answer() -> (Vec<u8>, usize) {
-    let zeros = "0".repeat(DIGITS + 2);
-    let mut text = format!("answer {zeros}: ");
-    while text.len() < ANSWER_BYTES {
-        text.push_str("each requirement is met by a decision that names its cost; ");
+impl Answer {
+    /// With a text of so many bytes, and zeros where the digits come.
+    fn of(text_bytes: usize) -> Self {
+        let zeros = "0".repeat(DIGITS + 2);
+        let mut text = format!("answer {zeros}: ");
+        while text.len() < text_bytes {
+            text.push_str("each requirement is met by a decision that names its cost; ");
+        }
+        text.truncate(text_bytes);
+        let body = format!(
+            r#"{{"id":"bench","object":"chat.completion","model":"bench","choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}},"finish_reason":"stop"}}],"usage":{{"prompt_tokens":260,"completion_tokens":256,"total_tokens":516}}}}"#
+        );
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+        let bytes = format!("{head}{body}").into_bytes();
+        let digits_at = find(&bytes, zeros.as_bytes()).unwrap_or(0);
+        Self { bytes, digits_at }
     }
-    text.truncate(ANSWER_BYTES);
-    let body = format!(
-        r#"{{"id":"bench","object":"chat.completion","model":"bench","choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}},"finish_reason":"stop"}}],"usage":{{"prompt_tokens":260,"completion_tokens":256,"total_tokens":516}}}}"#
-    );
-    let head = format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
-    let whole = format!("{head}{body}").into_bytes();
-    let digits_at = find(&whole, zeros.as_bytes()).unwrap_or(0);
-    (whole, digits_at)
+
+    fn write(&self, run: &[u8], call: u32, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.bytes);
+        out[self.digits_at..self.digits_at + DIGITS].copy_from_slice(run);
+        out[self.digits_at + DIGITS + 1] = b'0' + u8::try_from(call % 10).unwrap_or(0);
+    }
 }
 
 impl Provider {
@@ -145,11 +165,13 @@ impl Provider {
     async fn complete(&self, body: &[u8], out: &mut Vec<u8>) {
         let at = find(body, b"run-").map_or(body.len(), |at| at + 4);
         let digits = body.get(at..at + DIGITS).unwrap_or(b"0000000000");
-        let run = std::str::from_utf8(digits).ok().and_then(|digits| digits.parse::<usize>().ok()).unwrap_or(0);
+        let run = std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok()).unwrap_or(0);
         let call = self.arrived(run);
         let model = find(body, b"\"model\":\"").map_or(&[] as &[u8], |at| &body[at + 9..]);
+        let mut answer = &self.answer;
         match model {
             [b'h', ..] => self.held().await,
+            [b't', ..] => answer = &self.tiny,
             [b'd', b'0', ..] => {}
             [b'd', digits @ ..] => {
                 let end = digits.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(0);
@@ -161,20 +183,14 @@ impl Provider {
         if call == CALLS_PER_RUN {
             self.state().finished += 1;
         }
-        out.extend_from_slice(&self.answer);
-        out[self.digits_at..self.digits_at + DIGITS].copy_from_slice(digits);
-        let call = u8::try_from(call % 10).unwrap_or(0);
-        out[self.digits_at + DIGITS + 1] = b'0' + call;
+        answer.write(digits, call, out);
     }
 
     /// Notes a call; which one of its run it is.
-    fn arrived(&self, run: usize) -> u32 {
+    fn arrived(&self, run: u64) -> u32 {
         let now = now_nanos();
         let mut state = self.state();
-        if state.records.len() <= run {
-            state.records.resize(run + 1, Record::default());
-        }
-        let record = &mut state.records[run];
+        let record = state.records.entry(run).or_default();
         if record.calls == 0 {
             record.first = now;
         }
@@ -184,9 +200,8 @@ impl Provider {
     }
 
     async fn held(&self) {
-        let mut releases = self.releases.subscribe();
         // Fails only where the sender is gone, and we are the sender.
-        let _ = releases.changed().await;
+        let _ = self.gate.subscribe().wait_for(|is_open| *is_open).await;
     }
 
     async fn sleep(&self, delay: Duration) {
@@ -207,7 +222,8 @@ impl Provider {
     fn control(&self, head: &[u8], out: &mut Vec<u8>) {
         let mut body = Vec::new();
         if head.starts_with(b"GET /records") {
-            for record in &self.state().records {
+            for (run, record) in &self.state().records {
+                body.extend(run.to_le_bytes());
                 body.extend(record.first.to_le_bytes());
                 body.extend(record.last.to_le_bytes());
                 body.extend(record.calls.to_le_bytes());
@@ -216,8 +232,9 @@ impl Provider {
             let mut state = self.state();
             state.records.clear();
             state.finished = 0;
+            self.gate.send_replace(false);
         } else if head.starts_with(b"POST /release") {
-            self.releases.send_modify(|count| *count += 1);
+            self.gate.send_replace(true);
         }
         out.extend(format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len()).bytes());
         out.extend(body);
@@ -242,7 +259,7 @@ impl Provider {
 /// The provider's process, seen from the measurement.
 #[derive(Debug)]
 pub(crate) struct ProviderProcess {
-    child: Child,
+    _child: Child,
     pub(crate) address: SocketAddr,
     pub(crate) pid: u32,
 }
@@ -251,25 +268,25 @@ impl ProviderProcess {
     pub(crate) async fn start() -> anyhow::Result<Self> {
         let (child, port) = helper("bench-provider").await?;
         let pid = child.id().context("the provider has ended")?;
-        Ok(Self { child, address: SocketAddr::from(([127, 0, 0, 1], port)), pid })
+        Ok(Self { _child: child, address: SocketAddr::from(([127, 0, 0, 1], port)), pid })
     }
 
     pub(crate) fn base_url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
 
-    /// Forgets every run.
+    /// Forgets every run, and holds again what is to be held.
     pub(crate) async fn reset(&self) -> anyhow::Result<()> {
         self.control(&post("/reset", "text/plain", "")).await.map(|_| ())
     }
 
-    /// Answers whatever is held.
+    /// Answers whatever is held, and holds nothing any more.
     pub(crate) async fn release(&self) -> anyhow::Result<()> {
         self.control(&post("/release", "text/plain", "")).await.map(|_| ())
     }
 
     /// What it remembers, by the run's number.
-    pub(crate) async fn records(&self) -> anyhow::Result<Vec<Record>> {
+    pub(crate) async fn records(&self) -> anyhow::Result<HashMap<u64, Record>> {
         let body = self.control(&get("/records")).await?;
         Ok(body.chunks_exact(RECORD_BYTES).filter_map(record).collect())
     }
@@ -288,11 +305,6 @@ impl ProviderProcess {
             bail!("the provider answered {}", answer.status);
         }
         Ok(answer.body.to_vec())
-    }
-
-    /// Whether it still runs.
-    pub(crate) fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
     }
 }
 
@@ -317,15 +329,17 @@ impl Watch {
     }
 }
 
-fn record(bytes: &[u8]) -> Option<Record> {
-    let (first, rest) = bytes.split_first_chunk()?;
+fn record(bytes: &[u8]) -> Option<(u64, Record)> {
+    let (run, rest) = bytes.split_first_chunk()?;
+    let (first, rest) = rest.split_first_chunk()?;
     let (last, rest) = rest.split_first_chunk()?;
     let (calls, _) = rest.split_first_chunk()?;
-    Some(Record {
+    let record = Record {
         first: i64::from_le_bytes(*first),
         last: i64::from_le_bytes(*last),
         calls: u32::from_le_bytes(*calls),
-    })
+    };
+    Some((u64::from_le_bytes(*run), record))
 }
 
 /// Ends this process when whoever started it has closed its standard input, or was killed.
@@ -358,7 +372,7 @@ mod tests {
 
     #[test]
     fn an_answer_is_json_of_a_kilobyte() {
-        let (whole, digits_at) = answer();
+        let Answer { bytes: whole, digits_at } = Answer::of(ANSWER_BYTES);
         let body = find(&whole, b"\r\n\r\n").expect("a head") + 4;
         assert_eq!(header(&whole[..body], b"content-length"), Some(whole.len() - body));
         let value: serde_json::Value = serde_json::from_slice(&whole[body..]).expect("JSON");
@@ -370,10 +384,11 @@ mod tests {
     #[test]
     fn a_record_survives_the_wire() {
         let mut bytes = Vec::new();
+        bytes.extend(5_u64.to_le_bytes());
         bytes.extend(7_i64.to_le_bytes());
         bytes.extend(9_i64.to_le_bytes());
         bytes.extend(3_u32.to_le_bytes());
         assert_eq!(bytes.len(), RECORD_BYTES);
-        assert_eq!(record(&bytes), Some(Record { first: 7, last: 9, calls: 3 }));
+        assert_eq!(record(&bytes), Some((5, Record { first: 7, last: 9, calls: 3 })));
     }
 }

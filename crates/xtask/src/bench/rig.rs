@@ -13,7 +13,7 @@ use stagegate_testkit::servers::{Postgres, Redis, TestDatabase};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{
-    figures::Figures,
+    figures::{Figures, Reach},
     machine,
     provider::ProviderProcess,
     wire::{self, Connection},
@@ -33,14 +33,14 @@ stages:
   - { id: four, needs: [three], prompt: 'run-{{ input.n }} four {{ stages.three.output }}' }
   - { id: five, needs: [three], prompt: 'run-{{ input.n }} five {{ stages.three.output }}' }
 ";
-/// Model calls of one run, all of them and those that lie in a row.
-pub(crate) const CALLS: u32 = 5;
+/// Model calls of one run that lie in a row.
 pub(crate) const CALLS_IN_ROW: u32 = 4;
 /// The pipelines by name, and how the provider answers them.
 pub(crate) const AT_ONCE: &str = "at-once";
 pub(crate) const AFTER_50_MS: &str = "after-50-ms";
 pub(crate) const HELD: &str = "held";
-const PIPELINES: [(&str, &str); 3] = [(AT_ONCE, "d0"), (AFTER_50_MS, "d50"), (HELD, "hold")];
+pub(crate) const TINY: &str = "tiny";
+const PIPELINES: [(&str, &str); 4] = [(AT_ONCE, "d0"), (AFTER_50_MS, "d50"), (HELD, "hold"), (TINY, "tiny")];
 /// The size of a run's input text, in bytes.
 const INPUT_BYTES: usize = 1024;
 
@@ -179,8 +179,18 @@ impl Site {
         self.daemon.as_ref().context("the daemon is not started")
     }
 
-    pub(crate) fn take_daemon(&mut self) -> anyhow::Result<Daemon> {
-        self.daemon.take().context("the daemon is not started")
+    /// Ends the daemon as a crash would.
+    pub(crate) async fn kill(&mut self) -> anyhow::Result<()> {
+        match self.daemon.take() {
+            Some(daemon) => daemon.kill().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Changes a setting for the daemons that are started from now on.
+    pub(crate) fn set(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
     }
 
     pub(crate) fn address(&self) -> anyhow::Result<SocketAddr> {
@@ -222,9 +232,7 @@ impl Site {
 
     /// The daemon's own metrics at one moment.
     pub(crate) async fn metrics(&self) -> anyhow::Result<Metrics> {
-        let mut connection = Connection::open(self.address()?).await?;
-        let answer = connection.call(&wire::get("/metrics")).await?;
-        Ok(Metrics { text: String::from_utf8_lossy(answer.body).into_owned() })
+        metrics(self.address()?).await
     }
 
     /// Runs that have succeeded on this daemon; fails where any ended otherwise.
@@ -246,9 +254,6 @@ impl Site {
             (reading.wal_bytes, reading.commits) = (row.0, row.1);
             (reading.inserted, reading.updated, reading.hot, reading.dead) = (row.2, row.3, row.4, row.5);
             reading.wal_records = row.6;
-        } else {
-            let file = self.data.path().join("stagegate.db");
-            reading.wal_bytes = std::fs::metadata(file).map_or(f64::NAN, |file| size(file.len()));
         }
         reading.stagegate_s = machine::cpu_s(self.pid()?);
         reading.postgres_s = self.postgres_pid.map_or(0.0, machine::tree_cpu_s);
@@ -259,6 +264,13 @@ impl Site {
         reading.at = Some(std::time::Instant::now());
         Ok(reading)
     }
+}
+
+/// What a daemon counts, at one moment.
+pub(crate) async fn metrics(address: SocketAddr) -> anyhow::Result<Metrics> {
+    let mut connection = Connection::open(address).await?;
+    let answer = connection.call(&wire::get("/metrics")).await?;
+    Ok(Metrics { text: String::from_utf8_lossy(answer.body).into_owned() })
 }
 
 /// What `GET /metrics` answered.
@@ -308,47 +320,63 @@ pub(crate) struct Reading {
 }
 
 impl Reading {
-    /// What happened since, per run.
-    pub(crate) fn since(&self, before: &Self, store: Store, figures: &mut Figures) {
-        use super::figures::Reach::{AtLeast, AtMost};
-        let runs = self.succeeded - before.succeeded;
-        let seconds = match (self.at, before.at) {
+    pub(crate) fn seconds_since(&self, before: &Self) -> f64 {
+        match (self.at, before.at) {
             (Some(now), Some(then)) => (now - then).as_secs_f64(),
             _ => f64::NAN,
-        };
-        figures.goal("runs_per_s", "runs/s at saturation", runs / seconds, AtLeast(2000.0));
-        let per_run = |now: f64, then: f64| (now - then) / runs;
-        let ms = |now: f64, then: f64| per_run(now, then) * 1000.0;
+        }
+    }
+
+    /// What happened since, per run that has succeeded, with the goals of saturation.
+    pub(crate) fn since(&self, before: &Self, store: Store, figures: &mut Figures) {
+        let runs = self.succeeded - before.succeeded;
+        let rate = runs / self.seconds_since(before);
+        figures.goal("runs_per_s", "runs/s at saturation", rate, Reach::AtLeast(2000.0));
+        let mut costs = Figures::default();
+        self.cost_since(before, runs, store, &mut costs);
+        let goals = [
+            ("commits_each", 0.5),
+            ("wal_kb_each", 14.0),
+            ("stagegate_cpu_ms_each", 0.6),
+            ("postgres_cpu_ms_each", 0.3),
+        ];
+        for figure in &mut costs.0 {
+            let goal = goals.iter().find(|(key, _)| *key == figure.key);
+            figure.reach = goal.map(|(_, bound)| Reach::AtMost(*bound));
+        }
+        figures.0.extend(costs.0);
+    }
+
+    /// What happened since, per piece of work.
+    pub(crate) fn cost_since(&self, before: &Self, pieces: f64, store: Store, figures: &mut Figures) {
+        let each = |now: f64, then: f64| (now - then) / pieces;
+        let ms = |now: f64, then: f64| each(now, then) * 1000.0;
         if store == Store::Postgres {
             // The first reading's own statement lies between the two.
-            let commits = (self.commits - before.commits - 1.0) / runs;
-            figures.goal("commits_per_run", "commits a run", commits, AtMost(0.5));
-            let wal_kb = per_run(self.wal_bytes, before.wal_bytes) / 1000.0;
-            figures.goal("wal_kb_per_run", "WAL a run, KB", wal_kb, AtMost(14.0));
-            figures.push("wal_records_per_run", "WAL records a run", per_run(self.wal_records, before.wal_records));
-            figures.push("inserts_per_run", "rows inserted a run", per_run(self.inserted, before.inserted));
-            figures.push("updates_per_run", "rows updated a run", per_run(self.updated, before.updated));
+            let commits = (self.commits - before.commits - 1.0) / pieces;
+            figures.push("commits_each", "commits for each", commits);
+            figures.push("wal_kb_each", "WAL for each, KB", each(self.wal_bytes, before.wal_bytes) / 1000.0);
+            figures.push("wal_records_each", "WAL records for each", each(self.wal_records, before.wal_records));
+            figures.push("rows_inserted_each", "rows inserted for each", each(self.inserted, before.inserted));
+            figures.push("rows_updated_each", "rows updated for each", each(self.updated, before.updated));
             let hot = (self.hot - before.hot) / (self.updated - before.updated) * 100.0;
             figures.push("hot_updates_percent", "heap-only updates, %", hot);
-            figures.push("dead_tuples_per_run", "dead tuples a run, vacuum as it comes", per_run(self.dead, before.dead));
-        } else {
-            let kb = per_run(self.wal_bytes, before.wal_bytes) / 1000.0;
-            figures.push("file_kb_per_run", "growth of the file a run, KB", kb);
+            let dead = each(self.dead, before.dead);
+            figures.push("dead_tuples_each", "dead tuples for each, vacuum as it comes", dead);
         }
-        let stagegate = ms(self.stagegate_s, before.stagegate_s);
-        figures.goal("stagegate_cpu_ms_per_run", "CPU a run, ms: stagegate", stagegate, AtMost(0.6));
+        figures.push("stagegate_cpu_ms_each", "CPU for each, ms: stagegate", ms(self.stagegate_s, before.stagegate_s));
         if store == Store::Postgres {
-            let postgres = ms(self.postgres_s, before.postgres_s);
-            figures.goal("postgres_cpu_ms_per_run", "CPU a run, ms: Postgres", postgres, AtMost(0.3));
-            figures.push("redis_cpu_ms_per_run", "CPU a run, ms: Redis", ms(self.redis_s, before.redis_s));
+            figures.push("postgres_cpu_ms_each", "CPU for each, ms: Postgres", ms(self.postgres_s, before.postgres_s));
+            figures.push("redis_cpu_ms_each", "CPU for each, ms: Redis", ms(self.redis_s, before.redis_s));
         }
-        figures.push("provider_cpu_ms_per_run", "CPU a run, ms: provider", ms(self.provider_s, before.provider_s));
-        figures.push("load_cpu_ms_per_run", "CPU a run, ms: load", ms(self.load_s, before.load_s));
+        figures.push("provider_cpu_ms_each", "CPU for each, ms: provider", ms(self.provider_s, before.provider_s));
+        figures.push("load_cpu_ms_each", "CPU for each, ms: load", ms(self.load_s, before.load_s));
         let ours = |reading: &Self| {
             reading.stagegate_s + reading.postgres_s + reading.redis_s + reading.provider_s + reading.load_s
         };
         let others = (self.machine_s - before.machine_s) - (ours(self) - ours(before));
-        figures.push("others_cores", "cores taken by anything else meanwhile", others / seconds);
+        let others = others / self.seconds_since(before);
+        figures.push("others_cores", "cores taken by anything else meanwhile", others);
     }
 }
 
@@ -361,18 +389,18 @@ pub(crate) struct Submission {
 
 impl Submission {
     pub(crate) fn of(pipeline: &str) -> Self {
-        Self::with(pipeline, "")
+        Self::sized(pipeline, INPUT_BYTES)
     }
 
-    /// `more` is put into the body's JSON, with a comma before it.
-    pub(crate) fn with(pipeline: &str, more: &str) -> Self {
+    /// With an input of so many bytes.
+    pub(crate) fn sized(pipeline: &str, input_bytes: usize) -> Self {
         let mut text = String::from("brief: ");
-        while text.len() < INPUT_BYTES {
+        while text.len() < input_bytes {
             text.push_str("a tool that turns a product brief into an engineering spec; ");
         }
-        text.truncate(INPUT_BYTES);
+        text.truncate(input_bytes);
         let body =
-            format!(r#"{{"pipeline":"{pipeline}","input":{{"n":"@@@@@@@@@@","text":"@@@@@@@@@@ {text}"}}{more}}}"#);
+            format!(r#"{{"pipeline":"{pipeline}","input":{{"n":"@@@@@@@@@@","text":"@@@@@@@@@@ {text}"}}}}"#);
         let request = wire::post("/v1/runs", "application/json", &body);
         let digits_at = wire::find(&request, b"@@@@@@@@@@").unwrap_or(0);
         Self { request, digits_at }
@@ -434,11 +462,6 @@ async fn redis_process(url: &str) -> anyhow::Result<u32> {
     let text = String::from_utf8_lossy(&answer[..length]).into_owned();
     let line = text.lines().find_map(|line| line.strip_prefix("process_id:")).context("Redis tells no process id")?;
     Ok(line.trim().parse()?)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a file's size is far below 2^52 bytes")]
-fn size(bytes: u64) -> f64 {
-    bytes as f64
 }
 
 #[cfg(test)]
