@@ -173,11 +173,6 @@ impl Times {
         self.is_sorted = false;
     }
 
-    pub(crate) fn extend(&mut self, other: &Self) {
-        self.ms.extend(&other.ms);
-        self.is_sorted = false;
-    }
-
     pub(crate) fn len(&self) -> usize {
         self.ms.len()
     }
@@ -229,7 +224,7 @@ mod tests {
     fn a_value_added_after_a_look_counts() {
         let mut values = times([5, 7]);
         assert!((values.quantile(100) - 7.0).abs() < 1e-9);
-        values.extend(&times([9]));
+        values.add_ms(9.0);
         assert!((values.quantile(100) - 9.0).abs() < 1e-9);
         assert_eq!(values.len(), 3);
     }

@@ -55,12 +55,15 @@ struct Sample {
 
 pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Report> {
     // What is claimed is fresh in each measurement, also on the database that is called empty.
-    let needed = CLAIMED * (2 * options.rounds as usize) + CLAIMED / 10;
+    let needed = CLAIMED * (2 * options.rounds as usize + 1) + CLAIMED / 10;
     let (finished, queued) = (options.rows, (options.rows / 10).max(needed));
     options.progress(&format!("a database with {FINISHED} finished and {needed} queued runs"));
     let mut empty = Side::new(rig, 0, 0, needed, options).await?;
     options.progress(&format!("a database with {finished} finished and {queued} queued runs"));
     let mut full = Side::new(rig, 1_000_000_000, finished, queued, options).await?;
+    // Nobody's caches are warm at first: these are not counted.
+    full.claim(rig).await?;
+    empty.claim(rig).await?;
     let mut rounds = Vec::new();
     for round in 1..=options.rounds {
         options.progress(&format!("round {round}"));
@@ -87,7 +90,7 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
 
 impl Side {
     async fn new(rig: &Rig, next: u64, finished: usize, queued: usize, options: &Options) -> anyhow::Result<Self> {
-        let mut site = rig.site(&[("STAGEGATE_ENGINE__DRAIN_GRACE", "0s".to_owned())]).await?;
+        let mut site = rig.site(&[("STAGEGATE_ENGINE__DRAIN_GRACE", "1ms".to_owned())]).await?;
         let reads = read::finished_runs(&site, &Submission::sized(TINY, INPUT_BYTES), FINISHED).await?;
         site.stop().await?;
         let mut side = Self { site, reads, next: next + FINISHED };
@@ -221,7 +224,12 @@ async fn compare(rig: &Rig, empty: &mut Side, full: &mut Side) -> anyhow::Result
     let (mut one, mut other) = (empty.start(1).await?, full.start(1).await?);
     let held = Submission::sized(HELD, INPUT_BYTES);
     for n in 0..WARM_UP + SAMPLES {
-        for (side, connection, sample) in [(&mut *empty, &mut one, &mut before), (&mut *full, &mut other, &mut after)] {
+        let mut turns = [(&mut *empty, &mut one, &mut before), (&mut *full, &mut other, &mut after)];
+        // Whoever comes second finds the cores awake.
+        if n % 2 == 1 {
+            turns.reverse();
+        }
+        for (side, connection, sample) in turns {
             let number = side.number();
             let started = Instant::now();
             submit_blind(connection, &held, number).await?;

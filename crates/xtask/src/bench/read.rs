@@ -71,8 +71,10 @@ async fn measure(rig: &Rig, options: &Options, figures: &mut Figures) -> anyhow:
     let requests = finished_runs(&site, &Submission::of(AT_ONCE), RUNS).await?;
     let mut connections = connections(site.address()?, CONNECTIONS).await?;
     let shot = async |connection: &mut Connection, number, _| read(connection, &requests, number).await;
+    site.settle().await;
     let before = site.reading().await?;
     let mut outcome = open_loop(&mut connections, 0, RATE, options.window, shot).await;
+    site.settle().await;
     let after = site.reading().await?;
     #[expect(clippy::cast_precision_loss, reason = "far fewer than 2^52 requests")]
     let (sent, errors) = (outcome.sent() as f64, outcome.errors as f64);

@@ -246,6 +246,13 @@ impl Site {
         Ok(succeeded)
     }
 
+    /// Waits until Postgres has told the work that is behind it: its backends do so once a second.
+    pub(crate) async fn settle(&self) {
+        if self.database.is_some() {
+            tokio::time::sleep(STATS_DELAY).await;
+        }
+    }
+
     /// Everything that is counted, at this moment.
     pub(crate) async fn reading(&mut self) -> anyhow::Result<Reading> {
         let mut reading = Reading { succeeded: self.succeeded().await?, ..Reading::default() };
@@ -289,6 +296,9 @@ impl Metrics {
         series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 }
+
+/// How late a backend's counters may be.
+const STATS_DELAY: std::time::Duration = std::time::Duration::from_millis(1500);
 
 /// One statement of ours, so that it counts as one commit.
 const READING: &str = "SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::float8,
@@ -359,8 +369,10 @@ impl Reading {
             figures.push("wal_records_each", "WAL records for each", each(self.wal_records, before.wal_records));
             figures.push("rows_inserted_each", "rows inserted for each", each(self.inserted, before.inserted));
             figures.push("rows_updated_each", "rows updated for each", each(self.updated, before.updated));
-            let hot = (self.hot - before.hot) / (self.updated - before.updated) * 100.0;
-            figures.push("hot_updates_percent", "heap-only updates, %", hot);
+            if self.updated - before.updated > pieces / 100.0 {
+                let hot = (self.hot - before.hot) / (self.updated - before.updated) * 100.0;
+                figures.push("hot_updates_percent", "heap-only updates, %", hot);
+            }
             let dead = each(self.dead, before.dead);
             figures.push("dead_tuples_each", "dead tuples for each, vacuum as it comes", dead);
         }
