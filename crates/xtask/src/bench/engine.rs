@@ -20,7 +20,7 @@ use super::{
     latency,
     limits::{self, Echo},
     load::{Outcome, closed_loop, connections, open_loop},
-    machine,
+    machine, progress,
     rig::{AT_ONCE, Rig, Site, Submission, submit, submit_blind},
     wire::{Connection, get_events},
 };
@@ -34,7 +34,7 @@ const FOLLOWED: u64 = 10;
 /// How long a yardstick is held to the machine.
 const LIMIT_TIME: Duration = Duration::from_secs(2);
 /// How long runs may take to end once nothing is submitted any more.
-const DRAIN_LIMIT: Duration = Duration::from_secs(120);
+const DRAIN_LIMIT: Duration = Duration::from_mins(2);
 /// The first run number at half load; those before are saturation's.
 const HALF_FIRST: u64 = 20_000_000;
 
@@ -42,17 +42,17 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
     let echo = Echo::start().await?;
     let mut rounds = Vec::new();
     for round in 1..=options.rounds {
-        options.progress(&format!("round {round}: limits"));
+        progress(&format!("round {round}: limits"));
         let mut limits = Figures::default();
         limits::measure(rig, &echo, LIMIT_TIME.min(options.window), &mut limits).await?;
-        options.progress(&format!("round {round}: saturation"));
+        progress(&format!("round {round}: saturation"));
         let mut figures = Figures::default();
         let mut site = rig.site(&[]).await?;
         saturation(rig, &mut site, options, &mut figures).await?;
         let rate = figures.get("runs_per_s").unwrap_or(0.0) / 2.0;
-        options.progress(&format!("round {round}: one run alone"));
+        progress(&format!("round {round}: one run alone"));
         latency::measure(&site, options, &mut figures).await?;
-        options.progress(&format!("round {round}: half load, {rate:.0} runs/s"));
+        progress(&format!("round {round}: half load, {rate:.0} runs/s"));
         half_load(rig, &site, options, rate, &mut figures).await?;
         figures.0.extend(limits.0);
         site.stop().await?;
@@ -146,7 +146,7 @@ async fn half_load(rig: &Rig, site: &Site, options: &Options, rate: f64, figures
     let (due_at, runs) = (Mutex::new(Vec::new()), Mutex::new(Times::default()));
     let accepted = Mutex::new(Times::default());
     let shot = async |connection: &mut Connection, number: u64, due: Instant| {
-        if number % FOLLOWED == 0 {
+        if number.is_multiple_of(FOLLOWED) {
             let id = submit(connection, &submission, number).await?;
             lock(&accepted).add(due.elapsed());
             let ended = timeout(DRAIN_LIMIT, connection.follow(&get_events(&id))).await??;

@@ -20,7 +20,7 @@ use super::{
     Options,
     engine::milliseconds,
     figures::{Figures, Reach, Report, Times},
-    read,
+    progress, read,
     rig::{HELD, Rig, Site, Submission, TINY, submit, submit_blind},
     wire::{self, Connection},
 };
@@ -35,7 +35,7 @@ const CLAIMED: usize = 1000;
 const SAMPLES: u32 = 400;
 /// Copies made by one statement.
 const CHUNK: usize = 50_000;
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// One of the two databases and the daemon on it.
 struct Side {
@@ -57,16 +57,16 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
     // What is claimed is fresh in each measurement, also on the database that is called empty.
     let needed = CLAIMED * (2 * options.rounds as usize + 1) + CLAIMED / 10;
     let (finished, queued) = (options.rows, (options.rows / 10).max(needed));
-    options.progress(&format!("a database with {FINISHED} finished and {needed} queued runs"));
-    let mut empty = Side::new(rig, 0, 0, needed, options).await?;
-    options.progress(&format!("a database with {finished} finished and {queued} queued runs"));
-    let mut full = Side::new(rig, 1_000_000_000, finished, queued, options).await?;
+    progress(&format!("a database with {FINISHED} finished and {needed} queued runs"));
+    let mut empty = Side::new(rig, 0, 0, needed).await?;
+    progress(&format!("a database with {finished} finished and {queued} queued runs"));
+    let mut full = Side::new(rig, 1_000_000_000, finished, queued).await?;
     // Nobody's caches are warm at first: these are not counted.
     full.claim(rig).await?;
     empty.claim(rig).await?;
     let mut rounds = Vec::new();
     for round in 1..=options.rounds {
-        options.progress(&format!("round {round}"));
+        progress(&format!("round {round}"));
         let mut figures = Figures::default();
         let (before, after) = compare(rig, &mut empty, &mut full).await?;
         report(before, after, &mut figures, &PLAIN);
@@ -77,7 +77,7 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
     sqlx::query("BEGIN ISOLATION LEVEL REPEATABLE READ").execute(&mut holder).await?;
     sqlx::query("SELECT 1").execute(&mut holder).await?;
     for (round, figures) in (1..).zip(&mut rounds) {
-        options.progress(&format!("round {round}, with a transaction held open"));
+        progress(&format!("round {round}, with a transaction held open"));
         let (before, after) = compare(rig, &mut empty, &mut full).await?;
         report(before, after, figures, &HELD_OPEN);
     }
@@ -89,30 +89,30 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
 }
 
 impl Side {
-    async fn new(rig: &Rig, next: u64, finished: usize, queued: usize, options: &Options) -> anyhow::Result<Self> {
+    async fn new(rig: &Rig, next: u64, finished: usize, queued: usize) -> anyhow::Result<Self> {
         let mut site = rig.site(&[("STAGEGATE_ENGINE__DRAIN_GRACE", "1ms".to_owned())]).await?;
         let reads = read::finished_runs(&site, &Submission::sized(TINY, INPUT_BYTES), FINISHED).await?;
         site.stop().await?;
-        let mut side = Self { site, reads, next: next + FINISHED };
+        let mut this = Self { site, reads, next: next + FINISHED };
         // The first one takes the only place, the second one waits: it is what is copied.
-        let mut connection = side.start(1).await?;
+        let mut connection = this.start(1).await?;
         let held = Submission::sized(HELD, INPUT_BYTES);
-        submit_blind(&mut connection, &held, side.number()).await?;
-        let waiting = side.number();
+        submit_blind(&mut connection, &held, this.number()).await?;
+        let waiting = this.number();
         let waiting_id = submit(&mut connection, &held, waiting).await?;
-        side.site.stop().await?;
+        this.site.stop().await?;
         if finished > 0 {
             let model = "(SELECT id FROM runs WHERE finished_at IS NOT NULL ORDER BY id LIMIT 1)";
-            side.copy(model, finished, 1, "t.input", options).await?;
-            side.reads = side.some_copies(finished).await?;
+            this.copy(model, finished, 1, "t.input").await?;
+            this.reads = this.some_copies(finished).await?;
         }
         // Prompts stay distinct: each names its run by ten digits.
-        let first = side.next + 1;
+        let first = this.next + 1;
         let input = format!("replace(t.input, '{waiting:010}', lpad(({first} + n)::text, 10, '0'))");
-        side.copy(&format!("'{waiting_id}'"), queued, 2, &input, options).await?;
-        side.next += queued as u64;
-        sqlx::query("VACUUM ANALYZE").execute(side.site.database()?).await?;
-        Ok(side)
+        this.copy(&format!("'{waiting_id}'"), queued, 2, &input).await?;
+        this.next += queued as u64;
+        sqlx::query("VACUUM ANALYZE").execute(this.site.database()?).await?;
+        Ok(this)
     }
 
     /// Starts its daemon with room for so many runs.
@@ -129,14 +129,7 @@ impl Side {
 
     /// Copies the run `model` so many times, in every table that has rows of it. `kind` keeps the ids apart, `input`
     /// is what becomes of its input.
-    async fn copy(
-        &mut self,
-        model: &str,
-        copies: usize,
-        kind: u8,
-        input: &str,
-        options: &Options,
-    ) -> anyhow::Result<()> {
+    async fn copy(&mut self, model: &str, copies: usize, kind: u8, input: &str) -> anyhow::Result<()> {
         let database = self.site.database()?;
         let tables: Vec<(String, String)> = sqlx::query_as(TABLES).fetch_all(&mut *database).await?;
         sqlx::query("SET synchronous_commit = off").execute(&mut *database).await?;
@@ -160,7 +153,7 @@ impl Side {
             }
         }
         sqlx::query("RESET synchronous_commit").execute(&mut *database).await?;
-        options.progress(&format!("{copies} copies took {:.0} s", started.elapsed().as_secs_f64()));
+        progress(&format!("{copies} copies took {:.0} s", started.elapsed().as_secs_f64()));
         Ok(())
     }
 

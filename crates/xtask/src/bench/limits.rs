@@ -153,7 +153,8 @@ async fn sqlite(rows: usize, time: Duration) -> anyhow::Result<f64> {
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full);
     let mut connection = SqliteConnection::connect_with(&options).await?;
-    let create = "CREATE TABLE raw (run_id BLOB, stage_id TEXT, body TEXT, PRIMARY KEY (run_id, stage_id)) WITHOUT ROWID";
+    let create =
+        "CREATE TABLE raw (run_id BLOB, stage_id TEXT, body TEXT, PRIMARY KEY (run_id, stage_id)) WITHOUT ROWID";
     sqlx::query(create).execute(&mut connection).await?;
     let values = vec!["(?, ?, ?)"; rows].join(", ");
     let insert = format!("INSERT INTO raw (run_id, stage_id, body) VALUES {values}");

@@ -124,11 +124,9 @@ pub(crate) struct Options {
     pub(crate) rows: usize,
 }
 
-impl Options {
-    /// Says what is done.
-    pub(crate) fn progress(&self, what: &str) {
-        say(&format!("  {what}"));
-    }
+/// Says what is done inside a cell.
+pub(crate) fn progress(what: &str) {
+    say(&format!("  {what}"));
 }
 
 impl Bench {

@@ -1,6 +1,8 @@
 //! docs/benchmarks.md: owns the measured tables in it, each between two markers that name its cell and store. Touches
 //! nothing else of the page.
 
+use std::fmt::Write as _;
+
 use anyhow::bail;
 use stagegate_core::{Clock as _, SystemClock};
 
@@ -15,8 +17,34 @@ pub(crate) fn write(report: &Report, machine: &Machine) -> anyhow::Result<()> {
     let date = SystemClock.now().format("%Y-%m-%d %H:%M UTC");
     let parameters = report.parameters.to_string();
     let text = format!("{date}; {}.\nParameters: `{parameters}`\n\n{}\n", machine.line(), report.table());
-    std::fs::write(path, replaced(&page, &name, &text)?)?;
+    let page = replaced(&page, &name, &text)?;
+    let summary = summary(&page);
+    std::fs::write(path, replaced(&page, SUMMARY, &summary)?)?;
     Ok(())
+}
+
+/// The marker of the table that gathers what is to be reached.
+const SUMMARY: &str = "summary";
+
+/// Every figure that has a goal, as the page's own tables tell them.
+fn summary(page: &str) -> String {
+    let mut text = String::from("| cell | figure | measured | to reach |\n| --- | --- | --- | --- |\n");
+    for part in page.split("<!-- measured: ").skip(1) {
+        let Some((name, rest)) = part.split_once(" -->") else { continue };
+        let table = rest.split("<!-- end -->").next().unwrap_or_default();
+        if name == SUMMARY {
+            continue;
+        }
+        for line in table.lines() {
+            let columns: Vec<&str> = line.split('|').map(str::trim).collect();
+            let [_, label, measured, reach, ..] = columns[..] else { continue };
+            if reach.starts_with(['≥', '≤']) {
+                // Writing into a string cannot fail.
+                let _ = writeln!(text, "| `{name}` | {label} | {measured} | {reach} |");
+            }
+        }
+    }
+    text
 }
 
 /// The page with this text between the markers of that name.
@@ -39,11 +67,21 @@ mod tests {
         assert!(replaced(page, "q y", "").is_err());
     }
 
+    #[test]
+    fn the_summary_has_what_is_to_be_reached() {
+        let page = "<!-- measured: summary -->\n| `x y` | old | 1 | ≥ 2 ✗ |\n<!-- end -->\n<!-- measured: x y -->\n\
+            | figure | measured | to reach | rounds |\n|---|---|---|---|\n| runs/s | 5 | ≥ 2 ✓ | 4, 5 |\n\
+            | other | 1 | | |\n<!-- end -->\n";
+        let rows: Vec<_> = summary(page).lines().skip(2).map(str::to_owned).collect();
+        assert_eq!(rows, ["| `x y` | runs/s | 5 | ≥ 2 ✓ |"]);
+    }
+
     /// Whatever can be measured has its place on the page.
     #[test]
     fn every_cell_has_its_place() {
         let page = std::fs::read_to_string(root().join("docs/benchmarks.md")).expect("the page");
         for name in [
+            SUMMARY,
             "engine postgres",
             "engine sqlite",
             "latency postgres",

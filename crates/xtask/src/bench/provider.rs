@@ -115,7 +115,8 @@ impl Answer {
         let body = format!(
             r#"{{"id":"bench","object":"chat.completion","model":"bench","choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}},"finish_reason":"stop"}}],"usage":{{"prompt_tokens":260,"completion_tokens":256,"total_tokens":516}}}}"#
         );
-        let head = format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head =
+            format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
         let bytes = format!("{head}{body}").into_bytes();
         let digits_at = find(&bytes, zeros.as_bytes()).unwrap_or(0);
         Self { bytes, digits_at }

@@ -10,6 +10,7 @@ use super::{
     figures::{Figures, Reach, Report},
     limits::Echo,
     load::{closed_loop, connections, open_loop},
+    progress,
     rig::{AT_ONCE, Rig, Site, Submission, submit},
     wire::{self, Connection},
 };
@@ -24,7 +25,7 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
     let echo = Echo::start().await?;
     let mut rounds = Vec::new();
     for round in 1..=options.rounds {
-        options.progress(&format!("round {round}"));
+        progress(&format!("round {round}"));
         let mut figures = Figures::default();
         let mut bare = echo.at_rate(RATE, options.window / 2, false).await?;
         measure(rig, options, &mut figures).await?;

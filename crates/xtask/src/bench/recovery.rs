@@ -13,7 +13,7 @@ use super::{
     engine::milliseconds,
     figures::{Figures, Reach, Report, Times},
     load::{closed_loop, connections},
-    machine,
+    machine, progress,
     rig::{HELD, Rig, Submission, submit_blind},
     wire::Connection,
 };
@@ -29,7 +29,7 @@ const SETTLE: Duration = Duration::from_secs(3);
 pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Report> {
     let mut rounds = Vec::new();
     for round in 1..=options.rounds {
-        options.progress(&format!("round {round}"));
+        progress(&format!("round {round}"));
         let mut figures = Figures::default();
         measure(rig, options.owned, &mut figures).await?;
         rounds.push(figures);

@@ -170,8 +170,7 @@ impl Site {
 
     /// Starts one more daemon on the same database, with a folder of its own.
     pub(crate) async fn replica(&self, folder: &Path) -> anyhow::Result<Daemon> {
-        let environment: Vec<_> =
-            self.environment.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+        let environment: Vec<_> = self.environment.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
         Daemon::start(&self.binary, folder, &environment).await
     }
 
@@ -411,8 +410,7 @@ impl Submission {
             text.push_str("a tool that turns a product brief into an engineering spec; ");
         }
         text.truncate(input_bytes);
-        let body =
-            format!(r#"{{"pipeline":"{pipeline}","input":{{"n":"@@@@@@@@@@","text":"@@@@@@@@@@ {text}"}}}}"#);
+        let body = format!(r#"{{"pipeline":"{pipeline}","input":{{"n":"@@@@@@@@@@","text":"@@@@@@@@@@ {text}"}}}}"#);
         let request = wire::post("/v1/runs", "application/json", &body);
         let digits_at = wire::find(&request, b"@@@@@@@@@@").unwrap_or(0);
         Self { request, digits_at }

@@ -17,7 +17,7 @@ use super::{
     Options,
     figures::{Figures, Reach, Report, Times},
     load::{closed_loop, connections},
-    machine,
+    machine, progress,
     rig::{HELD, Rig, Site, Submission, submit},
     wire::{Connection, get_events},
 };
@@ -28,7 +28,7 @@ const CONNECTING: usize = 128;
 /// Open files of a daemon for anything but watchers and calls.
 const OTHER_FILES: usize = 400;
 /// How long each part may take.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_mins(3);
 
 pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Report> {
     let runs = options.watched;
@@ -46,25 +46,18 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
     ];
     let mut site = rig.site(&settings).await?;
     let mut figures = Figures::default();
-    measure(rig, &site, runs, calls, options, &mut figures).await?;
+    measure(rig, &site, runs, calls, &mut figures).await?;
     site.kill().await?;
     let parameters = json!({ "runs": runs, "watchers": runs, "calls_held": calls, "servers": rig.servers() });
     Ok(Report { cell: "sse", store: rig.store.name(), parameters, rounds: vec![figures] })
 }
 
-async fn measure(
-    rig: &Rig,
-    site: &Site,
-    runs: usize,
-    calls: usize,
-    options: &Options,
-    figures: &mut Figures,
-) -> anyhow::Result<()> {
+async fn measure(rig: &Rig, site: &Site, runs: usize, calls: usize, figures: &mut Figures) -> anyhow::Result<()> {
     let resident = || -> anyhow::Result<f64> { Ok(machine::resident_bytes(site.pid()?) / 1e6) };
     #[expect(clippy::cast_precision_loss, reason = "some thousands")]
     let count = runs as f64;
     let idle = resident()?;
-    options.progress(&format!("{runs} runs"));
+    progress(&format!("{runs} runs"));
     let ids = submitted(site, runs).await?;
     let limit = Instant::now() + PATIENCE;
     while rig.provider.records().await?.len() < calls {
@@ -76,7 +69,7 @@ async fn measure(
     sleep(Duration::from_secs(2)).await;
     let in_flight = site.metrics().await?.sum("stagegate_runs_in_flight", "");
     let with_runs = resident()?;
-    options.progress(&format!("{runs} watchers"));
+    progress(&format!("{runs} watchers"));
     let mut watchers = watching(site, &ids).await?;
     sleep(Duration::from_secs(3)).await;
     let open = site.metrics().await?.sum("stagegate_sse_streams", "");
@@ -88,7 +81,7 @@ async fn measure(
     figures.goal("resident_mb", "resident with the watchers too, MB", with_watchers, Reach::AtMost(600.0));
     figures.push("kb_per_run", "memory a run in flight, KB", (with_runs - idle) * 1000.0 / count);
     figures.push("kb_per_watcher", "memory a watcher, KB", (with_watchers - with_runs) * 1000.0 / count);
-    options.progress("answers");
+    progress("answers");
     let released = Instant::now();
     rig.provider.release().await?;
     let ends = unconstrained(join_all(watchers.iter_mut().map(|watcher| timeout(PATIENCE, watcher.last_event()))));

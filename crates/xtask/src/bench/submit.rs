@@ -16,6 +16,7 @@ use super::{
     figures::{Figures, Report},
     limits::Echo,
     load::{closed_loop, connections, open_loop},
+    progress,
     rig::{HELD, Rig, Submission, submit_blind},
     wire::Connection,
 };
@@ -28,7 +29,7 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
     let echo = Echo::start().await?;
     let mut rounds = Vec::new();
     for round in 1..=options.rounds {
-        options.progress(&format!("round {round}"));
+        progress(&format!("round {round}"));
         let mut figures = Figures::default();
         measure(rig, &echo, options, &mut figures).await?;
         rounds.push(figures);
