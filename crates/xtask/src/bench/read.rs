@@ -72,10 +72,8 @@ async fn measure(rig: &Rig, options: &Options, figures: &mut Figures) -> anyhow:
     let requests = finished_runs(&site, &Submission::of(AT_ONCE), RUNS).await?;
     let mut connections = connections(site.address()?, CONNECTIONS).await?;
     let shot = async |connection: &mut Connection, number, _| read(connection, &requests, number).await;
-    site.settle().await;
     let before = site.reading().await?;
     let mut outcome = open_loop(&mut connections, 0, RATE, options.window, shot).await;
-    site.settle().await;
     let after = site.reading().await?;
     #[expect(clippy::cast_precision_loss, reason = "far fewer than 2^52 requests")]
     let (sent, errors) = (outcome.sent() as f64, outcome.errors as f64);
@@ -84,6 +82,6 @@ async fn measure(rig: &Rig, options: &Options, figures: &mut Figures) -> anyhow:
     figures.goal("read_p95_ms", "p95, ms", outcome.times.quantile(95), Reach::AtMost(5.0));
     figures.push("read_p99_ms", "p99, ms", outcome.times.quantile(99));
     figures.goal("errors", "errors", errors, Reach::AtMost(0.0));
-    after.cost_since(&before, sent, rig.store, figures);
+    after.cpu_since(&before, sent, rig.store, figures);
     site.stop().await
 }

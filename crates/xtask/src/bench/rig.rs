@@ -245,13 +245,6 @@ impl Site {
         Ok(succeeded)
     }
 
-    /// Waits until Postgres has told the work that is behind it: its backends do so once a second.
-    pub(crate) async fn settle(&self) {
-        if self.database.is_some() {
-            tokio::time::sleep(STATS_DELAY).await;
-        }
-    }
-
     /// Everything that is counted, at this moment.
     pub(crate) async fn reading(&mut self) -> anyhow::Result<Reading> {
         let mut reading = Reading { succeeded: self.succeeded().await?, ..Reading::default() };
@@ -295,9 +288,6 @@ impl Metrics {
         series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 }
-
-/// How late a backend's counters may be.
-const STATS_DELAY: std::time::Duration = std::time::Duration::from_millis(1500);
 
 /// One statement of ours, so that it counts as one commit.
 const READING: &str = "SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::float8,
@@ -359,7 +349,6 @@ impl Reading {
     /// What happened since, per piece of work.
     pub(crate) fn cost_since(&self, before: &Self, pieces: f64, store: Store, figures: &mut Figures) {
         let each = |now: f64, then: f64| (now - then) / pieces;
-        let ms = |now: f64, then: f64| each(now, then) * 1000.0;
         if store == Store::Postgres {
             // The first reading's own statement lies between the two.
             let commits = (self.commits - before.commits - 1.0) / pieces;
@@ -375,6 +364,12 @@ impl Reading {
             let dead = each(self.dead, before.dead);
             figures.push("dead_tuples_each", "dead tuples for each, vacuum as it comes", dead);
         }
+        self.cpu_since(before, pieces, store, figures);
+    }
+
+    /// The CPU time that was taken since, per piece of work.
+    pub(crate) fn cpu_since(&self, before: &Self, pieces: f64, store: Store, figures: &mut Figures) {
+        let ms = |now: f64, then: f64| (now - then) / pieces * 1000.0;
         figures.push("stagegate_cpu_ms_each", "CPU for each, ms: stagegate", ms(self.stagegate_s, before.stagegate_s));
         if store == Store::Postgres {
             figures.push("postgres_cpu_ms_each", "CPU for each, ms: Postgres", ms(self.postgres_s, before.postgres_s));
