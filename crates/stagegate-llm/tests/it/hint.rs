@@ -12,7 +12,7 @@ use stagegate_testkit::servers::Redis;
 use uuid::Uuid;
 
 /// Far more than anything here may take.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 fn hints(redis: &Redis, prefix: &str) -> Arc<RedisHints> {
     let config = RedisConfig { key_prefix: prefix.to_owned(), ..RedisConfig::default() };
