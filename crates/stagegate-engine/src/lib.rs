@@ -5,6 +5,7 @@
 //! others) → act → … → the last commit ends the run and the lease. What is queued, due, or left by a dead replica is
 //! claimed. Nothing here reads a database clock or holds a connection while a model is awaited.
 
+mod admission;
 mod api;
 mod batch;
 mod budget;
@@ -12,19 +13,23 @@ pub mod config;
 mod follow;
 mod kinds;
 mod observe;
+mod pipelines;
 mod plan;
 mod replica;
+mod retention;
 mod runner;
 mod shared;
 mod submit;
+mod whisper;
 mod writer;
 
 use std::{sync::Arc, time::Duration};
 
-use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use serde_json::Value;
 use stagegate_core::{
     Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId, Violation,
+    hint::Hints,
     store::{NewSignal, NewVersion, PipelineVersion, RunRecord, SignalKind, Signalled},
 };
 use stagegate_llm::Llm;
@@ -33,7 +38,9 @@ use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
+pub use follow::EventBatch;
 
+use pipelines::Pipelines;
 use shared::Shared;
 
 /// How long the store may take to note what is handed back, and the farewell, at the end of a drain.
@@ -57,17 +64,34 @@ impl Engine {
         metrics: Metrics,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, Error> {
+        Self::start_hinted(config, store, llm, metrics, clock, None).await
+    }
+
+    /// The same, with a way for hints between replicas: they wake each other earlier than their next look would.
+    pub async fn start_hinted(
+        config: config::EngineConfig,
+        store: Arc<dyn Store>,
+        llm: Arc<Llm>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+        hints: Option<Arc<dyn Hints>>,
+    ) -> Result<Self, Error> {
         let background = TaskTracker::new();
         let batch_max = config.commit_batch_max;
         let steps = writer::steps(&background, &store, &metrics, batch_max);
         let submits = writer::submits(&background, &store, batch_max);
+        let pipelines = Pipelines::new(&background, Arc::clone(&store));
         let replica = replica::new_replica_id();
-        let shared = Arc::new(Shared::new(config, store, llm, metrics, clock, steps, submits, replica));
+        let shared = Shared::new(config, store, llm, metrics, clock, steps, submits, pipelines, replica, hints);
+        let shared = Arc::new(shared);
         let entered = Instant::now();
         shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
         let stop = CancellationToken::new();
         background.spawn(replica::beat(Arc::clone(&shared), entered, stop.clone()));
         background.spawn(replica::claim(Arc::clone(&shared)));
+        background.spawn(follow::poll(Arc::clone(&shared.hub), Arc::downgrade(&shared)));
+        background.spawn(whisper::hear(Arc::clone(&shared), stop.clone()));
+        background.spawn(retention::walk(Arc::clone(&shared)));
         Ok(Self { shared, stop, background })
     }
 
@@ -154,6 +178,9 @@ impl Engine {
             Signalled::Accepted { owner } => {
                 if owner.is_none() || (owner == Some(self.replica()) && !self.shared.notify(run)) {
                     self.shared.work.notify_one();
+                    self.shared.whisper.work();
+                } else if owner != Some(self.replica()) {
+                    self.shared.whisper.signal(run);
                 }
             }
             Signalled::NoSuchRun => return Err(not_found()),
@@ -174,10 +201,38 @@ impl Engine {
         self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)
     }
 
+    /// Removes a run that has ended, whole: input, outputs, stages, events. The ledger keeps what was paid.
+    pub async fn delete(&self, tenant: &TenantId, run: RunId) -> Result<(), Error> {
+        let not_found = || Error::new(Code::RunNotFound, format!("there is no run {run}"));
+        let record = self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)?;
+        if record.state.is_terminal() && !self.shared.store.delete(&[run]).await?.is_empty() {
+            return Ok(());
+        }
+        // It lives, or has just been retried, or somebody else was faster.
+        let record = self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)?;
+        let message = format!("the run is {}: cancel it first, then delete it", record.state.as_str());
+        Err(Error::new(Code::WrongState, message))
+    }
+
     /// The events of a run after a seq, as they come, in order and gap-free; ends after `run.finished`. Ends at once
     /// where the run does not exist, or has ended and all its events were seen.
     pub fn follow(&self, tenant: TenantId, run: RunId, after: u64) -> BoxStream<'static, Result<Vec<Event>, Error>> {
-        follow::follow(Arc::clone(&self.shared.store), &self.shared.hub, tenant, run, after)
+        self.watch(tenant, run, after).map_ok(|batch| batch.events().to_vec()).boxed()
+    }
+
+    /// The same, in batches that everybody who watches the run shares.
+    pub fn watch(
+        &self,
+        tenant: TenantId,
+        run: RunId,
+        after: u64,
+    ) -> BoxStream<'static, Result<Arc<EventBatch>, Error>> {
+        follow::watch(Arc::clone(&self.shared.store), &self.shared.hub, tenant, run, after)
+    }
+
+    /// What a tenant may have.
+    pub fn limits_of(&self, tenant: &TenantId) -> config::TenantLimits {
+        self.shared.config.limits_of(tenant)
     }
 
     /// The store, for reads.
@@ -207,7 +262,7 @@ impl Engine {
 
     /// Stops taking anything new: readiness goes false. What is under way goes on.
     pub fn begin_drain(&self) {
-        self.shared.drain.cancel();
+        self.shared.begin_drain();
     }
 
     /// Takes nothing new, gives the attempts under way `grace` to end and be checkpointed, hands the rest back, and

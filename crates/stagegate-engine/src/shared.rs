@@ -8,10 +8,12 @@ use std::{
     },
 };
 
+use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Clock, Error, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
+    Clock, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
-    fair::Shares,
+    fair::{Limits, Shares},
+    hint::Hints,
     store::{Commit, Committed, NewRun, Submitted},
 };
 use stagegate_llm::Llm;
@@ -21,14 +23,17 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
 use crate::{
+    admission::Admission,
     batch::Batcher,
     config::EngineConfig,
     follow::Hub,
+    pipelines::Pipelines,
     runner::{Driver, Ended, Handle},
+    whisper::Whisper,
 };
 
-/// Compiled pipelines kept in memory; past it the table starts over.
-const PIPELINES_MAX: usize = 512;
+/// What a driver's task may hold beside its run; there is one for each run in flight.
+const DRIVER_MAX_BYTES: usize = 2 * 1024;
 
 /// A time in which this replica may count on its leases: from a heartbeat until it could not renew, or was declared
 /// dead. Whatever is leased belongs to one life and stops with it, also what was still being leased when it ended.
@@ -44,8 +49,6 @@ impl Life {
     }
 }
 
-type PipelineKey = (TenantId, PipelineName, u32);
-
 /// What the parts of one engine share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -55,11 +58,15 @@ pub(crate) struct Shared {
     pub(crate) llm: Arc<Llm>,
     pub(crate) metrics: Metrics,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) hub: Hub,
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) whisper: Whisper,
     pub(crate) steps: Batcher<Commit, Committed>,
     pub(crate) submits: Batcher<NewRun, Submitted>,
     /// Room for runs; a driver holds a permit until its last commit is acknowledged.
     pub(crate) room: Arc<Semaphore>,
+    pub(crate) admission: Admission,
+    /// Others wait to be claimed: what is submitted now waits behind them. Cleared by a claim that finds nobody.
+    pub(crate) backlog: AtomicBool,
     /// There may be work to claim.
     pub(crate) work: Notify,
     /// Something may be owned that no driver knows: an insert or a claim whose answer was lost. A flag and no wake-up,
@@ -70,7 +77,13 @@ pub(crate) struct Shared {
     pub(crate) drivers: TaskTracker,
     life: Mutex<Life>,
     driven: Mutex<HashMap<RunId, Arc<Handle>>>,
-    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+    pipelines: Pipelines,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.hub.close();
+    }
 }
 
 impl Shared {
@@ -83,7 +96,9 @@ impl Shared {
         clock: Arc<dyn Clock>,
         steps: Batcher<Commit, Committed>,
         submits: Batcher<NewRun, Submitted>,
+        pipelines: Pipelines,
         replica: ReplicaId,
+        hints: Option<Arc<dyn Hints>>,
     ) -> Self {
         Self {
             room: Arc::new(Semaphore::new(config.max_runs.min(Semaphore::MAX_PERMITS))),
@@ -93,16 +108,19 @@ impl Shared {
             llm,
             metrics,
             clock,
-            hub: Hub::default(),
+            hub: Arc::default(),
+            whisper: Whisper::new(hints),
             steps,
             submits,
+            admission: Admission::default(),
+            backlog: AtomicBool::new(false),
             work: Notify::new(),
             doubt: AtomicBool::new(false),
             drain: CancellationToken::new(),
             drivers: TaskTracker::new(),
             life: Mutex::new(Life::of(replica)),
             driven: Mutex::default(),
-            pipelines: Mutex::default(),
+            pipelines,
         }
     }
 
@@ -132,9 +150,20 @@ impl Shared {
     /// Ends the present life: every driver stops at once. Returns how many there were.
     pub(crate) fn end_life(&self) -> usize {
         self.present().ended.cancel();
-        let stopped = std::mem::take(&mut *self.driven()).len();
+        let stopped = std::mem::take(&mut *self.driven());
+        for handle in stopped.values() {
+            handle.stop();
+        }
         self.count(0);
-        stopped
+        stopped.len()
+    }
+
+    /// Whether a run may be taken in its submit: nobody waits before it, and nothing is to be counted.
+    pub(crate) fn may_lease(&self, tenant: &TenantId, limits: &Limits, start_at: Option<DateTime<Utc>>) -> bool {
+        start_at.is_none()
+            && limits.is_empty()
+            && self.shares.of(tenant).max_runs.is_none()
+            && !self.backlog.load(Ordering::Relaxed)
     }
 
     pub(crate) fn doubt(&self) {
@@ -151,8 +180,12 @@ impl Shared {
         if driven.contains_key(&run) {
             return None;
         }
-        let handle = Arc::new(Handle { signalled: Notify::new(), stop: life.ended.child_token() });
+        let handle = Arc::new(Handle::default());
         driven.insert(run, Arc::clone(&handle));
+        // Either the end of the life finds it in the table, or it is seen here.
+        if life.ended.is_cancelled() {
+            handle.stop();
+        }
         self.count(driven.len());
         Some(handle)
     }
@@ -176,10 +209,30 @@ impl Shared {
         self.driven().contains_key(&run)
     }
 
+    /// Leaves the runs that no driver of ours has.
+    pub(crate) fn retain_elsewhere(&self, runs: &mut Vec<(RunId, u64)>) {
+        let driven = self.driven();
+        runs.retain(|(run, _)| !driven.contains_key(run));
+    }
+
+    /// Hands durable events of a run to those who watch it, here and elsewhere.
+    pub(crate) fn tell(&self, run: RunId, events: Vec<Event>) {
+        self.hub.tell(run, events);
+        self.whisper.news(run);
+    }
+
+    /// Nothing new starts; what is under way goes on to its next commit.
+    pub(crate) fn begin_drain(&self) {
+        self.drain.cancel();
+        for handle in self.driven().values() {
+            handle.wake();
+        }
+    }
+
     /// Tells a run's driver that there are signals. False where no driver of ours has it.
     pub(crate) fn notify(&self, run: RunId) -> bool {
         self.driven().get(&run).is_some_and(|handle| {
-            handle.signalled.notify_one();
+            handle.signal();
             true
         })
     }
@@ -195,6 +248,8 @@ impl Shared {
     ) {
         let shared = Arc::clone(self);
         let lease = run.lease();
+        // Its end may make room for one that waits for its limit.
+        let limited = run.pipeline().concurrency.is_some() || self.shares.of(run.tenant()).max_runs.is_some();
         let span = tracing::info_span!(
             parent: None,
             "run",
@@ -203,9 +258,10 @@ impl Shared {
             pipeline = %run.pipeline().name,
             request_id,
         );
+        let mut driver = Box::new(Driver::new(Arc::clone(&shared), Arc::clone(&handle), run));
         let work = async move {
-            let driver = Driver::new(Arc::clone(&shared), Arc::clone(&handle), run);
             let outcome = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
+            drop(driver);
             let ended = outcome.unwrap_or_else(|_| {
                 tracing::error!("the driver of this run panicked; the run is tried again later");
                 Ended::Broken
@@ -222,44 +278,27 @@ impl Shared {
                     if let Err(error) = shared.store.release(&[lease]).await {
                         tracing::warn!(%error, "the run could not be handed back");
                         shared.doubt();
+                    } else {
+                        shared.whisper.work();
                     }
                 }
             }
             drop(permit); // Whoever waits for room to claim is woken by this.
+            if limited {
+                shared.work.notify_one();
+            }
         };
+        debug_assert!(std::mem::size_of_val(&work) <= DRIVER_MAX_BYTES, "{}", std::mem::size_of_val(&work));
         self.drivers.spawn(work.instrument(span));
     }
 
-    /// A compiled version.
+    /// A compiled version; None for the newest.
     pub(crate) async fn pipeline(
         &self,
         tenant: &TenantId,
         name: &PipelineName,
         version: Option<u32>,
     ) -> Result<Option<(Arc<Pipeline>, u32)>, Error> {
-        if let Some(version) = version
-            && let Some(pipeline) = self.compiled(tenant, name, version)
-        {
-            return Ok(Some((pipeline, version)));
-        }
-        let Some(record) = self.store.pipeline(tenant, name, version).await? else { return Ok(None) };
-        let version = record.version;
-        if let Some(pipeline) = self.compiled(tenant, name, version) {
-            return Ok(Some((pipeline, version)));
-        }
-        let pipeline = Pipeline::from_stored(record.definition)
-            .map_err(|violations| Error::violations(stagegate_core::Code::InvalidDefinition, violations))?;
-        let pipeline = Arc::new(pipeline);
-        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if pipelines.len() >= PIPELINES_MAX {
-            pipelines.clear();
-        }
-        pipelines.insert((tenant.clone(), name.clone(), version), Arc::clone(&pipeline));
-        Ok(Some((pipeline, version)))
-    }
-
-    fn compiled(&self, tenant: &TenantId, name: &PipelineName, version: u32) -> Option<Arc<Pipeline>> {
-        let pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        pipelines.get(&(tenant.clone(), name.clone(), version)).cloned()
+        self.pipelines.get(tenant, name, version).await
     }
 }
