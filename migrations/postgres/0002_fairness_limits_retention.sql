@@ -35,7 +35,7 @@ ALTER TABLE checkpoints
 
 -- Claims: lanes are found by skipping from one to the next, and each is read from its head. A run that is leased with
 -- its insert never enters it. The index of schema 1 goes: while replicas of schema 1 remain they sort the queue, which
--- is a tenth of a second at a hundred thousand waiting runs; to keep it would cost each queued run a second entry.
+-- is a quarter of a second at a hundred thousand waiting runs; to keep it would cost each queued run a second entry.
 CREATE INDEX runs_waiting ON runs (tenant, lane, priority DESC, available_at, id) WHERE available_at IS NOT NULL;
 DROP INDEX runs_claimable;
 -- What a replica owns, and how much of that counts towards which limit.
