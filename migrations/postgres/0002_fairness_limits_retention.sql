@@ -35,7 +35,7 @@ ALTER TABLE checkpoints
 
 -- Claims: lanes are found by skipping from one to the next, and each is read from its head. A run that is leased with
 -- its insert never enters it. The index of schema 1 goes: while replicas of schema 1 remain they sort the queue, which
--- is a tenth of a second at a hundred thousand waiting runs; to keep it would cost each queued run a second entry.
+-- is a quarter of a second at a hundred thousand waiting runs; to keep it would cost each queued run a second entry.
 CREATE INDEX runs_waiting ON runs (tenant, lane, priority DESC, available_at, id) WHERE available_at IS NOT NULL;
 DROP INDEX runs_claimable;
 -- What a replica owns, and how much of that counts towards which limit.
@@ -225,8 +225,10 @@ BEGIN
     );
     GET DIAGNOSTICS lost = ROW_COUNT;
     UPDATE runs SET owner = NULL, available_at = moment WHERE id IN (
-        SELECT r.id FROM replicas p JOIN runs r ON r.owner = p.id WHERE p.dead_at IS NOT NULL
-        LIMIT free_most FOR UPDATE OF r SKIP LOCKED
+        SELECT x.id FROM replicas p CROSS JOIN LATERAL (
+            SELECT r.id FROM runs r WHERE r.owner = p.id LIMIT free_most FOR UPDATE SKIP LOCKED
+        ) x
+        WHERE p.dead_at IS NOT NULL LIMIT free_most
     );
     GET DIAGNOSTICS freed = ROW_COUNT;
     IF most <= 0 THEN
@@ -261,8 +263,10 @@ BEGIN
                                 other_weight, other_max);
         EXIT WHEN chosen = '{}';
         WITH locked AS MATERIALIZED (
-            SELECT r.id, c.n FROM unnest(chosen) WITH ORDINALITY AS c(id, n) JOIN runs r ON r.id = c.id
-            WHERE r.available_at <= moment FOR UPDATE OF r SKIP LOCKED
+            -- A subquery with a limit can only be done run by run: a join that was planned while few waited reads them all.
+            SELECT x.id, c.n FROM unnest(chosen) WITH ORDINALITY AS c(id, n) CROSS JOIN LATERAL (
+                SELECT r.id FROM runs r WHERE r.id = c.id AND r.available_at <= moment LIMIT 1 FOR UPDATE SKIP LOCKED
+            ) x
         ), taken AS (
             UPDATE runs r SET owner = me, epoch = r.epoch + 1, available_at = NULL, signalled = r.pending > 0,
                               leased_at = moment
@@ -292,7 +296,9 @@ BEGIN
     );
     RETURN QUERY
         SELECT g.run_id, g.id, g.body FROM unnest(in_runs, in_epochs) AS l(id, epoch)
-        JOIN runs r ON r.id = l.id AND r.epoch = l.epoch AND r.owner IS NOT NULL
+        CROSS JOIN LATERAL (
+            SELECT r.id FROM runs r WHERE r.id = l.id AND r.epoch = l.epoch AND r.owner IS NOT NULL LIMIT 1
+        ) r
         JOIN signals g ON g.run_id = r.id
         ORDER BY g.run_id, g.id;
 END $$;

@@ -72,7 +72,7 @@ GROUP BY tenant ORDER BY tenant";
 pub const REPLICAS: &str = "/* replicas.list */
 SELECT p.id, p.name, p.version, p.draining, p.started_at, p.dead_at IS NULL AND p.expires_at > now() AS alive,
        greatest(0, extract(epoch FROM now() - p.seen_at) * 1000)::int8 AS age_ms, o.runs,
-       greatest(0, extract(epoch FROM now() - o.since) * 1000)::int8 AS oldest_ms
+       CASE WHEN o.since IS NOT NULL THEN greatest(0, extract(epoch FROM now() - o.since) * 1000)::int8 END AS oldest_ms
 FROM replicas p CROSS JOIN LATERAL (
     SELECT count(*) AS runs, min(r.leased_at) AS since FROM runs r
     WHERE r.owner = p.id AND ($1::text IS NULL OR r.tenant = $1)

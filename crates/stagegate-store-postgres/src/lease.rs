@@ -125,6 +125,7 @@ pub(crate) async fn claim(
     let mut connection = pool.acquire("runs.claim").await?;
     let mut after = turn.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut leases: Vec<Lease> = Vec::new();
+    let (mut seen_the_first, mut freed) = (false, 0);
     loop {
         let room = limit.saturating_sub(u32::try_from(leases.len()).unwrap_or(u32::MAX)).min(TAKE_MAX);
         let look = look(&mut connection, replica, room, shares, after.as_ref()).await?;
@@ -133,7 +134,8 @@ pub(crate) async fn claim(
         }
         let took = u32::try_from(look.leases.len()).unwrap_or(u32::MAX);
         leases.extend(look.leases);
-        let from_the_first = after.is_none();
+        seen_the_first |= after.is_none();
+        freed += look.freed;
         let filled = took == room && (leases.len() < limit as usize);
         let fruitless = leases.is_empty() && limit > 0;
         match look.last {
@@ -141,7 +143,7 @@ pub(crate) async fn claim(
             _ if filled || look.freed == FREE_MAX => {}
             Some(last) if fruitless => after = Some(last),
             // The end of the lanes: on from the first one, so that a claim which takes none has seen all of them.
-            None if fruitless && (!from_the_first || look.freed > 0) => after = None,
+            None if fruitless && (!seen_the_first || freed > 0) => (after, freed) = (None, 0),
             next => {
                 *turn.lock().unwrap_or_else(PoisonError::into_inner) = next;
                 return Ok(leases);

@@ -1,5 +1,6 @@
 //! The Postgres store on a real Postgres.
 
+mod claims;
 mod contract;
 mod faults;
 mod plans;

@@ -58,3 +58,39 @@ async fn a_schema_that_is_newer_or_was_changed_is_refused() {
         }
     }
 }
+
+/// A newer binary migrated the database, and says which binaries still work beside its schema.
+async fn migrate_beyond(database: &TestDatabase, migration: i64, oldest_binary: i64) {
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let applied = "INSERT INTO _sqlx_migrations SELECT $1, 'x', now(), true, checksum, 0 FROM _sqlx_migrations LIMIT 1";
+    sqlx::query(applied).bind(migration).execute(&mut connection).await.expect("changes");
+    let compat = "INSERT INTO schema_compat VALUES ($1, $2)";
+    sqlx::query(compat).bind(migration).bind(oldest_binary).execute(&mut connection).await.expect("changes");
+}
+
+#[tokio::test]
+async fn a_newer_schema_that_suits_this_binary_is_worked_on() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let needed = PostgresStore::schema_version();
+    migrate_beyond(&database, 9_998, needed).await;
+    migrate_beyond(&database, 9_999, needed - 1).await;
+    store.check_schema().await.expect("suits");
+    store.migrate().await.expect("there is nothing to do");
+    store.check_schema().await.expect("still suits");
+    // One of several does not.
+    migrate_beyond(&database, 10_000, needed + 1).await;
+    for result in [store.check_schema().await, store.migrate().await] {
+        let error = result.expect_err("does not fit");
+        assert!(matches!(&error, StoreError::SchemaAhead(message) if message.contains("10000")), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn every_migration_says_which_binaries_work_beside_it() {
+    let (_store, database) = crate::fresh(&PoolConfig::default()).await;
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let sql = "SELECT m.version FROM _sqlx_migrations m LEFT JOIN schema_compat c ON c.migration = m.version
+               WHERE m.version > 1 AND (c.migration IS NULL OR c.oldest_binary > m.version)";
+    let silent: Vec<i64> = sqlx::query_scalar(sql).fetch_all(&mut connection).await.expect("reads");
+    assert_eq!(silent, [0_i64; 0]);
+}
