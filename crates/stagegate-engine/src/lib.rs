@@ -22,6 +22,7 @@ mod writer;
 use std::{sync::Arc, time::Duration};
 
 use futures::stream::BoxStream;
+use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::Value;
 use stagegate_core::{
     Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId, Violation,
@@ -57,12 +58,25 @@ impl Engine {
         metrics: Metrics,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, Error> {
+        Self::start_seeded(config, store, llm, metrics, clock, StdRng::from_os_rng()).await
+    }
+
+    /// The same, with everything that it draws at random (ids, jitter) drawn from `rng`: for simulations, which must
+    /// be repeatable.
+    pub async fn start_seeded(
+        config: config::EngineConfig,
+        store: Arc<dyn Store>,
+        llm: Arc<Llm>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+        mut rng: StdRng,
+    ) -> Result<Self, Error> {
         let background = TaskTracker::new();
         let batch_max = config.commit_batch_max;
         let steps = writer::steps(&background, &store, &metrics, batch_max);
         let submits = writer::submits(&background, &store, batch_max);
-        let replica = replica::new_replica_id();
-        let shared = Arc::new(Shared::new(config, store, llm, metrics, clock, steps, submits, replica));
+        let replica = replica::new_replica_id(clock.now(), rng.random());
+        let shared = Arc::new(Shared::new(config, store, llm, metrics, clock, rng, steps, submits, replica));
         let entered = Instant::now();
         shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
         let stop = CancellationToken::new();

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, LazyLock, atomic::Ordering};
 
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use chrono::{DateTime, Utc};
 use stagegate_core::{
     Code, Error, ReplicaId,
     decide::{Run, Stimulus},
@@ -10,7 +10,6 @@ use stagegate_core::{
 };
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::shared::{Life, Shared};
 
@@ -23,9 +22,10 @@ const CLAIM_MAX: usize = 64;
 /// Looks for work between two looks at what is owned.
 const LOOKS_PER_AUDIT: u32 = 30;
 
-/// A new life of this replica.
-pub(crate) fn new_replica_id() -> ReplicaId {
-    ReplicaId(Uuid::now_v7())
+/// A new life of this replica, beginning at `now`; `random` fills the rest.
+pub(crate) fn new_replica_id(now: DateTime<Utc>, random: [u8; 10]) -> ReplicaId {
+    let millis = u64::try_from(now.timestamp_millis()).unwrap_or(0);
+    ReplicaId(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid())
 }
 
 pub(crate) fn heartbeat(shared: &Shared, draining: bool) -> Heartbeat {
@@ -57,6 +57,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
         // Wakes for the fence too: a beat that failed must not put it off to the next one.
         let fence = shared.life().map(|_| renewed + fence_after);
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             () = tokio::time::sleep_until(fence.map_or(next, |fence| fence.min(next))) => {}
         }
@@ -86,7 +87,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
             }
             Ok(Ok(_)) => {
                 let lost = shared.end_life();
-                shared.rename(new_replica_id());
+                shared.rename(new_replica_id(shared.clock.now(), shared.random()));
                 tracing::warn!(lost, "this replica had been declared dead; it begins a new life");
             }
             Ok(Err(error)) => tracing::warn!(%error, "the heartbeat failed"),
@@ -97,11 +98,11 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
 
 /// Claims and drives until the drain begins.
 pub(crate) async fn claim(shared: Arc<Shared>) {
-    let mut rng = StdRng::from_os_rng();
     let mut looks = 0;
     loop {
-        let pause = shared.config.poll_interval.0.mul_f64(rng.random_range(0.5..1.0));
+        let pause = shared.config.poll_interval.0.mul_f64(0.5 + shared.random::<f64>() / 2.0);
         let permit = tokio::select! {
+            biased;
             () = shared.drain.cancelled() => return,
             permit = Arc::clone(&shared.room).acquire_owned() => permit.ok(),
             () = tokio::time::sleep(pause) => None, // Full: but what is owned is looked after.
@@ -124,6 +125,7 @@ pub(crate) async fn claim(shared: Arc<Shared>) {
             continue;
         }
         tokio::select! {
+            biased;
             () = shared.drain.cancelled() => return,
             () = shared.work.notified() => {}
             () = tokio::time::sleep(pause) => {}

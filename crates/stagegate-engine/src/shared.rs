@@ -8,6 +8,11 @@ use std::{
     },
 };
 
+use rand::{
+    Rng,
+    distr::{Distribution, StandardUniform},
+    rngs::StdRng,
+};
 use stagegate_core::{
     Clock, Error, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
@@ -53,6 +58,7 @@ pub(crate) struct Shared {
     pub(crate) llm: Arc<Llm>,
     pub(crate) metrics: Metrics,
     pub(crate) clock: Arc<dyn Clock>,
+    rng: Mutex<StdRng>,
     pub(crate) hub: Hub,
     pub(crate) steps: Batcher<Commit, Committed>,
     pub(crate) submits: Batcher<NewRun, Submitted>,
@@ -79,6 +85,7 @@ impl Shared {
         llm: Arc<Llm>,
         metrics: Metrics,
         clock: Arc<dyn Clock>,
+        rng: StdRng,
         steps: Batcher<Commit, Committed>,
         submits: Batcher<NewRun, Submitted>,
         replica: ReplicaId,
@@ -90,6 +97,7 @@ impl Shared {
             llm,
             metrics,
             clock,
+            rng: Mutex::new(rng),
             hub: Hub::default(),
             steps,
             submits,
@@ -101,6 +109,14 @@ impl Shared {
             driven: Mutex::default(),
             pipelines: Mutex::default(),
         }
+    }
+
+    /// Something random: every id and jitter of this engine comes from here, so that a seed decides them.
+    pub(crate) fn random<T>(&self) -> T
+    where
+        StandardUniform: Distribution<T>,
+    {
+        self.rng.lock().unwrap_or_else(PoisonError::into_inner).random()
     }
 
     fn present(&self) -> std::sync::MutexGuard<'_, Life> {

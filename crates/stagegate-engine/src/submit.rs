@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use rand::{Rng, SeedableRng, rngs::StdRng};
 use stagegate_core::{
     Code, Error, RunId, RunState, Totals,
     decide::Accept,
@@ -29,7 +28,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
     let now = shared.clock.now();
     let lease = shared.life().zip(Arc::clone(&shared.room).try_acquire_owned().ok());
     let accept = Accept {
-        id: RunId::new(now, StdRng::from_os_rng().random()),
+        id: RunId::new(now, shared.random()),
         tenant: tenant.clone(),
         pipeline,
         version,
