@@ -1,0 +1,284 @@
+//! A store in memory: the contract of [`stagegate_core::Store`] without a database, so that a simulation can run
+//! thousands of lives in a second. Owns its clock, which is tokio's and so can be virtual; never a fault: those are
+//! [`crate::front`]'s. Held to the same contract suite as Postgres and SQLite.
+
+mod lease;
+mod state;
+mod write;
+
+use std::sync::{Mutex, PoisonError};
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use stagegate_core::{
+    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreResult, TenantId,
+    store::{
+        ApiKey, Commit, Committed, Heartbeat, Lease, NewApiKey, NewRun, NewSignal, NewVersion, PipelineVersion, Pulse,
+        QueueStats, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+    },
+};
+use tokio::time::Instant;
+
+pub(crate) use state::{Row, State};
+
+use crate::Flaw;
+
+/// Where the store's clock begins: some day, the same in each simulation.
+pub(crate) const EPOCH_MS: i64 = 1_767_225_600_000;
+
+/// The store. Share it behind an `Arc`.
+#[derive(Debug)]
+pub struct MemoryStore {
+    state: Mutex<State>,
+    began: Instant,
+    pub(crate) flaw: Flaw,
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl MemoryStore {
+    /// An empty one; its clock begins now.
+    pub fn new() -> Self {
+        Self::with_flaw(Flaw::None)
+    }
+
+    /// One that breaks a promise.
+    pub fn with_flaw(flaw: Flaw) -> Self {
+        Self { state: Mutex::default(), began: Instant::now(), flaw }
+    }
+
+    /// The database's clock.
+    pub(crate) fn now(&self) -> i64 {
+        EPOCH_MS + i64::try_from(self.began.elapsed().as_millis()).unwrap_or(i64::MAX)
+    }
+
+    /// Everything, for one step. Nothing is awaited inside.
+    pub(crate) fn with<T>(&self, step: impl FnOnce(&mut State, i64) -> T) -> T {
+        let now = self.now();
+        step(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner), now)
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl State {
+    pub(crate) fn row(&self, tenant: &TenantId, run: RunId) -> Option<&Row> {
+        self.runs.get(&run).filter(|row| row.record.tenant == *tenant)
+    }
+
+    fn register(&mut self, new: &NewVersion) -> (PipelineVersion, bool) {
+        let versions = self.versions.entry((new.tenant.clone(), new.name.clone())).or_default();
+        let digest = hex(&new.digest);
+        if let Some(known) = versions.iter().find(|version| version.digest == digest) {
+            return (known.clone(), false);
+        }
+        let version = PipelineVersion {
+            name: new.name.clone(),
+            version: u32::try_from(versions.len()).map_or(u32::MAX, |count| count + 1),
+            digest,
+            created_at: new.now,
+            definition: new.definition.clone(),
+        };
+        versions.push(version.clone());
+        (version, true)
+    }
+
+    fn list(&self, query: &RunQuery) -> Vec<RunRecord> {
+        let wanted = |run: &&RunRecord| {
+            run.tenant == query.tenant
+                && query.pipeline.as_ref().is_none_or(|pipeline| run.pipeline == *pipeline)
+                && query.version.is_none_or(|version| run.version == version)
+                && (query.states.is_empty() || query.states.contains(&run.state))
+                && query.labels.iter().all(|(key, value)| run.labels.get(key) == Some(value))
+                && query.created_from.is_none_or(|from| run.created_at >= from)
+                && query.created_before.is_none_or(|before| run.created_at < before)
+                && query.before.is_none_or(|before| run.id < before)
+        };
+        let newest_first = self.runs.values().rev().map(|row| &row.record);
+        newest_first.filter(wanted).take(query.limit as usize).cloned().collect()
+    }
+
+    pub(crate) fn events(&self, tenant: &TenantId, run: RunId, after: u64, limit: u32, flaw: Flaw) -> Vec<Event> {
+        let Some(row) = self.row(tenant, run) else { return Vec::new() };
+        let after = match flaw {
+            Flaw::CursorRepeats => after.saturating_sub(1),
+            Flaw::CursorSkips if after > 0 => after + 1,
+            _ => after,
+        };
+        row.events.iter().filter(|event| event.seq > after).take(limit as usize).cloned().collect()
+    }
+}
+
+#[async_trait]
+impl Store for MemoryStore {
+    async fn register(&self, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
+        Ok(self.with(|state, _| state.register(new)))
+    }
+
+    async fn pipeline(
+        &self,
+        tenant: &TenantId,
+        name: &PipelineName,
+        version: Option<u32>,
+    ) -> StoreResult<Option<PipelineVersion>> {
+        Ok(self.with(|state, _| {
+            let versions = state.versions.get(&(tenant.clone(), name.clone()))?;
+            match version {
+                None => versions.last().cloned(),
+                Some(number) => versions.iter().find(|version| version.version == number).cloned(),
+            }
+        }))
+    }
+
+    async fn pipelines(
+        &self,
+        tenant: &TenantId,
+        after: Option<&PipelineName>,
+        limit: u32,
+    ) -> StoreResult<Vec<PipelineVersion>> {
+        Ok(self.with(|state, _| {
+            let ours = state.versions.iter().filter(|((of, name), _)| of == tenant && after.is_none_or(|a| name > a));
+            ours.filter_map(|(_, versions)| versions.last().cloned()).take(limit as usize).collect()
+        }))
+    }
+
+    async fn versions(
+        &self,
+        tenant: &TenantId,
+        name: &PipelineName,
+        before: Option<u32>,
+        limit: u32,
+    ) -> StoreResult<Vec<PipelineVersion>> {
+        Ok(self.with(|state, _| {
+            let versions = state.versions.get(&(tenant.clone(), name.clone())).map_or(&[][..], Vec::as_slice);
+            let older = versions.iter().rev().filter(|version| before.is_none_or(|before| version.version < before));
+            older.take(limit as usize).cloned().collect()
+        }))
+    }
+
+    async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
+        Ok(self.with(|state, now| state.submit(runs, now)))
+    }
+
+    async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
+        Ok(self.with(|state, _| {
+            state.row(tenant, id).map(|row| RunDetail {
+                run: row.record.clone(),
+                input: row.input.clone(),
+                output: row.output.clone(),
+                stages: row.stages.values().cloned().collect(),
+            })
+        }))
+    }
+
+    async fn run_record(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>> {
+        Ok(self.with(|state, _| state.row(tenant, id).map(|row| row.record.clone())))
+    }
+
+    async fn runs(&self, query: &RunQuery) -> StoreResult<Vec<RunRecord>> {
+        Ok(self.with(|state, _| state.list(query)))
+    }
+
+    async fn stage(&self, tenant: &TenantId, run: RunId, stage: &StageId) -> StoreResult<Option<StageDetail>> {
+        Ok(self.with(|state, _| {
+            let row = state.row(tenant, run)?;
+            Some(StageDetail {
+                stage: row.stages.get(stage)?.clone(),
+                checkpoint: row.checkpoints.get(stage).cloned(),
+                attempts: row.attempts.get(stage).map_or_else(Vec::new, |all| all.values().cloned().collect()),
+            })
+        }))
+    }
+
+    async fn events(&self, tenant: &TenantId, run: RunId, after: u64, limit: u32) -> StoreResult<Vec<Event>> {
+        Ok(self.with(|state, _| state.events(tenant, run, after, limit, self.flaw)))
+    }
+
+    async fn signal(&self, signal: &NewSignal) -> StoreResult<Signalled> {
+        Ok(self.with(|state, now| state.signal(signal, now)))
+    }
+
+    async fn heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse> {
+        Ok(self.with(|state, now| state.heartbeat(beat, now)))
+    }
+
+    async fn claim(&self, replica: ReplicaId, limit: u32) -> StoreResult<Vec<Lease>> {
+        Ok(self.with(|state, now| state.claim(replica, limit, self.flaw, now)))
+    }
+
+    async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>> {
+        Ok(self.with(|state, _| state.owned(replica)))
+    }
+
+    async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
+        Ok(self.with(|state, _| state.load(leases)))
+    }
+
+    async fn signals(&self, lease: Lease) -> StoreResult<Vec<Signal>> {
+        Ok(self.with(|state, _| state.signals(lease)))
+    }
+
+    async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
+        self.with(|state, now| state.commit(commits, self.flaw, now))
+    }
+
+    async fn release(&self, leases: &[Lease]) -> StoreResult<()> {
+        self.with(|state, now| state.release(leases, now));
+        Ok(())
+    }
+
+    async fn leave(&self, replica: ReplicaId) -> StoreResult<()> {
+        self.with(|state, now| state.leave(replica, now));
+        Ok(())
+    }
+
+    async fn queue(&self) -> StoreResult<QueueStats> {
+        Ok(self.with(|state, now| state.queue(now)))
+    }
+
+    async fn create_key(&self, key: &NewApiKey) -> StoreResult<()> {
+        self.with(|state, _| {
+            if state.api_keys.iter().all(|(_, known)| known.id != key.key.id) {
+                state.api_keys.push((key.hash, key.key.clone()));
+            }
+        });
+        Ok(())
+    }
+
+    async fn key_by_hash(&self, hash: &[u8; 32]) -> StoreResult<Option<ApiKey>> {
+        Ok(self.with(|state, _| state.api_keys.iter().find(|(known, _)| known == hash).map(|(_, key)| key.clone())))
+    }
+
+    async fn keys(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<ApiKey>> {
+        let mut keys: Vec<ApiKey> = self.with(|state, _| {
+            let ours = state.api_keys.iter().filter(|(_, key)| tenant.is_none_or(|tenant| key.tenant == *tenant));
+            ours.map(|(_, key)| key.clone()).collect()
+        });
+        keys.sort_by(|a, b| (&a.tenant, a.created_at, a.id).cmp(&(&b.tenant, b.created_at, b.id)));
+        Ok(keys)
+    }
+
+    async fn revoke_key(&self, id: KeyId, now: DateTime<Utc>) -> StoreResult<bool> {
+        Ok(self.with(|state, _| {
+            let Some((_, key)) = state.api_keys.iter_mut().find(|(_, key)| key.id == id) else { return false };
+            key.revoked_at.get_or_insert(now);
+            true
+        }))
+    }
+
+    async fn ping(&self) -> StoreResult<()> {
+        Ok(())
+    }
+
+    fn kind(&self) -> &'static str {
+        "memory"
+    }
+
+    async fn close(&self) {}
+}
