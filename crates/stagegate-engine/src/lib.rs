@@ -175,6 +175,10 @@ impl Engine {
                 let message = format!("the run is {}: it cannot be {asked}", state.as_str());
                 return Err(Error::new(Code::WrongState, message));
             }
+            Signalled::Purged => {
+                let message = "its input and outputs were removed by retention: submit it anew";
+                return Err(Error::new(Code::Purged, message));
+            }
             Signalled::StageNotHeld(state) => {
                 let is = state.map_or("not started", |state| state.as_str());
                 let message = format!("the stage is {is}: only a held output can be {asked}, and only once");

@@ -16,6 +16,7 @@ use rand::{
 use stagegate_core::{
     Clock, Error, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
+    fair::Shares,
     store::{Commit, Committed, NewRun, Submitted},
 };
 use stagegate_llm::Llm;
@@ -54,6 +55,7 @@ type PipelineKey = (TenantId, PipelineName, u32);
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) config: EngineConfig,
+    pub(crate) shares: Shares,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) llm: Arc<Llm>,
     pub(crate) metrics: Metrics,
@@ -92,6 +94,7 @@ impl Shared {
     ) -> Self {
         Self {
             room: Arc::new(Semaphore::new(config.max_runs.min(Semaphore::MAX_PERMITS))),
+            shares: config.shares(),
             config,
             store,
             llm,

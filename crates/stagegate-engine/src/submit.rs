@@ -20,12 +20,15 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         return Err(Error::new(Code::Draining, "this replica is shutting down; send the request again")
             .retry_after(std::time::Duration::from_secs(1)));
     }
-    let Submit { tenant, pipeline, version, input, cache_mode, priority, labels, idempotency, request_id } = submit;
+    let Submit { tenant, pipeline, version, input, cache_mode, priority, labels, idempotency, start_at, request_id } =
+        submit;
     let (pipeline, version) = crate::known_pipeline(shared, &tenant, &pipeline, version).await?;
     pipeline.check_input(&input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
     check_labels(&labels)?;
+    let limits = pipeline.limits(&input).map_err(|violation| Error::violations(Code::InvalidInput, vec![violation]))?;
 
     let now = shared.clock.now();
+    let start_at = start_at.filter(|at| *at > now);
     let lease = shared.life().zip(Arc::clone(&shared.room).try_acquire_owned().ok());
     let accept = Accept {
         id: RunId::new(now, shared.random()),
@@ -38,6 +41,8 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         labels,
         idempotency,
         request_id: request_id.clone(),
+        start_at,
+        limits,
         lease_to: lease.as_ref().map(|(life, _)| life.replica),
         park_after: shared.config.park_after.0,
     };
@@ -112,9 +117,11 @@ fn record(new: &NewRun) -> RunRecord {
         failure: None,
         request_id: new.request_id.clone(),
         created_at: new.created_at,
+        start_at: new.start_at,
         started_at: leased.then_some(new.created_at),
         finished_at: None,
         deadline_at: new.deadline_at,
+        purged_at: None,
         last_seq: new.events.len() as u64,
     }
 }
