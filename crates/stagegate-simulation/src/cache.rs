@@ -133,6 +133,10 @@ impl CacheTier for TierFront {
     async fn get(&self, tenant: &TenantId, key: CacheKey, scopes: &[CacheScope]) -> Result<CacheLookup, CacheError> {
         self.travel().await?;
         let found = self.world.tier.get(tenant, key, scopes);
+        self.world.note_by(self.process, || {
+            let found = found.entry.as_ref().and_then(|(entry, _)| mark(std::str::from_utf8(entry).ok()?));
+            format!("looks for an answer under {:02x}{:02x}…: {found:?}", key.0[0], key.0[1])
+        });
         self.world.check(|checks| checks.cache_looked(self.process, key.0, found.entry.is_some()));
         self.world.gate(self.process).await;
         Ok(found)
@@ -149,7 +153,9 @@ impl CacheTier for TierFront {
         self.travel().await?;
         let counts = self.world.tier.put(tenant, key, entry, generation, ttl);
         let mark = std::str::from_utf8(entry).ok().and_then(mark);
-        self.world.note_by(self.process, || format!("caches the answer of call {}", mark.unwrap_or(0)));
+        self.world.note_by(self.process, || {
+            format!("caches the answer of call {} under {:02x}{:02x}…", mark.unwrap_or(0), key.0[0], key.0[1])
+        });
         self.world.check(|checks| checks.cache_put(key.0, mark, counts));
         self.world.gate(self.process).await;
         Ok(())

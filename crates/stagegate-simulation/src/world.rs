@@ -122,12 +122,18 @@ impl World {
 
     /// One line of the history. The text is only made where it is kept.
     pub(crate) fn note(&self, who: &str, what: impl FnOnce() -> String) {
-        let mut inner = self.lock();
-        if inner.history.is_some() {
+        if self.is_recorded() {
             let (at, what) = (self.now_ms(), what());
             let line = format!("{:>5}.{:03}  {who:<9} {what}", at / 1_000, at % 1_000);
-            inner.history.iter_mut().for_each(|history| history.push(line.clone()));
+            if let Some(history) = &mut self.lock().history {
+                history.push(line);
+            }
         }
+    }
+
+    /// A run, as the history calls it.
+    pub(crate) fn name_of(&self, run: RunId) -> String {
+        self.lock().checks.name(run)
     }
 
     /// The same, by a process.

@@ -5,6 +5,7 @@ mod bench;
 mod coverage;
 mod daemon;
 mod schemathesis;
+mod simulate;
 mod system;
 mod test;
 
@@ -22,6 +23,8 @@ enum Command {
     Coverage(coverage::Coverage),
     /// Measure what a run takes, beside its critical path
     Bench(bench::Bench),
+    /// Play seeded worlds in virtual time, with a fault at every border, and check every promise
+    Simulate(simulate::Simulate),
     /// Fuzz the built daemon by its own OpenAPI document
     Schemathesis(schemathesis::Schemathesis),
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
             Command::Test(command) => command.run().await,
             Command::Coverage(command) => command.run().await,
             Command::Bench(command) => Box::pin(command.run()).await,
+            Command::Simulate(command) => command.run().await,
             Command::Schemathesis(command) => command.run().await,
         }
     });

@@ -1,9 +1,9 @@
 //! Leases and signals: who is alive, who may take what, and what is asked of owners.
 
-use std::cmp::Reverse;
-
+use chrono::DateTime;
 use stagegate_core::{
     ReplicaId, RunId, RunState, StageState,
+    fair::{Candidate, InUse, Shares, choose},
     store::{Heartbeat, Lease, NewSignal, Pulse, QueueStats, Signal, SignalKind, Signalled, Snapshot},
 };
 
@@ -16,15 +16,24 @@ const WAKE_MAX: usize = 1_000;
 const TOMBSTONE_MS: i64 = 7 * 24 * 3600 * 1000;
 
 impl State {
-    pub(crate) fn heartbeat(&mut self, beat: &Heartbeat, now: i64) -> Pulse {
+    pub(crate) fn heartbeat(&mut self, beat: &Heartbeat, flaw: Flaw, now: i64) -> Pulse {
         let ttl = i64::try_from(beat.ttl.as_millis()).unwrap_or(i64::MAX);
-        let fresh = ReplicaRow { expires_at: now.saturating_add(ttl), dead_at: None };
-        let replica = self.replicas.entry(beat.replica).or_insert_with(|| fresh.clone());
-        if replica.dead_at.is_some() {
+        let known = self.replicas.get(&beat.replica);
+        if known.is_some_and(|replica| replica.dead_at.is_some()) {
             return Pulse { alive: false, signalled: Vec::new() };
         }
-        *replica = fresh;
-        let signalled = self.owned_rows(beat.replica).filter(|row| row.signalled).map(|row| row.record.id).collect();
+        let fresh = ReplicaRow {
+            name: beat.name.clone(),
+            version: beat.version.clone(),
+            draining: beat.draining,
+            entered_at: known.map_or(now, |replica| replica.entered_at),
+            beat_at: now,
+            expires_at: now.saturating_add(ttl),
+            dead_at: None,
+        };
+        self.replicas.insert(beat.replica, fresh);
+        let marked = self.owned_rows(beat.replica).filter(|row| row.signalled && flaw != Flaw::CancelIsSilent);
+        let signalled = marked.map(|row| row.record.id).collect();
         Pulse { alive: true, signalled }
     }
 
@@ -32,7 +41,7 @@ impl State {
         self.runs.values().filter(move |row| row.owner == Some(replica))
     }
 
-    pub(crate) fn claim(&mut self, replica: ReplicaId, limit: u32, flaw: Flaw, now: i64) -> Vec<Lease> {
+    pub(crate) fn claim(&mut self, replica: ReplicaId, limit: u32, shares: &Shares, flaw: Flaw, now: i64) -> Vec<Lease> {
         if limit == 0 {
             return Vec::new();
         }
@@ -50,23 +59,40 @@ impl State {
                 (row.ready_at, row.wake_at) = (Some(at), None);
             }
         }
-        let mut ready: Vec<_> = self
-            .runs
-            .values()
-            .filter_map(|row| Some((Reverse(row.record.priority), row.ready_at?, row.record.id)))
-            .collect();
-        ready.sort_unstable();
-        ready.truncate(limit as usize);
+        let (candidates, used) = self.candidates();
+        let ready = choose(candidates, used, shares, limit as usize);
         let mut leases = Vec::with_capacity(ready.len());
-        for (_, _, run) in ready {
+        for run in ready {
             let Some(row) = self.runs.get_mut(&run) else { continue };
             if flaw != Flaw::ClaimKeepsEpoch || row.epoch.0 == 0 {
                 row.epoch.0 += 1;
             }
             (row.owner, row.ready_at, row.signalled) = (Some(replica), None, !row.signals.is_empty());
+            row.leased_at = now;
             leases.push(Lease { run, epoch: row.epoch });
         }
         leases
+    }
+
+    /// What could be taken, and what is under way. Whoever is out of time has been declared dead.
+    fn candidates(&self) -> (Vec<Candidate>, InUse) {
+        let (mut candidates, mut used) = (Vec::new(), InUse::default());
+        for row in self.runs.values() {
+            let (tenant, pipeline, limits) = (&row.record.tenant, &row.record.pipeline, &row.limits);
+            if let Some(at) = row.ready_at.and_then(DateTime::from_timestamp_millis) {
+                candidates.push(Candidate {
+                    run: row.record.id,
+                    tenant: tenant.clone(),
+                    pipeline: pipeline.clone(),
+                    limits: limits.clone(),
+                    priority: row.record.priority,
+                    available_at: at,
+                });
+            } else if row.owner.is_some() {
+                used.add(tenant, pipeline, limits.key.as_ref().map(|(key, _)| key.as_str()));
+            }
+        }
+        (candidates, used)
     }
 
     /// Declares dead the replicas that are out of time; their runs are ready.
@@ -126,9 +152,7 @@ impl State {
         let mut stats = QueueStats::default();
         let mut oldest = now;
         for row in self.runs.values() {
-            let expired = |owner| self.replicas.get(&owner).map(|r| r.expires_at).filter(|at| *at <= now);
-            let since = row.ready_at.or(row.wake_at.filter(|at| *at <= now)).or_else(|| row.owner.and_then(expired));
-            if let Some(since) = since {
+            if let Some(since) = row.claimable_since(|owner| self.expired(owner, now), now) {
                 stats.queued += 1;
                 oldest = oldest.min(since);
             } else if row.owner.is_some() {
@@ -141,6 +165,11 @@ impl State {
         stats
     }
 
+    /// Since when a replica is out of time.
+    pub(crate) fn expired(&self, replica: ReplicaId, now: i64) -> Option<i64> {
+        self.replicas.get(&replica).map(|replica| replica.expires_at).filter(|at| *at <= now)
+    }
+
     pub(crate) fn signal(&mut self, signal: &NewSignal, now: i64) -> Signalled {
         let Some(row) = self.runs.get_mut(&signal.run).filter(|row| row.record.tenant == signal.tenant) else {
             return Signalled::NoSuchRun;
@@ -151,6 +180,9 @@ impl State {
                 let alive = [RunState::Queued, RunState::Running, RunState::Waiting, RunState::Succeeded];
                 if alive.contains(&state) {
                     return Signalled::WrongRunState(state);
+                }
+                if row.record.purged_at.is_some() {
+                    return Signalled::Purged;
                 }
                 row.signals.clear();
                 row.record.state = RunState::Queued;
@@ -184,10 +216,16 @@ impl State {
         Signalled::Accepted { owner: if matches!(signal.kind, SignalKind::Retry { .. }) { None } else { owner } }
     }
 
-    pub(crate) fn signals(&mut self, lease: Lease) -> Vec<Signal> {
-        let Some(row) = self.runs.get_mut(&lease.run).filter(|row| row.is_leased(lease)) else { return Vec::new() };
-        row.signalled = false;
-        row.signals.clone()
+    pub(crate) fn signals(&mut self, leases: &[Lease]) -> Vec<(RunId, Vec<Signal>)> {
+        let mut found = Vec::new();
+        for lease in leases {
+            let Some(row) = self.runs.get_mut(&lease.run).filter(|row| row.is_leased(*lease)) else { continue };
+            row.signalled = false;
+            if !row.signals.is_empty() {
+                found.push((lease.run, row.signals.clone()));
+            }
+        }
+        found
     }
 }
 

@@ -4,17 +4,23 @@
 
 mod lease;
 mod state;
+mod view;
 mod write;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreResult, TenantId,
+    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreError, StoreResult, TenantId,
+    fair::Shares,
     store::{
-        ApiKey, Commit, Committed, Heartbeat, Lease, NewApiKey, NewRun, NewSignal, NewVersion, PipelineVersion, Pulse,
-        QueueStats, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal, NewVersion,
+        PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot,
+        StageDetail, Submitted,
     },
 };
 use tokio::time::Instant;
@@ -31,6 +37,7 @@ pub(crate) const EPOCH_MS: i64 = 1_767_225_600_000;
 pub struct MemoryStore {
     state: Mutex<State>,
     began: Instant,
+    closed: AtomicBool,
     pub(crate) flaw: Flaw,
 }
 
@@ -48,7 +55,7 @@ impl MemoryStore {
 
     /// One that breaks a promise.
     pub fn with_flaw(flaw: Flaw) -> Self {
-        Self { state: Mutex::default(), began: Instant::now(), flaw }
+        Self { state: Mutex::default(), began: Instant::now(), closed: AtomicBool::new(false), flaw }
     }
 
     /// The database's clock.
@@ -205,11 +212,11 @@ impl Store for MemoryStore {
     }
 
     async fn heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse> {
-        Ok(self.with(|state, now| state.heartbeat(beat, now)))
+        Ok(self.with(|state, now| state.heartbeat(beat, self.flaw, now)))
     }
 
-    async fn claim(&self, replica: ReplicaId, limit: u32) -> StoreResult<Vec<Lease>> {
-        Ok(self.with(|state, now| state.claim(replica, limit, self.flaw, now)))
+    async fn claim(&self, replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>> {
+        Ok(self.with(|state, now| state.claim(replica, limit, shares, self.flaw, now)))
     }
 
     async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>> {
@@ -220,8 +227,8 @@ impl Store for MemoryStore {
         Ok(self.with(|state, _| state.load(leases)))
     }
 
-    async fn signals(&self, lease: Lease) -> StoreResult<Vec<Signal>> {
-        Ok(self.with(|state, _| state.signals(lease)))
+    async fn signals(&self, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {
+        Ok(self.with(|state, _| state.signals(leases)))
     }
 
     async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
@@ -240,6 +247,40 @@ impl Store for MemoryStore {
 
     async fn queue(&self) -> StoreResult<QueueStats> {
         Ok(self.with(|state, now| state.queue(now)))
+    }
+
+    async fn news(&self, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
+        let news = |state: &mut State, (run, after): &(RunId, u64)| {
+            let tenant = state.runs.get(run)?.record.tenant.clone();
+            Some((*run, state.events(&tenant, *run, *after, limit, self.flaw)))
+        };
+        Ok(self.with(|state, _| {
+            seen.iter().filter_map(|seen| news(state, seen)).filter(|(_, events)| !events.is_empty()).collect()
+        }))
+    }
+
+    async fn backlog(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<Backlog>> {
+        Ok(self.with(|state, now| state.backlog(tenant, now)))
+    }
+
+    async fn depths(&self) -> StoreResult<Vec<(TenantId, u64)>> {
+        Ok(self.with(|state, _| state.depths()))
+    }
+
+    async fn replicas(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
+        Ok(self.with(|state, now| state.replicas(tenant, now)))
+    }
+
+    async fn kept(&self, after: Option<RunId>, created_before: DateTime<Utc>, limit: u32) -> StoreResult<Vec<Kept>> {
+        Ok(self.with(|state, _| state.kept(after, created_before, limit)))
+    }
+
+    async fn purge(&self, runs: &[RunId], now: DateTime<Utc>) -> StoreResult<u64> {
+        Ok(self.with(|state, _| state.purge(runs, now)))
+    }
+
+    async fn delete(&self, runs: &[RunId]) -> StoreResult<Vec<RunId>> {
+        Ok(self.with(|state, _| state.delete(runs)))
     }
 
     async fn create_key(&self, key: &NewApiKey) -> StoreResult<()> {
@@ -273,6 +314,9 @@ impl Store for MemoryStore {
     }
 
     async fn ping(&self) -> StoreResult<()> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(StoreError::Unavailable("the store is closed".to_owned()));
+        }
         Ok(())
     }
 
@@ -280,5 +324,7 @@ impl Store for MemoryStore {
         "memory"
     }
 
-    async fn close(&self) {}
+    async fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, btree_map::Entry};
 
 use stagegate_core::{
     Attempt, Checkpoint, Epoch, Event, PipelineName, ReplicaId, RunId, StageId, TenantId,
+    fair::Limits,
     store::{ApiKey, Lease, NewRun, PipelineVersion, RunRecord, Signal, StageRecord},
 };
 
@@ -37,6 +38,9 @@ pub(crate) struct Row {
     /// It has signals that its owner was not told of.
     pub(crate) signalled: bool,
     pub(crate) signals: Vec<Signal>,
+    pub(crate) limits: Limits,
+    /// Since when it is owned.
+    pub(crate) leased_at: i64,
 }
 
 impl Row {
@@ -45,6 +49,7 @@ impl Row {
         // A run that asked for a lease and got none was only accepted: whoever claims it starts it.
         let events = if refused { new.events[..new.events.len().min(1)].to_vec() } else { new.events.clone() };
         let stages = if refused { &[][..] } else { &new.stages[..] };
+        let later = new.start_at.map(|at| at.timestamp_millis()).filter(|at| *at > now);
         let state =
             if owner.is_some() { stagegate_core::RunState::Running } else { stagegate_core::RunState::Queued };
         Self {
@@ -64,9 +69,11 @@ impl Row {
                 failure: None,
                 request_id: new.request_id.clone(),
                 created_at: new.created_at,
+                start_at: new.start_at,
                 started_at: owner.map(|_| new.created_at),
                 finished_at: None,
                 deadline_at: new.deadline_at,
+                purged_at: None,
                 last_seq: events.last().map_or(0, |event| event.seq),
             },
             input: new.input.clone(),
@@ -77,10 +84,12 @@ impl Row {
             events,
             epoch: Epoch(i64::from(owner.is_some())),
             owner,
-            ready_at: owner.is_none().then_some(now),
-            wake_at: None,
+            ready_at: (owner.is_none() && later.is_none()).then_some(now),
+            wake_at: later,
             signalled: false,
             signals: Vec::new(),
+            limits: new.limits.clone(),
+            leased_at: now,
         }
     }
 
@@ -88,12 +97,17 @@ impl Row {
         self.owner.is_some() && self.epoch == lease.epoch
     }
 
+    /// Whether it could be claimed at this time, and since when it could.
+    pub(crate) fn claimable_since(&self, expired: impl Fn(ReplicaId) -> Option<i64>, now: i64) -> Option<i64> {
+        self.ready_at.or(self.wake_at.filter(|at| *at <= now)).or_else(|| self.owner.and_then(expired))
+    }
+
     /// Nobody owns it; it can be claimed from now on.
     pub(crate) fn hand_back(&mut self, now: i64) {
         (self.owner, self.signalled, self.ready_at) = (None, false, Some(now));
     }
 
-    /// Adds an attempt; false where it is there.
+    /// Whether this attempt is there already.
     pub(crate) fn has_attempt(&self, stage: &StageId, number: u32) -> bool {
         self.attempts.get(stage).is_some_and(|attempts| attempts.contains_key(&number))
     }
@@ -117,6 +131,11 @@ pub(crate) struct KeyRow {
 /// One life of a replica.
 #[derive(Debug, Clone)]
 pub(crate) struct ReplicaRow {
+    pub(crate) name: String,
+    pub(crate) version: String,
+    pub(crate) draining: bool,
+    pub(crate) entered_at: i64,
+    pub(crate) beat_at: i64,
     pub(crate) expires_at: i64,
     pub(crate) dead_at: Option<i64>,
 }
