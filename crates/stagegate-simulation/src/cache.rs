@@ -91,7 +91,8 @@ impl Tier {
         if self.flaw == Flaw::CacheForgets || kept.entries.get(&at).is_some_and(|there| there.generation > generation) {
             return self.flaw == Flaw::CacheForgets;
         }
-        let floor = kept.floors.get(&(tenant.clone(), CacheScope::Tenant.to_string())).copied().unwrap_or(0);
+        // After a flush, and until somebody looks, there is no floor: the next one will be above whatever is here.
+        let floor = kept.floors.get(&(tenant.clone(), CacheScope::Tenant.to_string())).copied().unwrap_or(u64::MAX);
         kept.entries.insert(at, Stored { entry: entry.to_vec(), generation, expires_at: Instant::now() + ttl });
         generation >= floor
     }

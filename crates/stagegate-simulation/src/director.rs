@@ -239,7 +239,8 @@ async fn register(world: &World, made: &[Made]) {
     if let Some((_, engine)) = world.any_engine() {
         for each in made {
             let registered = engine.register(&TenantId::default(), &each.source).await;
-            registered.unwrap_or_else(|error| unreachable!("the script makes valid pipelines: {error:?}\n{}", each.source));
+            registered
+                .unwrap_or_else(|error| unreachable!("the script makes valid pipelines: {error:?}\n{}", each.source));
         }
     }
 }
@@ -283,8 +284,7 @@ async fn engine(
     let clock = world.clock(setup.skews_ms[place]);
     let (config, prices) = &*PRICED;
     let providers = [("sim".to_owned(), provider)].into();
-    let llm =
-        Llm::with_providers(providers, prices.clone(), config, Some(tier), METRICS.clone(), Arc::clone(&clock));
+    let llm = Llm::with_providers(providers, prices.clone(), config, Some(tier), METRICS.clone(), Arc::clone(&clock));
     let front = Arc::new(Front { world: Arc::clone(world), process });
     Engine::start_seeded(setup.config.clone(), front, Arc::new(llm), METRICS.clone(), clock, rng).await
 }
@@ -414,9 +414,7 @@ async fn ask(world: Arc<World>, act: Act) -> Option<RunId> {
                 })
                 .collect(),
             Act::Retry => rows
-                .filter(|row| {
-                    row.record.state.is_terminal() && row.record.state != stagegate_core::RunState::Succeeded
-                })
+                .filter(|row| row.record.state.is_terminal() && row.record.state != stagegate_core::RunState::Succeeded)
                 .map(|row| (row.record.id, None))
                 .collect(),
             _ => rows.filter(|row| !row.record.state.is_terminal()).map(|row| (row.record.id, None)).collect(),

@@ -48,7 +48,7 @@ pub(crate) struct Front {
 }
 
 impl Front {
-    fn fate(&self) -> Fate {
+    fn fate(&self, method: &'static str) -> Fate {
         let inner = &mut *self.world.lock();
         let (stormy, weather, ttl) = (inner.stormy, inner.weather, inner.checks.ttl_ms);
         let rng = &mut inner.rng;
@@ -65,18 +65,19 @@ impl Front {
         if !stormy {
             return fate;
         }
+        let bad = weather.only.is_none_or(|only| only == method);
         let longest = u64::try_from(ttl * 3 / 2).unwrap_or(1).max(51);
         let late = |rng: &mut rand::rngs::StdRng| {
             let most = if rng.random_bool(0.3) { longest } else { 400 };
             Duration::from_millis(rng.random_range(50..most))
         };
-        if rng.random_bool(weather.delay) {
+        if bad && rng.random_bool(weather.delay) {
             fate.before = late(rng);
         }
-        if rng.random_bool(weather.delay) {
+        if bad && rng.random_bool(weather.delay) {
             fate.after = late(rng);
         }
-        let fails = rng.random_bool(weather.fail);
+        let fails = bad && rng.random_bool(weather.fail);
         fate.fails_before = fails && rng.random_bool(0.5);
         fate.fails_after = fails && !fate.fails_before;
         let kills = rng.random_bool(weather.kill);
@@ -92,7 +93,7 @@ impl Front {
     /// The way there.
     async fn begin(&self, method: &'static str) -> StoreResult<Fate> {
         self.world.gate(self.process).await;
-        let fate = self.fate();
+        let fate = self.fate(method);
         if fate.fails_before || fate.fails_after || fate.before + fate.after > Duration::from_millis(10) {
             self.world.lock().counts.store_faults += 1;
             if ["heartbeat", "signals"].contains(&method) {

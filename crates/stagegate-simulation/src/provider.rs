@@ -58,10 +58,12 @@ fn digest(request: &ProviderRequest<'_>) -> u64 {
 
 impl Scripted {
     fn fate(&self) -> (Fate, Duration) {
+        let slowness = self.world.lock().weather.slowness;
         if !self.world.strikes(|weather| weather.provider) {
-            return (Fate::Good, self.world.between(5, 600));
+            return (Fate::Good, self.world.between(5, 600 * slowness));
         }
-        let latency = self.world.between(5, if self.world.strikes(|_| 0.1) { 8_000 } else { 900 });
+        let longest = if self.world.strikes(|_| 0.1) { 8_000 } else { 900 * slowness };
+        let latency = self.world.between(5, longest);
         let fate = match self.world.lock().rng.random_range(0..100) {
             0..25 => Fate::Good,
             25..50 => Fate::Poor,

@@ -119,7 +119,7 @@ pub(crate) fn acts(rng: &mut StdRng, pipelines: usize, storm_ms: u64, ttl_ms: u6
             acts.push((at, act));
         }
     };
-    some(|_, _| Act::Cancel, 3);
+    some(|_, _| Act::Cancel, 4);
     some(|_, _| Act::Decide, 5);
     some(|_, _| Act::Retry, 4);
     some(|_, _| Act::Kill, 2);

@@ -17,8 +17,10 @@ pub(crate) async fn watch(world: Arc<World>, run: RunId) {
     let watcher = world.lock().checks.watch(run);
     let mut cursor = 0;
     loop {
-        let closing = world.lock().closing;
-        if let Some((process, engine)) = world.any_engine() {
+        let connection = world.any_engine();
+        // The last look is one on a replica, and begins after the last event.
+        let closing = connection.is_some() && world.lock().closing;
+        if let Some((process, engine)) = connection {
             let patience = if closing { LAST_LOOK } else { world.between(300, 8_000) };
             let mut events = engine.follow(TenantId::default(), run, cursor);
             let cut = tokio::time::sleep(patience);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use stagegate_core::{Clock, RunId};
 use stagegate_engine::Engine;
 use tokio::{sync::Notify, time::Instant};
@@ -46,12 +46,16 @@ pub(crate) struct Process {
 /// How likely what is, in this seed: some worlds know one kind of fault only.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Weather {
+    /// Where it is given, the way to the store is bad for this call alone, and worse.
+    pub(crate) only: Option<&'static str>,
     pub(crate) fail: f64,
     pub(crate) delay: f64,
     pub(crate) duplicate: f64,
     pub(crate) kill: f64,
     pub(crate) cache: f64,
     pub(crate) provider: f64,
+    /// How many times longer than usual the provider takes.
+    pub(crate) slowness: u64,
 }
 
 /// A world.
@@ -285,15 +289,27 @@ fn weather(rng: &mut StdRng) -> Weather {
         1 | 2 => rare,
         _ => frequent,
     };
-    Weather {
+    let mut weather = Weather {
+        only: None,
         fail: of(0.02, 0.15),
         delay: of(0.02, 0.1),
         duplicate: of(0.05, 0.3),
         kill: of(0.003, 0.02),
         cache: of(0.02, 0.2),
         provider: of(0.3, 0.8),
+        slowness: 1,
+    };
+    weather.slowness = [1, 1, 5].choose(rng).copied().unwrap_or(1);
+    if rng.random_bool(0.4) {
+        weather.only = METHODS.choose(rng).copied();
+        (weather.fail, weather.delay) = (0.25, 0.25);
     }
+    weather
 }
+
+/// The calls that an engine lives by.
+const METHODS: [&str; 10] =
+    ["submit", "commit", "commit", "claim", "load", "heartbeat", "signals", "signal", "release", "owned"];
 
 /// A replica's wall clock: a little wrong.
 #[derive(Debug)]

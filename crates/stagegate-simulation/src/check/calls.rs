@@ -72,7 +72,8 @@ impl Checks {
         let disturbed = self.disturbed.get(&process).is_some_and(|at| *at >= cancel_at - heartbeat);
         if self.now_ms > cancel_at + heartbeat && !disturbed {
             let late = self.now_ms - cancel_at;
-            return self.broken(Promise::CancelIsObeyed, format!("call {call} of {tag}/{stage} {late} ms after the cancel"));
+            return self
+                .broken(Promise::CancelIsObeyed, format!("call {call} of {tag}/{stage} {late} ms after the cancel"));
         }
         Ok(())
     }
@@ -86,7 +87,8 @@ impl Checks {
             let Some((bought, at)) = self.calls.entries.get(key) else { continue };
             let looked_before = self.calls.looked.get(&(process, *key)).is_some_and(|looked| looked <= at);
             if self.calls.made.get(bought).is_some_and(|made| made.request == request) && !looked_before {
-                let what = format!("call {call} buys again what call {bought} bought and the cache holds since {at} ms");
+                let what =
+                    format!("call {call} buys again what call {bought} bought and the cache holds since {at} ms");
                 return self.broken(Promise::CrashBuysNothingTwice, what);
             }
         }
@@ -108,9 +110,8 @@ impl Checks {
             return Ok(());
         }
         // What a person approved was bought by an earlier step.
-        let bought_now = |checkpoint: &Checkpoint| {
-            checkpoint.origin == Origin::Provider && checkpoint.verdict != Verdict::Approved
-        };
+        let bought_now =
+            |checkpoint: &Checkpoint| checkpoint.origin == Origin::Provider && checkpoint.verdict != Verdict::Approved;
         let checkpoints = commit.checkpoints.iter().filter(|(_, checkpoint)| bought_now(checkpoint));
         let attempts = commit.attempts.iter().filter(|(_, attempt)| {
             attempt.calls.first().is_some_and(|call| call.origin == Origin::Provider && call.error.is_none())
@@ -119,9 +120,8 @@ impl Checks {
         let outputs = outputs.chain(attempts.map(|(stage, attempt)| (stage, attempt.output.as_ref())));
         for (stage, output) in outputs {
             let Some(call) = output.and_then(|output| mark(&output.to_string())) else { continue };
-            let missing = |made: &Call| {
-                made.received && !made.cached && self.calls.reached_cache(process, made.started)
-            };
+            let missing =
+                |made: &Call| made.received && !made.cached && self.calls.reached_cache(process, made.started);
             if self.calls.made.get(&call).is_some_and(missing) {
                 let run = self.name(commit.lease.run);
                 let what = format!("{run}/{stage} was committed before the answer of call {call} was in the cache");

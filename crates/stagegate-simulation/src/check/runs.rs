@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 
 use stagegate_core::{
     Epoch, Event, EventKind, ReplicaId, RunId, StageId, Totals,
-    store::{Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, SignalKind, Signalled, Submitted},
+    store::{
+        Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, SignalKind, Signalled, Submitted,
+    },
 };
 
 use super::{Checked, Checks, Promise};
@@ -65,7 +67,8 @@ impl Checks {
         for lease in leases {
             let Some(book) = self.runs.get(&lease.run) else { continue };
             if lease.epoch <= book.top_epoch {
-                let what = format!("{} was taken under epoch {}, not above {}", book.name, lease.epoch.0, book.top_epoch.0);
+                let what =
+                    format!("{} was taken under epoch {}, not above {}", book.name, lease.epoch.0, book.top_epoch.0);
                 return self.broken(Promise::OneOwner, what);
             }
             if let Some((holder, epoch)) = book.holder
@@ -174,7 +177,8 @@ impl Checks {
             EventKind::StageStarted { stage, .. } => {
                 book.started.insert(stage.clone());
                 if let Some(need) = self.missing_need(run, stage) {
-                    return self.broken(Promise::Order, format!("{name}/{stage} started before {need} had its checkpoint"));
+                    return self
+                        .broken(Promise::Order, format!("{name}/{stage} started before {need} had its checkpoint"));
                 }
             }
             EventKind::StageSucceeded { stage, .. } => {

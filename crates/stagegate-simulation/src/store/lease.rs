@@ -41,7 +41,14 @@ impl State {
         self.runs.values().filter(move |row| row.owner == Some(replica))
     }
 
-    pub(crate) fn claim(&mut self, replica: ReplicaId, limit: u32, shares: &Shares, flaw: Flaw, now: i64) -> Vec<Lease> {
+    pub(crate) fn claim(
+        &mut self,
+        replica: ReplicaId,
+        limit: u32,
+        shares: &Shares,
+        flaw: Flaw,
+        now: i64,
+    ) -> Vec<Lease> {
         if limit == 0 {
             return Vec::new();
         }

@@ -50,8 +50,7 @@ impl Row {
         let events = if refused { new.events[..new.events.len().min(1)].to_vec() } else { new.events.clone() };
         let stages = if refused { &[][..] } else { &new.stages[..] };
         let later = new.start_at.map(|at| at.timestamp_millis()).filter(|at| *at > now);
-        let state =
-            if owner.is_some() { stagegate_core::RunState::Running } else { stagegate_core::RunState::Queued };
+        let state = if owner.is_some() { stagegate_core::RunState::Running } else { stagegate_core::RunState::Queued };
         Self {
             record: RunRecord {
                 id: new.id,

@@ -1,3 +1,5 @@
-//! The simulation's own tests: its store keeps the contract, its checks catch what is broken.
+//! The simulation's own tests: its store keeps the contract, a seed decides everything, what is broken is caught.
 
 mod contract;
+mod flaws;
+mod seeds;
