@@ -113,7 +113,7 @@ impl TierFront {
         if !away && !self.world.strikes(|weather| weather.cache) {
             return Ok(());
         }
-        self.world.check(|checks| checks.cache_failed(self.process));
+        self.world.book(|checks| checks.cache_failed(self.process));
         self.world.lock().counts.cache_faults += 1;
         if away || self.world.between(0, 3).as_millis() > 0 {
             tokio::time::sleep(self.world.between(0, 400)).await; // Past the time-out of the model layer, or not.
@@ -157,7 +157,7 @@ impl CacheTier for TierFront {
         self.world.note_by(self.process, || {
             format!("caches the answer of call {} under {:02x}{:02x}…", mark.unwrap_or(0), key.0[0], key.0[1])
         });
-        self.world.check(|checks| checks.cache_put(key.0, mark, counts));
+        self.world.book(|checks| checks.cache_put(key.0, mark, counts));
         self.world.gate(self.process).await;
         Ok(())
     }
@@ -166,7 +166,7 @@ impl CacheTier for TierFront {
         self.travel().await?;
         self.world.tier.lock().entries.remove(&(tenant.clone(), key.0));
         self.world.note_by(self.process, || "evicts an answer".to_owned());
-        self.world.check(|checks| checks.cache_evicted(key.0));
+        self.world.book(|checks| checks.cache_evicted(key.0));
         self.world.gate(self.process).await;
         Ok(())
     }

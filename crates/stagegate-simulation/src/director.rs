@@ -151,7 +151,7 @@ pub struct Outcome {
 ///
 /// # Panics
 /// Where the machine gives no runtime.
-pub fn simulate(seed: u64, options: &Options) -> Outcome {
+pub fn simulate(seed: u64, options: Options) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.unwrap_or_else(|error| panic!("no runtime: {error}"));
     runtime.block_on(async {
@@ -216,7 +216,9 @@ async fn play(world: &Arc<World>) {
     }
     world.note("world", || format!("{places} replicas, {setup:?}"));
     world.note("world", || format!("the storm: {:?}, {storm_ms} ms long", world.lock().weather));
-    made.iter().for_each(|made| world.note("world", || format!("pipeline {}", made.source)));
+    for made in &made {
+        world.note("world", || format!("pipeline {}", made.source));
+    }
     register(world, &made).await;
     let acts = script::acts(&mut world.lock().rng, made.len(), storm_ms, ttl_ms);
     world.lock().stormy = true;
@@ -347,7 +349,7 @@ impl Crowd {
             (Act::Flush, _) => {
                 world.note("world", || "the cache is flushed".to_owned());
                 world.tier.flush();
-                world.check(crate::check::Checks::cache_flushed);
+                world.book(crate::check::Checks::cache_flushed);
             }
             (Act::Away(ms), _) => {
                 world.note("world", || format!("the cache is away for {ms} ms"));

@@ -97,7 +97,7 @@ impl Front {
         if fate.fails_before || fate.fails_after || fate.before + fate.after > Duration::from_millis(10) {
             self.world.lock().counts.store_faults += 1;
             if ["heartbeat", "signals"].contains(&method) {
-                self.world.check(|checks| checks.disturbed(self.process));
+                self.world.book(|checks| checks.disturbed(self.process));
             }
         }
         if fate.kills_before && !fate.on_the_wire {
@@ -122,7 +122,7 @@ impl Front {
         sleep(fate.after).await;
         self.world.gate(self.process).await;
         if ["heartbeat", "signals"].contains(&method) && (fate.fails_after || fate.after.as_millis() > 10) {
-            self.world.check(|checks| checks.disturbed(self.process));
+            self.world.book(|checks| checks.disturbed(self.process));
         }
         if fate.fails_after {
             self.world.note_by(self.process, || format!("{method} fails after it happened"));
@@ -156,7 +156,7 @@ impl Front {
     async fn do_submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
         let answers = self.world.store.submit(runs).await?;
         for (run, answer) in runs.iter().zip(&answers) {
-            self.world.check(|checks| checks.submitted(run, answer));
+            self.world.book(|checks| checks.submitted(run, answer));
             self.world.note_by(self.process, || format!("SUBMIT {}: {answer:?}", self.world.name_of(run.id)));
         }
         Ok(answers)
@@ -233,7 +233,7 @@ impl Front {
 
     async fn do_heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse> {
         let pulse = self.world.store.heartbeat(beat).await?;
-        self.world.check(|checks| checks.beat(beat, &pulse));
+        self.world.book(|checks| checks.beat(beat, &pulse));
         if !pulse.alive {
             self.world.note_by(self.process, || "was declared dead".to_owned());
         }
@@ -251,7 +251,7 @@ impl Front {
     async fn do_release(&self, leases: &[Lease]) -> StoreResult<()> {
         self.world.store.release(leases).await?;
         self.note_leases("hands back", leases);
-        self.world.check(|checks| checks.released(leases));
+        self.world.book(|checks| checks.released(leases));
         Ok(())
     }
 }
@@ -333,7 +333,7 @@ impl Store for Front {
     async fn signal(&self, signal: &NewSignal) -> StoreResult<Signalled> {
         let fate = self.begin("signal").await?;
         let answer = self.world.store.signal(signal).await?;
-        self.world.check(|checks| checks.signalled(signal, &answer));
+        self.world.book(|checks| checks.signalled(signal, &answer));
         self.world.note_by(self.process, || {
             format!("SIGNAL {}: {:?}: {answer:?}", self.world.name_of(signal.run), signal.kind)
         });
@@ -381,7 +381,7 @@ impl Store for Front {
         }
         let answers = self.end("commit", fate, answers).await?;
         for (commit, answer) in commits.iter().zip(&answers) {
-            self.world.check(|checks| checks.acknowledged(commit, *answer));
+            self.world.book(|checks| checks.acknowledged(commit, *answer));
         }
         Ok(answers)
     }
@@ -398,7 +398,7 @@ impl Store for Front {
         let fate = self.begin("leave").await?;
         self.world.store.leave(replica).await?;
         self.world.note_by(self.process, || "leaves".to_owned());
-        self.world.check(|checks| checks.left(replica));
+        self.world.book(|checks| checks.left(replica));
         self.end("leave", fate, Ok(())).await
     }
 

@@ -122,7 +122,7 @@ impl Provider for Scripted {
         let answer = answer(fate, call, &stage, request.format);
         let usable = matches!(fate, Fate::Good | Fate::Poor);
         world.note_by(self.process, || format!("call {call} ends: {fate:?}"));
-        world.check(|checks| checks.call_ends(call, usable, answer.is_ok()));
+        world.book(|checks| checks.call_ends(call, usable, answer.is_ok()));
         answer
     }
 
@@ -135,6 +135,7 @@ impl Provider for Scripted {
     }
 }
 
+#[expect(clippy::result_large_err, reason = "the provider's contract has it so")]
 fn answer(fate: Fate, call: u64, stage: &str, format: &OutputFormat) -> Result<Answer, ProviderError> {
     let word = if fate == Fate::Poor { "POOR" } else { GOOD };
     let judges = stage.starts_with("judge-");

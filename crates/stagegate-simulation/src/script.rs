@@ -46,7 +46,12 @@ pub(crate) fn pipeline(rng: &mut StdRng, n: usize) -> Made {
 
 fn stage(rng: &mut StdRng, pipeline: &str, at: usize, upstream: &[usize]) -> Value {
     let needs: Vec<String> = upstream.iter().map(|n| id(*n)).collect();
-    let seen: String = needs.iter().map(|need| format!(" {{{{ stages.{need}.output }}}}")).collect();
+    let mut seen = String::new();
+    for need in &needs {
+        seen.push_str(" {{ stages.");
+        seen.push_str(need);
+        seen.push_str(".output }}");
+    }
     let mut stage = json!({ "id": id(at), "needs": needs });
     if at > 0 && rng.random_bool(0.15) {
         stage["transform"] = json!(format!("joined:{seen}"));

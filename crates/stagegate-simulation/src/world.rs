@@ -90,7 +90,7 @@ pub(crate) struct Inner {
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, options: &Options) -> Arc<Self> {
+    pub(crate) fn new(seed: u64, options: Options) -> Arc<Self> {
         let mut rng = StdRng::seed_from_u64(seed);
         let weather = weather(&mut rng);
         let inner = Inner {
@@ -154,6 +154,14 @@ impl World {
 
     pub(crate) fn take_history(&self) -> Vec<String> {
         self.lock().history.take().unwrap_or_default()
+    }
+
+    /// Writes down what happened.
+    pub(crate) fn book(&self, entry: impl FnOnce(&mut Checks)) {
+        let now = self.now_ms();
+        let inner = &mut *self.lock();
+        inner.checks.now_ms = now;
+        entry(&mut inner.checks);
     }
 
     /// Runs a check. The first promise that is broken ends the world.
@@ -246,7 +254,7 @@ impl World {
             inner.counts.pauses += 1;
         }
         self.note_by(process, || format!("PAUSED for {length:?}"));
-        self.check(|checks| checks.disturbed(process));
+        self.book(|checks| checks.disturbed(process));
         let world = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(length).await;
@@ -263,7 +271,7 @@ impl World {
             inner.processes[process].standing = Standing::Up;
         }
         self.note_by(process, || "goes on".to_owned());
-        self.check(|checks| checks.disturbed(process));
+        self.book(|checks| checks.disturbed(process));
         self.changed.notify_waiters();
     }
 

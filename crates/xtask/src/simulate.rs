@@ -99,7 +99,7 @@ impl Tally {
             if seed >= last || failed_before {
                 return;
             }
-            let outcome = simulate(seed, &Options::default());
+            let outcome = simulate(seed, Options::default());
             self.counts.lock().unwrap_or_else(PoisonError::into_inner).add(&outcome.counts);
             self.played.fetch_add(1, Ordering::Relaxed);
             if outcome.violation.is_some() {
@@ -139,7 +139,7 @@ fn print(played: u64, seconds: f64, counts: &Counts) {
 }
 
 fn replay(seed: u64) -> anyhow::Result<ExitCode> {
-    let outcome = simulate(seed, &Options { record: true, ..Options::default() });
+    let outcome = simulate(seed, Options { record: true, ..Options::default() });
     let mut out = std::io::stdout().lock();
     for line in &outcome.history {
         writeln!(out, "{line}")?;

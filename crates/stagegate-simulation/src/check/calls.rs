@@ -96,12 +96,10 @@ impl Checks {
     }
 
     /// An answer arrives, or the news that there is none.
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn call_ends(&mut self, call: u64, usable: bool, answered: bool) -> Checked {
+    pub(crate) fn call_ends(&mut self, call: u64, usable: bool, answered: bool) {
         if let Some(made) = self.calls.made.get_mut(&call) {
             made.received = usable && answered;
         }
-        Ok(())
     }
 
     /// A step was written: what it bought must be in the cache by now.
@@ -131,10 +129,8 @@ impl Checks {
         Ok(())
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn cache_failed(&mut self, process: usize) -> Checked {
+    pub(crate) fn cache_failed(&mut self, process: usize) {
         self.calls.failed.insert(process, self.now_ms);
-        Ok(())
     }
 
     /// A look under a key, and whether it found something. What is found need not be bought, and what was acknowledged
@@ -151,28 +147,22 @@ impl Checks {
     }
 
     /// An answer was stored. The first time tells its own key; a copy under another request's key is passed over.
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn cache_put(&mut self, key: Key, mark: Option<u64>, counts: bool) -> Checked {
+    pub(crate) fn cache_put(&mut self, key: Key, mark: Option<u64>, counts: bool) {
         let (now, calls) = (self.now_ms, &mut self.calls);
-        let Some((call, made)) = mark.and_then(|mark| Some((mark, calls.made.get_mut(&mark)?))) else { return Ok(()) };
+        let Some((call, made)) = mark.and_then(|mark| Some((mark, calls.made.get_mut(&mark)?))) else { return };
         if !std::mem::replace(&mut made.cached, true) {
             calls.keys.entry(made.request).or_default().insert(key);
         }
         if counts {
             calls.entries.insert(key, (call, now));
         }
-        Ok(())
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn cache_evicted(&mut self, key: Key) -> Checked {
+    pub(crate) fn cache_evicted(&mut self, key: Key) {
         self.calls.entries.remove(&key);
-        Ok(())
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn cache_flushed(&mut self) -> Checked {
+    pub(crate) fn cache_flushed(&mut self) {
         self.calls.entries.clear();
-        Ok(())
     }
 }

@@ -93,9 +93,7 @@ impl Checks {
     }
 
     /// The process could not hear for a moment.
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn disturbed(&mut self, process: usize) -> Checked {
+    pub(crate) fn disturbed(&mut self, process: usize) {
         self.disturbed.insert(process, self.now_ms);
-        Ok(())
     }
 }

@@ -31,10 +31,10 @@ pub(super) struct Book {
 }
 
 impl Checks {
-    pub(crate) fn submitted(&mut self, new: &NewRun, answer: &Submitted) -> Checked {
-        let Submitted::Accepted(epoch) = answer else { return Ok(()) };
+    pub(crate) fn submitted(&mut self, new: &NewRun, answer: &Submitted) {
+        let Submitted::Accepted(epoch) = answer else { return };
         if self.runs.contains_key(&new.id) {
-            return Ok(());
+            return;
         }
         let leased = epoch.is_some();
         let events = if leased || new.lease_to.is_none() { &new.events[..] } else { &new.events[..1] };
@@ -60,7 +60,6 @@ impl Checks {
         }
         self.tags.entry(tag).or_default().push(new.id);
         self.runs.insert(new.id, book);
-        Ok(())
     }
 
     pub(crate) fn claimed(&mut self, replica: ReplicaId, leases: &[Lease]) -> Checked {
@@ -84,36 +83,29 @@ impl Checks {
         Ok(())
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn beat(&mut self, beat: &Heartbeat, pulse: &Pulse) -> Checked {
+    pub(crate) fn beat(&mut self, beat: &Heartbeat, pulse: &Pulse) {
         if pulse.alive {
             let ttl = i64::try_from(beat.ttl.as_millis()).unwrap_or(i64::MAX);
             self.replicas.insert(beat.replica, self.now_ms + ttl);
         }
-        Ok(())
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn released(&mut self, leases: &[Lease]) -> Checked {
+    pub(crate) fn released(&mut self, leases: &[Lease]) {
         for lease in leases {
             if let Some(book) = self.runs.get_mut(&lease.run) {
                 book.holder = book.holder.filter(|(_, epoch)| *epoch != lease.epoch);
             }
         }
-        Ok(())
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn left(&mut self, replica: ReplicaId) -> Checked {
+    pub(crate) fn left(&mut self, replica: ReplicaId) {
         self.replicas.remove(&replica);
         for book in self.runs.values_mut() {
             book.holder = book.holder.filter(|(holder, _)| *holder != replica);
         }
-        Ok(())
     }
 
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn signalled(&mut self, signal: &NewSignal, answer: &Signalled) -> Checked {
+    pub(crate) fn signalled(&mut self, signal: &NewSignal, answer: &Signalled) {
         let now = self.now_ms;
         if let (Some(book), Signalled::Accepted { .. }) = (self.runs.get_mut(&signal.run), answer) {
             match signal.kind {
@@ -122,7 +114,6 @@ impl Checks {
                 _ => {}
             }
         }
-        Ok(())
     }
 
     /// A step reached the store. `ledger` is the sum of the run's rows after it.
@@ -181,10 +172,8 @@ impl Checks {
                         .broken(Promise::Order, format!("{name}/{stage} started before {need} had its checkpoint"));
                 }
             }
-            EventKind::StageSucceeded { stage, .. } => {
-                if !book.checkpoints.insert(stage.clone()) {
-                    return self.broken(Promise::Order, format!("{name}/{stage} succeeded a second time"));
-                }
+            EventKind::StageSucceeded { stage, .. } if !book.checkpoints.insert(stage.clone()) => {
+                return self.broken(Promise::Order, format!("{name}/{stage} succeeded a second time"));
             }
             _ => {}
         }
@@ -199,14 +188,12 @@ impl Checks {
     }
 
     /// The author of a step was told that it is durable.
-    #[expect(clippy::unnecessary_wraps, reason = "as every other entry of the book")]
-    pub(crate) fn acknowledged(&mut self, commit: &Commit, answer: Committed) -> Checked {
+    pub(crate) fn acknowledged(&mut self, commit: &Commit, answer: Committed) {
         if let (Some(book), Some(last)) = (self.runs.get_mut(&commit.lease.run), commit.events.last())
             && answer != Committed::Stale
         {
             book.acknowledged = book.acknowledged.max(last.seq);
         }
-        Ok(())
     }
 
     /// An owner was told that it is not one though its step had been committed under its lease.

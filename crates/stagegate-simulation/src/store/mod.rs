@@ -70,8 +70,8 @@ impl MemoryStore {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+fn hex(bytes: &[u8; 32]) -> String {
+    stagegate_core::cache::CacheKey(*bytes).to_string()
 }
 
 impl State {

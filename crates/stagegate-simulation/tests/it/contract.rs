@@ -7,7 +7,6 @@ use stagegate_simulation::MemoryStore;
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_testkit::store::{Subject, random};
 
-#[expect(clippy::unused_async, reason = "the suite awaits whoever makes its store")]
 async fn subject() -> Subject {
     Subject::new(Arc::new(MemoryStore::new()), ())
 }

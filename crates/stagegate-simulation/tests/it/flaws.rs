@@ -9,7 +9,7 @@ const SEEDS: u64 = 400;
 /// Plays seeds until one fails, and tells by which promise.
 fn caught(flaw: Flaw) -> Promise {
     let options = Options { flaw, record: false };
-    let found = (1..=SEEDS).find_map(|seed| Some((seed, simulate(seed, &options).violation?)));
+    let found = (1..=SEEDS).find_map(|seed| Some((seed, simulate(seed, options).violation?)));
     let (seed, violation) = found.expect("a promise is broken, and nobody notices");
     println!("{flaw:?} is caught at seed {seed}: {violation}");
     violation.promise
