@@ -37,6 +37,8 @@ pub struct EngineConfig {
     /// How long runs and their inputs and outputs are kept after their end, unless their pipeline says otherwise.
     /// State it as long as you may need them: what is removed is gone. What is left out is kept for ever.
     pub retention: Retention,
+    /// How often one of the replicas looks for what is too old.
+    pub retention_every: Span,
 }
 
 /// What one tenant may have.
@@ -88,6 +90,7 @@ impl Default for EngineConfig {
             tenant_defaults: TenantLimits::default(),
             tenants: BTreeMap::new(),
             retention: default_retention(),
+            retention_every: Span(Duration::from_mins(15)),
         }
     }
 }

@@ -145,6 +145,7 @@ async fn look(shared: &Arc<Shared>, first: OwnedSemaphorePermit) -> Result<usize
     let limit = u32::try_from(permits.len()).unwrap_or(u32::MAX);
     let leases = shared.store.claim(life.replica, limit, &shared.shares).await?;
     shared.metrics.runs_claimed.inc_by(leases.len() as u64);
+    shared.backlog.store(!leases.is_empty(), Ordering::Relaxed);
     take(shared, &life, &leases, permits).await
 }
 

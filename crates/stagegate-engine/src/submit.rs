@@ -2,13 +2,19 @@
 
 use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use stagegate_core::{
     Code, Error, RunId, RunState, Totals,
     decide::Accept,
+    pipeline::SPAN_MAX,
     store::{NewRun, RunRecord, Submitted},
 };
+use tokio::sync::OwnedSemaphorePermit;
 
-use crate::{Submit, shared::Shared};
+use crate::{
+    Submit, admission,
+    shared::{Life, Shared},
+};
 
 /// Labels of a run at most, and the longest of a key or value in characters.
 const LABELS_MAX: usize = 32;
@@ -29,7 +35,12 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
 
     let now = shared.clock.now();
     let start_at = start_at.filter(|at| *at > now);
-    let lease = shared.life().zip(Arc::clone(&shared.room).try_acquire_owned().ok());
+    check_start(start_at, now)?;
+    let may_lease = shared.may_lease(&tenant, &limits, start_at);
+    let lease = may_lease.then(|| lease(shared)).flatten();
+    if lease.is_none() {
+        admission::admit(shared, &tenant)?;
+    }
     let accept = Accept {
         id: RunId::new(now, shared.random()),
         tenant: tenant.clone(),
@@ -66,7 +77,9 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         Ok(Submitted::Accepted(epoch)) => {
             shared.metrics.runs_accepted.inc();
             if epoch.is_none() {
-                shared.work.notify_one();
+                if start_at.is_none() {
+                    shared.work.notify_one();
+                }
                 return Ok((RunRecord { state: RunState::Queued, started_at: None, last_seq: 1, ..record }, true));
             }
             Ok((record, true))
@@ -83,6 +96,21 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
             shared.doubt(); // It may have happened.
             Err(error)
         }
+    }
+}
+
+/// A lease in this life and the room for it, where there is some.
+fn lease(shared: &Shared) -> Option<(Life, OwnedSemaphorePermit)> {
+    shared.life().zip(Arc::clone(&shared.room).try_acquire_owned().ok())
+}
+
+fn check_start(start_at: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Result<(), Error> {
+    match start_at {
+        Some(at) if (at - now).to_std().is_ok_and(|ahead| ahead > SPAN_MAX) => {
+            let days = SPAN_MAX.as_secs() / 86_400;
+            Err(Error::new(Code::InvalidStart, format!("start_at: {} is more than {days} days ahead", at.to_rfc3339())))
+        }
+        _ => Ok(()),
     }
 }
 
