@@ -93,6 +93,11 @@ impl Driver {
         let mut committing: Option<Committing> = None;
         let mut reading: Option<SignalsFuture> = None;
         loop {
+            if self.run.state().is_terminal() {
+                // Not only when that is durable: a commit can take long, and meanwhile an attempt would call its judge.
+                self.attempts.clear();
+                self.timers.clear();
+            }
             if committing.is_none() {
                 committing = self.begin_commit();
             }

@@ -233,6 +233,26 @@ async fn nothing_starts_once_a_cancel_was_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancel_whose_commit_hangs_calls_no_judge() {
+    let setup = Setup::start().await;
+    let provider = &setup.bench.provider;
+    provider.on(contains("Rubric:")).respond(Reply::echo());
+    provider.on(contains("stage-one")).respond(Reply::echo().after(Duration::from_secs(1)));
+    let judged = "\"id\":\"one\",\"gate\":{\"judge\":{\"rubric\":\"good\",\"threshold\":0.5}}";
+    let source = canonical().replace("\"id\":\"one\"", judged);
+    let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
+    setup.until_called("stage-one").await;
+    setup.faulty.set("commit", Fault::Hang);
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    setup.faulty.next_call("commit").await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await; // The answer would come, which nothing shows from outside.
+    setup.faulty.mend("commit");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+    assert!(provider.calls_where(&contains("Rubric:")).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expired_run_waits_for_its_commit_in_peace() {
     let setup = Setup::start().await;
     setup.bench.provider.on(contains("stage-one")).respond(Reply::hang());
