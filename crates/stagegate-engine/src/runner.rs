@@ -89,6 +89,9 @@ impl Driver {
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
     /// already durable.
     pub(crate) async fn drive(mut self, first: Vec<Effect>) -> Ended {
+        if !self.hear_first().await {
+            return Ended::HandBack;
+        }
         self.perform(first).await;
         let mut committing: Option<Committing> = None;
         let mut reading: Option<SignalsFuture> = None;
@@ -141,6 +144,23 @@ impl Driver {
                 () = tokio::time::sleep_until(wake_at), if timed => self.due(),
                 () = handle.signalled.notified(), if reading.is_none() => reading = Some(self.signals()),
                 () = self.shared.drain.cancelled(), if !draining => {}
+            }
+        }
+    }
+
+    /// What was asked while the insert was under way is heard before anything starts. False where the life in which the
+    /// run was leased ended meanwhile.
+    async fn hear_first(&mut self) -> bool {
+        if self.handle.signalled.notified().now_or_never().is_none() {
+            return true;
+        }
+        let handle = Arc::clone(&self.handle);
+        tokio::select! {
+            biased;
+            () = handle.stop.cancelled() => false,
+            signals = self.signals() => {
+                self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
+                true
             }
         }
     }

@@ -233,6 +233,28 @@ async fn nothing_starts_once_a_cancel_was_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_was_cancelled_before_its_insert_was_answered_calls_nothing() {
+    let setup = Setup::start().await;
+    setup.bench.run(&canonical(), json!({ "text": "warm" })).await;
+    let calls = setup.bench.provider.call_count();
+    setup.faulty.set("submit", Fault::HoldAnswer);
+    let engine = setup.bench.engine.clone();
+    let submitting = tokio::spawn(async move { engine.submit(hello()).await });
+    let run = loop {
+        match setup.bench.store.owned(setup.bench.engine.replica()).await.expect("read").first() {
+            Some(lease) => break lease.run,
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    setup.faulty.mend("submit");
+    submitting.await.expect("no panic").expect("accepted");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+    assert_eq!(setup.bench.provider.call_count(), calls);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancel_whose_commit_hangs_calls_no_judge() {
     let setup = Setup::start().await;
     let provider = &setup.bench.provider;
