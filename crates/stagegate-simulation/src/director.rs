@@ -38,6 +38,8 @@ const CALM_MS: i64 = 240_000;
 const CLIENT_PATIENCE: Duration = Duration::from_secs(6);
 /// How long a start may take.
 const START_PATIENCE: Duration = Duration::from_secs(5);
+/// How long after the last end the world goes on: late arrivals must change nothing.
+const AFTERMATH: Duration = Duration::from_secs(6);
 /// How often the end is looked for.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -460,7 +462,10 @@ async fn calm(world: &Arc<World>, mut crowd: Crowd) {
         tokio::time::sleep(LOOK).await;
     }
     world.lock().closing = true;
-    // The watchers' last connections, and whatever is still on its way.
-    tokio::time::sleep(Duration::from_secs(40)).await;
+    // What is still on its way, and the watchers' last connections.
+    tokio::time::sleep(AFTERMATH).await;
+    while world.lock().watching > 0 {
+        tokio::time::sleep(LOOK).await;
+    }
     world.check(|checks| world.store.with(|state, _| checks.finish(state, &accepted)));
 }

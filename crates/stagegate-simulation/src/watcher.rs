@@ -10,11 +10,20 @@ use crate::world::{Standing, World};
 /// The pause before the next connection.
 const PAUSE: Duration = Duration::from_millis(700);
 /// How long a connection is kept at the end, when every event is there.
-const LAST_LOOK: Duration = Duration::from_secs(20);
+const LAST_LOOK: Duration = Duration::from_secs(10);
 
 /// Watches until the world closes and every event was seen.
 pub(crate) async fn watch(world: Arc<World>, run: RunId) {
-    let watcher = world.lock().checks.watch(run);
+    let watcher = {
+        let inner = &mut *world.lock();
+        inner.watching += 1;
+        inner.checks.watch(run)
+    };
+    follow(&world, run, watcher).await;
+    world.lock().watching -= 1;
+}
+
+async fn follow(world: &World, run: RunId, watcher: usize) {
     let mut cursor = 0;
     loop {
         let connection = world.any_engine();

@@ -82,6 +82,8 @@ pub(crate) struct Inner {
     pub(crate) stormy: bool,
     /// True once nobody submits or asks any more, and every run has ended.
     pub(crate) closing: bool,
+    /// Watchers that are not done.
+    pub(crate) watching: usize,
     pub(crate) processes: Vec<Process>,
     pub(crate) checks: Checks,
     pub(crate) counts: Counts,
@@ -98,6 +100,7 @@ impl World {
             weather,
             stormy: false,
             closing: false,
+            watching: 0,
             processes: Vec::new(),
             checks: Checks::default(),
             counts: Counts::default(),
