@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasherDefault, DefaultHasher},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -15,9 +16,10 @@ use rand::{
     rngs::StdRng,
 };
 use stagegate_core::{
-    Clock, Error, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
+    Clock, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
     fair::{Limits, Shares},
+    hint::Hints,
     store::{Commit, Committed, NewRun, Submitted},
 };
 use stagegate_llm::Llm;
@@ -33,7 +35,11 @@ use crate::{
     follow::Hub,
     pipelines::Pipelines,
     runner::{Driver, Ended, Handle},
+    whisper::Whisper,
 };
+
+/// What a driver's task may hold beside its run; there is one for each run in flight.
+const DRIVER_MAX_BYTES: usize = 2 * 1024;
 
 /// A time in which this replica may count on its leases: from a heartbeat until it could not renew, or was declared
 /// dead. Whatever is leased belongs to one life and stops with it, also what was still being leased when it ended.
@@ -49,6 +55,10 @@ impl Life {
     }
 }
 
+/// The runs that are driven. Hashed without a random key, so that they are walked through in an order that a simulation's
+/// seed decides; nobody outside can choose a run's id.
+type Driven = HashMap<RunId, Arc<Handle>, BuildHasherDefault<DefaultHasher>>;
+
 /// What the parts of one engine share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -59,7 +69,8 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     pub(crate) clock: Arc<dyn Clock>,
     rng: Mutex<StdRng>,
-    pub(crate) hub: Hub,
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) whisper: Whisper,
     pub(crate) steps: Batcher<Commit, Committed>,
     pub(crate) submits: Batcher<NewRun, Submitted>,
     /// Room for runs; a driver holds a permit until its last commit is acknowledged.
@@ -76,8 +87,14 @@ pub(crate) struct Shared {
     pub(crate) drain: CancellationToken,
     pub(crate) drivers: TaskTracker,
     life: Mutex<Life>,
-    driven: Mutex<HashMap<RunId, Arc<Handle>>>,
+    driven: Mutex<Driven>,
     pipelines: Pipelines,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.hub.close();
+    }
 }
 
 impl Shared {
@@ -93,6 +110,7 @@ impl Shared {
         submits: Batcher<NewRun, Submitted>,
         pipelines: Pipelines,
         replica: ReplicaId,
+        hints: Option<Arc<dyn Hints>>,
     ) -> Self {
         Self {
             room: Arc::new(Semaphore::new(config.max_runs.min(Semaphore::MAX_PERMITS))),
@@ -103,7 +121,8 @@ impl Shared {
             metrics,
             clock,
             rng: Mutex::new(rng),
-            hub: Hub::default(),
+            hub: Arc::default(),
+            whisper: Whisper::new(hints),
             steps,
             submits,
             admission: Admission::default(),
@@ -152,9 +171,12 @@ impl Shared {
     /// Ends the present life: every driver stops at once. Returns how many there were.
     pub(crate) fn end_life(&self) -> usize {
         self.present().ended.cancel();
-        let stopped = std::mem::take(&mut *self.driven()).len();
+        let stopped = std::mem::take(&mut *self.driven());
+        for handle in stopped.values() {
+            handle.stop();
+        }
         self.count(0);
-        stopped
+        stopped.len()
     }
 
     /// Whether a run may be taken in its submit: nobody waits before it, and nothing is to be counted.
@@ -169,7 +191,7 @@ impl Shared {
         self.doubt.store(true, Ordering::Relaxed);
     }
 
-    fn driven(&self) -> std::sync::MutexGuard<'_, HashMap<RunId, Arc<Handle>>> {
+    fn driven(&self) -> std::sync::MutexGuard<'_, Driven> {
         self.driven.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -179,8 +201,12 @@ impl Shared {
         if driven.contains_key(&run) {
             return None;
         }
-        let handle = Arc::new(Handle { signalled: Notify::new(), stop: life.ended.child_token() });
+        let handle = Arc::new(Handle::default());
         driven.insert(run, Arc::clone(&handle));
+        // Either the end of the life finds it in the table, or it is seen here.
+        if life.ended.is_cancelled() {
+            handle.stop();
+        }
         self.count(driven.len());
         Some(handle)
     }
@@ -204,10 +230,30 @@ impl Shared {
         self.driven().contains_key(&run)
     }
 
+    /// Leaves the runs that no driver of ours has.
+    pub(crate) fn retain_elsewhere(&self, runs: &mut Vec<(RunId, u64)>) {
+        let driven = self.driven();
+        runs.retain(|(run, _)| !driven.contains_key(run));
+    }
+
+    /// Hands durable events of a run to those who watch it, here and elsewhere.
+    pub(crate) fn tell(&self, run: RunId, events: Vec<Event>) {
+        self.hub.tell(run, events);
+        self.whisper.news(run);
+    }
+
+    /// Nothing new starts; what is under way goes on to its next commit.
+    pub(crate) fn begin_drain(&self) {
+        self.drain.cancel();
+        for handle in self.driven().values() {
+            handle.wake();
+        }
+    }
+
     /// Tells a run's driver that there are signals. False where no driver of ours has it.
     pub(crate) fn notify(&self, run: RunId) -> bool {
         self.driven().get(&run).is_some_and(|handle| {
-            handle.signalled.notify_one();
+            handle.signal();
             true
         })
     }
@@ -233,9 +279,10 @@ impl Shared {
             pipeline = %run.pipeline().name,
             request_id,
         );
+        let mut driver = Box::new(Driver::new(Arc::clone(&shared), Arc::clone(&handle), run));
         let work = async move {
-            let driver = Driver::new(Arc::clone(&shared), Arc::clone(&handle), run);
             let outcome = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
+            drop(driver);
             let ended = outcome.unwrap_or_else(|_| {
                 tracing::error!("the driver of this run panicked; the run is tried again later");
                 Ended::Broken
@@ -252,6 +299,8 @@ impl Shared {
                     if let Err(error) = shared.store.release(&[lease]).await {
                         tracing::warn!(%error, "the run could not be handed back");
                         shared.doubt();
+                    } else {
+                        shared.whisper.work();
                     }
                 }
             }
@@ -260,6 +309,7 @@ impl Shared {
                 shared.work.notify_one();
             }
         };
+        debug_assert!(std::mem::size_of_val(&work) <= DRIVER_MAX_BYTES, "{}", std::mem::size_of_val(&work));
         self.drivers.spawn(work.instrument(span));
     }
 

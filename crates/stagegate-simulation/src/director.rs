@@ -290,7 +290,7 @@ async fn engine(
     let providers = [("sim".to_owned(), provider)].into();
     let llm = Llm::with_providers(providers, prices.clone(), config, Some(tier), METRICS.clone(), Arc::clone(&clock));
     let front = Arc::new(Front { world: Arc::clone(world), process });
-    Engine::start_seeded(setup.config.clone(), front, Arc::new(llm), METRICS.clone(), clock, rng).await
+    Engine::start_seeded(setup.config.clone(), front, Arc::new(llm), METRICS.clone(), clock, None, rng).await
 }
 
 /// Puts a new process where one died.
