@@ -173,7 +173,10 @@ impl Load {
         key[16] = u8::try_from(n).unwrap_or(0);
         let key = CacheKey(key);
         let ttl = Duration::from_hours(1);
-        self.cache.put(&self.tenant, key, self.text.as_bytes(), 1, ttl).await.map_err(|error| format!("{error:?}").into())
+        self.cache
+            .put(&self.tenant, key, self.text.as_bytes(), 1, ttl)
+            .await
+            .map_err(|error| format!("{error:?}").into())
     }
 
     /// A group of runs from their submit to their end, all of them in step.

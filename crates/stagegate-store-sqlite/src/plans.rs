@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// What stays small whatever runs, so that a scan of it is no matter: lists, rows of parameters, sums, replicas.
-const SMALL: [&str; 17] = [
+const SMALL: [&str; 18] = [
     "json_each",
     "CONSTANT",
     "step",
@@ -27,6 +27,7 @@ const SMALL: [&str; 17] = [
     "leased",
     "parts",
     "asked",
+    "new",
 ];
 /// Indexes that hold only what they are about: few runs, however many there are.
 const PARTIAL: [&str; 7] =
@@ -134,6 +135,7 @@ async fn hot_statements_use_indexes() {
         keys::BY_HASH,
         keys::OF_TENANT,
         cache::GET,
+        cache::REPLACE.text(0),
         cache::PURGE,
         cache::OLDEST,
         cache::EVICT,
