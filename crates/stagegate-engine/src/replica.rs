@@ -85,6 +85,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
                     shared.doubt();
                     tracing::info!("the database answers; this replica goes on");
                 }
+                shared.forget_untold();
                 if pulse.signalled.into_iter().filter(|run| !shared.notify(*run)).count() > 0 {
                     shared.doubt();
                 }

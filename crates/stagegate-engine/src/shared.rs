@@ -1,7 +1,7 @@
 //! What the parts of one engine share, and the table of the runs that it drives.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     hash::{BuildHasherDefault, DefaultHasher},
     sync::{
         Arc, Mutex, PoisonError,
@@ -88,6 +88,8 @@ pub(crate) struct Shared {
     pub(crate) drivers: TaskTracker,
     life: Mutex<Life>,
     driven: Mutex<Driven>,
+    /// Runs of ours that are asked something and have no driver yet: it is told when it begins.
+    untold: Mutex<BTreeSet<RunId>>,
     pipelines: Pipelines,
 }
 
@@ -133,6 +135,7 @@ impl Shared {
             drivers: TaskTracker::new(),
             life: Mutex::new(Life::of(replica)),
             driven: Mutex::default(),
+            untold: Mutex::default(),
             pipelines,
         }
     }
@@ -207,8 +210,20 @@ impl Shared {
         if life.ended.is_cancelled() {
             handle.stop();
         }
+        if self.untold().remove(&run) {
+            handle.signal();
+        }
         self.count(driven.len());
         Some(handle)
+    }
+
+    fn untold(&self) -> std::sync::MutexGuard<'_, BTreeSet<RunId>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A heartbeat is about to tell anew which runs are asked something.
+    pub(crate) fn forget_untold(&self) {
+        self.untold().clear();
     }
 
     /// Takes a run out of the table, if it is still this entry.
@@ -252,10 +267,12 @@ impl Shared {
 
     /// Tells a run's driver that there are signals. False where no driver of ours has it.
     pub(crate) fn notify(&self, run: RunId) -> bool {
-        self.driven().get(&run).is_some_and(|handle| {
-            handle.signal();
-            true
-        })
+        let driven = self.driven();
+        match driven.get(&run) {
+            Some(handle) => handle.signal(),
+            None => _ = self.untold().insert(run),
+        }
+        driven.contains_key(&run)
     }
 
     /// Drives a leased run in a task of its own.

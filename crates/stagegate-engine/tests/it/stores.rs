@@ -255,6 +255,23 @@ async fn a_run_that_was_cancelled_before_its_insert_was_answered_calls_nothing()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_was_cancelled_while_it_was_loaded_calls_nothing() {
+    let setup = Setup::start().await;
+    setup.bench.run(&canonical(), json!({ "text": "warm" })).await;
+    let calls = setup.bench.provider.call_count();
+    let other = bench::engine(EngineConfig { max_runs: 0, ..quick() }, &setup.bench.store, &setup.bench.llm).await;
+    setup.faulty.set("load", Fault::HoldAnswer);
+    let run = other.submit(hello()).await.expect("accepted").0.id;
+    setup.faulty.next_call("load").await;
+    tokio::time::sleep(Duration::from_millis(50)).await; // It is read, which nothing shows from outside.
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    setup.faulty.mend("load");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+    assert_eq!(setup.bench.provider.call_count(), calls);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancel_whose_commit_hangs_calls_no_judge() {
     let setup = Setup::start().await;
     let provider = &setup.bench.provider;
