@@ -34,12 +34,14 @@ use crate::{
 
 /// How long after the storm the last run may take to end.
 const CALM_MS: i64 = 240_000;
+/// How long what was sent in the storm may be on its way: a submit whose client has given up still makes a run.
+const ON_THE_WAY_MS: i64 = 16_000;
 /// How long a client waits for an answer.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(6);
 /// How long a start may take.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 /// How long after the last end the world goes on: late arrivals must change nothing.
-const AFTERMATH: Duration = Duration::from_secs(6);
+const AFTERMATH: Duration = Duration::from_secs(4);
 /// How often the end is looked for.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -442,14 +444,14 @@ async fn calm(world: &Arc<World>, mut crowd: Crowd) {
     world.lock().stormy = false;
     let processes = world.lock().processes.len();
     (0..processes).for_each(|process| world.resume(process));
-    let over_at = world.now_ms() + CALM_MS;
+    let (over_at, arrived_at) = (world.now_ms() + CALM_MS, world.now_ms() + ON_THE_WAY_MS);
     let mut accepted = Vec::new();
     for look in 0_u64.. {
         while let Some(client) = crowd.clients.try_join_next() {
             accepted.extend(client.ok().flatten());
         }
         let live = world.store.with(|state, _| state.runs.values().any(|row| !row.record.state.is_terminal()));
-        if !live && crowd.clients.is_empty() {
+        if !live && crowd.clients.is_empty() && world.now_ms() > arrived_at {
             break;
         }
         if world.now_ms() > over_at {

@@ -130,7 +130,7 @@ fn print(played: u64, seconds: f64, counts: &Counts) {
     let Counts { kills, pauses, drains, store_faults, duplicates, cache_faults, .. } = counts;
     #[expect(clippy::cast_precision_loss, reason = "for people")]
     let rate = played as f64 / seconds;
-    println!("{played} seeds in {seconds:.1} s ({rate:.0} seeds/s), {} hours of virtual time", counts.seconds / 3_600);
+    println!("{played} seeds in {seconds:.1} s ({rate:.0} seeds/s), {} minutes of virtual time", counts.seconds / 60);
     println!("  {runs} runs, {commits} commits, {claims} claims ({resumed} of runs that had an owner before)");
     println!("  {calls} provider calls, {retries} retries, {holds} holds, {parks} runs parked");
     println!("  {kills} kills, {pauses} pauses, {drains} drains");
