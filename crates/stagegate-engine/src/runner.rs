@@ -149,8 +149,9 @@ impl Driver {
             if draining && committing.is_none() && self.attempts.is_empty() {
                 return Ended::HandBack;
             }
-            // Nothing is awaited any more once the run has ended; its deadline would be due again and again.
-            let timed = !draining && !self.run.state().is_terminal();
+            // Nothing is awaited any more once the run has ended or is about to park: a deadline that passes before that is
+            // durable would be due again and again, and nothing would be done about it.
+            let timed = !draining && !self.run.state().is_terminal() && !self.run.is_leaving();
             let next = self.next_due();
             if timed && alarm_at != Some(next) {
                 alarm_at = Some(next);

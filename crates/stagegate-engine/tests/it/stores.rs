@@ -309,6 +309,27 @@ async fn an_expired_run_waits_for_its_commit_in_peace() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_parks_behind_a_slow_commit_waits_in_peace_past_its_deadline() {
+    let setup = Setup::start().await;
+    let provider = &setup.bench.provider;
+    provider.on(contains("stage-four")).respond(Reply::echo().after(Duration::from_millis(200)));
+    let limited = Reply::status(429, "{}").header("retry-after", "30").after(Duration::from_millis(400));
+    provider.on(contains("stage-five")).respond(limited);
+    let source = canonical().replace("\"name\":", "\"deadline\":\"2s\",\"name\":");
+    let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
+    setup.until_called("stage-five").await;
+    setup.faulty.set("commit", Fault::Hang); // Of stage four; the run parks behind it, for stage five must wait.
+    tokio::time::sleep(Duration::from_millis(2_200)).await; // The deadline passes, which nothing shows from outside.
+    let before = setup.clock.0.load(Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let read = setup.clock.0.load(Ordering::Relaxed) - before;
+    assert!(read < 100, "the clock was read {read} times by a run that waits");
+    setup.faulty.mend("commit");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Expired);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_claims_to_have_seen_the_future_still_sees_the_end() {
     let setup = Setup::start().await;
     let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
