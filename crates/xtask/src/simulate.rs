@@ -2,6 +2,7 @@
 //! numbering of seeds and what is printed; the worlds are `stagegate-simulation`'s.
 
 use std::{
+    collections::BTreeMap,
     io::{IsTerminal, Write},
     process::ExitCode,
     sync::{
@@ -17,6 +18,8 @@ use stagegate_simulation::{Counts, Options, simulate};
 /// How often progress is told: often to a person, seldom into a log.
 const TOLD_TO_PEOPLE: Duration = Duration::from_millis(500);
 const TOLD_TO_LOGS: Duration = Duration::from_secs(10);
+/// A world takes milliseconds. One that takes so long spins: something is due again and again, and virtual time stands.
+const SPINS_AFTER: Duration = Duration::from_secs(90);
 
 /// Play seeded worlds: several replicas in virtual time, a fault at every border, every promise checked
 ///
@@ -46,6 +49,8 @@ pub(crate) struct Simulate {
 struct Tally {
     next: AtomicU64,
     played: AtomicU64,
+    /// What is being played, and since when.
+    playing: Mutex<BTreeMap<u64, Instant>>,
     counts: Mutex<Counts>,
     /// The lowest seed that failed.
     failed: Mutex<Option<u64>>,
@@ -76,7 +81,13 @@ impl Simulate {
                 std::thread::spawn(move || tally.play(last))
             })
             .collect();
-        tally.tell_progress(self.seeds, began, &players);
+        if let Some(seed) = tally.tell_progress(self.seeds, began, &players) {
+            println!(
+                "seed {seed} has been played for {SPINS_AFTER:?}: something in it is busy while virtual time stands still"
+            );
+            println!("attach a debugger to `cargo xtask simulate --seed {seed}`");
+            return Ok(ExitCode::FAILURE);
+        }
         for player in players {
             player.join().map_err(|_| anyhow::anyhow!("a world panicked: the engine, or the simulation"))?;
         }
@@ -99,7 +110,9 @@ impl Tally {
             if seed >= last || failed_before {
                 return;
             }
+            self.playing.lock().unwrap_or_else(PoisonError::into_inner).insert(seed, Instant::now());
             let outcome = simulate(seed, Options::default());
+            self.playing.lock().unwrap_or_else(PoisonError::into_inner).remove(&seed);
             self.counts.lock().unwrap_or_else(PoisonError::into_inner).add(&outcome.counts);
             self.played.fetch_add(1, Ordering::Relaxed);
             if outcome.violation.is_some() {
@@ -109,12 +122,19 @@ impl Tally {
         }
     }
 
-    fn tell_progress(&self, seeds: u64, began: Instant, players: &[std::thread::JoinHandle<()>]) {
+    /// Until all is played; or the seed that never will be.
+    fn tell_progress(&self, seeds: u64, began: Instant, players: &[std::thread::JoinHandle<()>]) -> Option<u64> {
         let watched = std::io::stderr().is_terminal();
         let pause = if watched { TOLD_TO_PEOPLE } else { TOLD_TO_LOGS };
         let mut told = began;
         while players.iter().any(|player| !player.is_finished()) {
             std::thread::sleep(Duration::from_millis(50));
+            let playing = self.playing.lock().unwrap_or_else(PoisonError::into_inner);
+            let spins = playing.iter().find(|(_, since)| since.elapsed() > SPINS_AFTER);
+            if let Some((seed, _)) = spins {
+                return Some(*seed);
+            }
+            drop(playing);
             if told.elapsed() >= pause {
                 told = Instant::now();
                 let (end, played) = (if watched { "\r" } else { "\n" }, self.played.load(Ordering::Relaxed));
@@ -122,6 +142,7 @@ impl Tally {
                 _ = std::io::stderr().flush();
             }
         }
+        None
     }
 }
 

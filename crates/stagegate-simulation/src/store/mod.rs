@@ -29,8 +29,8 @@ pub(crate) use state::{Row, State};
 
 use crate::Flaw;
 
-/// Where the store's clock begins: some day, the same in each simulation.
-pub(crate) const EPOCH_MS: i64 = 1_767_225_600_000;
+/// Where the store's clock begins: some day, the same in each simulation, and later than every time of the contract suite.
+pub(crate) const EPOCH_MS: i64 = 1_800_000_000_000;
 
 /// The store. Share it behind an `Arc`.
 #[derive(Debug)]
@@ -264,7 +264,7 @@ impl Store for MemoryStore {
     }
 
     async fn depths(&self) -> StoreResult<Vec<(TenantId, u64)>> {
-        Ok(self.with(|state, _| state.depths()))
+        Ok(self.with(|state, now| state.depths(now)))
     }
 
     async fn replicas(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {

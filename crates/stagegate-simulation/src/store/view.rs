@@ -8,7 +8,7 @@ use stagegate_core::{
     store::{Backlog, Kept, ReplicaRecord},
 };
 
-use super::state::State;
+use super::state::{Row, State};
 
 fn span(from: i64, to: i64) -> u64 {
     u64::try_from(to - from).unwrap_or(0)
@@ -42,9 +42,11 @@ impl State {
         found.into_values().collect()
     }
 
-    pub(crate) fn depths(&self) -> Vec<(TenantId, u64)> {
+    pub(crate) fn depths(&self, now: i64) -> Vec<(TenantId, u64)> {
         let mut found: BTreeMap<TenantId, u64> = BTreeMap::new();
-        for row in self.runs.values().filter(|row| row.ready_at.is_some() || row.wake_at.is_some()) {
+        let orphaned = |row: &Row| row.owner.is_some_and(|owner| self.expired(owner, now).is_some());
+        let waits = |row: &&Row| row.ready_at.is_some() || row.wake_at.is_some() || orphaned(row);
+        for row in self.runs.values().filter(waits) {
             *found.entry(row.record.tenant.clone()).or_default() += 1;
         }
         found.into_iter().collect()
@@ -100,6 +102,9 @@ impl State {
             (row.input, row.output) = (serde_json::Value::Null, None);
             for attempt in row.attempts.values_mut().flat_map(BTreeMap::values_mut) {
                 attempt.output = None;
+            }
+            for checkpoint in row.checkpoints.values_mut() {
+                checkpoint.output = serde_json::Value::Null;
             }
             purged += 1;
         }

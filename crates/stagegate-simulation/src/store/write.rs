@@ -65,11 +65,12 @@ impl State {
 
     fn fence(&self, commit: &Commit, flaw: Flaw) -> Committed {
         let Some(row) = self.runs.get(&commit.lease.run) else { return Committed::Stale };
-        if flaw == Flaw::FencingOff {
-            return Committed::Now;
-        }
         let first = commit.events.first().map_or(0, |event| event.seq);
         let last = commit.events.last().map_or(0, |event| event.seq);
+        if flaw == Flaw::FencingOff {
+            let there = commit.events.last().is_some_and(|last| row.events.contains(last));
+            return if there { Committed::Already } else { Committed::Now };
+        }
         if row.epoch != commit.lease.epoch {
             Committed::Stale
         } else if row.owner.is_some() && row.record.last_seq + 1 == first {
