@@ -223,11 +223,10 @@ async fn take(
 /// Something of each lease, as the store tells it.
 type Reading<T> = for<'a> fn(&'a dyn Store, &'a [Lease]) -> BoxFuture<'a, StoreResult<Vec<T>>>;
 
+type Signals = (RunId, Vec<Signal>);
+
 /// The signals of each lease that was asked about, those without any included.
-fn signals_of_each<'a>(
-    store: &'a dyn Store,
-    leases: &'a [Lease],
-) -> BoxFuture<'a, StoreResult<Vec<(RunId, Vec<Signal>)>>> {
+fn signals_of_each<'a>(store: &'a dyn Store, leases: &'a [Lease]) -> BoxFuture<'a, StoreResult<Vec<Signals>>> {
     Box::pin(async {
         let mut found: HashMap<RunId, Vec<Signal>> = store.signals(leases).await?.into_iter().collect();
         Ok(leases.iter().map(|lease| (lease.run, found.remove(&lease.run).unwrap_or_default())).collect())
