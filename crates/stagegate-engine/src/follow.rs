@@ -15,7 +15,6 @@ use std::{
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
-use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{Error, Event, EventKind, RunId, Store, TenantId};
 use tokio::{
     sync::{Notify, Semaphore},
@@ -384,7 +383,6 @@ impl Watcher {
 /// Looks for news of the watched runs that are executed elsewhere, for everybody in this process, as long as there is
 /// an engine. Watchers outlive a drain, so this does too.
 pub(crate) async fn poll(hub: Arc<Hub>, shared: Weak<Shared>) {
-    let mut rng = SmallRng::from_os_rng();
     let (mut pause, mut next, mut failing) = (POLL_SHORTEST, Instant::now(), false);
     loop {
         if hub.is_watched() {
@@ -399,6 +397,7 @@ pub(crate) async fn poll(hub: Arc<Hub>, shared: Weak<Shared>) {
         let all = Instant::now() >= next;
         let mut asked = hub.watched((!all).then_some(hinted.as_slice()));
         shared.retain_elsewhere(&mut asked);
+        asked.sort_unstable(); // So that a simulation's seed decides that too.
         if all && !asked.is_empty() {
             shared.whisper.watching();
         }
@@ -414,7 +413,7 @@ pub(crate) async fn poll(hub: Arc<Hub>, shared: Weak<Shared>) {
             }
         }
         if all {
-            next = Instant::now() + pause.mul_f64(rng.random_range(0.8..1.2));
+            next = Instant::now() + pause.mul_f64(0.8 + shared.random::<f64>() * 0.4);
         }
     }
 }
@@ -434,6 +433,8 @@ async fn look(shared: &Shared, asked: &[(RunId, u64)]) -> Result<bool, Error> {
 #[cfg(test)]
 mod tests {
     use chrono::DateTime;
+
+    use rand::{Rng, SeedableRng, rngs::SmallRng};
 
     use super::*;
 

@@ -26,6 +26,7 @@ mod writer;
 use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
+use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::Value;
 use stagegate_core::{
     Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId, Violation,
@@ -76,13 +77,27 @@ impl Engine {
         clock: Arc<dyn Clock>,
         hints: Option<Arc<dyn Hints>>,
     ) -> Result<Self, Error> {
+        Self::start_seeded(config, store, llm, metrics, clock, hints, StdRng::from_os_rng()).await
+    }
+
+    /// The same, with everything that it draws at random (ids, jitter) drawn from `rng`: for simulations, which must
+    /// be repeatable.
+    pub async fn start_seeded(
+        config: config::EngineConfig,
+        store: Arc<dyn Store>,
+        llm: Arc<Llm>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+        hints: Option<Arc<dyn Hints>>,
+        mut rng: StdRng,
+    ) -> Result<Self, Error> {
         let background = TaskTracker::new();
         let batch_max = config.commit_batch_max;
         let steps = writer::steps(&background, &store, &metrics, batch_max);
         let submits = writer::submits(&background, &store, batch_max);
         let pipelines = Pipelines::new(&background, Arc::clone(&store));
-        let replica = replica::new_replica_id();
-        let shared = Shared::new(config, store, llm, metrics, clock, steps, submits, pipelines, replica, hints);
+        let replica = replica::new_replica_id(clock.now(), rng.random());
+        let shared = Shared::new(config, store, llm, metrics, clock, rng, steps, submits, pipelines, replica, hints);
         let shared = Arc::new(shared);
         let entered = Instant::now();
         shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;

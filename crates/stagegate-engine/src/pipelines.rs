@@ -1,7 +1,7 @@
 //! Compiled pipelines: owns which versions are in memory, and how the newest one is found without a query per submit.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -74,7 +74,8 @@ impl Pipelines {
 /// Answers a batch: one query per name, however many ask for it. Each began to wait before its query began, so that none
 /// is answered with what was the newest before it asked.
 async fn look(store: Arc<dyn Store>, batch: Vec<Entry<Name, Newest>>) {
-    let mut askers: HashMap<Name, Vec<_>> = HashMap::new();
+    // In the order of their names, so that a simulation's seed decides that too.
+    let mut askers: BTreeMap<Name, Vec<_>> = BTreeMap::new();
     for (name, answer) in batch {
         askers.entry(name).or_default().push(answer);
     }

@@ -6,8 +6,8 @@ use std::{
     time::Duration,
 };
 
+use chrono::{DateTime, Utc};
 use futures::future::BoxFuture;
-use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
     Code, Error, Pipeline, ReplicaId, RunId, Store, StoreResult,
     decide::{Run, Stimulus},
@@ -15,7 +15,6 @@ use stagegate_core::{
 };
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::shared::{Life, Shared};
 
@@ -30,9 +29,10 @@ const READ_PATIENCE: Duration = Duration::from_mins(1);
 /// Looks for work between two looks at what is owned.
 const LOOKS_PER_AUDIT: u32 = 30;
 
-/// A new life of this replica.
-pub(crate) fn new_replica_id() -> ReplicaId {
-    ReplicaId(Uuid::now_v7())
+/// A new life of this replica, beginning at `now`; `random` fills the rest.
+pub(crate) fn new_replica_id(now: DateTime<Utc>, random: [u8; 10]) -> ReplicaId {
+    let millis = u64::try_from(now.timestamp_millis()).unwrap_or(0);
+    ReplicaId(uuid::Builder::from_unix_timestamp_millis(millis, &random).into_uuid())
 }
 
 pub(crate) fn heartbeat(shared: &Shared, draining: bool) -> Heartbeat {
@@ -64,6 +64,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
         // Wakes for the fence too: a beat that failed must not put it off to the next one.
         let fence = shared.life().map(|_| renewed + fence_after);
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             () = tokio::time::sleep_until(fence.map_or(next, |fence| fence.min(next))) => {}
         }
@@ -87,13 +88,14 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
                     shared.doubt();
                     tracing::info!("the database answers; this replica goes on");
                 }
+                shared.forget_untold();
                 if pulse.signalled.into_iter().filter(|run| !shared.notify(*run)).count() > 0 {
                     shared.doubt();
                 }
             }
             Ok(Ok(_)) => {
                 let lost = shared.end_life();
-                shared.rename(new_replica_id());
+                shared.rename(new_replica_id(shared.clock.now(), shared.random()));
                 tracing::warn!(lost, "this replica had been declared dead; it begins a new life");
             }
             Ok(Err(error)) => tracing::warn!(%error, "the heartbeat failed"),
@@ -104,11 +106,11 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
 
 /// Claims and drives until the drain begins.
 pub(crate) async fn claim(shared: Arc<Shared>) {
-    let mut rng = SmallRng::from_os_rng();
     let mut looks = 0;
     loop {
-        let pause = shared.config.poll_interval.0.mul_f64(rng.random_range(0.5..1.0));
+        let pause = shared.config.poll_interval.0.mul_f64(0.5 + shared.random::<f64>() / 2.0);
         let permit = tokio::select! {
+            biased;
             () = shared.drain.cancelled() => return,
             permit = Arc::clone(&shared.room).acquire_owned() => permit.ok(),
             () = tokio::time::sleep(pause) => None, // Full: but what is owned is looked after.
@@ -131,6 +133,7 @@ pub(crate) async fn claim(shared: Arc<Shared>) {
             continue;
         }
         tokio::select! {
+            biased;
             () = shared.drain.cancelled() => return,
             () = shared.work.notified() => {}
             () = tokio::time::sleep(pause) => {}
@@ -319,7 +322,7 @@ mod tests {
     }
 
     fn leases(runs: impl IntoIterator<Item = u128>) -> Vec<Lease> {
-        runs.into_iter().map(|run| Lease { run: RunId(Uuid::from_u128(run)), epoch: Epoch(1) }).collect()
+        runs.into_iter().map(|run| Lease { run: RunId(uuid::Uuid::from_u128(run)), epoch: Epoch(1) }).collect()
     }
 
     #[tokio::test]

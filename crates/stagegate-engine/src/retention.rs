@@ -8,7 +8,6 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use rand::{Rng, SeedableRng, rngs::StdRng};
 use stagegate_core::{
     Error, PipelineName, RunId, RunState, TenantId,
     pipeline::{Retention, Span},
@@ -28,9 +27,8 @@ const YOUNG: TimeDelta = TimeDelta::seconds(1);
 
 /// Walks until the drain begins.
 pub(crate) async fn walk(shared: Arc<Shared>) {
-    let mut rng = StdRng::from_os_rng();
     loop {
-        let pause = shared.config.retention_every.0.mul_f64(rng.random_range(0.9..1.1));
+        let pause = shared.config.retention_every.0.mul_f64(0.9 + shared.random::<f64>() / 5.0);
         tokio::select! {
             biased;
             () = shared.drain.cancelled() => return,

@@ -120,6 +120,9 @@ impl Driver {
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
     /// already durable.
     pub(crate) async fn drive(&mut self, first: Vec<Effect>) -> Ended {
+        if !self.hear_first().await {
+            return Ended::HandBack;
+        }
         self.perform(first).await;
         let handle = Arc::clone(&self.handle);
         let mut committing: Option<Committing> = None;
@@ -128,6 +131,11 @@ impl Driver {
         tokio::pin!(alarm);
         let mut alarm_at = None;
         loop {
+            if self.run.state().is_terminal() {
+                // Not only when that is durable: a commit can take long, and meanwhile an attempt would call its judge.
+                self.attempts.clear();
+                self.timers.clear();
+            }
             if handle.is_stopped() {
                 return Ended::HandBack;
             }
@@ -141,8 +149,9 @@ impl Driver {
             if draining && committing.is_none() && self.attempts.is_empty() {
                 return Ended::HandBack;
             }
-            // Nothing is awaited any more once the run has ended; its deadline would be due again and again.
-            let timed = !draining && !self.run.state().is_terminal();
+            // Nothing is awaited any more once the run has ended or is about to park: a deadline that passes before that is
+            // durable would be due again and again, and nothing would be done about it.
+            let timed = !draining && !self.run.state().is_terminal() && !self.run.is_leaving();
             let next = self.next_due();
             if timed && alarm_at != Some(next) {
                 alarm_at = Some(next);
@@ -170,6 +179,26 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// What was asked while the insert was under way is heard before anything starts. False where the life in which the
+    /// run was leased ended meanwhile.
+    async fn hear_first(&mut self) -> bool {
+        if !self.handle.take_signalled() {
+            return true;
+        }
+        let (handle, mut signals) = (Arc::clone(&self.handle), self.signals());
+        while !handle.is_stopped() {
+            tokio::select! {
+                biased;
+                () = handle.woken.notified() => {}
+                signals = &mut signals => {
+                    self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
+                    return true;
+                }
+            }
+        }
+        false
     }
 
     fn begin_commit(&mut self) -> Option<Committing> {

@@ -1,7 +1,8 @@
 //! What the parts of one engine share, and the table of the runs that it drives.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
+    hash::{BuildHasherDefault, DefaultHasher},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -9,6 +10,11 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
+use rand::{
+    Rng,
+    distr::{Distribution, StandardUniform},
+    rngs::StdRng,
+};
 use stagegate_core::{
     Clock, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
@@ -49,6 +55,10 @@ impl Life {
     }
 }
 
+/// The runs that are driven. Hashed without a random key, so that they are walked through in an order that a simulation's
+/// seed decides; nobody outside can choose a run's id.
+type Driven = HashMap<RunId, Arc<Handle>, BuildHasherDefault<DefaultHasher>>;
+
 /// What the parts of one engine share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -58,6 +68,7 @@ pub(crate) struct Shared {
     pub(crate) llm: Arc<Llm>,
     pub(crate) metrics: Metrics,
     pub(crate) clock: Arc<dyn Clock>,
+    rng: Mutex<StdRng>,
     pub(crate) hub: Arc<Hub>,
     pub(crate) whisper: Whisper,
     pub(crate) steps: Batcher<Commit, Committed>,
@@ -76,7 +87,9 @@ pub(crate) struct Shared {
     pub(crate) drain: CancellationToken,
     pub(crate) drivers: TaskTracker,
     life: Mutex<Life>,
-    driven: Mutex<HashMap<RunId, Arc<Handle>>>,
+    driven: Mutex<Driven>,
+    /// Runs of ours that are asked something and have no driver yet: it is told when it begins.
+    untold: Mutex<BTreeSet<RunId>>,
     pipelines: Pipelines,
 }
 
@@ -94,6 +107,7 @@ impl Shared {
         llm: Arc<Llm>,
         metrics: Metrics,
         clock: Arc<dyn Clock>,
+        rng: StdRng,
         steps: Batcher<Commit, Committed>,
         submits: Batcher<NewRun, Submitted>,
         pipelines: Pipelines,
@@ -108,6 +122,7 @@ impl Shared {
             llm,
             metrics,
             clock,
+            rng: Mutex::new(rng),
             hub: Arc::default(),
             whisper: Whisper::new(hints),
             steps,
@@ -120,8 +135,17 @@ impl Shared {
             drivers: TaskTracker::new(),
             life: Mutex::new(Life::of(replica)),
             driven: Mutex::default(),
+            untold: Mutex::default(),
             pipelines,
         }
+    }
+
+    /// Something random: every id and jitter of this engine comes from here, so that a seed decides them.
+    pub(crate) fn random<T>(&self) -> T
+    where
+        StandardUniform: Distribution<T>,
+    {
+        self.rng.lock().unwrap_or_else(PoisonError::into_inner).random()
     }
 
     fn present(&self) -> std::sync::MutexGuard<'_, Life> {
@@ -170,7 +194,7 @@ impl Shared {
         self.doubt.store(true, Ordering::Relaxed);
     }
 
-    fn driven(&self) -> std::sync::MutexGuard<'_, HashMap<RunId, Arc<Handle>>> {
+    fn driven(&self) -> std::sync::MutexGuard<'_, Driven> {
         self.driven.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -186,8 +210,20 @@ impl Shared {
         if life.ended.is_cancelled() {
             handle.stop();
         }
+        if self.untold().remove(&run) {
+            handle.signal();
+        }
         self.count(driven.len());
         Some(handle)
+    }
+
+    fn untold(&self) -> std::sync::MutexGuard<'_, BTreeSet<RunId>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A heartbeat is about to tell anew which runs are asked something.
+    pub(crate) fn forget_untold(&self) {
+        self.untold().clear();
     }
 
     /// Takes a run out of the table, if it is still this entry.
@@ -231,10 +267,12 @@ impl Shared {
 
     /// Tells a run's driver that there are signals. False where no driver of ours has it.
     pub(crate) fn notify(&self, run: RunId) -> bool {
-        self.driven().get(&run).is_some_and(|handle| {
-            handle.signal();
-            true
-        })
+        let driven = self.driven();
+        match driven.get(&run) {
+            Some(handle) => handle.signal(),
+            None => _ = self.untold().insert(run),
+        }
+        driven.contains_key(&run)
     }
 
     /// Drives a leased run in a task of its own.

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use rand::{Rng, SeedableRng, rngs::StdRng};
 use stagegate_core::{
     Code, Error, RunId, RunState, Totals,
     decide::Accept,
@@ -43,7 +42,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         admission::admit(shared, &tenant)?;
     }
     let accept = Accept {
-        id: RunId::new(now, StdRng::from_os_rng().random()),
+        id: RunId::new(now, shared.random()),
         tenant: tenant.clone(),
         pipeline,
         version,

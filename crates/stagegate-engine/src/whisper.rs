@@ -78,6 +78,7 @@ pub(crate) async fn hear(shared: Arc<Shared>, stop: CancellationToken) {
     let Some(hints) = shared.whisper.hints.clone() else { return };
     loop {
         let heard = tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             heard = hints.next() => heard,
         };

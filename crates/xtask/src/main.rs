@@ -5,6 +5,7 @@ mod bench;
 mod coverage;
 mod daemon;
 mod schemathesis;
+mod simulate;
 mod system;
 mod test;
 
@@ -26,6 +27,8 @@ enum Command {
     BenchProvider(bench::BenchProvider),
     #[command(hide = true)]
     BenchEcho(bench::BenchEcho),
+    /// Play seeded worlds in virtual time, with a fault at every border, and check every promise
+    Simulate(simulate::Simulate),
     /// Fuzz the built daemon by its own OpenAPI document
     Schemathesis(schemathesis::Schemathesis),
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
             Command::Bench(command) => Box::pin(command.run()).await,
             Command::BenchProvider(command) => command.run().await,
             Command::BenchEcho(command) => command.run().await,
+            Command::Simulate(command) => command.run().await,
             Command::Schemathesis(command) => command.run().await,
         }
     });

@@ -448,6 +448,11 @@ impl Run {
         self.deadline_at
     }
 
+    /// Whether it was parked or ended by a step that is not taken yet. Until that is taken nothing is taken in.
+    pub fn is_leaving(&self) -> bool {
+        self.draft.disposition != Disposition::Keep
+    }
+
     /// Where it stands.
     pub fn state(&self) -> RunState {
         self.state

@@ -233,6 +233,65 @@ async fn nothing_starts_once_a_cancel_was_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_was_cancelled_before_its_insert_was_answered_calls_nothing() {
+    let setup = Setup::start().await;
+    setup.bench.run(&canonical(), json!({ "text": "warm" })).await;
+    let calls = setup.bench.provider.call_count();
+    setup.faulty.set("submit", Fault::HoldAnswer);
+    let engine = setup.bench.engine.clone();
+    let submitting = tokio::spawn(async move { engine.submit(hello()).await });
+    let run = loop {
+        match setup.bench.store.owned(setup.bench.engine.replica()).await.expect("read").first() {
+            Some(lease) => break lease.run,
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    setup.faulty.mend("submit");
+    submitting.await.expect("no panic").expect("accepted");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+    assert_eq!(setup.bench.provider.call_count(), calls);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_was_cancelled_while_it_was_loaded_calls_nothing() {
+    let setup = Setup::start().await;
+    setup.bench.run(&canonical(), json!({ "text": "warm" })).await;
+    let calls = setup.bench.provider.call_count();
+    let other = bench::engine(EngineConfig { max_runs: 0, ..quick() }, &setup.bench.store, &setup.bench.llm).await;
+    setup.faulty.set("load", Fault::HoldAnswer);
+    let run = other.submit(hello()).await.expect("accepted").0.id;
+    setup.faulty.next_call("load").await;
+    tokio::time::sleep(Duration::from_millis(50)).await; // It is read, which nothing shows from outside.
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    setup.faulty.mend("load");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+    assert_eq!(setup.bench.provider.call_count(), calls);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancel_whose_commit_hangs_calls_no_judge() {
+    let setup = Setup::start().await;
+    let provider = &setup.bench.provider;
+    provider.on(contains("Rubric:")).respond(Reply::echo());
+    provider.on(contains("stage-one")).respond(Reply::echo().after(Duration::from_secs(1)));
+    let judged = "\"id\":\"one\",\"gate\":{\"judge\":{\"rubric\":\"good\",\"threshold\":0.5}}";
+    let source = canonical().replace("\"id\":\"one\"", judged);
+    let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
+    setup.until_called("stage-one").await;
+    setup.faulty.set("commit", Fault::Hang);
+    setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
+    setup.faulty.next_call("commit").await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await; // The answer would come, which nothing shows from outside.
+    setup.faulty.mend("commit");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Cancelled);
+    assert!(provider.calls_where(&contains("Rubric:")).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expired_run_waits_for_its_commit_in_peace() {
     let setup = Setup::start().await;
     setup.bench.provider.on(contains("stage-one")).respond(Reply::hang());
@@ -240,6 +299,27 @@ async fn an_expired_run_waits_for_its_commit_in_peace() {
     let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
     setup.faulty.set("commit", Fault::Hang);
     setup.faulty.next_call("commit").await;
+    let before = setup.clock.0.load(Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let read = setup.clock.0.load(Ordering::Relaxed) - before;
+    assert!(read < 100, "the clock was read {read} times by a run that waits");
+    setup.faulty.mend("commit");
+    setup.bench.finish(run).await;
+    assert_state(&setup.bench.detail(run).await.run, RunState::Expired);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_parks_behind_a_slow_commit_waits_in_peace_past_its_deadline() {
+    let setup = Setup::start().await;
+    let provider = &setup.bench.provider;
+    provider.on(contains("stage-four")).respond(Reply::echo().after(Duration::from_millis(200)));
+    let limited = Reply::status(429, "{}").header("retry-after", "30").after(Duration::from_millis(400));
+    provider.on(contains("stage-five")).respond(limited);
+    let source = canonical().replace("\"name\":", "\"deadline\":\"2s\",\"name\":");
+    let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
+    setup.until_called("stage-five").await;
+    setup.faulty.set("commit", Fault::Hang); // Of stage four; the run parks behind it, for stage five must wait.
+    tokio::time::sleep(Duration::from_millis(2_200)).await; // The deadline passes, which nothing shows from outside.
     let before = setup.clock.0.load(Ordering::Relaxed);
     tokio::time::sleep(Duration::from_millis(500)).await;
     let read = setup.clock.0.load(Ordering::Relaxed) - before;

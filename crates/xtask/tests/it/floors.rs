@@ -5,7 +5,7 @@ use cargo_metadata::{Dependency, DependencyKind, Metadata, MetadataCommand, Pack
 
 use crate::root;
 
-/// Every crate of the product and the floor that it is on. The test kit and xtask stand beside.
+/// Every crate of the product and the floor that it is on. The test kit, the simulation and xtask stand beside.
 const FLOORS: [(&str, u8); 8] = [
     ("stagegate-core", 0),
     ("stagegate-telemetry", 1),
@@ -16,7 +16,7 @@ const FLOORS: [(&str, u8); 8] = [
     ("stagegate-http", 4),
     ("stagegate", 5),
 ];
-const BESIDE: [&str; 2] = ["stagegate-testkit", "xtask"];
+const BESIDE: [&str; 3] = ["stagegate-simulation", "stagegate-testkit", "xtask"];
 
 /// Libraries that only these crates of the product may use.
 const HOMES: [(&str, &[&str]); 10] = [

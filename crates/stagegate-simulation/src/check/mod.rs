@@ -1,0 +1,99 @@
+//! The promises, watched: owns what each step must not do. It keeps a book of its own from what it sees happen, and
+//! never asks the store whether the store was right.
+
+mod calls;
+mod runs;
+
+use std::{collections::BTreeMap, fmt};
+
+use stagegate_core::{PipelineName, ReplicaId, RunId, StageId};
+
+/// What is promised: section 3 of the design, and what a store must do for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Promise {
+    /// 1. Accepted means finished: exactly one end in each life of a run, and none that is stuck.
+    AcceptedMeansFinished,
+    /// 1. What was acknowledged stays.
+    AcknowledgedMeansDurable,
+    /// 2. One owner: at most one live lease of a run, epochs that only grow, no write under a stale one.
+    OneOwner,
+    /// 3. Order: a stage starts after the checkpoints of its needs; one checkpoint a stage.
+    Order,
+    /// 4. A crash buys nothing twice that was received and cached.
+    CrashBuysNothingTwice,
+    /// 5. Cancel is obeyed: no call starts later than one heartbeat after it.
+    CancelIsObeyed,
+    /// 6. What a run took is the sum of its ledger.
+    TotalsAddUp,
+    /// 7. Events are complete: gap-free, and every watcher sees each once, in order.
+    EventsAreComplete,
+}
+
+impl fmt::Display for Promise {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::AcceptedMeansFinished => "1, accepted means finished",
+            Self::AcknowledgedMeansDurable => "1, acknowledged means durable",
+            Self::OneOwner => "2, one owner",
+            Self::Order => "3, order",
+            Self::CrashBuysNothingTwice => "4, a crash buys nothing twice",
+            Self::CancelIsObeyed => "5, cancel is obeyed",
+            Self::TotalsAddUp => "6, totals add up",
+            Self::EventsAreComplete => "7, events are complete",
+        })
+    }
+}
+
+/// A promise that was broken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// Which.
+    pub promise: Promise,
+    /// When, in milliseconds of virtual time.
+    pub at_ms: i64,
+    /// How.
+    pub what: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "promise {} is broken after {} ms: {}", self.promise, self.at_ms, self.what)
+    }
+}
+
+type Checked = Result<(), Violation>;
+
+/// The book.
+#[derive(Debug, Default)]
+pub(crate) struct Checks {
+    pub(crate) now_ms: i64,
+    /// The first promise that was broken.
+    pub(crate) first: Option<Violation>,
+    /// What a lease lives without a heartbeat.
+    pub(crate) ttl_ms: i64,
+    /// The needs of each stage, by pipeline.
+    pub(crate) dags: BTreeMap<PipelineName, BTreeMap<StageId, Vec<StageId>>>,
+    runs: BTreeMap<RunId, runs::Book>,
+    tags: BTreeMap<String, Vec<RunId>>,
+    /// Until when each replica counts as alive.
+    replicas: BTreeMap<ReplicaId, i64>,
+    /// When a process was last kept from hearing what is asked of its runs.
+    disturbed: BTreeMap<usize, i64>,
+    calls: calls::Calls,
+}
+
+impl Checks {
+    fn broken(&self, promise: Promise, what: impl Into<String>) -> Checked {
+        Err(Violation { promise, at_ms: self.now_ms, what: what.into() })
+    }
+
+    /// A run, as the history calls it.
+    pub(crate) fn name(&self, run: RunId) -> String {
+        self.runs.get(&run).map_or_else(|| run.to_string(), |book| book.name.clone())
+    }
+
+    /// The process could not hear for a moment.
+    pub(crate) fn disturbed(&mut self, process: usize) {
+        self.disturbed.insert(process, self.now_ms);
+    }
+}

@@ -1,0 +1,276 @@
+//! Runs: leases, steps, events, ends.
+
+use std::collections::BTreeSet;
+
+use stagegate_core::{
+    Epoch, Event, EventKind, ReplicaId, RunId, StageId, Totals,
+    store::{
+        Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, SignalKind, Signalled, Submitted,
+    },
+};
+
+use super::{Checked, Checks, Promise};
+use crate::store::State;
+
+/// What is known of a run.
+#[derive(Debug)]
+pub(super) struct Book {
+    pub(super) name: String,
+    pub(super) pipeline: stagegate_core::PipelineName,
+    pub(super) cancel_at: Option<i64>,
+    pub(super) checkpoints: BTreeSet<StageId>,
+    pub(super) started: BTreeSet<StageId>,
+    holder: Option<(ReplicaId, Epoch)>,
+    top_epoch: Epoch,
+    last_seq: u64,
+    /// The newest step whose author was told that it is durable.
+    acknowledged: u64,
+    ended: bool,
+    /// How far each watcher got.
+    watchers: Vec<u64>,
+}
+
+impl Checks {
+    pub(crate) fn submitted(&mut self, new: &NewRun, answer: &Submitted) {
+        let Submitted::Accepted(epoch) = answer else { return };
+        if self.runs.contains_key(&new.id) {
+            return;
+        }
+        let leased = epoch.is_some();
+        let events = if leased || new.lease_to.is_none() { &new.events[..] } else { &new.events[..1] };
+        let tag = new.input.get("tag").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+        let name = format!("run{}({tag})", self.runs.len() + 1);
+        let mut book = Book {
+            name,
+            pipeline: new.pipeline.clone(),
+            cancel_at: None,
+            checkpoints: BTreeSet::new(),
+            started: BTreeSet::new(),
+            holder: new.lease_to.zip(*epoch),
+            top_epoch: epoch.unwrap_or(Epoch(0)),
+            last_seq: events.len() as u64,
+            acknowledged: 0,
+            ended: false,
+            watchers: Vec::new(),
+        };
+        for event in events {
+            if let EventKind::StageStarted { stage, .. } = &event.kind {
+                book.started.insert(stage.clone());
+            }
+        }
+        self.tags.entry(tag).or_default().push(new.id);
+        self.runs.insert(new.id, book);
+    }
+
+    pub(crate) fn claimed(&mut self, replica: ReplicaId, leases: &[Lease]) -> Checked {
+        for lease in leases {
+            let Some(book) = self.runs.get(&lease.run) else { continue };
+            if lease.epoch <= book.top_epoch {
+                let what =
+                    format!("{} was taken under epoch {}, not above {}", book.name, lease.epoch.0, book.top_epoch.0);
+                return self.broken(Promise::OneOwner, what);
+            }
+            if let Some((holder, epoch)) = book.holder
+                && self.replicas.get(&holder).is_some_and(|until| *until > self.now_ms)
+            {
+                let what = format!("{} was taken while the lease under epoch {} was alive", book.name, epoch.0);
+                return self.broken(Promise::OneOwner, what);
+            }
+            if let Some(book) = self.runs.get_mut(&lease.run) {
+                (book.holder, book.top_epoch) = (Some((replica, lease.epoch)), lease.epoch);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn beat(&mut self, beat: &Heartbeat, pulse: &Pulse) {
+        if pulse.alive {
+            let ttl = i64::try_from(beat.ttl.as_millis()).unwrap_or(i64::MAX);
+            self.replicas.insert(beat.replica, self.now_ms + ttl);
+        }
+    }
+
+    pub(crate) fn released(&mut self, leases: &[Lease]) {
+        for lease in leases {
+            if let Some(book) = self.runs.get_mut(&lease.run) {
+                book.holder = book.holder.filter(|(_, epoch)| *epoch != lease.epoch);
+            }
+        }
+    }
+
+    pub(crate) fn left(&mut self, replica: ReplicaId) {
+        self.replicas.remove(&replica);
+        for book in self.runs.values_mut() {
+            book.holder = book.holder.filter(|(holder, _)| *holder != replica);
+        }
+    }
+
+    pub(crate) fn signalled(&mut self, signal: &NewSignal, answer: &Signalled) {
+        let now = self.now_ms;
+        if let (Some(book), Signalled::Accepted { .. }) = (self.runs.get_mut(&signal.run), answer) {
+            match signal.kind {
+                SignalKind::Cancel => _ = book.cancel_at.get_or_insert(now),
+                SignalKind::Retry { .. } => (book.cancel_at, book.holder) = (None, None),
+                _ => {}
+            }
+        }
+    }
+
+    /// A step reached the store. `ledger` is the sum of the run's rows after it.
+    pub(crate) fn committed(&mut self, commit: &Commit, answer: Committed, ledger: Option<Totals>) -> Checked {
+        if answer != Committed::Now {
+            return Ok(());
+        }
+        let run = commit.lease.run;
+        let Some(book) = self.runs.get(&run) else { return Ok(()) };
+        let (name, first) = (book.name.clone(), commit.events.first().map_or(0, |event| event.seq));
+        if first <= book.acknowledged && book.holder.is_some_and(|(_, epoch)| epoch == commit.lease.epoch) {
+            let what = format!("{name} goes on after {} though {} was acknowledged", first - 1, book.acknowledged);
+            return self.broken(Promise::AcknowledgedMeansDurable, what);
+        }
+        if book.holder.is_none_or(|(_, epoch)| epoch != commit.lease.epoch) {
+            let what = format!("{name} was written under the stale epoch {}", commit.lease.epoch.0);
+            return self.broken(Promise::OneOwner, what);
+        }
+        if first != book.last_seq + 1 {
+            let what = format!("{name} has event {first} after {}", book.last_seq);
+            return self.broken(Promise::EventsAreComplete, what);
+        }
+        for event in &commit.events {
+            self.event(run, event)?;
+        }
+        if let Some(ledger) = ledger
+            && ledger != commit.totals
+        {
+            let what = format!("{name} took {:?}, its ledger says {ledger:?}", commit.totals);
+            return self.broken(Promise::TotalsAddUp, what);
+        }
+        if let Some(book) = self.runs.get_mut(&run)
+            && commit.then != Disposition::Keep
+        {
+            book.holder = None;
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, run: RunId, event: &Event) -> Checked {
+        let Some(book) = self.runs.get_mut(&run) else { return Ok(()) };
+        book.last_seq = event.seq;
+        let name = book.name.clone();
+        let retried = matches!(event.kind, EventKind::RunRetried { .. });
+        if book.ended != retried {
+            let what = if retried { "was retried before its end" } else { "went on after its end" };
+            return self.broken(Promise::AcceptedMeansFinished, format!("{name} {what}: {}", event.kind.name()));
+        }
+        match &event.kind {
+            EventKind::RunFinished { .. } => book.ended = true,
+            EventKind::RunRetried { .. } => book.ended = false,
+            EventKind::StageStarted { stage, .. } => {
+                book.started.insert(stage.clone());
+                if let Some(need) = self.missing_need(run, stage) {
+                    return self
+                        .broken(Promise::Order, format!("{name}/{stage} started before {need} had its checkpoint"));
+                }
+            }
+            EventKind::StageSucceeded { stage, .. } if !book.checkpoints.insert(stage.clone()) => {
+                return self.broken(Promise::Order, format!("{name}/{stage} succeeded a second time"));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A need of a stage that has no checkpoint.
+    pub(super) fn missing_need(&self, run: RunId, stage: &StageId) -> Option<StageId> {
+        let book = self.runs.get(&run)?;
+        let needs = self.dags.get(&book.pipeline)?.get(stage)?;
+        needs.iter().find(|need| !book.checkpoints.contains(*need)).cloned()
+    }
+
+    /// The author of a step was told that it is durable.
+    pub(crate) fn acknowledged(&mut self, commit: &Commit, answer: Committed) {
+        if let (Some(book), Some(last)) = (self.runs.get_mut(&commit.lease.run), commit.events.last())
+            && answer != Committed::Stale
+        {
+            book.acknowledged = book.acknowledged.max(last.seq);
+        }
+    }
+
+    /// An owner was told that it is not one though its step had been committed under its lease.
+    pub(crate) fn repeated(&self, commit: &Commit, answer: Committed) -> Checked {
+        let Some(book) = self.runs.get(&commit.lease.run) else { return Ok(()) };
+        let ours = book.holder.is_some_and(|(_, epoch)| epoch == commit.lease.epoch);
+        let there = commit.events.last().is_some_and(|last| last.seq == book.last_seq);
+        if answer == Committed::Stale && ours && there {
+            let what = format!("{}: the owner's repeated step was told to be stale", book.name);
+            return self.broken(Promise::OneOwner, what);
+        }
+        Ok(())
+    }
+
+    /// A new watcher of a run; it says how far it got under this number.
+    pub(crate) fn watch(&mut self, run: RunId) -> usize {
+        self.runs.get_mut(&run).map_or(0, |book| {
+            book.watchers.push(0);
+            book.watchers.len() - 1
+        })
+    }
+
+    pub(crate) fn watched(&mut self, run: RunId, watcher: usize, events: &[Event]) -> Checked {
+        for event in events {
+            let Some(seen) = self.runs.get_mut(&run).and_then(|book| book.watchers.get_mut(watcher)) else {
+                return Ok(());
+            };
+            let (before, now) = (*seen, event.seq);
+            *seen = now;
+            if now != before + 1 {
+                let what = format!("a watcher of {} saw event {now} after {before}", self.name(run));
+                return self.broken(Promise::EventsAreComplete, what);
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything is over.
+    pub(crate) fn finish(&self, state: &State, accepted: &[RunId]) -> Checked {
+        for run in accepted {
+            if !state.runs.contains_key(run) {
+                return self.broken(Promise::AcceptedMeansFinished, format!("{run} was accepted and is not there"));
+            }
+        }
+        for (run, book) in &self.runs {
+            let Some(row) = state.runs.get(run) else { continue };
+            let gap_free = row.events.iter().zip(1..).all(|(event, seq)| event.seq == seq);
+            if !gap_free || row.record.last_seq != row.events.len() as u64 {
+                return self.broken(Promise::EventsAreComplete, format!("{} has gaps in its events", book.name));
+            }
+            if row.record.last_seq < book.acknowledged {
+                let (is, was) = (row.record.last_seq, book.acknowledged);
+                let what = format!("{} ends at event {is} though {was} was acknowledged", book.name);
+                return self.broken(Promise::AcknowledgedMeansDurable, what);
+            }
+            if !book.ended || !row.record.state.is_terminal() {
+                return self.broken(Promise::AcceptedMeansFinished, format!("{} has no end", book.name));
+            }
+            if let Some(seen) = book.watchers.iter().find(|seen| **seen != book.last_seq) {
+                let what = format!("a watcher of {} saw {seen} of {} events", book.name, book.last_seq);
+                return self.broken(Promise::EventsAreComplete, what);
+            }
+        }
+        Ok(())
+    }
+
+    /// Time is up.
+    pub(crate) fn stuck(&self, state: &State) -> Checked {
+        let stuck = state.runs.values().filter(|row| !row.record.state.is_terminal());
+        let stuck: Vec<String> = stuck
+            .map(|row| {
+                let stages: Vec<String> =
+                    row.stages.values().map(|stage| format!("{} {}", stage.id, stage.state.as_str())).collect();
+                let (state, owned) = (row.record.state.as_str(), row.owner.is_some());
+                format!("{} ({state}, owned: {owned}; {})", self.name(row.record.id), stages.join(", "))
+            })
+            .collect();
+        self.broken(Promise::AcceptedMeansFinished, format!("stuck: {}", stuck.join("; ")))
+    }
+}

@@ -1,0 +1,54 @@
+//! Deterministic simulation of the engine: several replicas, one store, one cache and one provider in one thread and in
+//! virtual time, with a fault at every border. Owns the world and the checks; never a second implementation of what it
+//! checks: the engine and the model layer are the real ones.
+//!
+//! A seed decides everything: pipelines, runs, what people ask, latencies, faults. So a seed that fails can be run
+//! again and read ([`Options::record`]). Time is tokio's, paused: it jumps to the next timer, and a minute of a world
+//! takes milliseconds.
+//!
+//! - [`store`] keeps the rows, exactly as the contract says; [`cache`] the shared answers.
+//! - [`front`] is how one replica reaches them: every call there can fail before or after it happened, be delayed,
+//!   arrive twice, or kill its replica.
+//! - [`provider`] answers, errs, limits, hangs.
+//! - [`script`] makes up pipelines and runs; [`director`] plays a seed to its end.
+//! - [`check`] watches every step against the promises of the design.
+
+mod cache;
+mod check;
+mod director;
+mod front;
+mod provider;
+mod script;
+mod store;
+mod watcher;
+mod world;
+
+pub use check::{Promise, Violation};
+pub use director::{Counts, Options, Outcome, simulate};
+pub use store::MemoryStore;
+
+/// A promise that the store breaks on purpose: what the checks are tested with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Flaw {
+    /// None is broken.
+    #[default]
+    None,
+    /// Every step is written, whatever its epoch.
+    FencingOff,
+    /// A step is acknowledged before it is durable: a crash of the replica takes what it wrote in the last moment.
+    FlushNotAwaited,
+    /// A reading of events begins one too early.
+    CursorRepeats,
+    /// A reading of events begins one too late.
+    CursorSkips,
+    /// A replica that is gone keeps its runs.
+    LeasesNeverExpire,
+    /// A claim leaves the epoch as it was.
+    ClaimKeepsEpoch,
+    /// A step that was committed and is repeated is told to be stale.
+    RepetitionIsStale,
+    /// The shared cache acknowledges what it does not keep.
+    CacheForgets,
+    /// A cancel is noted, but the owner's heartbeat does not tell of it.
+    CancelIsSilent,
+}
