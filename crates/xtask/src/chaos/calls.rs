@@ -1,0 +1,147 @@
+//! The provider's books against what was needed: owns why a call may have been paid although its answer was there
+//! before. Every charged call beyond the first usable one of a request needs a named reason; what has none is a finding.
+
+use std::collections::{BTreeMap, HashMap};
+
+use stagegate_testkit::{
+    audit::Audit,
+    storm::{Answer, Call, Fate},
+};
+
+use super::{
+    pipelines::HELD,
+    timeline::Timeline,
+    world::{Window, WindowKind},
+};
+
+/// How long after its delivery an answer is on its way into the shared cache, at most.
+const IN_HAND_S: f64 = 0.5;
+
+/// What came of the books.
+#[derive(Debug, Default)]
+pub(crate) struct Paid {
+    /// Calls by answer, and how many of each were abandoned by their callers.
+    pub(crate) by_answer: BTreeMap<Answer, (u64, u64)>,
+    /// Calls that a real provider would charge for.
+    pub(crate) charged: u64,
+    /// Distinct requests among them.
+    pub(crate) needed: u64,
+    /// Charged calls beyond that, by why.
+    pub(crate) exceptions: BTreeMap<&'static str, u64>,
+    /// Delivered, parseable answers by the key in their prompt: what the ledger can at most have booked as answered.
+    pub(crate) answered: HashMap<String, u64>,
+    pub(crate) findings: Vec<String>,
+}
+
+/// What the reasons are looked up in.
+pub(crate) struct Known<'a> {
+    pub(crate) timeline: &'a Timeline,
+    pub(crate) windows: &'a [Window],
+    /// By key in the prompt: when its run was cancelled or ended otherwise, in seconds.
+    pub(crate) ended_s: HashMap<String, Vec<f64>>,
+}
+
+impl<'a> Known<'a> {
+    pub(crate) fn new(timeline: &'a Timeline, windows: &'a [Window], audit: &Audit) -> Self {
+        let mut ended_s: HashMap<String, Vec<f64>> = HashMap::new();
+        for (key, run) in &audit.keys {
+            for event in audit.events.get(run).into_iter().flatten() {
+                if event.kind == "run.finished" {
+                    ended_s.entry(key.clone()).or_default().push(timeline.of_wall(event.at));
+                }
+            }
+        }
+        Self { timeline, windows, ended_s }
+    }
+
+    /// Whether its receiver was interrupted while the call was under way or its answer on its way into the cache.
+    fn interrupted(&self, call: &Call) -> bool {
+        let from_s = self.timeline.of(call.started);
+        let to_s = call.ended.map_or(f64::INFINITY, |ended| self.timeline.of(ended) + IN_HAND_S);
+        self.windows.iter().any(|window| {
+            let about = matches!(window.kind, WindowKind::Interrupted(index) if call.caller == format!("r{}", index + 1));
+            about && window.from_s <= to_s && window.to_s >= from_s
+        })
+    }
+
+    /// Whether the shared cache was away, or lost what it had, from one time to another.
+    fn cache_away(&self, from_s: f64, to_s: f64) -> bool {
+        let away = |window: &&Window| matches!(window.kind, WindowKind::CacheAway(_));
+        self.windows.iter().filter(away).any(|window| window.from_s <= to_s && window.to_s >= from_s)
+    }
+
+    /// Whether the call's run ended (cancelled, mostly) while it was under way.
+    fn run_ended(&self, call: &Call) -> bool {
+        let from_s = self.timeline.of(call.started) - 0.1;
+        let to_s = call.ended.map_or(f64::INFINITY, |ended| self.timeline.of(ended) + IN_HAND_S);
+        self.ended_s.get(&call.key).into_iter().flatten().any(|at| (from_s..=to_s).contains(at))
+    }
+}
+
+/// Goes through the books.
+pub(crate) fn reconcile(calls: &[Call], known: &Known<'_>) -> Paid {
+    let mut paid = Paid::default();
+    let mut requests: HashMap<u64, Vec<&Call>> = HashMap::new();
+    for call in calls {
+        let row = paid.by_answer.entry(call.answer).or_default();
+        row.0 += 1;
+        row.1 += u64::from(call.fate == Fate::Abandoned);
+        if !call.answer.is_charged() {
+            continue;
+        }
+        requests.entry(call.fingerprint).or_default().push(call);
+        if call.fate == Fate::Delivered && matches!(call.answer, Answer::Good | Answer::Slow | Answer::Bad) {
+            *paid.answered.entry(call.key.clone()).or_default() += 1;
+        }
+    }
+    paid.needed = requests.len() as u64;
+    for asked in requests.values() {
+        paid.charged += asked.len() as u64;
+        // The reason lies with the answer before: why it could not be used instead of asking again.
+        for pair in asked.windows(2) {
+            let (before, again) = (pair[0], pair[1]);
+            match reason(before, again, known) {
+                Some(reason) => *paid.exceptions.entry(reason).or_default() += 1,
+                None => paid.findings.push(unexplained(before, again, known.timeline)),
+            }
+        }
+    }
+    paid
+}
+
+fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str> {
+    let ended_s = before.ended.map_or_else(|| known.timeline.of(before.started), |ended| known.timeline.of(ended));
+    Some(match (before.answer, before.fate) {
+        (Answer::Cut, _) => "the answer was cut on its way",
+        (Answer::Garbled | Answer::Truncated, Fate::Delivered) => "the answer could not be used (no JSON, or truncated)",
+        (Answer::Bad, Fate::Delivered) => "the answer failed its gate and was evicted",
+        _ if known.interrupted(before) => "its receiver was killed, frozen, cut off or stopped before the answer was cached",
+        _ if known.run_ended(before) => "its run ended (cancelled) while the call was under way, and was retried",
+        (_, Fate::Delivered) if before.stage == HELD.1 => "the output was held, hence evicted, and the run was retried",
+        (_, Fate::Delivered) if known.cache_away(ended_s - 0.1, known.timeline.of(again.started)) => {
+            "Redis was away, or lost it, between the two"
+        }
+        _ => return None,
+    })
+}
+
+fn unexplained(before: &Call, again: &Call, timeline: &Timeline) -> String {
+    let told = |call: &Call| {
+        format!(
+            "by {} from {:.3} to {:.3} s ({}, {:?})",
+            call.caller,
+            timeline.of(call.started),
+            call.ended.map_or(f64::NAN, |ended| timeline.of(ended)),
+            call.answer.name(),
+            call.fate
+        )
+    };
+    format!(
+        "key {} stage {}: request {:016x} was paid again without a reason: {}, then {}",
+        before.key,
+        before.stage,
+        before.fingerprint,
+        told(before),
+        told(again)
+    )
+}
