@@ -123,6 +123,10 @@ codes! {
     QueueFull = "SG0209", 429, "The queue is full";
     /// No such key.
     KeyNotFound = "SG0210", 404, "No such API key";
+    /// Retention removed the input and the outputs.
+    Purged = "SG0211", 409, "The run's input and outputs were removed";
+    /// A start that is too far off, or past the run's deadline.
+    InvalidStart = "SG0212", 422, "The start time is not possible";
 
     // Why a run ended without success
     /// The gate failed and no attempt was left.

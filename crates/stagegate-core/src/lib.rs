@@ -9,6 +9,7 @@ pub mod clock;
 pub mod decide;
 pub mod error;
 pub mod event;
+pub mod fair;
 pub mod ids;
 pub mod pipeline;
 pub mod run;

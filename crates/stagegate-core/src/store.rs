@@ -20,6 +20,7 @@ pub use crate::access::{ApiKey, NewApiKey, Role};
 use crate::{
     Attempt, Checkpoint, Epoch, Event, Failure, KeyId, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState,
     StageId, StageState, TenantId, Totals, Verdict,
+    fair::{Limits, Shares},
     pipeline::{CacheMode, Labels},
 };
 
@@ -131,6 +132,11 @@ pub struct NewRun {
     pub request_id: Option<String>,
     /// When it was accepted.
     pub created_at: DateTime<Utc>,
+    /// Before that it cannot be claimed; None for at once. Never together with `lease_to`.
+    pub start_at: Option<DateTime<Utc>>,
+    /// What bounds how many runs are under way beside it. Only a run without limits has a `lease_to`: the others are
+    /// counted when they are claimed.
+    pub limits: Limits,
     /// When it expires.
     pub deadline_at: DateTime<Utc>,
     /// Its first events, from seq 1.
@@ -199,12 +205,16 @@ pub struct RunRecord {
     pub request_id: Option<String>,
     /// When it was accepted.
     pub created_at: DateTime<Utc>,
+    /// Before that it does not start; None for at once.
+    pub start_at: Option<DateTime<Utc>>,
     /// When a replica first took it.
     pub started_at: Option<DateTime<Utc>>,
     /// When it reached a terminal state.
     pub finished_at: Option<DateTime<Utc>>,
     /// When it expires.
     pub deadline_at: DateTime<Utc>,
+    /// When retention removed its input and outputs.
+    pub purged_at: Option<DateTime<Utc>>,
     /// The seq of its last event.
     pub last_seq: u64,
 }
@@ -266,9 +276,9 @@ impl StageRecord {
 pub struct RunDetail {
     /// The run.
     pub run: RunRecord,
-    /// The input.
+    /// The input; null once it was purged.
     pub input: Value,
-    /// The output, once it succeeded.
+    /// The output, once it succeeded and until it is purged.
     pub output: Option<Value>,
     /// The stages that have a row, in no particular order.
     pub stages: Vec<StageRecord>,
@@ -319,6 +329,65 @@ pub struct QueueStats {
     pub waiting: u64,
     /// How long the oldest claimable run has waited.
     pub oldest_queued_ms: u64,
+}
+
+/// What waits and works of one pipeline of one tenant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Backlog {
+    /// Whose.
+    pub tenant: TenantId,
+    /// The pipeline.
+    pub pipeline: PipelineName,
+    /// Runs that could be claimed now.
+    pub queued: u64,
+    /// Runs that wait for a time or for a person: delayed starts, long back-offs, holds.
+    pub waiting: u64,
+    /// Runs that live replicas own.
+    pub running: u64,
+    /// How long the oldest claimable run has waited.
+    pub oldest_queued_ms: u64,
+}
+
+/// A replica, as the others see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReplicaRecord {
+    /// This life of it.
+    pub id: ReplicaId,
+    /// Its host name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// False once its time is over: its runs are taken over.
+    pub alive: bool,
+    /// It is shutting down.
+    pub draining: bool,
+    /// When this life began.
+    pub started_at: DateTime<Utc>,
+    /// How long ago it was last heard of.
+    pub heartbeat_age_ms: u64,
+    /// Runs that it owns.
+    pub runs: u64,
+    /// How long it has owned the one that it has owned longest.
+    pub oldest_lease_ms: Option<u64>,
+}
+
+/// A run, as retention looks at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// Which.
+    pub run: RunId,
+    /// Whose.
+    pub tenant: TenantId,
+    /// Of which pipeline.
+    pub pipeline: PipelineName,
+    /// Of which version.
+    pub version: u32,
+    /// Where it stands.
+    pub state: RunState,
+    /// When it reached a terminal state.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// Whether its input and outputs are gone already.
+    pub purged: bool,
 }
 
 // ---- Leases and progress ------------------------------------------------------------------------------------
@@ -436,6 +505,8 @@ pub enum Signalled {
     WrongRunState(RunState),
     /// The stage is not held (or does not exist, or a decision on it is already pending).
     StageNotHeld(Option<StageState>),
+    /// It cannot be retried: its input and outputs are gone.
+    Purged,
 }
 
 /// What an owner writes: one atomic step of one run.
@@ -544,15 +615,21 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Events after a seq, in order, at most `limit`.
     async fn events(&self, tenant: &TenantId, run: RunId, after: u64, limit: u32) -> StoreResult<Vec<Event>>;
 
+    /// The events of many runs, each after its own seq: in order, at most `limit` of each run. Runs without any are
+    /// left out. Whoever asks has seen to it that the runs may be read.
+    async fn news(&self, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>>;
+
     /// Leaves a signal and wakes the run.
     async fn signal(&self, signal: &NewSignal) -> StoreResult<Signalled>;
 
     /// Reports a replica alive. The first one enters it.
     async fn heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse>;
 
-    /// Takes up to `limit` runs that can go on: queued, due, or left by replicas that are dead. Priority first,
-    /// then those that have waited longest. Each gets a higher epoch. Takes nothing for a replica that is not alive.
-    async fn claim(&self, replica: ReplicaId, limit: u32) -> StoreResult<Vec<Lease>>;
+    /// Takes up to `limit` runs that can go on: queued, due, or left by replicas that are dead; in the order and within
+    /// the limits of [`crate::fair`], counted over the leases of live replicas, never beyond them however many claim at
+    /// once. May take fewer than there are; a claim that takes none leaves none that could be taken. Each gets a higher
+    /// epoch. Takes nothing for a replica that is not alive.
+    async fn claim(&self, replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>>;
 
     /// What this replica owns according to the database: after an error, the truth about a claim or submit.
     async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>>;
@@ -560,8 +637,9 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Everything needed to go on with leased runs. A lease that is gone is left out.
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>>;
 
-    /// The unconsumed signals of a leased run, oldest first. Clears its mark, so that a later signal marks it anew.
-    async fn signals(&self, lease: Lease) -> StoreResult<Vec<Signal>>;
+    /// The unconsumed signals of leased runs, oldest first. Clears their marks, so that a later signal marks its run
+    /// anew. Runs without any, and leases that are gone, are left out.
+    async fn signals(&self, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>>;
 
     /// Writes steps, each fenced on its own: a stale one fails alone. Answers in the same order. Two steps of one
     /// run must not be in one call.
@@ -575,6 +653,27 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
 
     /// How much waits and works.
     async fn queue(&self) -> StoreResult<QueueStats>;
+
+    /// The same by tenant and pipeline, those with something active only. Of one tenant, or of all.
+    async fn backlog(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<Backlog>>;
+
+    /// How many runs of each tenant wait to be claimed, those that wait for their time included. Cheap enough to be
+    /// asked every few seconds with a hundred thousand of them.
+    async fn depths(&self) -> StoreResult<Vec<(TenantId, u64)>>;
+
+    /// Every replica that is not forgotten, the living first. `runs` and `oldest_lease_ms` count one tenant's, or all.
+    async fn replicas(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>>;
+
+    /// The next runs of all tenants by id, after `after`, accepted before `created_before`: at most `limit`, whatever
+    /// their state. For retention, which walks through all of them.
+    async fn kept(&self, after: Option<RunId>, created_before: DateTime<Utc>, limit: u32) -> StoreResult<Vec<Kept>>;
+
+    /// Removes the inputs, outputs, and attempts' outputs of those of these runs that are terminal, and notes when.
+    async fn purge(&self, runs: &[RunId], now: DateTime<Utc>) -> StoreResult<u64>;
+
+    /// Removes those of these runs that are terminal, whole: payloads first, the run last. The ledger keeps its rows.
+    /// Returns which were removed.
+    async fn delete(&self, runs: &[RunId]) -> StoreResult<Vec<RunId>>;
 
     /// Stores a key.
     async fn create_key(&self, key: &NewApiKey) -> StoreResult<()>;

@@ -1,5 +1,6 @@
 //! The words of the engine's API: what is asked of it and what it answers.
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use stagegate_core::{
@@ -28,6 +29,8 @@ pub struct Submit {
     pub labels: Labels,
     /// The client's key, and the digest of the request that it stands for.
     pub idempotency: Option<Idempotency>,
+    /// Before that it does not start; None for at once.
+    pub start_at: Option<DateTime<Utc>>,
     /// The correlation id.
     pub request_id: Option<String>,
 }

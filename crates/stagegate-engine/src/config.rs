@@ -1,10 +1,14 @@
 //! The engine's part of the configuration.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use stagegate_core::pipeline::Span;
+use stagegate_core::{
+    TenantId,
+    fair::{Share, Shares},
+    pipeline::{Retention, Span},
+};
 
 /// How runs are executed.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -23,6 +27,54 @@ pub struct EngineConfig {
     pub drain_grace: Span,
     /// The largest number of steps in one commit.
     pub commit_batch_max: usize,
+    /// Runs that may wait to be claimed, of all tenants together; past it a submit is answered 429. Each replica looks
+    /// every second, so that it can be overstepped by what comes in within one.
+    pub max_queued: u64,
+    /// What each tenant may have that is not named in `tenants`.
+    pub tenant_defaults: TenantLimits,
+    /// What a tenant may have, by its name. What is left out is as for a tenant that is not named at all.
+    pub tenants: BTreeMap<TenantId, TenantLimits>,
+    /// How long runs and their inputs and outputs are kept after their end, unless their pipeline says otherwise.
+    /// State it as long as you may need them: what is removed is gone. What is left out is kept for ever.
+    pub retention: Retention,
+    /// How often one of the replicas looks for what is too old.
+    pub retention_every: Span,
+}
+
+/// What one tenant may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TenantLimits {
+    /// While others wait too, a tenant of weight 2 has twice the runs under way that one of weight 1 has.
+    #[schemars(range(min = 1, max = 1000))]
+    pub weight: u32,
+    /// Runs under way at once, over all replicas. Left out: as many as there is room for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_runs: Option<u32>,
+    /// Runs that may wait to be claimed; past it a submit is answered 429.
+    pub max_queued: u64,
+}
+
+impl Default for TenantLimits {
+    fn default() -> Self {
+        Self { weight: 1, max_runs: None, max_queued: 200_000 }
+    }
+}
+
+impl EngineConfig {
+    /// What a tenant may have.
+    pub fn limits_of(&self, tenant: &TenantId) -> TenantLimits {
+        self.tenants.get(tenant).copied().unwrap_or(self.tenant_defaults)
+    }
+
+    /// The shares by which waiting runs are taken.
+    pub fn shares(&self) -> Shares {
+        let share = |limits: &TenantLimits| Share { weight: limits.weight.max(1), max_runs: limits.max_runs };
+        Shares {
+            default: share(&self.tenant_defaults),
+            named: self.tenants.iter().map(|(tenant, limits)| (tenant.clone(), share(limits))).collect(),
+        }
+    }
 }
 
 impl Default for EngineConfig {
@@ -34,6 +86,17 @@ impl Default for EngineConfig {
             park_after: Span(Duration::from_secs(5)),
             drain_grace: Span(Duration::from_secs(20)),
             commit_batch_max: 256,
+            max_queued: 1_000_000,
+            tenant_defaults: TenantLimits::default(),
+            tenants: BTreeMap::new(),
+            retention: default_retention(),
+            retention_every: Span(Duration::from_mins(15)),
         }
     }
+}
+
+/// Ninety days of everything: long enough to be asked about last quarter, short enough that no table grows for ever.
+fn default_retention() -> Retention {
+    let days = Some(Span(Duration::from_hours(90 * 24)));
+    Retention { succeeded: days, failed: days, cancelled: days, expired: days, payloads: None }
 }

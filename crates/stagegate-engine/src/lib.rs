@@ -5,6 +5,7 @@
 //! others) → act → … → the last commit ends the run and the lease. What is queued, due, or left by a dead replica is
 //! claimed. Nothing here reads a database clock or holds a connection while a model is awaited.
 
+mod admission;
 mod api;
 mod batch;
 mod budget;
@@ -12,8 +13,10 @@ pub mod config;
 mod follow;
 mod kinds;
 mod observe;
+mod pipelines;
 mod plan;
 mod replica;
+mod retention;
 mod runner;
 mod shared;
 mod submit;
@@ -34,6 +37,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
 
+use pipelines::Pipelines;
 use shared::Shared;
 
 /// How long the store may take to note what is handed back, and the farewell, at the end of a drain.
@@ -61,13 +65,15 @@ impl Engine {
         let batch_max = config.commit_batch_max;
         let steps = writer::steps(&background, &store, &metrics, batch_max);
         let submits = writer::submits(&background, &store, batch_max);
+        let pipelines = Pipelines::new(&background, Arc::clone(&store));
         let replica = replica::new_replica_id();
-        let shared = Arc::new(Shared::new(config, store, llm, metrics, clock, steps, submits, replica));
+        let shared = Arc::new(Shared::new(config, store, llm, metrics, clock, steps, submits, pipelines, replica));
         let entered = Instant::now();
         shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
         let stop = CancellationToken::new();
         background.spawn(replica::beat(Arc::clone(&shared), entered, stop.clone()));
         background.spawn(replica::claim(Arc::clone(&shared)));
+        background.spawn(retention::walk(Arc::clone(&shared)));
         Ok(Self { shared, stop, background })
     }
 
@@ -161,6 +167,10 @@ impl Engine {
                 let message = format!("the run is {}: it cannot be {asked}", state.as_str());
                 return Err(Error::new(Code::WrongState, message));
             }
+            Signalled::Purged => {
+                let message = "its input and outputs were removed by retention: submit it anew";
+                return Err(Error::new(Code::Purged, message));
+            }
             Signalled::StageNotHeld(state) => {
                 let is = state.map_or("not started", |state| state.as_str());
                 let message = format!("the stage is {is}: only a held output can be {asked}, and only once");
@@ -170,10 +180,28 @@ impl Engine {
         self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)
     }
 
+    /// Removes a run that has ended, whole: input, outputs, stages, events. The ledger keeps what was paid.
+    pub async fn delete(&self, tenant: &TenantId, run: RunId) -> Result<(), Error> {
+        let not_found = || Error::new(Code::RunNotFound, format!("there is no run {run}"));
+        let record = self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)?;
+        if record.state.is_terminal() && !self.shared.store.delete(&[run]).await?.is_empty() {
+            return Ok(());
+        }
+        // It lives, or has just been retried, or somebody else was faster.
+        let record = self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)?;
+        let message = format!("the run is {}: cancel it first, then delete it", record.state.as_str());
+        Err(Error::new(Code::WrongState, message))
+    }
+
     /// The events of a run after a seq, as they come, in order and gap-free; ends after `run.finished`. Ends at once
     /// where the run does not exist, or has ended and all its events were seen.
     pub fn follow(&self, tenant: TenantId, run: RunId, after: u64) -> BoxStream<'static, Result<Vec<Event>, Error>> {
         follow::follow(Arc::clone(&self.shared.store), &self.shared.hub, tenant, run, after)
+    }
+
+    /// What a tenant may have.
+    pub fn limits_of(&self, tenant: &TenantId) -> config::TenantLimits {
+        self.shared.config.limits_of(tenant)
     }
 
     /// The store, for reads.

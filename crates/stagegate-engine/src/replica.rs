@@ -141,8 +141,9 @@ async fn look(shared: &Arc<Shared>, first: OwnedSemaphorePermit) -> Result<usize
         permits.push(permit);
     }
     let limit = u32::try_from(permits.len()).unwrap_or(u32::MAX);
-    let leases = shared.store.claim(life.replica, limit).await?;
+    let leases = shared.store.claim(life.replica, limit, &shared.shares).await?;
     shared.metrics.runs_claimed.inc_by(leases.len() as u64);
+    shared.backlog.store(!leases.is_empty(), Ordering::Relaxed);
     take(shared, &life, &leases, permits).await
 }
 
@@ -230,7 +231,8 @@ async fn take_one(
     };
     // A run that was never started has at most a cancel; all else has been seen by an owner before.
     let signals = if record.started_at.is_some() || record.cancel_requested {
-        shared.store.signals(lease).await?
+        let mut found = shared.store.signals(&[lease]).await?;
+        found.pop().map(|(_, signals)| signals).unwrap_or_default()
     } else {
         Vec::new()
     };

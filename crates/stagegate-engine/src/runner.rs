@@ -260,8 +260,8 @@ impl Driver {
         let (store, lease) = (Arc::clone(&self.shared.store), self.run.lease());
         async move {
             loop {
-                match store.signals(lease).await {
-                    Ok(signals) => return signals,
+                match store.signals(&[lease]).await {
+                    Ok(mut found) => return found.pop().map(|(_, signals)| signals).unwrap_or_default(),
                     Err(error) if error.is_retryable() => {
                         tracing::warn!(%error, "the signals of this run could not be read; they are read again");
                         tokio::time::sleep(SIGNALS_RETRY).await;

@@ -8,9 +8,11 @@ use std::{
     },
 };
 
+use chrono::{DateTime, Utc};
 use stagegate_core::{
     Clock, Error, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
+    fair::{Limits, Shares},
     store::{Commit, Committed, NewRun, Submitted},
 };
 use stagegate_llm::Llm;
@@ -20,14 +22,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
 use crate::{
+    admission::Admission,
     batch::Batcher,
     config::EngineConfig,
     follow::Hub,
+    pipelines::Pipelines,
     runner::{Driver, Ended, Handle},
 };
-
-/// Compiled pipelines kept in memory; past it the table starts over.
-const PIPELINES_MAX: usize = 512;
 
 /// A time in which this replica may count on its leases: from a heartbeat until it could not renew, or was declared
 /// dead. Whatever is leased belongs to one life and stops with it, also what was still being leased when it ended.
@@ -43,12 +44,11 @@ impl Life {
     }
 }
 
-type PipelineKey = (TenantId, PipelineName, u32);
-
 /// What the parts of one engine share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) config: EngineConfig,
+    pub(crate) shares: Shares,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) llm: Arc<Llm>,
     pub(crate) metrics: Metrics,
@@ -58,6 +58,9 @@ pub(crate) struct Shared {
     pub(crate) submits: Batcher<NewRun, Submitted>,
     /// Room for runs; a driver holds a permit until its last commit is acknowledged.
     pub(crate) room: Arc<Semaphore>,
+    pub(crate) admission: Admission,
+    /// Others wait to be claimed: what is submitted now waits behind them. Cleared by a claim that finds nobody.
+    pub(crate) backlog: AtomicBool,
     /// There may be work to claim.
     pub(crate) work: Notify,
     /// Something may be owned that no driver knows: an insert or a claim whose answer was lost. A flag and no wake-up,
@@ -68,7 +71,7 @@ pub(crate) struct Shared {
     pub(crate) drivers: TaskTracker,
     life: Mutex<Life>,
     driven: Mutex<HashMap<RunId, Arc<Handle>>>,
-    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+    pipelines: Pipelines,
 }
 
 impl Shared {
@@ -81,10 +84,12 @@ impl Shared {
         clock: Arc<dyn Clock>,
         steps: Batcher<Commit, Committed>,
         submits: Batcher<NewRun, Submitted>,
+        pipelines: Pipelines,
         replica: ReplicaId,
     ) -> Self {
         Self {
             room: Arc::new(Semaphore::new(config.max_runs.min(Semaphore::MAX_PERMITS))),
+            shares: config.shares(),
             config,
             store,
             llm,
@@ -93,13 +98,15 @@ impl Shared {
             hub: Hub::default(),
             steps,
             submits,
+            admission: Admission::default(),
+            backlog: AtomicBool::new(false),
             work: Notify::new(),
             doubt: AtomicBool::new(false),
             drain: CancellationToken::new(),
             drivers: TaskTracker::new(),
             life: Mutex::new(Life::of(replica)),
             driven: Mutex::default(),
-            pipelines: Mutex::default(),
+            pipelines,
         }
     }
 
@@ -132,6 +139,14 @@ impl Shared {
         let stopped = std::mem::take(&mut *self.driven()).len();
         self.count(0);
         stopped
+    }
+
+    /// Whether a run may be taken in its submit: nobody waits before it, and nothing is to be counted.
+    pub(crate) fn may_lease(&self, tenant: &TenantId, limits: &Limits, start_at: Option<DateTime<Utc>>) -> bool {
+        start_at.is_none()
+            && limits.is_empty()
+            && self.shares.of(tenant).max_runs.is_none()
+            && !self.backlog.load(Ordering::Relaxed)
     }
 
     pub(crate) fn doubt(&self) {
@@ -192,6 +207,8 @@ impl Shared {
     ) {
         let shared = Arc::clone(self);
         let lease = run.lease();
+        // Its end may make room for one that waits for its limit.
+        let limited = run.pipeline().concurrency.is_some() || self.shares.of(run.tenant()).max_runs.is_some();
         let span = tracing::info_span!(
             parent: None,
             "run",
@@ -223,40 +240,20 @@ impl Shared {
                 }
             }
             drop(permit); // Whoever waits for room to claim is woken by this.
+            if limited {
+                shared.work.notify_one();
+            }
         };
         self.drivers.spawn(work.instrument(span));
     }
 
-    /// A compiled version.
+    /// A compiled version; None for the newest.
     pub(crate) async fn pipeline(
         &self,
         tenant: &TenantId,
         name: &PipelineName,
         version: Option<u32>,
     ) -> Result<Option<(Arc<Pipeline>, u32)>, Error> {
-        if let Some(version) = version
-            && let Some(pipeline) = self.compiled(tenant, name, version)
-        {
-            return Ok(Some((pipeline, version)));
-        }
-        let Some(record) = self.store.pipeline(tenant, name, version).await? else { return Ok(None) };
-        let version = record.version;
-        if let Some(pipeline) = self.compiled(tenant, name, version) {
-            return Ok(Some((pipeline, version)));
-        }
-        let pipeline = Pipeline::from_stored(record.definition)
-            .map_err(|violations| Error::violations(stagegate_core::Code::InvalidDefinition, violations))?;
-        let pipeline = Arc::new(pipeline);
-        let mut pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if pipelines.len() >= PIPELINES_MAX {
-            pipelines.clear();
-        }
-        pipelines.insert((tenant.clone(), name.clone(), version), Arc::clone(&pipeline));
-        Ok(Some((pipeline, version)))
-    }
-
-    fn compiled(&self, tenant: &TenantId, name: &PipelineName, version: u32) -> Option<Arc<Pipeline>> {
-        let pipelines = self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        pipelines.get(&(tenant.clone(), name.clone(), version)).cloned()
+        self.pipelines.get(tenant, name, version).await
     }
 }

@@ -2,14 +2,20 @@
 
 use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use stagegate_core::{
     Code, Error, RunId, RunState, Totals,
     decide::Accept,
+    pipeline::SPAN_MAX,
     store::{NewRun, RunRecord, Submitted},
 };
+use tokio::sync::OwnedSemaphorePermit;
 
-use crate::{Submit, shared::Shared};
+use crate::{
+    Submit, admission,
+    shared::{Life, Shared},
+};
 
 /// Labels of a run at most, and the longest of a key or value in characters.
 const LABELS_MAX: usize = 32;
@@ -21,13 +27,21 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         return Err(Error::new(Code::Draining, "this replica is shutting down; send the request again")
             .retry_after(std::time::Duration::from_secs(1)));
     }
-    let Submit { tenant, pipeline, version, input, cache_mode, priority, labels, idempotency, request_id } = submit;
+    let Submit { tenant, pipeline, version, input, cache_mode, priority, labels, idempotency, start_at, request_id } =
+        submit;
     let (pipeline, version) = crate::known_pipeline(shared, &tenant, &pipeline, version).await?;
     pipeline.check_input(&input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
     check_labels(&labels)?;
+    let limits = pipeline.limits(&input).map_err(|violation| Error::violations(Code::InvalidInput, vec![violation]))?;
 
     let now = shared.clock.now();
-    let lease = shared.life().zip(Arc::clone(&shared.room).try_acquire_owned().ok());
+    let start_at = start_at.filter(|at| *at > now);
+    check_start(start_at, now)?;
+    let may_lease = shared.may_lease(&tenant, &limits, start_at);
+    let lease = may_lease.then(|| lease(shared)).flatten();
+    if lease.is_none() {
+        admission::admit(shared, &tenant)?;
+    }
     let accept = Accept {
         id: RunId::new(now, StdRng::from_os_rng().random()),
         tenant: tenant.clone(),
@@ -39,6 +53,8 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         labels,
         idempotency,
         request_id: request_id.clone(),
+        start_at,
+        limits,
         lease_to: lease.as_ref().map(|(life, _)| life.replica),
         park_after: shared.config.park_after.0,
     };
@@ -62,7 +78,9 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         Ok(Submitted::Accepted(epoch)) => {
             shared.metrics.runs_accepted.inc();
             if epoch.is_none() {
-                shared.work.notify_one();
+                if start_at.is_none() {
+                    shared.work.notify_one();
+                }
                 return Ok((RunRecord { state: RunState::Queued, started_at: None, last_seq: 1, ..record }, true));
             }
             Ok((record, true))
@@ -79,6 +97,21 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
             shared.doubt(); // It may have happened.
             Err(error)
         }
+    }
+}
+
+/// A lease in this life and the room for it, where there is some.
+fn lease(shared: &Shared) -> Option<(Life, OwnedSemaphorePermit)> {
+    shared.life().zip(Arc::clone(&shared.room).try_acquire_owned().ok())
+}
+
+fn check_start(start_at: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Result<(), Error> {
+    match start_at {
+        Some(at) if (at - now).to_std().is_ok_and(|ahead| ahead > SPAN_MAX) => {
+            let days = SPAN_MAX.as_secs() / 86_400;
+            Err(Error::new(Code::InvalidStart, format!("start_at: {} is more than {days} days ahead", at.to_rfc3339())))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -113,9 +146,11 @@ fn record(new: &NewRun) -> RunRecord {
         failure: None,
         request_id: new.request_id.clone(),
         created_at: new.created_at,
+        start_at: new.start_at,
         started_at: leased.then_some(new.created_at),
         finished_at: None,
         deadline_at: new.deadline_at,
+        purged_at: None,
         last_seq: new.events.len() as u64,
     }
 }

@@ -38,6 +38,7 @@ const DEFINITION: &str = "Definition";
         (name = "stages", description = "A stage of a run: attempts, assessments, checkpoint, approval."),
         (name = "plan", description = "What a run would cost, without spending."),
         (name = "cache", description = "The cache of model answers."),
+        (name = "operations", description = "Replicas, what they own, and what waits."),
         (name = "probes", description = "Health and metrics. No key is asked for."),
     ),
     components(schemas(crate::problem::ProblemBody)),

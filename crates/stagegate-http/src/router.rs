@@ -28,7 +28,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::{
     App, auth, layers,
     openapi::{self, Document},
-    routes::{cache, docs, pipelines, plan, probes, runs},
+    routes::{cache, docs, pipelines, plan, probes, replicas, runs},
     state::{Parts, Shared},
 };
 
@@ -42,7 +42,7 @@ fn api() -> OpenApiRouter<Shared> {
         .routes(routes!(pipelines::version::version))
         .routes(routes!(pipelines::schema::schema))
         .routes(routes!(runs::list::list, runs::submit::submit))
-        .routes(routes!(runs::read::read))
+        .routes(routes!(runs::read::read, runs::delete::delete))
         .routes(routes!(runs::events::events))
         .routes(routes!(runs::actions::cancel))
         .routes(routes!(runs::actions::retry))
@@ -51,6 +51,8 @@ fn api() -> OpenApiRouter<Shared> {
         .routes(routes!(runs::actions::reject))
         .routes(routes!(plan::plan))
         .routes(routes!(cache::invalidate))
+        .routes(routes!(replicas::replicas))
+        .routes(routes!(replicas::queue))
 }
 
 /// Probes: open to whoever reaches the listener.

@@ -179,10 +179,14 @@ pub(crate) struct RunView {
     request_id: Option<String>,
     /// When it was accepted.
     created_at: DateTime<Utc>,
+    /// Before that it does not start; null for at once.
+    start_at: Option<DateTime<Utc>>,
     /// When a replica first took it.
     started_at: Option<DateTime<Utc>>,
     /// When it reached a terminal state.
     finished_at: Option<DateTime<Utc>>,
+    /// When its input and outputs were removed, as retention has it.
+    purged_at: Option<DateTime<Utc>>,
     /// When it expires.
     deadline_at: DateTime<Utc>,
     /// From its acceptance to its end, or until now.
@@ -242,8 +246,10 @@ impl RunView {
             failure: run.failure,
             request_id: run.request_id,
             created_at: run.created_at,
+            start_at: run.start_at,
             started_at: run.started_at,
             finished_at: run.finished_at,
+            purged_at: run.purged_at,
             deadline_at: run.deadline_at,
             last_seq: run.last_seq,
         }

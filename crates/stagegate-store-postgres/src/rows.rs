@@ -158,6 +158,8 @@ pub(crate) fn run(row: &PgRow) -> StoreResult<RunRecord> {
         failure: read.maybe_json("failure")?,
         request_id: read.get("request_id")?,
         created_at: read.get("created_at")?,
+        start_at: None,
+        purged_at: None,
         started_at: read.get("started_at")?,
         finished_at: read.get("finished_at")?,
         deadline_at: read.get("deadline_at")?,

@@ -36,11 +36,13 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use sqlx::{ConnectOptions, sqlite::SqliteConnectOptions};
 use stagegate_core::{
-    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreResult, TenantId,
+    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreError, StoreResult, TenantId,
     cache::CacheTier,
+    fair::Shares,
     store::{
-        ApiKey, Commit, Committed, Heartbeat, Lease, NewApiKey, NewRun, NewSignal, NewVersion, PipelineVersion, Pulse,
-        QueueStats, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal, NewVersion,
+        PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot,
+        StageDetail, Submitted,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -173,7 +175,7 @@ impl Store for SqliteStore {
         lease::heartbeat(&self.db, beat).await
     }
 
-    async fn claim(&self, replica: ReplicaId, limit: u32) -> StoreResult<Vec<Lease>> {
+    async fn claim(&self, replica: ReplicaId, limit: u32, _: &Shares) -> StoreResult<Vec<Lease>> {
         lease::claim(&self.db, replica, limit).await
     }
 
@@ -185,8 +187,15 @@ impl Store for SqliteStore {
         load::load(&self.db, leases).await
     }
 
-    async fn signals(&self, lease: Lease) -> StoreResult<Vec<Signal>> {
-        signal::signals(&self.db, lease).await
+    async fn signals(&self, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {
+        let mut found = Vec::new();
+        for lease in leases {
+            let signals = signal::signals(&self.db, *lease).await?;
+            if !signals.is_empty() {
+                found.push((lease.run, signals));
+            }
+        }
+        Ok(found)
     }
 
     async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
@@ -203,6 +212,34 @@ impl Store for SqliteStore {
 
     async fn queue(&self) -> StoreResult<QueueStats> {
         lease::queue(&self.db).await
+    }
+
+    async fn news(&self, _: &[(RunId, u64)], _: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
+        Err(StoreError::Defect("news: not built yet".into()))
+    }
+
+    async fn backlog(&self, _: Option<&TenantId>) -> StoreResult<Vec<Backlog>> {
+        Err(StoreError::Defect("backlog: not built yet".into()))
+    }
+
+    async fn depths(&self) -> StoreResult<Vec<(TenantId, u64)>> {
+        Err(StoreError::Defect("depths: not built yet".into()))
+    }
+
+    async fn replicas(&self, _: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
+        Err(StoreError::Defect("replicas: not built yet".into()))
+    }
+
+    async fn kept(&self, _: Option<RunId>, _: DateTime<Utc>, _: u32) -> StoreResult<Vec<Kept>> {
+        Err(StoreError::Defect("kept: not built yet".into()))
+    }
+
+    async fn purge(&self, _: &[RunId], _: DateTime<Utc>) -> StoreResult<u64> {
+        Err(StoreError::Defect("purge: not built yet".into()))
+    }
+
+    async fn delete(&self, _: &[RunId]) -> StoreResult<Vec<RunId>> {
+        Err(StoreError::Defect("delete: not built yet".into()))
     }
 
     async fn create_key(&self, key: &NewApiKey) -> StoreResult<()> {

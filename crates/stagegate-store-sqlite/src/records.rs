@@ -91,6 +91,8 @@ pub(crate) fn run(row: &SqliteRow) -> StoreResult<RunRecord> {
         failure: cells.opt_json("failure")?,
         request_id: cells.get("request_id")?,
         created_at: cells.time("created_at")?,
+        start_at: None,
+        purged_at: None,
         started_at: cells.opt_time("started_at")?,
         finished_at: cells.opt_time("finished_at")?,
         deadline_at: cells.time("deadline_at")?,

@@ -137,6 +137,9 @@ catalogue! {
     /// Runs that this replica claimed from the queue or from dead replicas.
     runs_claimed: IntCounter = "stagegate_runs_claimed_total" [];
 
+    /// Runs from which retention removed the payloads, or the whole (`payloads`, `run`), by this replica.
+    retention_removed: IntCounterVec = "stagegate_retention_removed_total" ["what"];
+
     /// Database connections, by state: `in_use`, `idle`, `max`.
     pool_connections: IntGaugeVec = "stagegate_db_pool_connections" ["state"];
     /// Tasks that wait for a database connection.

@@ -99,6 +99,8 @@ pub(crate) enum Command {
     Plan(commands::plan::Plan),
     /// Serve the HTTP API and execute runs
     Serve(commands::serve::Serve),
+    /// Show the replicas, what they own, and what waits
+    Replicas(commands::replicas::Replicas),
     /// Manage API keys
     Keys(commands::keys::Keys),
     /// Bring the database's schema up to date
@@ -122,6 +124,7 @@ impl Command {
             Self::Validate(command) => command.run(global),
             Self::Plan(command) => Box::pin(command.run(global)).await,
             Self::Serve(command) => Box::pin(command.run(global)).await,
+            Self::Replicas(command) => Box::pin(command.run(global)).await,
             Self::Keys(command) => Box::pin(command.run(global)).await,
             Self::Migrate(command) => Box::pin(command.run(global)).await,
             Self::Config(command) => command.run(global),

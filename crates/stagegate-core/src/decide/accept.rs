@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{Draft, Effect, Run, StageRun, Stimulus};
 use crate::{
     Epoch, Event, EventKind, Pipeline, ReplicaId, RunId, RunState, TenantId, Totals,
+    fair::Limits,
     pipeline::{CacheMode, Labels},
     store::{Idempotency, Lease, NewRun, StageRecord},
 };
@@ -35,7 +36,11 @@ pub struct Accept {
     pub idempotency: Option<Idempotency>,
     /// The correlation id.
     pub request_id: Option<String>,
-    /// The replica that takes it at once; None leaves it queued.
+    /// Before that it does not start. Its deadline counts from there.
+    pub start_at: Option<DateTime<Utc>>,
+    /// What bounds how many runs are under way beside it.
+    pub limits: Limits,
+    /// The replica that takes it at once; None leaves it queued. Nobody takes one that starts later or has limits.
     pub lease_to: Option<ReplicaId>,
     /// The longest pause that is waited out in memory.
     pub park_after: Duration,
@@ -47,7 +52,9 @@ const FIRST_EPOCH: Epoch = Epoch(1);
 impl Accept {
     /// What is inserted; and, where it is leased at once, the run and what to begin after the insert.
     pub fn begin(self, now: DateTime<Utc>) -> (NewRun, Option<(Run, Vec<Effect>)>) {
-        let deadline_at = now + TimeDelta::from_std(self.pipeline.deadline).unwrap_or_else(|_| TimeDelta::days(366));
+        let lease_to = self.lease_to.filter(|_| self.start_at.is_none() && self.limits.is_empty());
+        let begins = self.start_at.map_or(now, |at| at.max(now));
+        let deadline_at = begins + TimeDelta::from_std(self.pipeline.deadline).unwrap_or_else(|_| TimeDelta::days(366));
         let accepted = EventKind::RunAccepted { pipeline: self.pipeline.name.clone(), version: self.version };
         let mut new = NewRun {
             id: self.id,
@@ -62,12 +69,14 @@ impl Accept {
             idempotency: self.idempotency,
             request_id: self.request_id,
             created_at: now,
+            start_at: self.start_at,
+            limits: self.limits,
             deadline_at,
             events: vec![Event { seq: 1, at: now, kind: accepted }],
             stages: Vec::new(),
-            lease_to: self.lease_to,
+            lease_to,
         };
-        if self.lease_to.is_none() {
+        if lease_to.is_none() {
             return (new, None);
         }
         let mut run = leased(&new, self.pipeline, self.park_after);

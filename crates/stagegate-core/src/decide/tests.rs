@@ -57,6 +57,8 @@ fn begin(source: &str) -> (NewRun, Run, Vec<Effect>) {
         labels: crate::pipeline::Labels::new(),
         idempotency: None,
         request_id: None,
+        start_at: None,
+        limits: crate::fair::Limits::default(),
         lease_to: Some(ReplicaId(uuid::Uuid::from_u128(2))),
         park_after: Duration::from_secs(5),
     };

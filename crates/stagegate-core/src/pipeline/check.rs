@@ -33,6 +33,7 @@ pub(super) struct Compiled {
     pub(super) input: Option<Schema>,
     pub(super) stages: Vec<CompiledStage>,
     pub(super) output: Option<OutputNode>,
+    pub(super) concurrency_key: Option<Template>,
 }
 
 /// What has been compiled of a stage.
@@ -249,6 +250,8 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         check_models(stage, &draft, models, report);
         compiled.stages.push(compile_stage(stage, &scope, report));
     }
+    let key_scope = Scope { stages: ids.clone(), input: input_keys.clone(), ..Scope::default() };
+    compiled.concurrency_key = concurrency_key(root, &key_scope, report);
     let scope = Scope {
         upstream: ids.iter().copied().collect(),
         stages: ids,
@@ -265,6 +268,35 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         report.at_value(&path, violation.mend("put a `transform` stage before it that makes the map as a whole"));
     }
     compiled
+}
+
+/// The concurrency key, which is known before any stage has run.
+fn concurrency_key(root: &Map<String, Value>, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
+    let path = Path::root().key("concurrency");
+    let given = root.get("concurrency")?.as_object()?;
+    let Some(key) = given.get("key").and_then(Value::as_str) else {
+        if given.contains_key("max_runs_per_key") && !given.contains_key("key") {
+            let violation = Violation::new(Code::MissingKey, "", "`max_runs_per_key` has no `key` to count by");
+            report.at_value(&path, violation.mend("add `key:` with an expression such as `input.customer`"));
+        }
+        return None;
+    };
+    expression(key, &path.key("key"), scope, report)
+}
+
+/// An expression; its flaws are told as those of an expression.
+fn expression(text: &str, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
+    match Template::expression(text, scope) {
+        Ok(expression) => Some(expression),
+        Err(flaws) => {
+            for flaw in flaws {
+                let code = if flaw.code == Code::TemplateSyntax { Code::InvalidExpression } else { flaw.code };
+                let message = flaw.message.replace("the template could", "the expression could");
+                report.inside(path, Flaw { code, message, ..flaw });
+            }
+            None
+        }
+    }
 }
 
 /// Needs as numbers; every wrong one is reported. Beside them, for each stage, whether it names a need that is not
@@ -508,17 +540,9 @@ fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Rep
             }
         }
         Check::Schema(schema) => Schema::compile(schema, &path.key("schema"), report).map(CompiledCheck::Schema),
-        Check::Expression(text) => match Template::expression(text, scope) {
-            Ok(expression) => Some(CompiledCheck::Expression(expression)),
-            Err(flaws) => {
-                for flaw in flaws {
-                    let code = if flaw.code == Code::TemplateSyntax { Code::InvalidExpression } else { flaw.code };
-                    let message = flaw.message.replace("the template could", "the expression could");
-                    report.inside(&path.key("expression"), Flaw { code, message, ..flaw });
-                }
-                None
-            }
-        },
+        Check::Expression(text) => {
+            expression(text, &path.key("expression"), scope, report).map(CompiledCheck::Expression)
+        }
     }
 }
 

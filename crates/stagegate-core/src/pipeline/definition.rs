@@ -28,9 +28,15 @@ pub struct Definition {
     /// What one run may spend.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
-    /// How long a run may take from its acceptance, holds included; then it expires. Default: 24h.
+    /// How long a run may take from its acceptance (or its `start_at`), holds included; then it expires. Default: 24h.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Span>,
+    /// How many runs are under way at once. Default: as many as there is room for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<Concurrency>,
+    /// How long what has ended is kept. Default: as the replica's configuration says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
     /// The stages, in any order.
     #[schemars(length(min = 1, max = 100))]
     pub stages: Vec<StageDefinition>,
@@ -373,6 +379,46 @@ pub struct Budget {
     /// US dollars. A call starts only if its worst case still fits.
     #[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1_000_000_000))]
     pub max_cost_usd: Usd,
+}
+
+/// How many runs of a pipeline are under way at once, over all replicas. What is over a limit waits in the queue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(extend("anyOf" = [{"required": ["max_runs"]}, {"required": ["key"]}]))]
+pub struct Concurrency {
+    /// Runs of this pipeline, all of its versions together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub max_runs: Option<u32>,
+    /// An expression over the input, such as `input.customer`: runs that give the same value share a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 10_000))]
+    pub key: Option<String>,
+    /// Runs with the same key. Default: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub max_runs_per_key: Option<u32>,
+}
+
+/// How long runs are kept after their end. What is left out is as the replica's configuration says.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Retention {
+    /// Runs that succeeded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub succeeded: Option<Span>,
+    /// Runs that failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<Span>,
+    /// Runs that were cancelled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cancelled: Option<Span>,
+    /// Runs that expired.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expired: Option<Span>,
+    /// Inputs and outputs, whatever the run's state; the run's record stays as long as its state says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub payloads: Option<Span>,
 }
 
 /// A length of time: `250ms`, `30s`, `5m`, `24h`, `7d`.

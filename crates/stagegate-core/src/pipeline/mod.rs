@@ -22,9 +22,9 @@ use serde_json::Value;
 
 pub use assess::unfenced;
 pub use definition::{
-    Backoff, Budget, Cache, CacheMode, Check, Defaults, Definition, Gate, InvalidSpan, Judge, Labels, MessageTemplate,
-    ModelChain, OnExhausted, OnFail, Output, OutputSchema, OutputWord, Params, Retry, Role, SPAN_MAX, Span,
-    StageDefinition,
+    Backoff, Budget, Cache, CacheMode, Check, Concurrency, Defaults, Definition, Gate, InvalidSpan, Judge, Labels,
+    MessageTemplate, ModelChain, OnExhausted, OnFail, Output, OutputSchema, OutputWord, Params, Retention, Retry, Role,
+    SPAN_MAX, Span, StageDefinition,
 };
 
 use self::{
@@ -50,6 +50,10 @@ pub struct Pipeline {
     pub budget: Option<Budget>,
     /// How long a run may take.
     pub deadline: Duration,
+    /// How many runs are under way at once.
+    pub concurrency: Option<Concurrency>,
+    /// How long what has ended is kept.
+    pub retention: Option<Retention>,
     /// Templates, validators and regular expressions; stages in the order of `stages`.
     compiled: Compiled,
 }

@@ -10,10 +10,12 @@ use super::{
     path::Path,
     template::{Template, Vars},
 };
-use crate::{Code, Failure};
+use crate::{Code, Failure, Violation, fair::Limits};
 
 /// The most that the templates of an output mapping may give together, in bytes.
 const OUTPUT_MAX_BYTES: usize = 16 * 1024 * 1024;
+/// The longest concurrency key, in bytes.
+const KEY_MAX_BYTES: usize = 256;
 /// What a value counts beside its text, in bytes.
 const VALUE_BYTES: usize = 8;
 
@@ -56,6 +58,25 @@ impl Pipeline {
             .map_err(|cause| self.failure(stage, "rubric", &cause))
     }
 
+    /// What bounds how many runs are under way beside one with this input. Fails where the concurrency key gives nothing
+    /// to count by.
+    pub fn limits(&self, input: &Value) -> Result<Limits, Violation> {
+        let Some(concurrency) = &self.concurrency else { return Ok(Limits::default()) };
+        let key = match &self.compiled.concurrency_key {
+            None => None,
+            Some(expression) => {
+                let context = RenderContext { run_id: "", input, outputs: &[] };
+                let value = self.with_vars(&context, None, |vars| expression.value(vars));
+                let key = value.and_then(key_text).map_err(|cause| {
+                    let message = format!("the pipeline's concurrency key cannot be made of this input: {cause}");
+                    Violation::new(Code::InvalidInput, "input", message)
+                })?;
+                Some((key, concurrency.max_runs_per_key.unwrap_or(1)))
+            }
+        };
+        Ok(Limits { pipeline_max: concurrency.max_runs, key })
+    }
+
     /// Renders the run's output.
     pub fn render_output(&self, context: &RenderContext<'_>) -> Result<Value, Failure> {
         let Some(mapping) = &self.compiled.output else { return self.leaves(context) };
@@ -91,6 +112,20 @@ impl Pipeline {
             stage: Some(id.clone()),
         }
     }
+}
+
+/// A concurrency key as text.
+fn key_text(value: Value) -> Result<String, String> {
+    let text = match value {
+        Value::String(text) => text,
+        Value::Number(number) => number.to_string(),
+        Value::Bool(holds) => holds.to_string(),
+        other => return Err(format!("it gives {}, not a text or a number", super::schema::told(&other))),
+    };
+    if text.is_empty() || text.len() > KEY_MAX_BYTES || text.contains('\0') {
+        return Err(format!("it must have 1 to {KEY_MAX_BYTES} bytes, none of them zero"));
+    }
+    Ok(text)
 }
 
 /// Renders a part of the mapping; what fails is told with its place.

@@ -64,6 +64,8 @@ pub(super) fn resolve(definition: Definition, value: &Value, compiled: Compiled)
         stages,
         budget: definition.budget,
         deadline: definition.deadline.map_or(DEFAULT_DEADLINE, |span| span.0),
+        concurrency: definition.concurrency,
+        retention: definition.retention,
         compiled: Compiled { stages: compiled_stages, ..compiled },
     }
 }

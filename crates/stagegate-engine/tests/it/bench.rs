@@ -91,6 +91,7 @@ impl Bench {
             priority: 0,
             labels: Labels::new(),
             idempotency: None,
+            start_at: None,
             request_id: Some("test".to_owned()),
         };
         self.engine.submit(submit).await.expect("accepted").0.id

@@ -10,7 +10,8 @@ use std::{
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreError, StoreResult, TenantId, store as s,
+    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreError, StoreResult, TenantId, fair::Shares,
+    store as s,
 };
 
 /// How a method fails.
@@ -128,16 +129,23 @@ through! {
     runs(query: &s::RunQuery) -> Vec<s::RunRecord>;
     stage(tenant: &TenantId, run: RunId, stage: &StageId) -> Option<s::StageDetail>;
     events(tenant: &TenantId, run: RunId, after: u64, limit: u32) -> Vec<Event>;
+    news(seen: &[(RunId, u64)], limit: u32) -> Vec<(RunId, Vec<Event>)>;
     signal(signal: &s::NewSignal) -> s::Signalled;
     heartbeat(beat: &s::Heartbeat) -> s::Pulse;
-    claim(replica: ReplicaId, limit: u32) -> Vec<s::Lease>;
+    claim(replica: ReplicaId, limit: u32, shares: &Shares) -> Vec<s::Lease>;
     owned(replica: ReplicaId) -> Vec<s::Lease>;
     load(leases: &[s::Lease]) -> Vec<s::Snapshot>;
-    signals(lease: s::Lease) -> Vec<s::Signal>;
+    signals(leases: &[s::Lease]) -> Vec<(RunId, Vec<s::Signal>)>;
     commit(commits: &[s::Commit]) -> Vec<s::Committed>;
     release(leases: &[s::Lease]) -> ();
     leave(replica: ReplicaId) -> ();
     queue() -> s::QueueStats;
+    backlog(tenant: Option<&TenantId>) -> Vec<s::Backlog>;
+    depths() -> Vec<(TenantId, u64)>;
+    replicas(tenant: Option<&TenantId>) -> Vec<s::ReplicaRecord>;
+    kept(after: Option<RunId>, created_before: DateTime<Utc>, limit: u32) -> Vec<s::Kept>;
+    purge(runs: &[RunId], now: DateTime<Utc>) -> u64;
+    delete(runs: &[RunId]) -> Vec<RunId>;
     create_key(key: &s::NewApiKey) -> ();
     key_by_hash(hash: &[u8; 32]) -> Option<s::ApiKey>;
     keys(tenant: Option<&TenantId>) -> Vec<s::ApiKey>;

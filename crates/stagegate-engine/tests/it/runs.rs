@@ -38,6 +38,7 @@ async fn an_input_that_does_not_fit_is_refused_and_nothing_is_kept() {
         priority: 0,
         labels: stagegate_core::pipeline::Labels::new(),
         idempotency: None,
+        start_at: None,
         request_id: None,
     };
     let error = bench.engine.submit(submit).await.expect_err("refused");

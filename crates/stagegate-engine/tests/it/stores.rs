@@ -89,6 +89,7 @@ fn hello() -> Submit {
         priority: 0,
         labels: Labels::new(),
         idempotency: None,
+        start_at: None,
         request_id: None,
     }
 }

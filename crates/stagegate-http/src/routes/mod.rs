@@ -6,6 +6,7 @@ pub(crate) mod docs;
 pub(crate) mod pipelines;
 pub(crate) mod plan;
 pub(crate) mod probes;
+pub(crate) mod replicas;
 pub(crate) mod runs;
 
 use http::HeaderMap;

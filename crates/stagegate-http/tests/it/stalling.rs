@@ -6,9 +6,11 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use stagegate_core::{
     Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreResult, TenantId,
+    fair::Shares,
     store::{
-        ApiKey, Commit, Committed, Heartbeat, Lease, NewApiKey, NewRun, NewSignal, NewVersion, PipelineVersion, Pulse,
-        QueueStats, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal, NewVersion,
+        PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot,
+        StageDetail, Submitted,
     },
 };
 use tokio::sync::watch;
@@ -64,16 +66,23 @@ pass_on! {
     fn runs(query: &RunQuery) -> StoreResult<Vec<RunRecord>>;
     fn stage(tenant: &TenantId, run: RunId, stage: &StageId) -> StoreResult<Option<StageDetail>>;
     fn events(tenant: &TenantId, run: RunId, after: u64, limit: u32) -> StoreResult<Vec<Event>>;
+    fn news(seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>>;
     fn signal(signal: &NewSignal) -> StoreResult<Signalled>;
     fn heartbeat(beat: &Heartbeat) -> StoreResult<Pulse>;
-    fn claim(replica: ReplicaId, limit: u32) -> StoreResult<Vec<Lease>>;
+    fn claim(replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>>;
     fn owned(replica: ReplicaId) -> StoreResult<Vec<Lease>>;
     fn load(leases: &[Lease]) -> StoreResult<Vec<Snapshot>>;
-    fn signals(lease: Lease) -> StoreResult<Vec<Signal>>;
+    fn signals(leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>>;
     fn commit(commits: &[Commit]) -> StoreResult<Vec<Committed>>;
     fn release(leases: &[Lease]) -> StoreResult<()>;
     fn leave(replica: ReplicaId) -> StoreResult<()>;
     fn queue() -> StoreResult<QueueStats>;
+    fn backlog(tenant: Option<&TenantId>) -> StoreResult<Vec<Backlog>>;
+    fn depths() -> StoreResult<Vec<(TenantId, u64)>>;
+    fn replicas(tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>>;
+    fn kept(after: Option<RunId>, created_before: DateTime<Utc>, limit: u32) -> StoreResult<Vec<Kept>>;
+    fn purge(runs: &[RunId], now: DateTime<Utc>) -> StoreResult<u64>;
+    fn delete(runs: &[RunId]) -> StoreResult<Vec<RunId>>;
     fn create_key(key: &NewApiKey) -> StoreResult<()>;
     fn key_by_hash(hash: &[u8; 32]) -> StoreResult<Option<ApiKey>>;
     fn keys(tenant: Option<&TenantId>) -> StoreResult<Vec<ApiKey>>;

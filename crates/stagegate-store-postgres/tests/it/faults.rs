@@ -97,17 +97,18 @@ async fn a_replica_that_vanished_inside_a_transaction_holds_its_rows_no_longer_t
     let store: Arc<dyn Store> = Arc::new(store);
     let owner = live_replica(&store).await;
     let (_, lease) = submit_leased(&store, 1, owner).await;
+    let leases = [lease];
     let mut operator = PgConnection::connect(database.url()).await.expect("connects");
     let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
                AND application_name = 'stagegate' AND state LIKE 'idle in transaction%'";
     let mut inside = async || sqlx::query_scalar::<_, i64>(sql).fetch_one(&mut operator).await.expect("reads") > 0;
     // Never asked to go on: what a partition looks like from the server, which sees no connection end.
-    let mut reading = store.signals(lease);
+    let mut reading = store.signals(&leases);
     while !inside().await {
         let polled = std::future::poll_fn(|context| std::task::Poll::Ready(reading.as_mut().poll(context))).await;
         if polled.is_ready() {
             // It was through before it was seen between two statements: another is begun, to be left there.
-            reading = store.signals(lease);
+            reading = store.signals(&leases);
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

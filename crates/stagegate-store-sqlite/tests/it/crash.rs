@@ -4,6 +4,7 @@ use std::{collections::HashSet, path::Path};
 
 use stagegate_core::{
     Epoch, ReplicaId, RunId, Store,
+    fair::Shares,
     store::{Commit, Committed, Lease, NewRun},
 };
 use stagegate_testkit::store::fixtures::{
@@ -83,7 +84,7 @@ async fn take_all(path: &Path) -> Vec<RunId> {
     let owner: ReplicaId = live_replica(&store).await;
     let mut mine = Vec::new();
     loop {
-        let leases = store.claim(owner, 3).await.expect("claim");
+        let leases = store.claim(owner, 3, &Shares::default()).await.expect("claim");
         if leases.is_empty() {
             return mine;
         }

@@ -8,9 +8,10 @@ use stagegate_core::{
     Assessment, Attempt, CallPurpose, Checkpoint, Code, Epoch, Evaluator, Event, EventKind, Failure, KeyId,
     LedgerEntry, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId, StageState, Store, TenantId,
     Totals, Usage, Usd, Verdict,
+    fair::{Limits, Shares},
     store::{
-        Commit, Disposition, Heartbeat, Idempotency, Lease, NewRun, NewSignal, RunDetail, RunRecord, SignalKind,
-        Signalled, StageDetail, StageRecord, Submitted,
+        Commit, Disposition, Heartbeat, Idempotency, Lease, NewRun, NewSignal, RunDetail, RunRecord, Signal,
+        SignalKind, Signalled, StageDetail, StageRecord, Submitted,
     },
 };
 use uuid::Uuid;
@@ -74,6 +75,8 @@ pub fn new_run(ms: i64) -> NewRun {
         idempotency: None,
         request_id: Some("req-1".to_owned()),
         created_at: at(ms),
+        start_at: None,
+        limits: Limits::default(),
         deadline_at: at(ms + 3_600_000),
         events: vec![accepted(ms)],
         stages: Vec::new(),
@@ -303,7 +306,7 @@ pub async fn signal(store: &Arc<dyn Store>, run: RunId, kind: SignalKind) -> Sig
 
 /// Claims what there is, lowest run id first.
 pub async fn claim_all(store: &Arc<dyn Store>, replica: ReplicaId) -> Vec<Lease> {
-    let mut leases = store.claim(replica, 1_000).await.expect("claim");
+    let mut leases = store.claim(replica, 1_000, &Shares::default()).await.expect("claim");
     leases.sort_by_key(|lease| lease.run);
     leases
 }
@@ -335,4 +338,11 @@ pub async fn dump(store: &Arc<dyn Store>, of: &TenantId, run: RunId) -> Dump {
     let events = store.events(of, run, 0, 10_000).await.expect("read");
     assert_eq!(store.run_record(of, run).await.expect("read").as_ref(), Some(&detail.run));
     Dump { detail, stages, events }
+}
+
+/// The signals of one leased run.
+pub async fn signals_of(store: &Arc<dyn Store>, lease: Lease) -> Vec<Signal> {
+    let mut found = store.signals(&[lease]).await.expect("signals");
+    assert!(found.len() <= 1 && found.iter().all(|(run, _)| *run == lease.run), "of this run alone: {found:?}");
+    found.pop().map(|(_, signals)| signals).unwrap_or_default()
 }

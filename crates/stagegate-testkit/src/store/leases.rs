@@ -4,6 +4,7 @@ use std::{collections::HashMap, time::Duration};
 
 use stagegate_core::{
     Epoch, RunState,
+    fair::Shares,
     store::{Committed, Lease, NewRun, QueueStats, StageRecord},
 };
 
@@ -33,10 +34,10 @@ pub async fn priority_goes_first_then_who_has_waited_longest(subject: Subject) {
         tokio::time::sleep(Duration::from_millis(3)).await;
     }
     expected.sort_by_key(|(priority, n, _)| (-i32::from(*priority), *n));
-    assert_eq!(store.claim(owner, 0).await.expect("claim"), []);
+    assert_eq!(store.claim(owner, 0, &Shares::default()).await.expect("claim"), []);
     let mut claimed = Vec::new();
     for limit in [1, 2, 1, 10] {
-        let mut page = store.claim(owner, limit).await.expect("claim");
+        let mut page = store.claim(owner, limit, &Shares::default()).await.expect("claim");
         assert!(page.len() <= limit as usize);
         let rank = |lease: &Lease| expected.iter().position(|(_, _, id)| *id == lease.run);
         page.sort_by_key(rank);
@@ -71,7 +72,7 @@ pub async fn two_claimers_never_share_a_run(subject: Subject) {
                 let mut mine = Vec::new();
                 // A claimer that finds nothing may have met only runs that another one was taking.
                 for _ in 0..40 {
-                    mine.extend(store.claim(owner, 5).await.expect("claim"));
+                    mine.extend(store.claim(owner, 5, &Shares::default()).await.expect("claim"));
                 }
                 mine.sort_by_key(|lease| lease.run);
                 let mut held = store.owned(owner).await.expect("owned");
@@ -100,7 +101,7 @@ pub async fn a_replica_that_is_not_alive_claims_nothing(subject: Subject) {
     store.leave(gone).await.expect("leave");
     outlive_the_ttl().await;
     for dead in [replica(), late, gone] {
-        assert_eq!(store.claim(dead, 10).await.expect("claim"), []);
+        assert_eq!(store.claim(dead, 10, &Shares::default()).await.expect("claim"), []);
     }
     let owner = live_replica(store).await;
     assert_eq!(claim_all(store, owner).await.len(), 1);
@@ -125,7 +126,7 @@ pub async fn a_dead_replicas_runs_are_taken_once_with_a_higher_epoch(subject: Su
                 let owner = live_replica(&store).await;
                 let mut mine = Vec::new();
                 for _ in 0..20 {
-                    mine.extend(store.claim(owner, 3).await.expect("claim"));
+                    mine.extend(store.claim(owner, 3, &Shares::default()).await.expect("claim"));
                 }
                 mine
             })
@@ -159,7 +160,7 @@ pub async fn a_replica_that_was_declared_dead_is_told_so(subject: Subject) {
     assert_eq!(commit(store, &step(lease, 3)).await, Committed::Stale);
     store.release(&[lease]).await.expect("passed over");
     submit(store, &new_run(2)).await;
-    assert_eq!(store.claim(dead, 10).await.expect("claim"), []);
+    assert_eq!(store.claim(dead, 10, &Shares::default()).await.expect("claim"), []);
     assert_eq!(dump(store, &run.tenant, run.id).await, before);
     assert_eq!(store.owned(heir).await.expect("owned"), taken);
     assert!(!beat(store, dead, Duration::from_mins(1)).await.alive, "it stays dead");

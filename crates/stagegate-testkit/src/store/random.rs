@@ -11,6 +11,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use serde_json::{Value, json};
 use stagegate_core::{
     Event, EventKind, Origin, ReplicaId, RunId, RunState, StageId, StageState, Store, TenantId, Verdict,
+    fair::{Limits, Shares},
     pipeline::{CacheMode, Labels},
     store::{
         Commit, Committed, Disposition, Lease, NewRun, NewSignal, NewVersion, QueueStats, RunQuery, SignalKind,
@@ -20,7 +21,8 @@ use stagegate_core::{
 use uuid::Uuid;
 
 use super::fixtures::{
-    NASTY, at, beat, checkpoint, dump, failure, full_attempt, model, nasty_json, pipeline, stage, tenant, totals,
+    NASTY, at, beat, checkpoint, dump, failure, full_attempt, model, nasty_json, pipeline, signals_of, stage, tenant,
+    totals,
 };
 
 const TENANTS: [&str; 2] = ["acme", "umbrella"];
@@ -217,6 +219,8 @@ impl World {
                 .filter(|_| key < 4),
             request_id: self.rng.random_bool(0.5).then(|| "request".to_owned()),
             created_at: at(self.now),
+            start_at: None,
+            limits: Limits::default(),
             deadline_at: at(self.now + 60_000),
             events,
             stages,
@@ -276,8 +280,8 @@ impl World {
             leases.sort_by_key(|lease| lease.run);
             leases
         };
-        let left = sorted(self.left.claim(replica, limit).await.expect("claim"));
-        let right = sorted(self.right.claim(replica, limit).await.expect("claim"));
+        let left = sorted(self.left.claim(replica, limit, &Shares::default()).await.expect("claim"));
+        let right = sorted(self.right.claim(replica, limit, &Shares::default()).await.expect("claim"));
         assert_eq!(left, right, "{}", self.place("claim"));
         self.leases.extend(left);
     }
@@ -378,8 +382,8 @@ impl World {
     async fn read_signals(&mut self) {
         let recent = self.leases.len().saturating_sub(8);
         let Some(lease) = pick(&mut self.rng, &self.leases[recent..]) else { return };
-        let left = self.left.signals(lease).await.expect("signals");
-        let right = self.right.signals(lease).await.expect("signals");
+        let left = signals_of(&self.left, lease).await;
+        let right = signals_of(&self.right, lease).await;
         let shape = |signals: &[stagegate_core::store::Signal]| -> Vec<(SignalKind, Option<String>)> {
             signals.iter().map(|signal| (signal.kind.clone(), signal.by.clone())).collect()
         };

@@ -10,8 +10,8 @@ use stagegate_core::{
 use super::{
     Subject,
     fixtures::{
-        NASTY, at, beat, claim_all, commit, dump, end, live_replica, new_run, park, record, run_id, signal, stage,
-        step, submit, submit_leased, tenant,
+        NASTY, at, beat, claim_all, commit, dump, end, live_replica, new_run, park, record, run_id, signal, signals_of,
+        stage, step, submit, submit_leased, tenant,
     },
 };
 
@@ -30,7 +30,7 @@ fn retry() -> SignalKind {
 }
 
 async fn kinds(store: &Arc<dyn Store>, lease: Lease) -> Vec<SignalKind> {
-    let signals = store.signals(lease).await.expect("signals");
+    let signals = signals_of(store, lease).await;
     assert!(signals.is_sorted_by(|a, b| a.id < b.id), "oldest first");
     signals.into_iter().map(|signal| signal.kind).collect()
 }
@@ -54,7 +54,7 @@ pub async fn a_cancel_marks_the_run_once(subject: Subject) {
     assert!(after.detail.run.cancel_requested);
     assert_eq!(after.events, before.events, "only the owner writes events");
     assert_eq!(after.detail.run.state, RunState::Running);
-    let signals = store.signals(lease).await.expect("signals");
+    let signals = signals_of(store, lease).await;
     assert_eq!(signals.len(), 1);
     assert_eq!((&signals[0].kind, signals[0].by.as_deref()), (&SignalKind::Cancel, Some("ann")));
     // A queued run takes it as well; whoever claims it finds it.
@@ -115,7 +115,7 @@ pub async fn signals_stay_until_they_are_consumed(subject: Subject) {
     for kind in [approve("s1"), reject("s2"), SignalKind::Cancel] {
         assert!(matches!(signal(store, run.id, kind).await, Signalled::Accepted { .. }));
     }
-    let ids: Vec<i64> = store.signals(lease).await.expect("signals").iter().map(|signal| signal.id).collect();
+    let ids: Vec<i64> = signals_of(store, lease).await.iter().map(|signal| signal.id).collect();
     assert_eq!(ids.len(), 3);
     let stale = Lease { epoch: Epoch(9), ..lease };
     let consume = |lease, last_seq, consumed: &[i64]| Commit { consumed: consumed.to_vec(), ..step(lease, last_seq) };
@@ -138,7 +138,7 @@ pub async fn a_run_parked_over_a_signal_can_be_claimed_at_once(subject: Subject)
     for (consume, delay) in [(false, None), (false, Some(Duration::from_hours(1))), (true, None)] {
         let (run, lease) = submit_leased(store, 1, owner).await;
         signal(store, run.id, SignalKind::Cancel).await;
-        let ids: Vec<i64> = store.signals(lease).await.expect("signals").iter().map(|signal| signal.id).collect();
+        let ids: Vec<i64> = signals_of(store, lease).await.iter().map(|signal| signal.id).collect();
         let consumed = if consume { ids } else { Vec::new() };
         assert_eq!(commit(store, &Commit { consumed, ..park(lease, 3, delay) }).await, Committed::Now);
         assert_eq!(claim_all(store, owner).await.len(), usize::from(!consume));
@@ -265,7 +265,7 @@ pub async fn a_decision_needs_a_held_stage(subject: Subject) {
     assert_eq!(signal(store, run.id, approve("s2")).await, pending);
     assert_eq!(signal(store, run.id, reject("s2")).await, pending);
     assert_eq!(signal(store, run.id, approve("s3")).await, accepted, "another stage is another decision");
-    let signals = store.signals(lease).await.expect("signals");
+    let signals = signals_of(store, lease).await;
     assert_eq!(signals.len(), 2);
     let consumed = Commit { consumed: vec![signals[0].id], ..step(lease, 4) };
     commit(store, &consumed).await;
@@ -305,6 +305,6 @@ pub async fn signals_keep_to_their_tenant_and_owner(subject: Subject) {
     assert_eq!(store.signal(&ours).await.expect("signal"), Signalled::Accepted { owner: Some(heir) });
     assert_eq!(kinds(store, old).await, []);
     assert_eq!(beat(store, heir, MINUTE).await.signalled, [run.id]);
-    let signals = store.signals(taken).await.expect("signals");
+    let signals = signals_of(store, taken).await;
     assert_eq!(signals[0].by.as_deref(), Some(NASTY));
 }

@@ -49,9 +49,11 @@ pub async fn a_submitted_run_reads_back(subject: Subject) {
             failure: None,
             request_id: None,
             created_at: at(1),
+            start_at: None,
             started_at: None,
             finished_at: None,
             deadline_at: at(3_600_001),
+            purged_at: None,
             last_seq: 1,
         }
     );

@@ -7,6 +7,7 @@ pub(crate) mod healthcheck;
 pub(crate) mod keys;
 pub(crate) mod migrate;
 pub(crate) mod plan;
+pub(crate) mod replicas;
 pub(crate) mod run;
 pub(crate) mod schema;
 pub(crate) mod serve;

@@ -133,6 +133,7 @@ impl Run {
             priority: 0,
             labels: Labels::new(),
             idempotency: None,
+            start_at: None,
             request_id: None,
         };
         Ok(engine.submit(submit).await?.0.id)

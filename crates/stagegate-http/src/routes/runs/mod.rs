@@ -1,6 +1,7 @@
 //! Runs: submit, list, read, follow, act.
 
 pub(crate) mod actions;
+pub(crate) mod delete;
 pub(crate) mod events;
 pub(crate) mod list;
 pub(crate) mod read;

@@ -6,6 +6,7 @@ use axum::{
     Json,
     response::{IntoResponse, Response},
 };
+use chrono::{DateTime, Utc};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::LOCATION};
 use serde::Deserialize;
 use serde_json::Value;
@@ -56,6 +57,9 @@ pub(crate) struct SubmitRequest {
     #[serde(default)]
     #[schema(schema_with = labels_schema)]
     labels: Labels,
+    /// Before that it does not start; its deadline counts from there. At once where it is left out or past.
+    #[serde(default)]
+    start_at: Option<DateTime<Utc>>,
 }
 
 /// Submit a run
@@ -90,6 +94,7 @@ pub(crate) async fn submit(
         priority: body.priority,
         labels: body.labels,
         idempotency,
+        start_at: body.start_at,
         request_id: Some(context.request_id.clone()),
     };
     let (run, is_new) = context.engine.submit(submit).await?;
@@ -114,9 +119,13 @@ fn idempotency(headers: &HeaderMap, body: &SubmitRequest) -> Result<Option<Idemp
 
 /// What a request stands for, whatever the order and the spacing of its keys.
 fn digest(body: &SubmitRequest) -> [u8; 32] {
-    let SubmitRequest { pipeline, version, input, cache_mode, priority, labels } = body;
+    let SubmitRequest { pipeline, version, input, cache_mode, priority, labels, start_at } = body;
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("submit 1\n{pipeline}\n{version:?}\n{cache_mode:?}\n{priority}\n{labels:?}\n").as_bytes());
+    if let Some(at) = start_at {
+        // Only where it is given: a key that an older version has seen stands for the same request.
+        hasher.update(format!("start_at {at:?}\n").as_bytes());
+    }
     hash_canonical(&mut hasher, input);
     hasher.finalize().into()
 }

@@ -1,0 +1,183 @@
+//! Retention: owns the walk through what has ended, and what is too old to be kept. The store removes; this decides.
+//!
+//! One replica walks at a time: the one that has lived longest. It looks at every run in the order of their ids, a page
+//! at a time with a pause after each, and begins anew a while after it came to the end. A page is decided by the run's
+//! own pipeline version first, and by the configuration where that says nothing. Payloads go first, whole runs at the
+//! end of their own time. Nothing here can remove what is alive: the store looks at the state under the row's lock.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use chrono::{DateTime, TimeDelta, Utc};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use stagegate_core::{
+    Error, PipelineName, RunId, RunState, TenantId,
+    pipeline::{Retention, Span},
+    store::Kept,
+};
+
+use crate::shared::Shared;
+
+/// Runs looked at in one step.
+const PAGE: u32 = 500;
+/// Runs removed in one transaction.
+const BATCH: usize = 100;
+/// The pause after a page: a walk must not be felt.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Nothing younger than this is looked at.
+const YOUNG: TimeDelta = TimeDelta::seconds(1);
+
+/// Walks until the drain begins.
+pub(crate) async fn walk(shared: Arc<Shared>) {
+    let mut rng = StdRng::from_os_rng();
+    loop {
+        let pause = shared.config.retention_every.0.mul_f64(rng.random_range(0.9..1.1));
+        tokio::select! {
+            biased;
+            () = shared.drain.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+        match is_eldest(&shared).await {
+            Ok(false) => {}
+            Ok(true) => match round(&shared).await {
+                Ok((0, 0)) => {}
+                Ok((purged, deleted)) => tracing::info!(purged, deleted, "retention removed what was too old"),
+                Err(error) => tracing::warn!(%error, "retention stopped half way; it goes on in its next round"),
+            },
+            Err(error) => tracing::warn!(%error, "retention did not begin; it waits for its next round"),
+        }
+    }
+}
+
+/// Whether this replica is the one that walks. Two that both think so do the same work twice and no harm.
+async fn is_eldest(shared: &Shared) -> Result<bool, Error> {
+    let replicas = shared.store.replicas(None).await?;
+    let eldest = replicas.iter().filter(|replica| replica.alive && !replica.draining).map(|replica| replica.id.0).min();
+    Ok(eldest == Some(shared.replica().0))
+}
+
+/// One walk from the oldest run to the youngest. Returns how many runs lost their payloads, and how many went whole.
+async fn round(shared: &Shared) -> Result<(u64, u64), Error> {
+    let (mut after, mut purged, mut deleted) = (None::<RunId>, 0, 0);
+    let mut kept_by = HashMap::new();
+    loop {
+        let now = shared.clock.now();
+        let page = shared.store.kept(after, now - YOUNG, PAGE).await?;
+        let (mut payloads, mut whole) = (Vec::new(), Vec::new());
+        for run in &page {
+            let rule = rule(shared, &mut kept_by, run).await;
+            match due(run, &rule, now) {
+                Due::Nothing => {}
+                Due::Payloads => payloads.push(run.run),
+                Due::Whole => whole.push(run.run),
+            }
+        }
+        for batch in payloads.chunks(BATCH) {
+            purged += shared.store.purge(batch, now).await?;
+        }
+        for batch in whole.chunks(BATCH) {
+            deleted += shared.store.delete(batch).await?.len() as u64;
+        }
+        shared.metrics.retention_removed.with_label_values(&["payloads"]).inc_by(payloads.len() as u64);
+        shared.metrics.retention_removed.with_label_values(&["run"]).inc_by(whole.len() as u64);
+        if page.len() < PAGE as usize || shared.drain.is_cancelled() {
+            return Ok((purged, deleted));
+        }
+        after = page.last().map(|run| run.run);
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+type Rules = HashMap<(TenantId, PipelineName, u32), Retention>;
+
+/// How long a run is kept, by its pipeline version and the configuration. A version that cannot be read keeps its runs
+/// as the configuration says.
+async fn rule(shared: &Shared, rules: &mut Rules, run: &Kept) -> Retention {
+    let key = (run.tenant.clone(), run.pipeline.clone(), run.version);
+    if let Some(rule) = rules.get(&key) {
+        return rule.clone();
+    }
+    let pipeline = shared.pipeline(&run.tenant, &run.pipeline, Some(run.version)).await;
+    let own = match pipeline {
+        Ok(found) => found.and_then(|(pipeline, _)| pipeline.retention.clone()).unwrap_or_default(),
+        Err(error) => {
+            tracing::warn!(%error, pipeline = %run.pipeline, "retention goes by the configuration for this pipeline");
+            Retention::default()
+        }
+    };
+    let general = &shared.config.retention;
+    let rule = Retention {
+        succeeded: own.succeeded.or(general.succeeded),
+        failed: own.failed.or(general.failed),
+        cancelled: own.cancelled.or(general.cancelled),
+        expired: own.expired.or(general.expired),
+        payloads: own.payloads.or(general.payloads),
+    };
+    rules.insert(key, rule.clone());
+    rule
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    Nothing,
+    Payloads,
+    Whole,
+}
+
+/// What of a run is too old.
+fn due(run: &Kept, rule: &Retention, now: DateTime<Utc>) -> Due {
+    let Some(finished_at) = run.finished_at.filter(|_| run.state.is_terminal()) else { return Due::Nothing };
+    let span = match run.state {
+        RunState::Succeeded => rule.succeeded,
+        RunState::Failed => rule.failed,
+        RunState::Cancelled => rule.cancelled,
+        RunState::Expired => rule.expired,
+        RunState::Queued | RunState::Running | RunState::Waiting => None,
+    };
+    let over =
+        |span: Option<Span>| span.is_some_and(|span| (now - finished_at).to_std().is_ok_and(|age| age >= span.0));
+    if over(span) {
+        Due::Whole
+    } else if !run.purged && over(rule.payloads) {
+        Due::Payloads
+    } else {
+        Due::Nothing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(state: RunState, hours_ago: i64) -> Kept {
+        let now = DateTime::UNIX_EPOCH + TimeDelta::days(1000);
+        Kept {
+            run: RunId::new(now, [0; 10]),
+            tenant: TenantId::default(),
+            pipeline: PipelineName::new("p").expect("a name"),
+            version: 1,
+            state,
+            finished_at: state.is_terminal().then(|| now - TimeDelta::hours(hours_ago)),
+            purged: false,
+        }
+    }
+
+    #[test]
+    fn each_state_has_its_own_time_and_what_lives_has_none() {
+        let now = DateTime::UNIX_EPOCH + TimeDelta::days(1000);
+        let hours = |hours| Some(Span(Duration::from_hours(hours)));
+        let rule = Retention { succeeded: hours(10), failed: hours(20), payloads: hours(5), ..Retention::default() };
+        let decide = |state, ago| due(&kept(state, ago), &rule, now);
+        assert_eq!(decide(RunState::Succeeded, 4), Due::Nothing);
+        assert_eq!(decide(RunState::Succeeded, 5), Due::Payloads);
+        assert_eq!(decide(RunState::Succeeded, 10), Due::Whole);
+        assert_eq!(decide(RunState::Failed, 10), Due::Payloads);
+        assert_eq!(decide(RunState::Failed, 20), Due::Whole);
+        assert_eq!(decide(RunState::Cancelled, 10_000), Due::Payloads, "kept for ever, without its payloads");
+        for state in [RunState::Queued, RunState::Running, RunState::Waiting] {
+            assert_eq!(decide(state, 10_000), Due::Nothing);
+        }
+        let purged = Kept { purged: true, ..kept(RunState::Failed, 10) };
+        assert_eq!(due(&purged, &rule, now), Due::Nothing);
+        assert_eq!(due(&kept(RunState::Failed, 10_000), &Retention::default(), now), Due::Nothing);
+    }
+}
