@@ -71,6 +71,7 @@ async fn serve(config: Config, daemon: Daemon, listener: TcpListener, signals: &
     let address = listener.local_addr().unwrap_or(config.http.listen);
     announce(&config, &daemon, address).await;
     let grace = config.engine.drain_grace.0;
+    let delay = config.http.drain_delay.map(|delay| delay.0);
     let app = App {
         engine: daemon.engine.clone(),
         metrics: daemon.metrics.clone(),
@@ -87,9 +88,17 @@ async fn serve(config: Config, daemon: Daemon, listener: TcpListener, signals: &
             daemon.stop(Duration::ZERO).await;
             return ended.unwrap_or_else(|error| Err(Error::new(Code::Internal, error.to_string()))).map(|()| 1);
         }
-        code = signals.next() => tracing::info!(signal = code - 128, grace_ms = grace.as_millis(), "draining"),
+        code = signals.next() => {
+            let delay_ms = delay.unwrap_or_default().as_millis();
+            tracing::info!(signal = code - 128, delay_ms, grace_ms = grace.as_millis(), "draining");
+        }
     }
     let drained = async {
+        if let Some(delay) = delay {
+            // Whoever balances the load learns that this replica leaves before it refuses anything.
+            daemon.engine.announce_leave();
+            tokio::time::sleep(delay).await;
+        }
         // Probes and event streams go on while the engine drains.
         daemon.engine.drain(grace).await;
         let _ = stop.send(());

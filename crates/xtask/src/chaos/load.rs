@@ -33,7 +33,6 @@ const RETRIES_MAX: u32 = 2;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Submitted {
     pub(crate) key: String,
-    pub(crate) pipeline: &'static str,
     /// Every run that an answer named. More than one breaks a promise.
     pub(crate) runs: BTreeSet<String>,
     /// Requests until there was a 202.
@@ -156,7 +155,7 @@ impl Load {
         let key = format!("c{}-{number}", self.settings.seed);
         let index = {
             let mut done = locked(&self.done);
-            let submitted = Submitted { key: key.clone(), pipeline: spec.name, due_s, ..Submitted::default() };
+            let submitted = Submitted { key: key.clone(), due_s, ..Submitted::default() };
             done.submitted.push(submitted);
             done.submitted.len() - 1
         };

@@ -36,7 +36,7 @@ use uuid::Uuid;
 use self::{
     calls::Known,
     client::Client,
-    load::{Done, Load},
+    load::Load,
     reconcile::Check,
     report::Facts,
     schedule::Fault,

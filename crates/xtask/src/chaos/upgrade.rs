@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     daemon,
-    system::{self, must, output_of, root, say, target_dir},
+    system::{must, output_of, root, say, target_dir},
 };
 
 /// How often it is looked who has the runs of a replica that is gone.
@@ -133,7 +133,6 @@ async fn stop_for_good(world: &Arc<World>, index: usize, signal: &str) -> anyhow
     let what = format!("{}: SIG{signal}", replica.name());
     let orphans = world.orphans(&what, index).await.unwrap_or(Orphans {
         what: what.clone(),
-        replica: index,
         at_s: world.timeline.now_s(),
         runs: Vec::new(),
     });

@@ -67,7 +67,6 @@ pub(crate) enum WindowKind {
 #[derive(Debug, Clone)]
 pub(crate) struct Orphans {
     pub(crate) what: String,
-    pub(crate) replica: usize,
     pub(crate) at_s: f64,
     pub(crate) runs: Vec<Uuid>,
 }
@@ -215,7 +214,7 @@ impl World {
         let name = self.replicas[replica].name();
         let asked = async { self.auditor().await?.owned_by(name).await };
         let runs = tokio::time::timeout(Duration::from_secs(2), asked).await.ok()?.ok()?;
-        Some(Orphans { what: what.to_owned(), replica, at_s: self.timeline.now_s(), runs })
+        Some(Orphans { what: what.to_owned(), at_s: self.timeline.now_s(), runs })
     }
 
     /// Ends every fault: proxies pass, servers and replicas run, the provider is calm, the disk has room.
