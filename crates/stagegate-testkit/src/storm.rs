@@ -159,7 +159,7 @@ impl Default for Mix {
                 (Answer::Hang, 6),
             ],
             bad: 350,
-            latency: (Duration::from_millis(5), Duration::from_millis(80)),
+            latency: (Duration::from_millis(20), Duration::from_millis(400)),
             slow: (Duration::from_millis(600), Duration::from_millis(1500)),
             retry_after_s: (1, 4),
         }

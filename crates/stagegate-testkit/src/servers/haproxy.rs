@@ -15,12 +15,11 @@ const START_LIMIT: Duration = Duration::from_secs(10);
 /// an `Idempotency-Key`. A connection that could not be made at all is tried elsewhere whatever it was for.
 const RULES: &str = "\
 global
-    maxconn 20000
+    maxconn 4000
     log stdout format raw local0 info
 defaults
     mode http
     log global
-    option httplog
     option dontlog-normal
     option http-buffer-request
     option redispatch 1
@@ -57,7 +56,8 @@ impl Haproxy {
              frontend api\n    bind 127.0.0.1:{port}\n\
              \x20   http-request disable-l7-retry if METH_POST !{{ req.hdr(idempotency-key) -m found }}\n\
              \x20   default_backend replicas\n\
-             backend replicas\n    balance roundrobin\n    option httpchk GET /readyz\n\
+             backend replicas\n    balance roundrobin\n    option httpchk\n\
+             \x20   http-check send meth GET uri /readyz ver HTTP/1.1 hdr Host localhost\n\
              \x20   default-server check inter 500ms fastinter 200ms downinter 250ms fall 2 rise 1\n"
         );
         for (name, address) in replicas {

@@ -37,21 +37,22 @@ pub(crate) struct Paid {
 pub(crate) struct Known<'a> {
     pub(crate) timeline: &'a Timeline,
     pub(crate) windows: &'a [Window],
-    /// By key in the prompt: when its run was cancelled or ended otherwise, in seconds.
-    pub(crate) ended_s: HashMap<String, Vec<f64>>,
+    /// By key in the prompt: when its run was cancelled or expired, in seconds.
+    pub(crate) stopped_s: HashMap<String, Vec<f64>>,
 }
 
 impl<'a> Known<'a> {
     pub(crate) fn new(timeline: &'a Timeline, windows: &'a [Window], audit: &Audit) -> Self {
-        let mut ended_s: HashMap<String, Vec<f64>> = HashMap::new();
+        let mut stopped_s: HashMap<String, Vec<f64>> = HashMap::new();
         for (key, run) in &audit.keys {
             for event in audit.events.get(run).into_iter().flatten() {
-                if event.kind == "run.finished" {
-                    ended_s.entry(key.clone()).or_default().push(timeline.of_wall(event.at));
+                let state = event.body["state"].as_str().unwrap_or_default();
+                if event.kind == "run.finished" && matches!(state, "cancelled" | "expired") {
+                    stopped_s.entry(key.clone()).or_default().push(timeline.of_wall(event.at));
                 }
             }
         }
-        Self { timeline, windows, ended_s }
+        Self { timeline, windows, stopped_s }
     }
 
     /// Whether its receiver was interrupted while the call was under way or its answer on its way into the cache.
@@ -70,11 +71,11 @@ impl<'a> Known<'a> {
         self.windows.iter().filter(away).any(|window| window.from_s <= to_s && window.to_s >= from_s)
     }
 
-    /// Whether the call's run ended (cancelled, mostly) while it was under way.
-    fn run_ended(&self, call: &Call) -> bool {
+    /// Whether the call's run was stopped while it was under way.
+    fn run_stopped(&self, call: &Call) -> bool {
         let from_s = self.timeline.of(call.started) - 0.1;
         let to_s = call.ended.map_or(f64::INFINITY, |ended| self.timeline.of(ended) + IN_HAND_S);
-        self.ended_s.get(&call.key).into_iter().flatten().any(|at| (from_s..=to_s).contains(at))
+        self.stopped_s.get(&call.key).into_iter().flatten().any(|at| (from_s..=to_s).contains(at))
     }
 }
 
@@ -116,8 +117,8 @@ fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str
         (Answer::Garbled | Answer::Truncated, Fate::Delivered) => "the answer could not be used (no JSON, or truncated)",
         (Answer::Bad, Fate::Delivered) => "the answer failed its gate and was evicted",
         _ if known.interrupted(before) => "its receiver was killed, frozen, cut off or stopped before the answer was cached",
-        _ if known.run_ended(before) => "its run ended (cancelled) while the call was under way, and was retried",
         (_, Fate::Delivered) if before.stage == HELD.1 => "the output was held, hence evicted, and the run was retried",
+        _ if known.run_stopped(before) => "its run was cancelled or expired while the call was under way, and was retried",
         (_, Fate::Delivered) if known.cache_away(ended_s - 0.1, known.timeline.of(again.started)) => {
             "Redis was away, or lost it, between the two"
         }

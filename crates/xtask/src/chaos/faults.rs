@@ -56,7 +56,7 @@ async fn one(world: &World, fault: Fault) -> anyhow::Result<()> {
             world.timeline.say(fault.kind.name());
             let now_s = world.timeline.now_s();
             world.replicas.iter().for_each(|replica| replica.postgres.cut_mid_reply());
-            world.window(fault.kind.name(), WindowKind::Other, now_s, now_s);
+            world.window(fault.kind.name(), WindowKind::StoreAway, now_s, now_s + 1.0);
             Ok(())
         }
         Kind::CutRedis => {
@@ -183,7 +183,7 @@ async fn of_postgres(world: &World, fault: Fault) -> anyhow::Result<()> {
         }
     }
     world.timeline.say(&format!("{}: over", fault.kind.name()));
-    world.window(fault.kind.name(), WindowKind::Other, from_s, world.timeline.now_s());
+    world.window(fault.kind.name(), WindowKind::StoreAway, from_s, world.timeline.now_s());
     Ok(())
 }
 

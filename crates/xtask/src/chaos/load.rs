@@ -4,7 +4,10 @@
 use std::{
     collections::{BTreeSet, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -67,6 +70,8 @@ pub(crate) struct Load {
     timeline: Timeline,
     settings: Settings,
     done: Arc<Mutex<Done>>,
+    /// Watchers that are not at the end yet.
+    watching: AtomicUsize,
     /// True when no more submits and retries are to begin.
     ending: watch::Sender<bool>,
     /// True when everybody is to go home.
@@ -92,6 +97,7 @@ impl Load {
             timeline,
             settings,
             done: Arc::default(),
+            watching: AtomicUsize::new(0),
             ending: watch::Sender::new(false),
             over: watch::Sender::new(false),
             tasks: Mutex::new(JoinSet::new()),
@@ -122,6 +128,11 @@ impl Load {
     pub(crate) fn counts(&self) -> (usize, usize) {
         let done = locked(&self.done);
         (done.submitted.len(), done.submitted.iter().filter(|submit| submit.accepted_s.is_some()).count())
+    }
+
+    /// How many watchers are not at the end of their run.
+    pub(crate) fn watching(&self) -> usize {
+        self.watching.load(Ordering::Relaxed)
     }
 
     /// Sends everybody home, waits for them, and tells what was done.
@@ -173,8 +184,10 @@ impl Load {
         let Some(run) = accepted else { return };
         if rng.random_range(0..100) < WATCHED {
             let (load, run, seed) = (Arc::clone(&self), run.clone(), rng.random());
+            self.watching.fetch_add(1, Ordering::Relaxed);
             self.spawn(async move {
                 let watched = follow(&load.client, run, seed, load.over.subscribe()).await;
+                load.watching.fetch_sub(1, Ordering::Relaxed);
                 locked(&load.done).watched.push(watched);
             });
         }

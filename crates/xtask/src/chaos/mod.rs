@@ -51,6 +51,8 @@ const DRAIN_DELAY_MS: u64 = 2_000;
 /// Room for the database's files, in bytes: at first, and for each second of load.
 const DISK_BASE_BYTES: f64 = 128e6;
 const DISK_BYTES_PER_RUN: f64 = 120e3;
+/// How long watchers may take to read what is there once everything is terminal.
+const WATCHERS_LIMIT_S: f64 = 15.0;
 /// Reads at once when the API is asked for every run.
 const READS: usize = 16;
 
@@ -267,8 +269,10 @@ impl Running {
             let now_s = world.timeline.now_s();
             if open == 0 && submitted == accepted {
                 world.timeline.say("everything is terminal");
-                // Watchers read what is there.
-                tokio::time::sleep(Duration::from_secs(10)).await;
+                let limit_s = now_s + WATCHERS_LIMIT_S;
+                while self.load.watching() > 0 && world.timeline.now_s() < limit_s {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
                 return Ok(Some(now_s));
             }
             if now_s > limit_s {

@@ -26,7 +26,8 @@ pub(crate) fn measure(orphans: &[Orphans], windows: &[Window], audit: &Audit, ti
             let Some((at, _)) = later.find(|(_, event)| event.kind == "run.resumed") else { continue };
             let (from, to) = (orphans.at_s, at);
             let other = |window: &&Window| {
-                let matters = window.kind != WindowKind::CacheAway(None) && window.what != orphans.what;
+                let of_others = matches!(window.kind, WindowKind::Interrupted(_) | WindowKind::StoreAway);
+                let matters = of_others && window.what != orphans.what;
                 matters && window.from_s < to && window.to_s > from
             };
             measured.push(TakeOver { seconds: to - from, undisturbed: windows.iter().find(other).is_none() });

@@ -59,6 +59,8 @@ pub(crate) enum WindowKind {
     Interrupted(usize),
     /// The shared cache was away from this replica, or from all, or lost what it had.
     CacheAway(Option<usize>),
+    /// The store did not answer, or broke off.
+    StoreAway,
     /// Something else, for the report.
     Other,
 }
@@ -188,7 +190,10 @@ impl World {
             }
             match last {
                 Some(answer) if answer.status == 200 || answer.status == 201 => {}
-                other => bail!("the pipeline {} was refused: {other:?}", spec.name),
+                other => {
+                    let log = self.haproxy.program().log_tail();
+                    bail!("the pipeline {} was refused: {other:?}; HAProxy:\n{log}", spec.name)
+                }
             }
         }
         Ok(())
