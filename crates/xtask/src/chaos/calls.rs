@@ -116,8 +116,8 @@ fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str
         (Answer::Cut, _) => "the answer was cut on its way",
         (Answer::Garbled | Answer::Truncated, Fate::Delivered) => "the answer could not be used (no JSON, or truncated)",
         (Answer::Bad, Fate::Delivered) => "the answer failed its gate and was evicted",
-        _ if known.interrupted(before) => "its receiver was killed, frozen, cut off or stopped before the answer was cached",
         (_, Fate::Delivered) if before.stage == HELD.1 => "the output was held, hence evicted, and the run was retried",
+        _ if known.interrupted(before) => "its receiver was killed, frozen or fenced before the answer was cached",
         _ if known.run_stopped(before) => "its run was cancelled or expired while the call was under way, and was retried",
         (_, Fate::Delivered) if known.cache_away(ended_s - 0.1, known.timeline.of(again.started)) => {
             "Redis was away, or lost it, between the two"

@@ -143,7 +143,8 @@ async fn stop_for_good(world: &Arc<World>, index: usize, signal: &str) -> anyhow
     if signal == "TERM" {
         world.seen().stops.push((replica.name().to_owned(), from_s, to_s - from_s, status));
     }
-    world.window(&what, WindowKind::Interrupted(index), from_s - 0.5, to_s);
+    let kind = if signal == "KILL" { WindowKind::Interrupted(index) } else { WindowKind::Other };
+    world.window(&what, kind, from_s - 0.5, to_s);
     let mut owners: Vec<(Uuid, Option<String>)> = orphans.runs.iter().map(|run| (*run, None)).collect();
     let mut auditor = world.auditor().await?;
     for _ in 0..LOOKS {
