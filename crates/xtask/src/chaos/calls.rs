@@ -60,7 +60,8 @@ impl<'a> Known<'a> {
         let from_s = self.timeline.of(call.started);
         let to_s = call.ended.map_or(f64::INFINITY, |ended| self.timeline.of(ended) + IN_HAND_S);
         self.windows.iter().any(|window| {
-            let about = matches!(window.kind, WindowKind::Interrupted(index) if call.caller == format!("r{}", index + 1));
+            let about =
+                matches!(window.kind, WindowKind::Interrupted(index) if call.caller == format!("r{}", index + 1));
             about && window.from_s <= to_s && window.to_s >= from_s
         })
     }
@@ -114,11 +115,15 @@ fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str
     let ended_s = before.ended.map_or_else(|| known.timeline.of(before.started), |ended| known.timeline.of(ended));
     Some(match (before.answer, before.fate) {
         (Answer::Cut, _) => "the answer was cut on its way",
-        (Answer::Garbled | Answer::Truncated, Fate::Delivered) => "the answer could not be used (no JSON, or truncated)",
+        (Answer::Garbled | Answer::Truncated, Fate::Delivered) => {
+            "the answer could not be used (no JSON, or truncated)"
+        }
         (Answer::Bad, Fate::Delivered) => "the answer failed its gate and was evicted",
         (_, Fate::Delivered) if before.stage == HELD.1 => "the output was held, hence evicted, and the run was retried",
         _ if known.interrupted(before) => "its receiver was killed, frozen or fenced before the answer was cached",
-        _ if known.run_stopped(before) => "its run was cancelled or expired while the call was under way, and was retried",
+        _ if known.run_stopped(before) => {
+            "its run was cancelled or expired while the call was under way, and was retried"
+        }
         (_, Fate::Delivered) if known.cache_away(ended_s - 0.1, known.timeline.of(again.started)) => {
             "Redis was away, or lost it, between the two"
         }
@@ -145,4 +150,71 @@ fn unexplained(before: &Call, again: &Call, timeline: &Timeline) -> String {
         told(before),
         told(again)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    fn call(answer: Answer, fate: Fate, caller: &str, from_ms: u64, to_ms: u64, start: Instant) -> Call {
+        Call {
+            caller: caller.to_owned(),
+            fingerprint: 7,
+            key: "k".to_owned(),
+            stage: "one".to_owned(),
+            nth: 0,
+            answer,
+            fate,
+            started: start + Duration::from_millis(from_ms),
+            ended: Some(start + Duration::from_millis(to_ms)),
+        }
+    }
+
+    fn check(first: (Answer, Fate), windows: &[Window]) -> Paid {
+        let timeline = Timeline::begin();
+        let start = Instant::now();
+        let calls = [
+            call(first.0, first.1, "r1", 1_000, 1_100, start),
+            call(Answer::Good, Fate::Delivered, "r2", 9_000, 9_100, start),
+        ];
+        reconcile(&calls, &Known { timeline: &timeline, windows, stopped_s: HashMap::new() })
+    }
+
+    fn window(kind: WindowKind, from_s: f64, to_s: f64) -> Window {
+        Window { what: String::new(), from_s, to_s, kind }
+    }
+
+    #[test]
+    fn an_answer_that_was_there_and_is_paid_again_is_a_finding() {
+        let paid = check((Answer::Good, Fate::Delivered), &[]);
+        assert_eq!((paid.charged, paid.needed, paid.findings.len()), (2, 1, 1));
+        // Another replica's end, or one that came too late to matter, is no reason.
+        let others = [window(WindowKind::Interrupted(1), 0.5, 5.0), window(WindowKind::Interrupted(0), 3.0, 5.0)];
+        assert_eq!(check((Answer::Good, Fate::Delivered), &others).findings.len(), 1);
+        let early = [window(WindowKind::CacheAway(None), 0.1, 0.5)];
+        assert_eq!(check((Answer::Good, Fate::Delivered), &early).findings.len(), 1);
+    }
+
+    #[test]
+    fn each_reason_is_named() {
+        for (first, windows) in [
+            ((Answer::Cut, Fate::Delivered), vec![]),
+            ((Answer::Bad, Fate::Delivered), vec![]),
+            ((Answer::Truncated, Fate::Delivered), vec![]),
+            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::Interrupted(0), 1.2, 5.0)]),
+            ((Answer::Good, Fate::Abandoned), vec![window(WindowKind::Interrupted(0), 0.9, 5.0)]),
+            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::CacheAway(None), 4.0, 5.0)]),
+        ] {
+            let paid = check(first, &windows);
+            assert_eq!((paid.findings.len(), paid.exceptions.values().sum::<u64>()), (0, 1), "{first:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_charged_needs_no_reason() {
+        let paid = check((Answer::Failed, Fate::Delivered), &[]);
+        assert_eq!((paid.charged, paid.needed, paid.findings.len()), (1, 1, 0));
+    }
 }

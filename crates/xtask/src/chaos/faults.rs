@@ -46,7 +46,9 @@ fn between(fault: Fault, shortest_s: f64, longest_s: f64) -> Duration {
 
 async fn one(world: &World, fault: Fault) -> anyhow::Result<()> {
     match fault.kind {
-        Kind::Kill | Kind::Freeze | Kind::FreezeShortly | Kind::Term | Kind::Partition => of_replica(world, fault).await,
+        Kind::Kill | Kind::Freeze | Kind::FreezeShortly | Kind::Term | Kind::Partition => {
+            of_replica(world, fault).await
+        }
         Kind::Rolling => rolling(world).await,
         Kind::PostgresRestart | Kind::PostgresCrash | Kind::PostgresSessions | Kind::DiskFull => {
             of_postgres(world, fault).await

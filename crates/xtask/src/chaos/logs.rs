@@ -47,11 +47,11 @@ pub(crate) fn replicas(world: &World) -> anyhow::Result<Told> {
 
 fn read(told: &mut Told, line: &Value, index: usize, name: &str, timeline: &Timeline) {
     let text = |key: &str| line[key].as_str().unwrap_or_default().to_owned();
-    let (level, message) = (text("level").to_uppercase(), text("message"));
+    let (level, message) = (text("level").to_uppercase(), text("msg"));
     if !matches!(level.as_str(), "WARN" | "ERROR") {
         return;
     }
-    let at: Option<DateTime<Utc>> = line["timestamp"].as_str().and_then(|at| at.parse().ok());
+    let at: Option<DateTime<Utc>> = line["ts"].as_str().and_then(|at| at.parse().ok());
     if let (Some(at), true) = (at, ABANDONS.iter().any(|word| message.contains(word))) {
         let at_s = timeline.of_wall(at);
         let (what, kind) = (format!("{name}: {message}"), WindowKind::Interrupted(index));
@@ -91,7 +91,8 @@ pub(crate) fn haproxy(log: &str) -> (BTreeMap<BadAnswer, u64>, u64) {
         if !status.starts_with('5') {
             continue;
         }
-        let route = path.split('/').map(|part| if part.len() == 36 { "{id}" } else { part }).collect::<Vec<_>>().join("/");
+        let route =
+            path.split('/').map(|part| if part.len() == 36 { "{id}" } else { part }).collect::<Vec<_>>().join("/");
         let why = format!("{end}: {}", meaning(end, server));
         let request = format!("{method} {route}");
         *bad.entry(BadAnswer { status: status.to_owned(), why, request }).or_default() += 1;

@@ -236,6 +236,7 @@ impl Running {
         let mut checks = reconcile::reconcile(&audit, &done, &paid, &read);
         checks.push(stops(&seen));
         checks.push(well_being(&told, &seen));
+        checks.push(no_defects(&self.client));
         if ending.strict {
             checks.push(answered(&self.client));
         }
@@ -325,6 +326,18 @@ fn well_being(told: &logs::Told, seen: &world::Seen) -> Check {
     let mut check = Check::new("no panic, and nothing found on the way");
     check.look();
     told.panics.iter().chain(&seen.findings).for_each(|finding| check.find(finding.clone()));
+    check
+}
+
+/// What is away for a while is told so (503), so that clients and balancers try again; 500 is a defect of ours.
+fn no_defects(client: &Client) -> Check {
+    let mut check = Check::new("no request was answered with 500");
+    for ((asked, outcome), times) in client.outcomes() {
+        check.looked_at += times;
+        if outcome.starts_with("500") {
+            check.find(format!("{asked}: {outcome}, {times} times"));
+        }
+    }
     check
 }
 

@@ -208,7 +208,11 @@ fn watchers(audit: &Audit, watched: &[Watched]) -> Check {
             }
         }
         if !watcher.finished {
-            check.find(format!("run {}: its watcher never came to the end ({} events)", watcher.run, watcher.events.len()));
+            check.find(format!(
+                "run {}: its watcher never came to the end ({} events)",
+                watcher.run,
+                watcher.events.len()
+            ));
         }
     }
     check
@@ -234,9 +238,13 @@ fn checkpoints(audit: &Audit) -> Check {
             let counts = (kept.len(), told.len(), succeeded);
             check.find(format!("run {}: (checkpoints, told by events, succeeded stages) = {counts:?}", run.id));
         }
-        if i64::from(run.stages_done) != succeeded || (run.state == "succeeded" && run.stages_done != run.stages_total) {
+        if i64::from(run.stages_done) != succeeded || (run.state == "succeeded" && run.stages_done != run.stages_total)
+        {
             let done = (run.stages_done, run.stages_total);
-            check.find(format!("run {} ({}): stages done, total = {done:?}, succeeded = {succeeded}", run.id, run.state));
+            check.find(format!(
+                "run {} ({}): stages done, total = {done:?}, succeeded = {succeeded}",
+                run.id, run.state
+            ));
         }
     }
     check
@@ -266,8 +274,7 @@ fn ledger(audit: &Audit) -> Check {
     for run in audit.runs.values() {
         check.look();
         let sum = audit.ledger.get(&run.id).cloned().unwrap_or_default();
-        let of_ledger =
-            (sum.calls, sum.hits, sum.input_tokens, sum.output_tokens, sum.cost_nanos, sum.saved_nanos);
+        let of_ledger = (sum.calls, sum.hits, sum.input_tokens, sum.output_tokens, sum.cost_nanos, sum.saved_nanos);
         let of_run = (
             i64::from(run.calls),
             i64::from(run.hits),
@@ -329,4 +336,162 @@ pub(crate) fn states(audit: &Audit) -> BTreeMap<(String, String), u64> {
         *states.entry((run.pipeline.clone(), run.state.clone())).or_default() += 1;
     }
     states
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+    use serde_json::json;
+    use stagegate_testkit::audit::{CheckpointRow, LedgerSum};
+
+    use super::*;
+    use crate::chaos::load::Submitted;
+
+    const EVENTS: [(&str, &str); 7] = [
+        ("run.accepted", ""),
+        ("run.started", ""),
+        ("stage.started", "one"),
+        ("stage.succeeded", "one"),
+        ("stage.started", "two"),
+        ("stage.succeeded", "two"),
+        ("run.finished", ""),
+    ];
+
+    /// A run of `fragile` as it should be, its submit, and its watcher.
+    struct World {
+        audit: Audit,
+        done: Done,
+        paid: Paid,
+        read: HashMap<Uuid, String>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let id = Uuid::from_u128(1);
+            let run = RunRow {
+                id,
+                state: "succeeded".into(),
+                pipeline: "fragile".into(),
+                owner: None,
+                epoch: 1,
+                last_seq: 7,
+                stages_total: 2,
+                stages_done: 2,
+                calls: 2,
+                hits: 0,
+                input_tokens: 240,
+                output_tokens: 80,
+                cost_nanos: 10,
+                saved_nanos: 0,
+            };
+            let event = |(index, (kind, stage)): (usize, &(&str, &str))| EventRow {
+                seq: i64::try_from(index).expect("small") + 1,
+                at: DateTime::UNIX_EPOCH,
+                kind: (*kind).to_owned(),
+                body: json!({ "type": kind, "stage": stage, "state": "succeeded" }),
+            };
+            let checkpoint = |stage: &str| CheckpointRow {
+                run_id: id,
+                stage_id: stage.to_owned(),
+                output: format!("\"stage {stage} of k answers 1\""),
+            };
+            let ledger = LedgerSum {
+                run_id: id,
+                calls: 2,
+                answered: 2,
+                input_tokens: 240,
+                output_tokens: 80,
+                cost_nanos: 10,
+                ..LedgerSum::default()
+            };
+            let audit = Audit {
+                runs: [(id, run)].into(),
+                keys: [("k".to_owned(), id)].into(),
+                events: [(id, EVENTS.iter().enumerate().map(event).collect())].into(),
+                checkpoints: [(id, vec![checkpoint("one"), checkpoint("two")])].into(),
+                stages_succeeded: [(id, 2)].into(),
+                ledger: [(id, ledger)].into(),
+                living: HashMap::new(),
+            };
+            let watcher = Watched {
+                run: id.to_string(),
+                events: (1..).zip(EVENTS).map(|(seq, (kind, _))| (seq, kind.to_owned())).collect(),
+                connections: 1,
+                finished: true,
+                wrong: None,
+            };
+            let submitted = Submitted {
+                key: "k".to_owned(),
+                runs: [id.to_string()].into(),
+                accepted_s: Some(1.0),
+                ..Submitted::default()
+            };
+            let done = Done { submitted: vec![submitted], watched: vec![watcher], actions: HashMap::new() };
+            let paid = Paid { answered: [("k".to_owned(), 2)].into(), ..Paid::default() };
+            Self { audit, done, paid, read: [(id, "succeeded".to_owned())].into() }
+        }
+
+        fn run(&mut self) -> &mut RunRow {
+            self.audit.runs.values_mut().next().expect("one")
+        }
+
+        fn events(&mut self) -> &mut Vec<EventRow> {
+            self.audit.events.values_mut().next().expect("one")
+        }
+
+        /// The checks that found something.
+        fn wrong(&self) -> Vec<&'static str> {
+            let checks = reconcile(&self.audit, &self.done, &self.paid, &self.read);
+            checks.iter().filter(|check| check.wrong > 0).map(|check| check.name).collect()
+        }
+    }
+
+    /// Breaks one thing and expects the check whose name has this word to find it.
+    fn found(word: &str, breaks: impl FnOnce(&mut World)) {
+        let mut world = World::new();
+        breaks(&mut world);
+        let wrong = world.wrong();
+        assert!(wrong.iter().any(|name| name.contains(word)), "{word}: {wrong:?}");
+    }
+
+    #[test]
+    fn a_run_as_it_should_be_passes() {
+        assert_eq!(World::new().wrong(), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn every_broken_promise_is_found() {
+        found("one run for each", |world| {
+            world.done.submitted[0].runs.insert(Uuid::from_u128(2).to_string());
+        });
+        found("one run for each", |world| world.done.submitted[0].accepted_s = None);
+        found("one run for each", |world| world.done.submitted.clear());
+        found("= terminal", |world| world.run().state = "running".into());
+        found("= terminal", |world| world.read.clear());
+        found("gap-free", |world| drop(world.events().remove(3)));
+        found("gap-free", |world| world.run().last_seq = 8);
+        found("gap-free", |world| {
+            let again = world.events()[6].clone();
+            world.events().push(EventRow { seq: 8, ..again });
+            world.run().last_seq = 8;
+        });
+        found("order", |world| world.events().swap(3, 4));
+        found("watchers", |world| drop(world.done.watched[0].events.remove(2)));
+        found("watchers", |world| world.done.watched[0].events[2].1 = "stage.held".into());
+        found("watchers", |world| world.done.watched[0].finished = false);
+        found("checkpoint", |world| world.audit.checkpoints.clear());
+        found("checkpoint", |world| {
+            let kept = world.audit.checkpoints.values_mut().next().expect("one");
+            let twice = kept[0].clone();
+            kept.push(twice);
+        });
+        found("its own run", |world| {
+            let kept = world.audit.checkpoints.values_mut().next().expect("one");
+            kept[1].output = "\"stage two of another answers 1\"".into();
+        });
+        found("add up", |world| world.run().cost_nanos = 9);
+        found("books no answer", |world| world.paid.answered.clear());
+        found("no lease", |world| world.run().owner = Some(Uuid::from_u128(9)));
+        found("calls paid", |world| world.paid.findings.push("paid again".into()));
+    }
 }

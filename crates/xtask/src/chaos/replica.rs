@@ -1,11 +1,6 @@
 //! One replica: the built binary, its configuration, and the proxies through which it reaches Postgres and Redis.
 
-use std::{
-    net::SocketAddr,
-    path::PathBuf,
-    sync::OnceLock,
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, sync::OnceLock, time::Duration};
 
 use anyhow::{Context as _, bail};
 use stagegate_testkit::{

@@ -21,7 +21,8 @@ pub(crate) fn measure(orphans: &[Orphans], windows: &[Window], audit: &Audit, ti
     for orphans in orphans {
         for run in &orphans.runs {
             let events = audit.events.get(run).into_iter().flatten();
-            let mut later = events.map(|event| (timeline.of_wall(event.at), event)).filter(|(at, _)| *at > orphans.at_s);
+            let mut later =
+                events.map(|event| (timeline.of_wall(event.at), event)).filter(|(at, _)| *at > orphans.at_s);
             // What ended in the very moment was not taken over; whatever else comes next is another owner's.
             let Some((at, _)) = later.find(|(_, event)| event.kind == "run.resumed") else { continue };
             let (from, to) = (orphans.at_s, at);

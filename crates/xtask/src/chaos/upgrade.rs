@@ -182,7 +182,8 @@ async fn before_newest_migration() -> anyhow::Result<String> {
 /// Builds the binary of a revision in a worktree of its own, starting from what our own build made of the dependencies.
 async fn build_old(rev: &str) -> anyhow::Result<PathBuf> {
     let mut parse = Command::new("git");
-    let rev = output_of(parse.current_dir(root()).args(["rev-parse", "--verify", &format!("{rev}^{{commit}}")])).await?;
+    let rev =
+        output_of(parse.current_dir(root()).args(["rev-parse", "--verify", &format!("{rev}^{{commit}}")])).await?;
     let rev = rev.trim();
     let folder = target_dir().join("upgrade");
     let kept = folder.join(format!("stagegate-{rev}"));

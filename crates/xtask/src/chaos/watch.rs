@@ -46,7 +46,7 @@ async fn reconnecting(client: &Client, watched: &mut Watched, rng: &mut StdRng) 
             match response.status().as_u16() {
                 200 => read(response, watched, leave_after).await,
                 204 => watched.finished = true,
-                503 | 502 | 504 | 429 => {}
+                500..=599 | 429 => {}
                 status => watched.wrong = Some(format!("{status} after event {last}")),
             }
         }

@@ -139,8 +139,7 @@ impl World {
             };
             replicas.push(Replica::prepare(setup).await?);
         }
-        let backends: Vec<_> =
-            replicas.iter().map(|replica| (replica.name().to_owned(), replica.address())).collect();
+        let backends: Vec<_> = replicas.iter().map(|replica| (replica.name().to_owned(), replica.address())).collect();
         let haproxy = Haproxy::start(&backends).await?;
         let world = Self {
             timeline,
