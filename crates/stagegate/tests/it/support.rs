@@ -171,11 +171,16 @@ impl Daemon {
         self.child.wait().expect("it is ours");
     }
 
-    /// Sends a signal by name and waits for its end: the exit code.
-    pub(crate) fn end(mut self, signal: &str) -> (i32, Vec<String>) {
+    /// Sends a signal by name.
+    pub(crate) fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
         let sent = StdCommand::new("kill").args([&format!("-{signal}"), &pid]).status().expect("kill is there");
         assert!(sent.success());
+    }
+
+    /// Sends a signal by name and waits for its end: the exit code.
+    pub(crate) fn end(mut self, signal: &str) -> (i32, Vec<String>) {
+        self.signal(signal);
         let status = self.child.wait().expect("it is ours");
         // The pipe is closed with the process: what is left arrives.
         self.log.extend(self.lines.iter());
