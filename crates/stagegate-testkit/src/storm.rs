@@ -324,15 +324,13 @@ async fn serve(shared: Arc<Shared>, request: Request<hyper::body::Incoming>) -> 
         Answer::Cut => {
             let half = Bytes::copy_from_slice(&text.as_bytes()[..text.len() / 2]);
             let pieces = futures::stream::unfold((Some(half), line), |(half, mut line)| async move {
-                match half {
-                    Some(half) => Some((Ok(half), (None, line))),
-                    None => {
-                        // A moment, so that the half reaches the wire before the connection breaks.
-                        tokio::time::sleep(Duration::from_millis(10)).await;
-                        line.delivered = true;
-                        Some((Err(Closed), (None, line)))
-                    }
+                if let Some(half) = half {
+                    return Some((Ok(half), (None, line)));
                 }
+                // A moment, so that the half reaches the wire before the connection breaks.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                line.delivered = true;
+                Some((Err(Closed), (None, line)))
             });
             response.header("content-length", text.len()).body(Body::from_stream(pieces)).map_err(|_| Closed)
         }

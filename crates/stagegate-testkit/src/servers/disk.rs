@@ -56,7 +56,7 @@ impl SmallDisk {
     }
 
     /// An empty folder on it.
-    pub fn folder(&self) -> &Path {
+    pub fn data(&self) -> &Path {
         &self.data
     }
 

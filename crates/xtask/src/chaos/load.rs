@@ -274,10 +274,10 @@ impl Load {
     /// A person who tries failed runs again.
     async fn retries(self: Arc<Self>) {
         let mut ending = self.ending.subscribe();
-        let mut tried: HashMap<String, u32> = HashMap::new();
+        let mut retried: HashMap<String, u32> = HashMap::new();
         while !*ending.borrow_and_update() {
             for run in self.list("state=failed&limit=50").await {
-                let tries = tried.entry(run.clone()).or_default();
+                let tries = retried.entry(run.clone()).or_default();
                 if *tries < RETRIES_MAX && percent(self.settings.seed, &run, "retry") < RETRIED && !*ending.borrow() {
                     *tries += 1;
                     self.act("retry", &format!("/v1/runs/{run}/retry"), None).await;

@@ -446,12 +446,12 @@ mod tests {
         }
     }
 
-    /// Breaks one thing and expects the check whose name has this word to find it.
-    fn found(word: &str, breaks: impl FnOnce(&mut World)) {
+    /// Breaks one thing and expects the check whose name has this part to find it.
+    fn found(part: &str, breaks: impl FnOnce(&mut World)) {
         let mut world = World::new();
         breaks(&mut world);
         let wrong = world.wrong();
-        assert!(wrong.iter().any(|name| name.contains(word)), "{word}: {wrong:?}");
+        assert!(wrong.iter().any(|name| name.contains(part)), "{part}: {wrong:?}");
     }
 
     #[test]

@@ -200,9 +200,9 @@ async fn build_old(rev: &str) -> anyhow::Result<PathBuf> {
     share_dependencies(&build).await?;
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(&tree).env("CARGO_TARGET_DIR", &build).args(["build", "--locked", "--bin", "stagegate"]);
-    let built = must(cargo.kill_on_drop(true), "the build of the previous revision").await;
+    let outcome = must(cargo.kill_on_drop(true), "the build of the previous revision").await;
     remove_tree(&tree).await;
-    built?;
+    outcome?;
     std::fs::copy(build.join("debug/stagegate"), &kept)?;
     Ok(kept)
 }

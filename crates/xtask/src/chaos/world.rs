@@ -121,7 +121,7 @@ impl World {
             None => None,
         };
         let mut auditor = Auditor::connect(postgres.url()).await?;
-        auditor.create_database(DATABASE, disk.as_ref().map(SmallDisk::folder)).await?;
+        auditor.create_database(DATABASE, disk.as_ref().map(SmallDisk::data)).await?;
         let database_url = database_url(postgres.url());
         let redis = Redis::private().await?;
         let storm = Storm::start(plan.seed, plan.mix.clone()).await?;
