@@ -66,10 +66,28 @@ impl<'a> Known<'a> {
         })
     }
 
-    /// Whether the shared cache was away, or lost what it had, from one time to another.
+    /// Whether the shared cache was away from all, or lost what it had, from one time to another.
     fn cache_away(&self, from_s: f64, to_s: f64) -> bool {
-        let away = |window: &&Window| matches!(window.kind, WindowKind::CacheAway(_));
+        let away = |window: &&Window| window.kind == WindowKind::CacheAway(None);
         self.windows.iter().filter(away).any(|window| window.from_s <= to_s && window.to_s >= from_s)
+    }
+
+    /// Whether this caller says of itself that the shared cache did not answer it around that time.
+    fn cache_silent(&self, caller: &str, at_s: f64) -> bool {
+        self.windows.iter().any(|window| {
+            let about =
+                matches!(window.kind, WindowKind::CacheAway(Some(index)) if caller == format!("r{}", index + 1));
+            about && window.from_s <= at_s && window.to_s >= at_s
+        })
+    }
+
+    /// Whether this call was begun by a replica that had been frozen past its lease, before it noticed.
+    fn woken(&self, call: &Call) -> bool {
+        let at_s = self.timeline.of(call.started);
+        self.windows.iter().any(|window| {
+            let about = matches!(window.kind, WindowKind::Woken(index) if call.caller == format!("r{}", index + 1));
+            about && window.from_s <= at_s && window.to_s >= at_s
+        })
     }
 
     /// Whether the call's run was stopped while it was under way.
@@ -113,6 +131,7 @@ pub(crate) fn reconcile(calls: &[Call], known: &Known<'_>) -> Paid {
 
 fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str> {
     let ended_s = before.ended.map_or_else(|| known.timeline.of(before.started), |ended| known.timeline.of(ended));
+    let again_s = known.timeline.of(again.started);
     Some(match (before.answer, before.fate) {
         (Answer::Cut, _) => "the answer was cut on its way",
         (Answer::Garbled | Answer::Truncated, Fate::Delivered) => {
@@ -124,9 +143,15 @@ fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str
         _ if known.run_stopped(before) => {
             "its run was cancelled or expired while the call was under way, and was retried"
         }
-        (_, Fate::Delivered) if known.cache_away(ended_s - 0.1, known.timeline.of(again.started)) => {
+        (_, Fate::Delivered) if known.cache_away(ended_s - 0.1, again_s) => {
             "Redis was away, or lost it, between the two"
         }
+        (_, Fate::Delivered)
+            if known.cache_silent(&before.caller, ended_s) || known.cache_silent(&again.caller, again_s) =>
+        {
+            "Redis did not answer one of the two in time, as it says itself"
+        }
+        _ if known.woken(again) => "it was asked by a replica that woke from past its lease and had not noticed yet",
         _ => return None,
     })
 }

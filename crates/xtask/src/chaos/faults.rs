@@ -121,6 +121,9 @@ async fn of_replica(world: &World, fault: Fault) -> anyhow::Result<()> {
     // A frozen one begins to read what it received when it goes on, and is fenced a moment later.
     let after_s = if fault.kind == Kind::Kill { 0.0 } else { 1.5 };
     world.window(&what, WindowKind::Interrupted(index), from_s - BEFORE_S, to_s + after_s);
+    if fault.kind == Kind::Freeze {
+        world.window(&format!("{}: wakes", replica.name()), WindowKind::Woken(index), to_s - 0.1, to_s + 1.0);
+    }
     if let Some(orphans) = orphans.filter(|_| fault.kind != Kind::FreezeShortly) {
         world.seen().orphans.push(Orphans { at_s: from_s, ..orphans });
     }

@@ -13,6 +13,11 @@ use super::{
 
 /// What a replica says when it abandons what is under way.
 const ABANDONS: [&str; 3] = ["stops its own work", "begins a new life", "the attempts under way are abandoned"];
+/// What a replica says when the shared cache failed it once, and when it goes on without it for a while.
+const CACHE_FAILED: &str = "the shared cache failed";
+const CACHE_SPARED: &str = "the shared cache is spared";
+/// How long it goes on without it.
+const CACHE_SPARED_S: f64 = 6.0;
 /// An answer that came so long before may be lost with it.
 const BEFORE_S: f64 = 1.0;
 const AFTER_S: f64 = 0.5;
@@ -24,6 +29,8 @@ pub(crate) struct Told {
     pub(crate) lines: BTreeMap<(String, String), (u64, String)>,
     /// When a replica stopped its own work.
     pub(crate) fences: Vec<Window>,
+    /// When the shared cache did not answer a replica.
+    pub(crate) cache_silences: Vec<Window>,
     /// Panics: a finding each.
     pub(crate) panics: Vec<String>,
 }
@@ -48,14 +55,20 @@ pub(crate) fn replicas(world: &World) -> anyhow::Result<Told> {
 fn read(told: &mut Told, line: &Value, index: usize, name: &str, timeline: &Timeline) {
     let text = |key: &str| line[key].as_str().unwrap_or_default().to_owned();
     let (level, message) = (text("level").to_uppercase(), text("msg"));
+    let at: Option<DateTime<Utc>> = line["ts"].as_str().and_then(|at| at.parse().ok());
+    let what = format!("{name}: {message}");
+    if let Some(at_s) = at.map(|at| timeline.of_wall(at)) {
+        if message.starts_with(CACHE_FAILED) || message.starts_with(CACHE_SPARED) {
+            let lasts_s = if message.starts_with(CACHE_SPARED) { CACHE_SPARED_S } else { AFTER_S };
+            let (from_s, to_s, kind) = (at_s - AFTER_S, at_s + lasts_s, WindowKind::CacheAway(Some(index)));
+            told.cache_silences.push(Window { what, from_s, to_s, kind });
+        } else if ABANDONS.iter().any(|word| message.contains(word)) {
+            let (from_s, to_s, kind) = (at_s - BEFORE_S, at_s + AFTER_S, WindowKind::Interrupted(index));
+            told.fences.push(Window { what, from_s, to_s, kind });
+        }
+    }
     if !matches!(level.as_str(), "WARN" | "ERROR") {
         return;
-    }
-    let at: Option<DateTime<Utc>> = line["ts"].as_str().and_then(|at| at.parse().ok());
-    if let (Some(at), true) = (at, ABANDONS.iter().any(|word| message.contains(word))) {
-        let at_s = timeline.of_wall(at);
-        let (what, kind) = (format!("{name}: {message}"), WindowKind::Interrupted(index));
-        told.fences.push(Window { what, from_s: at_s - BEFORE_S, to_s: at_s + AFTER_S, kind });
     }
     let row = told.lines.entry((level, message)).or_insert_with(|| (0, format!("{name}: {line}")));
     row.0 += 1;

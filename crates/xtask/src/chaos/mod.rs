@@ -230,7 +230,7 @@ impl Running {
         let audit = world.auditor().await?.read().await?;
         let told = logs::replicas(world)?;
         let seen = std::mem::take(&mut *world.seen());
-        let windows: Vec<_> = seen.windows.iter().chain(&told.fences).cloned().collect();
+        let windows: Vec<_> = seen.windows.iter().chain(&told.fences).chain(&told.cache_silences).cloned().collect();
         let paid = calls::reconcile(&world.storm.calls(), &Known::new(&world.timeline, &windows, &audit));
         let take_overs = takeover::measure(&seen.orphans, &seen.windows, &audit, &world.timeline);
         let mut checks = reconcile::reconcile(&audit, &done, &paid, &read);

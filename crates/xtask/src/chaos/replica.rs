@@ -91,7 +91,7 @@ impl Replica {
              [redis]\nurl = \"redis://{}/\"\n\
              [llm.providers.storm]\nkind = \"openai\"\nbase_url = \"{provider_url}\"\nmax_concurrency = 2000\n\
              [llm.prices.\"storm/m\"]\ninput = 1.0\noutput = 4.0\n\
-             [log]\nformat = \"json\"\nfilter = \"info\"\n",
+             [log]\nformat = \"json\"\nfilter = \"info,stagegate_llm::cache=debug\"\n",
             self.address(),
             self.postgres.address(),
             self.redis.address(),

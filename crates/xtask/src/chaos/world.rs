@@ -57,6 +57,8 @@ pub(crate) struct Window {
 pub(crate) enum WindowKind {
     /// This replica could not use what it received.
     Interrupted(usize),
+    /// This replica was frozen past its lease and has just woken, not knowing it yet.
+    Woken(usize),
     /// The shared cache was away from this replica, or from all, or lost what it had.
     CacheAway(Option<usize>),
     /// The store did not answer, or broke off.
