@@ -21,6 +21,8 @@ const CACHE_SPARED_S: f64 = 6.0;
 /// An answer that came so long before may be lost with it.
 const BEFORE_S: f64 = 1.0;
 const AFTER_S: f64 = 0.5;
+/// The longest time without a line that counts as standing still.
+const STILL_MAX_S: f64 = 5.0;
 
 /// What the replicas' logs tell.
 #[derive(Debug, Default)]
@@ -31,6 +33,8 @@ pub(crate) struct Told {
     pub(crate) fences: Vec<Window>,
     /// When the shared cache did not answer a replica.
     pub(crate) cache_silences: Vec<Window>,
+    /// When each replica wrote a line: its signs of life, in order.
+    pub(crate) alive_s: Vec<Vec<f64>>,
     /// Panics: a finding each.
     pub(crate) panics: Vec<String>,
 }
@@ -38,6 +42,7 @@ pub(crate) struct Told {
 /// Reads the logs of all replicas.
 pub(crate) fn replicas(world: &World) -> anyhow::Result<Told> {
     let mut told = Told::default();
+    told.alive_s = vec![Vec::new(); world.replicas.len()];
     for (index, replica) in world.replicas.iter().enumerate() {
         let Ok(program) = replica.program() else { continue };
         let (text, _) = program.log_from(0)?;
@@ -58,6 +63,7 @@ fn read(told: &mut Told, line: &Value, index: usize, name: &str, timeline: &Time
     let at: Option<DateTime<Utc>> = line["ts"].as_str().and_then(|at| at.parse().ok());
     let what = format!("{name}: {message}");
     if let Some(at_s) = at.map(|at| timeline.of_wall(at)) {
+        told.alive_s[index].push(at_s);
         if message.starts_with(CACHE_FAILED) || message.starts_with(CACHE_SPARED) {
             let lasts_s = if message.starts_with(CACHE_SPARED) { CACHE_SPARED_S } else { AFTER_S };
             let (from_s, to_s, kind) = (at_s - AFTER_S, at_s + lasts_s, WindowKind::CacheAway(Some(index)));
@@ -72,6 +78,21 @@ fn read(told: &mut Told, line: &Value, index: usize, name: &str, timeline: &Time
     }
     let row = told.lines.entry((level, message)).or_insert_with(|| (0, format!("{name}: {line}")));
     row.0 += 1;
+}
+
+impl Told {
+    /// The windows of interruptions from the last sign of life on: on a machine that is short of processors a replica
+    /// can have stood still for a while when its end comes, and has not read what was delivered meanwhile.
+    pub(crate) fn since_last_sign(&self, windows: &[Window]) -> Vec<Window> {
+        let widened = |window: &Window| {
+            let WindowKind::Interrupted(index) = window.kind else { return window.clone() };
+            let last =
+                self.alive_s.get(index).and_then(|alive| alive.iter().rfind(|at| **at < window.from_s + AFTER_S));
+            let from_s = last.map_or(window.from_s, |last| last.max(window.from_s - STILL_MAX_S).min(window.from_s));
+            Window { from_s, ..window.clone() }
+        };
+        windows.iter().map(widened).collect()
+    }
 }
 
 /// A kind of request that HAProxy answered, or passed on, with 5xx.
@@ -131,6 +152,15 @@ fn meaning(end: &str, server: &str) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_interruption_begins_with_the_last_sign_of_life() {
+        let told = Told { alive_s: vec![vec![1.0, 7.0, 9.9], vec![1.0, 7.5], vec![1.0]], ..Told::default() };
+        let window =
+            |index| Window { what: String::new(), from_s: 9.5, to_s: 12.0, kind: WindowKind::Interrupted(index) };
+        let from = |index| told.since_last_sign(&[window(index)])[0].from_s;
+        assert_eq!([from(0), from(1), from(2)].map(|at| (at * 10.0).round()), [95.0, 75.0, 45.0]);
+    }
 
     #[test]
     fn lines_of_haproxy_are_read() {

@@ -230,7 +230,8 @@ impl Running {
         let audit = world.auditor().await?.read().await?;
         let told = logs::replicas(world)?;
         let seen = std::mem::take(&mut *world.seen());
-        let windows: Vec<_> = seen.windows.iter().chain(&told.fences).chain(&told.cache_silences).cloned().collect();
+        let mut windows = told.since_last_sign(&seen.windows);
+        windows.extend(told.fences.iter().chain(&told.cache_silences).cloned());
         let paid = calls::reconcile(&world.storm.calls(), &Known::new(&world.timeline, &windows, &audit));
         let take_overs = takeover::measure(&seen.orphans, &seen.windows, &audit, &world.timeline);
         let mut checks = reconcile::reconcile(&audit, &done, &paid, &read);
