@@ -64,13 +64,15 @@ impl Limits {
     }
 
     /// Which of its tenant's queues a run waits in: runs that share their limits wait together, so that those who
-    /// must wait are passed over as a whole. Empty for a run without limits.
+    /// must wait are passed over as a whole. Runs that were accepted with other limits wait apart. Empty for a run
+    /// without limits.
     pub fn lane(&self, pipeline: &PipelineName) -> String {
-        match (&self.key, self.pipeline_max) {
-            // A name holds no slash.
-            (Some((key, _)), _) => format!("{pipeline}/{key}"),
-            (None, Some(_)) => pipeline.to_string(),
-            (None, None) => String::new(),
+        // A name holds no slash.
+        let max = self.pipeline_max.map_or_else(|| "-".to_owned(), |max| max.to_string());
+        match &self.key {
+            Some((key, key_max)) => format!("{pipeline}/{max}/{key_max}/{key}"),
+            None if self.pipeline_max.is_some() => format!("{pipeline}/{max}"),
+            None => String::new(),
         }
     }
 }

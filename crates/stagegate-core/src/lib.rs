@@ -10,6 +10,7 @@ pub mod decide;
 pub mod error;
 pub mod event;
 pub mod fair;
+pub mod hint;
 pub mod ids;
 pub mod pipeline;
 pub mod run;

@@ -1,7 +1,13 @@
 //! Group commit: owns how single requests become batches. A batch is whatever has gathered while the one before it was
 //! under way: no timer, so one request alone waits for nothing and a thousand share one transaction.
 
-use std::{fmt, future::Future, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use stagegate_core::{Code, Error};
 use tokio::sync::{mpsc, oneshot};
@@ -53,14 +59,29 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
         Self { queue }
     }
 
-    /// Sends one request and waits for its answer.
-    pub(crate) async fn send(&self, request: T) -> Result<R, Error> {
+    /// Sends one request. What is returned waits for its answer, and for room in the queue where there is none; the
+    /// request is in the queue already where there was.
+    pub(crate) fn begin(&self, request: T) -> Sent<R> {
         let (answer, answered) = oneshot::channel();
-        self.queue.send((request, answer)).await.map_err(|_| gone())?;
-        answered.await.map_err(|_| gone())?
+        match self.queue.try_send((request, answer)) {
+            // A queue that is closed has dropped the answer's sender, which says so.
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Sent::Queued(answered),
+            Err(mpsc::error::TrySendError::Full(entry)) => {
+                let queue = self.queue.clone();
+                Sent::Held(Box::pin(async move {
+                    queue.send(entry).await.map_err(|_| gone())?;
+                    answered.await.map_err(|_| gone())?
+                }))
+            }
+        }
     }
 
-    /// The same, refused at once where the queue is full.
+    /// Sends one request and waits for its answer.
+    pub(crate) async fn send(&self, request: T) -> Result<R, Error> {
+        self.begin(request).await
+    }
+
+    /// Sends one request and waits for its answer, refused at once where the queue is full.
     pub(crate) async fn offer(&self, request: T) -> Result<R, Error> {
         let (answer, answered) = oneshot::channel();
         self.queue.try_send((request, answer)).map_err(|refused| match refused {
@@ -71,6 +92,28 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
             }
         })?;
         answered.await.map_err(|_| gone())?
+    }
+}
+
+/// A request on its way to its answer. Small, as there is one for every run that commits.
+pub(crate) enum Sent<R> {
+    /// It is in the queue.
+    Queued(oneshot::Receiver<Result<R, Error>>),
+    /// The queue is full.
+    Held(Pin<Box<dyn Future<Output = Result<R, Error>> + Send>>),
+}
+
+impl<R> Future for Sent<R> {
+    type Output = Result<R, Error>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Queued(answered) => {
+                let answer = ready!(Pin::new(answered).poll(context));
+                Poll::Ready(answer.unwrap_or_else(|_| Err(gone())))
+            }
+            Self::Held(held) => held.as_mut().poll(context),
+        }
     }
 }
 

@@ -1,20 +1,49 @@
 //! What is told of a step once it is durable: metrics and one log line a transition. Never prompts or outputs.
 
-use stagegate_core::{Attempt, Evaluator, EventKind, RunState, decide::Run, store::Commit};
+use stagegate_core::{
+    Assessment, Attempt, Code, Evaluator, Event, EventKind, RunState, Verdict, decide::Run, store::Commit,
+};
 
 use crate::shared::Shared;
 
 /// What of a commit is told once it is durable.
 #[derive(Debug)]
 pub(crate) struct Committing {
-    events: Vec<stagegate_core::Event>,
-    attempts: Vec<Attempt>,
+    events: Vec<Event>,
+    attempts: Vec<Ended>,
+}
+
+/// What is counted of an attempt: nothing of what it said.
+#[derive(Debug)]
+struct Ended {
+    verdict: Verdict,
+    seconds: f64,
+    /// Who measured, whether it passed, and the score.
+    assessments: Vec<(Evaluator, bool, f64)>,
+    failure: Option<Code>,
+}
+
+impl Ended {
+    fn of(attempt: &Attempt) -> Self {
+        let measured = |assessment: &Assessment| (assessment.evaluator.clone(), assessment.passed, assessment.score);
+        Self {
+            verdict: attempt.verdict,
+            seconds: (attempt.finished_at - attempt.started_at).as_seconds_f64(),
+            assessments: attempt.assessments.iter().map(measured).collect(),
+            failure: attempt.failure.as_ref().map(|failure| failure.code),
+        }
+    }
 }
 
 impl Committing {
     pub(crate) fn of(commit: &Commit) -> Self {
-        let attempts = commit.attempts.iter().map(|(_, attempt)| Attempt { output: None, ..attempt.clone() }).collect();
+        let attempts = commit.attempts.iter().map(|(_, attempt)| Ended::of(attempt)).collect();
         Self { events: commit.events.clone(), attempts }
+    }
+
+    /// The events, for whoever watches.
+    pub(crate) fn into_events(self) -> Vec<Event> {
+        self.events
     }
 }
 
@@ -44,23 +73,22 @@ pub(crate) fn committed(shared: &Shared, run: &Run, step: &Committing) {
     }
 }
 
-fn count_attempt(shared: &Shared, attempt: &Attempt) {
+fn count_attempt(shared: &Shared, attempt: &Ended) {
     let metrics = &shared.metrics;
     let verdict = attempt.verdict.as_str();
     metrics.gate_verdicts.with_label_values(&[verdict]).inc();
-    let seconds = (attempt.finished_at - attempt.started_at).as_seconds_f64();
-    metrics.stage_duration.with_label_values(&[verdict]).observe(seconds);
-    for assessment in &attempt.assessments {
-        let evaluator = match assessment.evaluator {
+    metrics.stage_duration.with_label_values(&[verdict]).observe(attempt.seconds);
+    for (evaluator, passed, score) in &attempt.assessments {
+        let evaluator = match evaluator {
             Evaluator::Check => "check",
             Evaluator::Judge => "judge",
         };
-        let passed = if assessment.passed { "true" } else { "false" };
+        let passed = if *passed { "true" } else { "false" };
         metrics.assessments.with_label_values(&[evaluator, passed]).inc();
-        metrics.quality_score.with_label_values(&[evaluator]).observe(assessment.score);
+        metrics.quality_score.with_label_values(&[evaluator]).observe(*score);
     }
-    if let Some(failure) = &attempt.failure {
-        metrics.errors.with_label_values(&[failure.code.as_str()]).inc();
+    if let Some(code) = &attempt.failure {
+        metrics.errors.with_label_values(&[code.as_str()]).inc();
     }
 }
 

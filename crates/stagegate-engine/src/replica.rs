@@ -1,12 +1,16 @@
 //! This replica among the others: owns its heartbeat, its fence, and its claims.
 
-use std::sync::{Arc, LazyLock, atomic::Ordering};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::{Arc, LazyLock, atomic::Ordering},
+};
 
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use futures::future::BoxFuture;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
-    Code, Error, ReplicaId,
+    Code, Error, Pipeline, ReplicaId, RunId, Store, StoreResult,
     decide::{Run, Stimulus},
-    store::{Heartbeat, Lease, Snapshot},
+    store::{Heartbeat, Lease, Signal, Snapshot},
 };
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -18,8 +22,8 @@ use crate::shared::{Life, Shared};
 const BEATS_PER_TTL: u32 = 3;
 /// The share of the TTL, in percent, after which a replica that could not renew stops its own work.
 const FENCE_PERCENT: u32 = 70;
-/// Runs claimed at once.
-const CLAIM_MAX: usize = 64;
+/// Runs claimed at once: what a dead replica leaves is taken up in a few steps, and a step is a few queries.
+const CLAIM_MAX: usize = 256;
 /// Looks for work between two looks at what is owned.
 const LOOKS_PER_AUDIT: u32 = 30;
 
@@ -97,7 +101,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
 
 /// Claims and drives until the drain begins.
 pub(crate) async fn claim(shared: Arc<Shared>) {
-    let mut rng = StdRng::from_os_rng();
+    let mut rng = SmallRng::from_os_rng();
     let mut looks = 0;
     loop {
         let pause = shared.config.poll_interval.0.mul_f64(rng.random_range(0.5..1.0));
@@ -177,19 +181,26 @@ async fn take(
         return Ok(0);
     }
     let started = Instant::now();
-    let snapshots = match shared.store.load(leases).await {
-        Ok(snapshots) => snapshots,
-        Err(error) if error.is_retryable() => return Err(error.into()),
-        Err(error) => {
-            tracing::error!(%error, runs = leases.len(), "a batch of runs could not be read; each is read alone");
-            load_one_by_one(shared, leases).await
-        }
-    };
+    let snapshots = readable(&*shared.store, leases, "a run", |store, leases| store.load(leases)).await?;
+    // A run that was never started has at most a cancel; all else has been seen by an owner before.
+    let may_be_signalled = |run: &Snapshot| run.run.started_at.is_some() || run.run.cancel_requested;
+    let signalled: Vec<Lease> = snapshots.iter().filter(|run| may_be_signalled(run)).map(|run| run.lease).collect();
+    let signals = readable(&*shared.store, &signalled, "what is asked of a run", signals_of_each).await?;
+    let mut signals: HashMap<RunId, Vec<Signal>> = signals.into_iter().collect();
     shared.metrics.checkpoint_load.observe(started.elapsed().as_secs_f64());
+    let mut pipelines = HashMap::new();
     let mut taken = 0;
     for (snapshot, permit) in snapshots.into_iter().zip(permits) {
         let lease = snapshot.lease;
-        match take_one(shared, life, snapshot, permit).await {
+        let noted = if may_be_signalled(&snapshot) { signals.remove(&lease.run) } else { Some(Vec::new()) };
+        let Some(noted) = noted else { continue };
+        let (name, version) = (&snapshot.run.pipeline, snapshot.run.version);
+        let key = (snapshot.run.tenant.clone(), name.clone(), version);
+        let pipeline = match pipelines.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => unknown.insert(pipeline_of(shared, &snapshot).await),
+        };
+        match pipeline.clone().map(|pipeline| take_one(shared, life, snapshot, pipeline, noted, permit)) {
             Ok(()) => taken += 1,
             Err(error) if error.code == Code::Unavailable => {
                 tracing::warn!(run_id = %lease.run, %error, "a leased run could not be taken up; it is handed back");
@@ -203,43 +214,108 @@ async fn take(
     Ok(taken)
 }
 
-async fn load_one_by_one(shared: &Shared, leases: &[Lease]) -> Vec<Snapshot> {
-    let mut snapshots = Vec::new();
-    for lease in leases {
-        match shared.store.load(std::slice::from_ref(lease)).await {
-            Ok(loaded) => snapshots.extend(loaded),
-            Err(error) => tracing::error!(run_id = %lease.run, %error, "a run cannot be read"),
-        }
-    }
-    snapshots
+/// Something of each lease, as the store tells it.
+type Reading<T> = for<'a> fn(&'a dyn Store, &'a [Lease]) -> BoxFuture<'a, StoreResult<Vec<T>>>;
+
+/// The signals of each lease that was asked about, those without any included.
+fn signals_of_each<'a>(
+    store: &'a dyn Store,
+    leases: &'a [Lease],
+) -> BoxFuture<'a, StoreResult<Vec<(RunId, Vec<Signal>)>>> {
+    Box::pin(async {
+        let mut found: HashMap<RunId, Vec<Signal>> = store.signals(leases).await?.into_iter().collect();
+        Ok(leases.iter().map(|lease| (lease.run, found.remove(&lease.run).unwrap_or_default())).collect())
+    })
 }
 
-async fn take_one(
+/// Reads something of every lease that it can be read of. A batch that cannot be read is halved until those that are to
+/// blame are found; an error that may pass is returned.
+async fn readable<T>(store: &dyn Store, leases: &[Lease], what: &str, read: Reading<T>) -> Result<Vec<T>, Error> {
+    let mut found = Vec::with_capacity(leases.len());
+    let mut parts = vec![leases];
+    while let Some(part) = parts.pop() {
+        if part.is_empty() {
+            continue;
+        }
+        match read(store, part).await {
+            Ok(some) => found.extend(some),
+            Err(error) if error.is_retryable() => return Err(error.into()),
+            Err(error) if part.len() == 1 => {
+                tracing::error!(run_id = %part[0].run, %error, "{what} cannot be read; it is tried again later");
+            }
+            Err(error) => {
+                tracing::warn!(%error, runs = part.len(), "a batch of runs cannot be read; it is halved");
+                let (left, right) = part.split_at(part.len() / 2);
+                parts.extend([right, left]);
+            }
+        }
+    }
+    Ok(found)
+}
+
+async fn pipeline_of(shared: &Shared, snapshot: &Snapshot) -> Result<Arc<Pipeline>, Error> {
+    let (name, version) = (&snapshot.run.pipeline, snapshot.run.version);
+    let found = shared.pipeline(&snapshot.run.tenant, name, Some(version)).await?;
+    found.map(|(pipeline, _)| pipeline).ok_or_else(|| {
+        Error::new(Code::CorruptRow, format!("the run's pipeline version {name}@{version} is not there"))
+    })
+}
+
+fn take_one(
     shared: &Arc<Shared>,
     life: &Life,
     snapshot: Snapshot,
+    pipeline: Arc<Pipeline>,
+    signals: Vec<Signal>,
     permit: OwnedSemaphorePermit,
-) -> Result<(), Error> {
-    let (lease, record) = (snapshot.lease, &snapshot.run);
-    let request_id = record.request_id.clone();
-    let pipeline = shared.pipeline(&record.tenant, &record.pipeline, Some(record.version)).await?;
-    let Some((pipeline, _)) = pipeline else {
-        return Err(Error::new(
-            Code::CorruptRow,
-            format!("the run's pipeline version {}@{} is not there", record.pipeline, record.version),
-        ));
-    };
-    // A run that was never started has at most a cancel; all else has been seen by an owner before.
-    let signals = if record.started_at.is_some() || record.cancel_requested {
-        let mut found = shared.store.signals(&[lease]).await?;
-        found.pop().map(|(_, signals)| signals).unwrap_or_default()
-    } else {
-        Vec::new()
-    };
+) {
+    let lease = snapshot.lease;
+    let request_id = snapshot.run.request_id.clone();
     let mut run = Run::from_snapshot(snapshot, pipeline, shared.config.park_after.0);
     run.on(Stimulus::Taken(signals), shared.clock.now(), 0.0);
     if let Some(handle) = shared.enter(lease.run, life) {
         shared.drive(handle, run, Vec::new(), permit, request_id.as_deref());
     }
-    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use stagegate_core::{Epoch, StoreError};
+    use stagegate_store_sqlite::SqliteStore;
+    use stagegate_telemetry::Metrics;
+
+    use super::*;
+
+    /// Runs 3 and 7 cannot be read, and a batch with them neither. While run 100 is in it, the store is away.
+    fn reading<'a>(_: &'a dyn Store, leases: &'a [Lease]) -> BoxFuture<'a, StoreResult<Vec<u128>>> {
+        Box::pin(async {
+            let runs: Vec<u128> = leases.iter().map(|lease| lease.run.0.as_u128()).collect();
+            if runs.contains(&100) {
+                return Err(StoreError::Unavailable("away".to_owned()));
+            }
+            let is_bad = |run: &&u128| matches!(run, 3 | 7);
+            match runs.iter().find(is_bad) {
+                Some(run) => Err(StoreError::Corrupt {
+                    table: "runs",
+                    column: "input",
+                    id: run.to_string(),
+                    message: "no JSON".to_owned(),
+                }),
+                None => Ok(runs),
+            }
+        })
+    }
+
+    fn leases(runs: impl IntoIterator<Item = u128>) -> Vec<Lease> {
+        runs.into_iter().map(|run| Lease { run: RunId(Uuid::from_u128(run)), epoch: Epoch(1) }).collect()
+    }
+
+    #[tokio::test]
+    async fn runs_that_cannot_be_read_hold_up_no_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = SqliteStore::open(&folder.path().join("test.db"), Metrics::new()).await.expect("a store");
+        let found = readable(&store, &leases(0..20), "a run", reading).await.expect("the others");
+        assert_eq!(found, (0..20).filter(|run| ![3, 7].contains(run)).collect::<Vec<_>>());
+        readable(&store, &leases([1, 3, 100]), "a run", reading).await.expect_err("the store is away for all of them");
+    }
 }

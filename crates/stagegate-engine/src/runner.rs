@@ -1,11 +1,18 @@
 //! Driving one run: owns the loop of decide → commit → act. One task a run; its attempts are futures inside it, so
 //! that dropping the task abandons everything at once.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
     Error, Verdict,
     decide::{AttemptResult, Effect, Outcome, Run, Stimulus},
@@ -14,10 +21,10 @@ use stagegate_core::{
 };
 use stagegate_llm::Reply;
 use tokio::{sync::Notify, time::Instant};
-use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::{
+    batch::Sent,
     budget::Budget,
     kinds::{self, AttemptContext, Attempted},
     observe,
@@ -27,13 +34,42 @@ use crate::{
 /// The pause before signals that could not be read are read again.
 const SIGNALS_RETRY: Duration = Duration::from_secs(1);
 
-/// How others reach a run's driver.
-#[derive(Debug)]
+/// What an attempt's future may hold, the model layer's part of it included; thousands are under way at once.
+const ATTEMPT_MAX_BYTES: usize = 6 * 1024;
+
+/// How others reach a run's driver: they set a mark and wake it.
+#[derive(Debug, Default)]
 pub(crate) struct Handle {
+    woken: Notify,
+    signalled: AtomicBool,
+    stopped: AtomicBool,
+}
+
+impl Handle {
     /// There are signals to be read.
-    pub(crate) signalled: Notify,
+    pub(crate) fn signal(&self) {
+        self.signalled.store(true, Ordering::Release);
+        self.woken.notify_one();
+    }
+
     /// Stop at once and write nothing more: the life in which the run was leased has ended.
-    pub(crate) stop: CancellationToken,
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        self.woken.notify_one();
+    }
+
+    /// Look around: the drain has begun.
+    pub(crate) fn wake(&self) {
+        self.woken.notify_one();
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn take_signalled(&self) -> bool {
+        self.signalled.swap(false, Ordering::AcqRel)
+    }
 }
 
 /// Why a driver ended.
@@ -52,7 +88,6 @@ pub(crate) enum Ended {
 
 type AttemptFuture = BoxFuture<'static, (usize, u32, DateTime<Utc>, Attempted)>;
 type SignalsFuture = BoxFuture<'static, Vec<Signal>>;
-type CommitFuture = BoxFuture<'static, Result<Committed, Error>>;
 
 /// A run, and what is under way for it.
 pub(crate) struct Driver {
@@ -62,14 +97,13 @@ pub(crate) struct Driver {
     budget: Option<Arc<Budget>>,
     attempts: FuturesUnordered<AttemptFuture>,
     timers: BTreeSet<(DateTime<Utc>, usize)>,
-    /// The answer of the attempt last ended, by stage, until its verdict is durable.
-    replies: Vec<Option<Reply>>,
-    rng: StdRng,
+    /// The answer of the attempt last ended of a stage, until its verdict is durable.
+    replies: Vec<(usize, Reply)>,
 }
 
 /// A step on its way to the store, and what follows.
 struct Committing {
-    future: CommitFuture,
+    sent: Sent<Committed>,
     step: observe::Committing,
     effects: Vec<Effect>,
     then: Disposition,
@@ -79,20 +113,27 @@ impl Driver {
     pub(crate) fn new(shared: Arc<Shared>, handle: Arc<Handle>, run: Run) -> Self {
         let max = run.pipeline().budget.as_ref().map(|budget| budget.max_cost_usd);
         let budget = max.map(|max| Budget::new(max, run.totals().cost_usd));
-        let replies = (0..run.pipeline().stages.len()).map(|_| None).collect();
-        // The id is random enough to spread the back-offs of runs that failed together.
-        let rng = StdRng::seed_from_u64(run.lease().run.0.as_u64_pair().1);
-        let (attempts, timers) = (FuturesUnordered::new(), BTreeSet::new());
-        Self { shared, handle, run, budget, attempts, timers, replies, rng }
+        let (attempts, timers, replies) = (FuturesUnordered::new(), BTreeSet::new(), Vec::new());
+        Self { shared, handle, run, budget, attempts, timers, replies }
     }
 
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
     /// already durable.
-    pub(crate) async fn drive(mut self, first: Vec<Effect>) -> Ended {
+    pub(crate) async fn drive(&mut self, first: Vec<Effect>) -> Ended {
         self.perform(first).await;
+        let handle = Arc::clone(&self.handle);
         let mut committing: Option<Committing> = None;
         let mut reading: Option<SignalsFuture> = None;
+        let alarm = tokio::time::sleep_until(Instant::now());
+        tokio::pin!(alarm);
+        let mut alarm_at = None;
         loop {
+            if handle.is_stopped() {
+                return Ended::HandBack;
+            }
+            if reading.is_none() && handle.take_signalled() {
+                reading = Some(self.signals());
+            }
             if committing.is_none() {
                 committing = self.begin_commit();
             }
@@ -100,30 +141,20 @@ impl Driver {
             if draining && committing.is_none() && self.attempts.is_empty() {
                 return Ended::HandBack;
             }
-            let handle = Arc::clone(&self.handle);
-            let wake_at = self.next_timer();
             // Nothing is awaited any more once the run has ended; its deadline would be due again and again.
             let timed = !draining && !self.run.state().is_terminal();
+            let next = self.next_due();
+            if timed && alarm_at != Some(next) {
+                alarm_at = Some(next);
+                alarm.as_mut().reset(self.instant_of(next));
+            }
             tokio::select! {
                 biased;
-                () = handle.stop.cancelled() => return Ended::HandBack,
+                () = handle.woken.notified() => {}
                 acked = acked(&mut committing), if committing.is_some() => {
                     let Some(Committing { step, effects, then, .. }) = committing.take() else { continue };
-                    match acked {
-                        Ok(Committed::Now | Committed::Already) => {
-                            observe::committed(&self.shared, &self.run, &step);
-                            self.shared.hub.wake(self.run.lease().run);
-                            self.perform(effects).await;
-                            if then != Disposition::Keep {
-                                return Ended::Committed;
-                            }
-                        }
-                        Ok(Committed::Stale) => return Ended::Lost,
-                        Err(error) => {
-                            // Only a defect comes here: the store retries what can be retried.
-                            tracing::error!(%error, "a step of this run cannot be stored");
-                            return Ended::Broken;
-                        }
+                    if let Some(ended) = self.acknowledged(acked, step, effects, then).await {
+                        return ended;
                     }
                 }
                 signals = read(&mut reading), if reading.is_some() => {
@@ -133,9 +164,10 @@ impl Driver {
                 Some((stage, attempt, started_at, attempted)) = self.attempts.next() => {
                     self.attempted(stage, attempt, started_at, attempted);
                 }
-                () = tokio::time::sleep_until(wake_at), if timed => self.due(),
-                () = handle.signalled.notified(), if reading.is_none() => reading = Some(self.signals()),
-                () = self.shared.drain.cancelled(), if !draining => {}
+                () = alarm.as_mut(), if timed => {
+                    alarm_at = None; // The wall clock may have been set meanwhile: what is not due yet is set anew.
+                    self.due();
+                }
             }
         }
     }
@@ -144,9 +176,32 @@ impl Driver {
         let step = self.run.take_step()?;
         let then = step.commit.then;
         let observed = observe::Committing::of(&step.commit);
-        let steps = self.shared.steps.clone();
-        let future = async move { steps.send(step.commit).await }.boxed();
-        Some(Committing { future, step: observed, effects: step.effects, then })
+        let sent = self.shared.steps.begin(step.commit);
+        Some(Committing { sent, step: observed, effects: step.effects, then })
+    }
+
+    /// What follows from the store's answer to a step. Returns how the driver ends, where it does.
+    async fn acknowledged(
+        &mut self,
+        acked: Result<Committed, Error>,
+        step: observe::Committing,
+        effects: Vec<Effect>,
+        then: Disposition,
+    ) -> Option<Ended> {
+        match acked {
+            Ok(Committed::Now | Committed::Already) => {
+                observe::committed(&self.shared, &self.run, &step);
+                self.shared.tell(self.run.lease().run, step.into_events());
+                self.perform(effects).await;
+                (then != Disposition::Keep).then_some(Ended::Committed)
+            }
+            Ok(Committed::Stale) => Some(Ended::Lost),
+            Err(error) => {
+                // Only a defect comes here: the store retries what can be retried.
+                tracing::error!(%error, "a step of this run cannot be stored");
+                Some(Ended::Broken)
+            }
+        }
     }
 
     async fn perform(&mut self, effects: Vec<Effect>) {
@@ -166,7 +221,12 @@ impl Driver {
                     self.timers.clear();
                 }
                 Effect::Judged { stage, verdict, gate_failed, mended, .. } => {
-                    self.judged(stage, verdict, gate_failed, mended).await;
+                    let reply = self.take_reply(stage);
+                    let mends = mended && verdict == Verdict::Passed;
+                    if let Some(reply) = reply.filter(|_| gate_failed || mends) {
+                        // Rare and large: it must not be a part of every driver.
+                        Box::pin(self.judged(stage, reply, gate_failed)).await;
+                    }
                 }
             }
         }
@@ -184,6 +244,7 @@ impl Driver {
             let (result, reply) = ended.unwrap_or_else(|_| (timed_out(timeout), None));
             (stage, attempt, started_at, Attempted { calls, result, reply })
         };
+        debug_assert!(std::mem::size_of_val(&work) <= ATTEMPT_MAX_BYTES, "{}", std::mem::size_of_val(&work));
         self.attempts.push(work.instrument(span).boxed());
     }
 
@@ -209,34 +270,49 @@ impl Driver {
 
     fn attempted(&mut self, stage: usize, attempt: u32, started_at: DateTime<Utc>, attempted: Attempted) {
         let Attempted { calls, result, reply } = attempted;
-        self.replies[stage] = reply;
+        self.take_reply(stage);
+        self.replies.extend(reply.map(|reply| (stage, reply)));
         let outcome = Outcome { started_at, calls, result };
-        let jitter = self.rng.random();
+        let jitter = self.jitter(stage, attempt);
         self.run.on(Stimulus::Attempted { stage, attempt, outcome }, self.shared.clock.now(), jitter);
+    }
+
+    /// The id is random enough to spread the back-offs of runs that failed together.
+    fn jitter(&self, stage: usize, attempt: u32) -> f64 {
+        let seed = self.run.lease().run.0.as_u64_pair().1;
+        let which = (stage as u64) << 32 | u64::from(attempt);
+        SmallRng::seed_from_u64(seed ^ which).random()
+    }
+
+    fn take_reply(&mut self, stage: usize) -> Option<Reply> {
+        let index = self.replies.iter().position(|(of, _)| *of == stage)?;
+        Some(self.replies.swap_remove(index).1)
     }
 
     /// The verdict is durable: what failed its gate leaves the cache; what passed after a retry also answers the
     /// request that the stage began with, so that the next run of it starts from there.
-    async fn judged(&mut self, stage: usize, verdict: Verdict, gate_failed: bool, mended: bool) {
-        let Some(reply) = self.replies[stage].take() else { return };
+    async fn judged(&mut self, stage: usize, reply: Reply, gate_failed: bool) {
         if gate_failed {
-            self.shared.llm.evict(self.run.tenant(), reply.key).await;
-        } else if mended && verdict == Verdict::Passed {
-            let context = self.context(stage, self.shared.clock.now());
-            let Work::Model(work) = &context.stage().work else { return };
-            let run_id = context.run.to_string();
-            let render = self.run.render_context(&run_id);
-            if let Ok(first) = kinds::request(&context.pipeline, stage, work, &render, None) {
-                let call = context.call_context(&work.cache);
-                self.shared.llm.remember(&call, &first, &reply).await;
-            }
+            return self.shared.llm.evict(self.run.tenant(), reply.key).await;
+        }
+        let context = self.context(stage, self.shared.clock.now());
+        let Work::Model(work) = &context.stage().work else { return };
+        let run_id = context.run.to_string();
+        let render = self.run.render_context(&run_id);
+        if let Ok(first) = kinds::request(&context.pipeline, stage, work, &render, None) {
+            let call = context.call_context(&work.cache);
+            self.shared.llm.remember(&call, &first, &reply).await;
         }
     }
 
-    fn next_timer(&self) -> Instant {
+    /// When something is due by itself: a pause ends, or the run expires.
+    fn next_due(&self) -> DateTime<Utc> {
         let deadline = self.run.deadline_at();
-        let next = self.timers.first().map_or(deadline, |(at, _)| (*at).min(deadline));
-        Instant::now() + (next - self.shared.clock.now()).to_std().unwrap_or(Duration::ZERO)
+        self.timers.first().map_or(deadline, |(at, _)| (*at).min(deadline))
+    }
+
+    fn instant_of(&self, at: DateTime<Utc>) -> Instant {
+        Instant::now() + (at - self.shared.clock.now()).to_std().unwrap_or(Duration::ZERO)
     }
 
     fn due(&mut self) {
@@ -286,7 +362,7 @@ async fn read(reading: &mut Option<SignalsFuture>) -> Vec<Signal> {
 
 async fn acked(committing: &mut Option<Committing>) -> Result<Committed, Error> {
     match committing {
-        Some(committing) => (&mut committing.future).await,
+        Some(committing) => (&mut committing.sent).await,
         None => std::future::pending().await,
     }
 }

@@ -10,9 +10,10 @@ use std::{
 
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Clock, Error, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
+    Clock, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
     fair::{Limits, Shares},
+    hint::Hints,
     store::{Commit, Committed, NewRun, Submitted},
 };
 use stagegate_llm::Llm;
@@ -28,7 +29,11 @@ use crate::{
     follow::Hub,
     pipelines::Pipelines,
     runner::{Driver, Ended, Handle},
+    whisper::Whisper,
 };
+
+/// What a driver's task may hold beside its run; there is one for each run in flight.
+const DRIVER_MAX_BYTES: usize = 2 * 1024;
 
 /// A time in which this replica may count on its leases: from a heartbeat until it could not renew, or was declared
 /// dead. Whatever is leased belongs to one life and stops with it, also what was still being leased when it ended.
@@ -53,7 +58,8 @@ pub(crate) struct Shared {
     pub(crate) llm: Arc<Llm>,
     pub(crate) metrics: Metrics,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) hub: Hub,
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) whisper: Whisper,
     pub(crate) steps: Batcher<Commit, Committed>,
     pub(crate) submits: Batcher<NewRun, Submitted>,
     /// Room for runs; a driver holds a permit until its last commit is acknowledged.
@@ -76,6 +82,12 @@ pub(crate) struct Shared {
     pipelines: Pipelines,
 }
 
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.hub.close();
+    }
+}
+
 impl Shared {
     #[expect(clippy::too_many_arguments, reason = "called once, by `Engine::start`")]
     pub(crate) fn new(
@@ -88,6 +100,7 @@ impl Shared {
         submits: Batcher<NewRun, Submitted>,
         pipelines: Pipelines,
         replica: ReplicaId,
+        hints: Option<Arc<dyn Hints>>,
     ) -> Self {
         Self {
             room: Arc::new(Semaphore::new(config.max_runs.min(Semaphore::MAX_PERMITS))),
@@ -97,7 +110,8 @@ impl Shared {
             llm,
             metrics,
             clock,
-            hub: Hub::default(),
+            hub: Arc::default(),
+            whisper: Whisper::new(hints),
             steps,
             submits,
             admission: Admission::default(),
@@ -139,9 +153,12 @@ impl Shared {
     /// Ends the present life: every driver stops at once. Returns how many there were.
     pub(crate) fn end_life(&self) -> usize {
         self.present().ended.cancel();
-        let stopped = std::mem::take(&mut *self.driven()).len();
+        let stopped = std::mem::take(&mut *self.driven());
+        for handle in stopped.values() {
+            handle.stop();
+        }
         self.count(0);
-        stopped
+        stopped.len()
     }
 
     /// Whether a run may be taken in its submit: nobody waits before it, and nothing is to be counted.
@@ -166,8 +183,12 @@ impl Shared {
         if driven.contains_key(&run) {
             return None;
         }
-        let handle = Arc::new(Handle { signalled: Notify::new(), stop: life.ended.child_token() });
+        let handle = Arc::new(Handle::default());
         driven.insert(run, Arc::clone(&handle));
+        // Either the end of the life finds it in the table, or it is seen here.
+        if life.ended.is_cancelled() {
+            handle.stop();
+        }
         self.count(driven.len());
         Some(handle)
     }
@@ -191,10 +212,30 @@ impl Shared {
         self.driven().contains_key(&run)
     }
 
+    /// Leaves the runs that no driver of ours has.
+    pub(crate) fn retain_elsewhere(&self, runs: &mut Vec<(RunId, u64)>) {
+        let driven = self.driven();
+        runs.retain(|(run, _)| !driven.contains_key(run));
+    }
+
+    /// Hands durable events of a run to those who watch it, here and elsewhere.
+    pub(crate) fn tell(&self, run: RunId, events: Vec<Event>) {
+        self.hub.tell(run, events);
+        self.whisper.news(run);
+    }
+
+    /// Nothing new starts; what is under way goes on to its next commit.
+    pub(crate) fn begin_drain(&self) {
+        self.drain.cancel();
+        for handle in self.driven().values() {
+            handle.wake();
+        }
+    }
+
     /// Tells a run's driver that there are signals. False where no driver of ours has it.
     pub(crate) fn notify(&self, run: RunId) -> bool {
         self.driven().get(&run).is_some_and(|handle| {
-            handle.signalled.notify_one();
+            handle.signal();
             true
         })
     }
@@ -220,9 +261,10 @@ impl Shared {
             pipeline = %run.pipeline().name,
             request_id,
         );
+        let mut driver = Box::new(Driver::new(Arc::clone(&shared), Arc::clone(&handle), run));
         let work = async move {
-            let driver = Driver::new(Arc::clone(&shared), Arc::clone(&handle), run);
             let outcome = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
+            drop(driver);
             let ended = outcome.unwrap_or_else(|_| {
                 tracing::error!("the driver of this run panicked; the run is tried again later");
                 Ended::Broken
@@ -239,6 +281,8 @@ impl Shared {
                     if let Err(error) = shared.store.release(&[lease]).await {
                         tracing::warn!(%error, "the run could not be handed back");
                         shared.doubt();
+                    } else {
+                        shared.whisper.work();
                     }
                 }
             }
@@ -247,6 +291,7 @@ impl Shared {
                 shared.work.notify_one();
             }
         };
+        debug_assert!(std::mem::size_of_val(&work) <= DRIVER_MAX_BYTES, "{}", std::mem::size_of_val(&work));
         self.drivers.spawn(work.instrument(span));
     }
 

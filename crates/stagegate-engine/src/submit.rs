@@ -80,6 +80,9 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
             if epoch.is_none() {
                 if start_at.is_none() {
                     shared.work.notify_one();
+                    if shared.room.available_permits() == 0 {
+                        shared.whisper.work();
+                    }
                 }
                 return Ok((RunRecord { state: RunState::Queued, started_at: None, last_seq: 1, ..record }, true));
             }

@@ -71,6 +71,24 @@ impl KeyCache {
     }
 }
 
+/// The key that a request came with, for what goes on after its answer has begun: an event stream must not outlive it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Credential([u8; 32]);
+
+impl Credential {
+    /// Whether the key may still be used. Asks the store at most once every [`KEY_CACHE_TTL`] for all streams of a key;
+    /// while the store cannot say, nothing has changed.
+    pub(crate) async fn is_alive(self, shared: &Shared) -> bool {
+        match shared.keys.find(shared.engine.store(), self.0).await {
+            Ok(key) => key.is_some_and(|key| check_alive(&key, shared.clock.now()).is_ok()),
+            Err(error) => {
+                tracing::warn!(%error, "the key of an event stream could not be looked up; the stream goes on");
+                true
+            }
+        }
+    }
+}
+
 /// The layer: finds out who calls, or refuses.
 pub(crate) async fn authenticate(
     State(shared): State<Shared>,
@@ -81,9 +99,11 @@ pub(crate) async fn authenticate(
         Identity { tenant: TenantId::default(), role: Role::Admin, key: None }
     } else {
         let secret = credential(request.headers())?;
-        let key = shared.keys.find(shared.engine.store(), hash_secret(secret)).await?;
+        let hash = hash_secret(secret);
+        let key = shared.keys.find(shared.engine.store(), hash).await?;
         let key = key.ok_or_else(|| refused("The API key is not known."))?;
         check_alive(&key, shared.clock.now())?;
+        request.extensions_mut().insert(Credential(hash));
         Identity { tenant: key.tenant.clone(), role: key.role, key: Some(key.id) }
     };
     tracing::Span::current().record("tenant", identity.tenant.as_str());

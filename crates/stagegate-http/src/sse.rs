@@ -1,22 +1,43 @@
-//! Event streams: owns their form on the wire. An event's `id` is its seq, so that a client which reconnects with
-//! `Last-Event-ID`, to any replica, misses nothing and sees nothing twice.
+//! Event streams: owns their form on the wire, and how long they may stay open. An event's `id` is its seq, so that a
+//! client which reconnects with `Last-Event-ID`, to any replica, misses nothing and sees nothing twice.
+//!
+//! There may be ten thousand of them, so each is one small future without a task or a channel of its own; what is sent
+//! is written once for all who watch the same run. HTTP/2 is the exception: see [`respond`].
 
-use std::{convert::Infallible, future::ready, sync::Arc, time::Duration};
+use std::{io::Write as _, sync::Arc, time::Duration};
 
-use axum::response::{
-    IntoResponse, Response,
-    sse::{Event as Frame, KeepAlive, Sse},
+use axum::{
+    body::{Body, Bytes},
+    response::{IntoResponse, Response},
 };
-use futures::{Stream, StreamExt as _, stream};
-use http::HeaderValue;
+use futures::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream, stream::BoxStream};
+use http::{
+    HeaderValue, Version,
+    header::{CACHE_CONTROL, CONTENT_TYPE},
+};
 use stagegate_core::{Code, Error, Event, RunId, TenantId};
+use stagegate_engine::EventBatch;
 use stagegate_telemetry::Metrics;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, timeout},
+};
 
-use crate::{problem::Problem, state::Shared};
+use crate::{
+    auth::{Credential, KEY_CACHE_TTL},
+    problem::Problem,
+    state::Shared,
+};
 
 /// What a client is told to wait before it reconnects.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
+/// How often a stream asks whether its key may still be used: a revocation is obeyed within this and the time that a
+/// look-up is remembered.
+pub(crate) const KEY_CHECK_INTERVAL: Duration = KEY_CACHE_TTL;
+/// The first line of every stream: how long to wait before reconnecting.
+const OPENING: &str = "retry: 1000\n\n";
+const KEEP_ALIVE: &str = ": keep-alive\n\n";
+const END: &str = ": end of stream\n\n";
 
 /// One open stream: a permit and a gauge, given back when it is dropped.
 struct Slot {
@@ -42,41 +63,147 @@ impl Drop for Slot {
     }
 }
 
-/// The stream of a run's events after a seq. It ends after `run.finished`, and when the replica shuts down.
-pub(crate) fn respond(shared: &Shared, tenant: TenantId, run: RunId, after: u64) -> Result<Response, Problem> {
+/// What a client wants to follow, and by which right.
+pub(crate) struct Asked {
+    pub(crate) tenant: TenantId,
+    pub(crate) run: RunId,
+    pub(crate) after: u64,
+    /// None for an open daemon.
+    pub(crate) credential: Option<Credential>,
+}
+
+/// The stream of a run's events after a seq. It ends after `run.finished`, when the replica shuts down, and when its
+/// key is revoked or expires.
+///
+/// Whoever reads nothing of an HTTP/1 connection is cut off by [`crate::stall`]. Under HTTP/2 a client can close the
+/// window of one stream and leave the connection alive; nothing here would be polled any more. So there, a task of its
+/// own drives the stream, and gives it up when a chunk is not taken in time.
+pub(crate) fn respond(shared: &Shared, asked: Asked, version: Version) -> Result<Response, Problem> {
     let slot = Slot::take(shared)?;
-    let batches = shared.engine.follow(tenant, run, after);
-    let frames = frames(batches, run)
-        .take_until(shared.shutdown.clone().cancelled_owned())
-        .chain(stream::once(ready(Frame::default().comment("end of stream"))))
-        .map(move |frame| {
-            let _held_until_the_stream_is_dropped = &slot;
-            Ok::<_, Infallible>(frame)
+    let chunks = chunks(shared, asked, slot);
+    let body = if version == Version::HTTP_2 {
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(pump(chunks, sender, shared.config.request_timeout.0));
+        let received = stream::unfold(receiver, |mut receiver| async {
+            let chunk = receiver.recv().await?;
+            Some((chunk, receiver))
         });
-    let keep_alive = KeepAlive::new().interval(shared.config.sse_keep_alive.0).text("keep-alive");
-    let mut response = Sse::new(frames).keep_alive(keep_alive).into_response();
+        Body::from_stream(received.map(Ok::<_, std::convert::Infallible>))
+    } else {
+        Body::from_stream(chunks.map(Ok::<_, std::convert::Infallible>))
+    };
+    let mut response = body.into_response();
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // Proxies that buffer would hold events back.
-    response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(response)
 }
 
-fn frames(
-    batches: impl Stream<Item = Result<Vec<Event>, Error>> + Send + 'static,
-    run: RunId,
-) -> impl Stream<Item = Frame> + Send + 'static {
-    let opening = Frame::default().retry(RECONNECT_AFTER);
-    let events = batches
-        .scan((), move |(), batch| {
-            // A broken stream just ends: the client reconnects and goes on after the last event that it has.
-            ready(batch.inspect_err(|error| tracing::warn!(%error, run_id = %run, "an event stream broke off")).ok())
-        })
-        .flat_map(|batch| stream::iter(batch.into_iter().map(|event| frame(&event))));
-    stream::once(ready(opening)).chain(events)
+/// Drives a stream until its end, or until its client is gone or takes nothing for too long.
+async fn pump(chunks: impl Stream<Item = Bytes>, sender: mpsc::Sender<Bytes>, limit: Duration) {
+    tokio::pin!(chunks);
+    loop {
+        let chunk = tokio::select! {
+            () = sender.closed() => return,
+            chunk = chunks.next() => chunk,
+        };
+        let Some(chunk) = chunk else { return };
+        if !matches!(timeout(limit, sender.send(chunk)).await, Ok(Ok(()))) {
+            return;
+        }
+    }
 }
 
-fn frame(event: &Event) -> Frame {
-    let frame = Frame::default().id(event.seq.to_string()).event(event.kind.name());
-    // An event holds strings, numbers and times: it always serialises.
-    let data = serde_json::to_string(event).unwrap_or_default();
-    frame.data(data)
+/// A stream under way.
+struct Open {
+    batches: BoxStream<'static, Result<Arc<EventBatch>, Error>>,
+    run: RunId,
+    keep_alive: Interval,
+    key_check: Option<(Credential, Interval)>,
+    shutdown: BoxFuture<'static, ()>,
+    shared: Shared,
+    _slot: Slot,
+}
+
+fn chunks(shared: &Shared, asked: Asked, slot: Slot) -> impl Stream<Item = Bytes> + Send + 'static {
+    let Asked { tenant, run, after, credential } = asked;
+    let open = Open {
+        batches: shared.engine.watch(tenant, run, after),
+        run,
+        keep_alive: every(shared.config.sse_keep_alive.0),
+        key_check: credential.map(|credential| (credential, every(KEY_CHECK_INTERVAL))),
+        shutdown: shared.shutdown.clone().cancelled_owned().boxed(),
+        shared: Arc::clone(shared),
+        _slot: slot,
+    };
+    let chunks = stream::unfold(Some(open), |open| async {
+        let mut open = open?;
+        Some(match open.next().await {
+            Some(chunk) => (chunk, Some(open)),
+            None => (Bytes::from_static(END.as_bytes()), None),
+        })
+    });
+    stream::iter([Bytes::from_static(OPENING.as_bytes())]).chain(chunks)
+}
+
+fn every(period: Duration) -> Interval {
+    let period = period.max(Duration::from_millis(1)); // An interval of nothing is refused.
+    let mut interval = interval_at(Instant::now() + period, period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+impl Open {
+    /// What is sent next; None at the end.
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut self.shutdown => return None,
+                credential = due(&mut self.key_check) => {
+                    if !credential.is_alive(&self.shared).await {
+                        return None;
+                    }
+                }
+                batch = self.batches.next() => {
+                    self.keep_alive.reset();
+                    return match batch? {
+                        Ok(batch) => Some(batch.rendered(render)),
+                        Err(error) => {
+                            // A broken stream just ends: the client reconnects and goes on after what it has.
+                            tracing::warn!(%error, run_id = %self.run, "an event stream broke off");
+                            None
+                        }
+                    };
+                }
+                _ = self.keep_alive.tick() => return Some(Bytes::from_static(KEEP_ALIVE.as_bytes())),
+            }
+        }
+    }
+}
+
+/// When the key is to be looked at again.
+async fn due(key_check: &mut Option<(Credential, Interval)>) -> Credential {
+    match key_check {
+        Some((credential, interval)) => {
+            interval.tick().await;
+            *credential
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Events in their form on the wire.
+fn render(events: &[Event]) -> Bytes {
+    let mut text = Vec::with_capacity(events.len() * 256);
+    for event in events {
+        // Writing to memory cannot fail, and an event holds strings, numbers and times: it always serialises, on one
+        // line.
+        let _ = write!(text, "id: {}\nevent: {}\ndata: ", event.seq, event.kind.name());
+        let _ = serde_json::to_writer(&mut text, event);
+        text.extend_from_slice(b"\n\n");
+    }
+    Bytes::from(text)
 }

@@ -9,6 +9,7 @@ mod breaker;
 mod cache;
 mod call;
 pub mod config;
+mod hint;
 mod inflight;
 mod key;
 mod limit;
@@ -38,6 +39,7 @@ use self::{
 
 pub use self::{
     cache::redis::{RedisConfig, RedisTier},
+    hint::RedisHints,
     tls::install_tls,
 };
 

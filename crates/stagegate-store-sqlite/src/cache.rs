@@ -5,7 +5,8 @@
 //! connection that does not wait for the disk, so that the runs' commits wait for one short write at most.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    collections::{HashMap, hash_map::Entry},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -18,6 +19,7 @@ use stagegate_core::{
 use tokio::sync::oneshot;
 
 use crate::{
+    bulk::{Bulk, Row},
     db::{Db, Lane},
     error::Sql,
     rows::{int, json, now_ms},
@@ -60,13 +62,23 @@ const FLOOR: &str = "INSERT INTO cache_floors (tenant, scope, floor) VALUES (?1,
     ON CONFLICT (tenant, scope) DO UPDATE SET floor = excluded.floor";
 
 // cache-replace: an entry of a later generation stays.
-const REPLACE: &str = "DELETE FROM cache_entries WHERE tenant = ?1 AND key = ?2 AND generation <= ?3";
+pub(crate) static REPLACE: Bulk = Bulk::new(
+    "WITH new (tenant, key, generation) AS (VALUES",
+    3,
+    ") DELETE FROM cache_entries WHERE age IN (SELECT old.age FROM new CROSS JOIN cache_entries AS old \
+     ON old.tenant = new.tenant AND old.key = new.key AND old.generation <= new.generation)",
+);
 
 // cache-put
-const PUT: &str = concat!(
-    "INSERT INTO cache_entries (tenant, key, generation, expires_at, bytes, entry) VALUES (?1, ?2, ?3, ",
-    now_ms!(),
-    " + ?4, ?5, ?6) ON CONFLICT (tenant, key) DO NOTHING"
+pub(crate) static PUT: Bulk = Bulk::new(
+    "WITH new (tenant, key, generation, ttl, bytes, entry) AS (VALUES",
+    6,
+    concat!(
+        ") INSERT INTO cache_entries (tenant, key, generation, expires_at, bytes, entry) \
+         SELECT tenant, key, generation, ",
+        now_ms!(),
+        " + ttl, bytes, entry FROM new WHERE true ON CONFLICT (tenant, key) DO NOTHING"
+    ),
 );
 
 // cache-purge
@@ -100,12 +112,34 @@ struct Put {
 /// Generation, floor, entry, the entry's generation.
 type Found = (i64, Option<i64>, Option<Vec<u8>>, Option<i64>);
 
+/// What is on its way.
+#[derive(Debug, Default)]
+struct Waiting {
+    puts: Vec<Put>,
+    /// Somebody is writing, and goes on until nothing waits.
+    flushing: bool,
+}
+
 /// The tier: a table of the store's file.
 #[derive(Debug, Clone)]
 pub(crate) struct SqliteCache {
     db: Arc<Db>,
-    waiting: Arc<Mutex<Vec<Put>>>,
+    waiting: Arc<Mutex<Waiting>>,
     max_bytes: u64,
+}
+
+/// The one that writes. Should it be cut off, the next put finds the way free and takes along what waits.
+struct Flushing {
+    cache: SqliteCache,
+    ended: bool,
+}
+
+impl Drop for Flushing {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.cache.lock().flushing = false;
+        }
+    }
 }
 
 fn unavailable(error: &StoreError) -> CacheError {
@@ -117,44 +151,62 @@ impl SqliteCache {
         Self { db, waiting: Arc::default(), max_bytes }
     }
 
-    /// Writes what waits, its own and others', until nothing does.
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        // A panic elsewhere leaves the list whole: it is only pushed to and drained.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes what waits until nothing does. There is one of it, so that a hundred answers of one moment take turns
+    /// with the runs once, and not a hundred times.
     async fn flush(self) {
-        loop {
-            let mut tx = match self.db.write(Lane::Cache).await {
-                Ok(tx) => tx,
-                Err(error) => return answer(self.take(usize::MAX), &Err(unavailable(&error))),
+        let mut flushing = Flushing { cache: self, ended: false };
+        while !flushing.ended {
+            let written = flushing.cache.flush_some().await;
+            let left = {
+                let mut waiting = flushing.cache.lock();
+                let left = if written.is_err() { std::mem::take(&mut waiting.puts) } else { Vec::new() };
+                // In the same moment in which nothing waits: whoever comes after it starts another one.
+                waiting.flushing = !waiting.puts.is_empty();
+                flushing.ended = !waiting.flushing;
+                left
             };
-            // Taken only now, so that what came while this task waited for its turn goes along.
-            let batch = self.take(BATCH);
-            if batch.is_empty() {
-                let _ = tx.commit().await;
-                return;
+            if let Err(error) = written {
+                answer(left, &Err(unavailable(&error)));
             }
-            let written = match self.write(tx.conn(), &batch).await {
-                Ok(()) => tx.commit().await,
-                Err(error) => Err(error),
-            };
-            answer(batch, &written.map_err(|error| unavailable(&error)));
         }
     }
 
-    fn take(&self, most: usize) -> Vec<Put> {
-        // A panic elsewhere leaves the list whole: it is only pushed to and drained.
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = waiting.len().min(most);
-        waiting.drain(..count).collect()
+    /// Writes a batch. Fails where no turn came.
+    async fn flush_some(&self) -> StoreResult<()> {
+        let mut tx = self.db.write(Lane::Cache).await?;
+        // Taken only now, so that what came while this task waited for its turn goes along.
+        let batch = {
+            let mut waiting = self.lock();
+            let count = waiting.puts.len().min(BATCH);
+            waiting.puts.drain(..count).collect::<Vec<_>>()
+        };
+        let written = match self.write(tx.conn(), &batch).await {
+            Ok(()) => tx.commit().await,
+            Err(error) => Err(error),
+        };
+        answer(batch, &written.map_err(|error| unavailable(&error)));
+        Ok(())
     }
 
     async fn write(&self, conn: &mut SqliteConnection, batch: &[Put]) -> StoreResult<()> {
-        for put in batch {
-            let (tenant, key) = (put.tenant.as_str(), put.key.0.as_slice());
-            let (generation, bytes) = (int(put.generation), int(put.entry.len() as u64));
+        let batch = newest(batch);
+        REPLACE
+            .execute(&mut *conn, &batch, |row, put| {
+                row.add(put.tenant.as_str()).add(put.key.0.as_slice()).add(int(put.generation));
+            })
+            .await?;
+        let bind = |row: &mut Row, put: &&Put| {
             // Not past its time: a part of a millisecond is cut off.
             let ttl = int(put.ttl.as_millis().try_into().unwrap_or(u64::MAX)).min(i64::MAX / 4);
-            sqlx::query(REPLACE).bind(tenant).bind(key).bind(generation).execute(&mut *conn).await.sql()?;
-            let insert = sqlx::query(PUT).bind(tenant).bind(key).bind(generation).bind(ttl).bind(bytes);
-            insert.bind(put.entry.as_slice()).execute(&mut *conn).await.sql()?;
-        }
+            row.add(put.tenant.as_str()).add(put.key.0.as_slice()).add(int(put.generation)).add(ttl);
+            row.add(int(put.entry.len() as u64)).add(put.entry.as_slice());
+        };
+        PUT.execute(&mut *conn, &batch, bind).await?;
         sqlx::query(PURGE).bind(PURGE_EXPIRED).execute(&mut *conn).await.sql()?;
         self.shrink(conn).await
     }
@@ -234,6 +286,23 @@ async fn floor(conn: &mut SqliteConnection, tenant: &TenantId, scope: &CacheScop
     query.execute(conn).await.sql().map(drop)
 }
 
+/// Of entries with one key the last one of the latest generation: the one that would be left of them.
+fn newest(batch: &[Put]) -> Vec<&Put> {
+    let mut places: HashMap<(&TenantId, &[u8]), usize> = HashMap::with_capacity(batch.len());
+    let mut kept: Vec<&Put> = Vec::with_capacity(batch.len());
+    for put in batch {
+        match places.entry((&put.tenant, put.key.0.as_slice())) {
+            Entry::Vacant(place) => {
+                place.insert(kept.len());
+                kept.push(put);
+            }
+            Entry::Occupied(place) if kept[*place.get()].generation <= put.generation => kept[*place.get()] = put,
+            Entry::Occupied(_) => {}
+        }
+    }
+    kept
+}
+
 fn answer(batch: Vec<Put>, with: &Result<(), CacheError>) {
     for put in batch {
         // Whoever no longer waits need not know.
@@ -260,9 +329,15 @@ impl CacheTier for SqliteCache {
         }
         let (done, written) = oneshot::channel();
         let put = Put { tenant: tenant.clone(), key, entry: entry.to_vec(), generation, ttl, done };
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(put);
-        // A task of its own: others' entries are in its hands, whatever becomes of this caller.
-        tokio::spawn(self.clone().flush());
+        let first = {
+            let mut waiting = self.lock();
+            waiting.puts.push(put);
+            !std::mem::replace(&mut waiting.flushing, true)
+        };
+        if first {
+            // A task of its own: others' entries are in its hands, whatever becomes of this caller.
+            tokio::spawn(self.clone().flush());
+        }
         written.await.unwrap_or_else(|_| Err(CacheError("the writing task is gone".to_owned())))
     }
 
@@ -280,5 +355,49 @@ impl CacheTier for SqliteCache {
 
     fn kind(&self) -> &'static str {
         "sqlite"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SqliteStore;
+
+    fn put(key: u8, generation: u64, entry: &str) -> Put {
+        let (tenant, entry, ttl) = (TenantId::default(), entry.into(), Duration::from_mins(1));
+        Put { tenant, key: CacheKey([key; 32]), entry, generation, ttl, done: oneshot::channel().0 }
+    }
+
+    #[test]
+    fn of_one_key_the_last_of_the_latest_generation_stays() {
+        let batch = [put(1, 5, "a"), put(2, 1, "b"), put(1, 4, "late"), put(1, 5, "c"), put(2, 2, "d")];
+        let kept: Vec<_> = newest(&batch).into_iter().map(|put| (put.key.0[0], put.entry.as_slice())).collect();
+        assert_eq!(kept, [(1, b"c".as_slice()), (2, b"d".as_slice())]);
+    }
+
+    /// A hundred answers of one moment wait for the runs' turn once.
+    #[tokio::test]
+    async fn puts_of_one_moment_take_one_turn() {
+        let store = SqliteStore::in_memory().await.expect("a store");
+        let cache = store.cache_tier();
+        let tenant = TenantId::default();
+        let waits = || store.db.metrics.pool_wait.get_sample_count();
+        let before = waits();
+        let turn = store.db.write(Lane::Runs).await.expect("a turn");
+        let key = |n: u8| CacheKey([n; 32]);
+        let ttl = Duration::from_mins(1);
+        let puts = futures::future::join_all((0..60).map(|n| cache.put(&tenant, key(n), b"entry", 1, ttl)));
+        let mut puts = std::pin::pin!(puts);
+        assert!(futures::poll!(puts.as_mut()).is_pending());
+        tokio::task::yield_now().await;
+        turn.commit().await.expect("committed");
+        assert!(puts.await.iter().all(Result::is_ok));
+        assert_eq!(waits() - before, 2, "the runs' turn and the cache's");
+        for n in 0..60 {
+            let found = cache.get(&tenant, key(n), &[]).await.expect("a lookup");
+            assert!(found.entry.is_some() || found.floor > 1, "{found:?}");
+        }
+        // The way is free again.
+        cache.put(&tenant, key(99), b"entry", 1, ttl).await.expect("put");
     }
 }

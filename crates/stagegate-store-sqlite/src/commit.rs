@@ -64,7 +64,7 @@ pub(crate) static END: Bulk = Bulk::new(
     update_runs!(", state, delay_ms"),
     19,
     set_runs!(
-        ", state = step.state, owner = NULL, signalled = 0, \
+        ", state = step.state, owner = NULL, leased_at = NULL, signalled = 0, \
          ready_at = CASE WHEN delay_ms = 0 THEN CAST(round(unixepoch('subsec') * 1000) AS INTEGER) END, \
          wake_at = CASE WHEN delay_ms > 0 THEN CAST(round(unixepoch('subsec') * 1000) AS INTEGER) + delay_ms END"
     ),

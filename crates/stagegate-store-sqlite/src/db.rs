@@ -59,7 +59,7 @@ pub(crate) struct Db {
     options: SqliteConnectOptions,
     writers: Mutex<Writers>,
     readers: SqlitePool,
-    metrics: Metrics,
+    pub(crate) metrics: Metrics,
     /// Keeps a database in memory alive between connections.
     _anchor: Option<SqliteConnection>,
 }

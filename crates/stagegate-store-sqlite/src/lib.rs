@@ -7,9 +7,11 @@
 
 mod bulk;
 mod cache;
+mod claim;
 mod commit;
 mod db;
 mod error;
+mod gauges;
 mod keys;
 mod lease;
 mod load;
@@ -18,6 +20,7 @@ mod pipelines;
 mod plans;
 mod read;
 mod records;
+mod retention;
 mod rows;
 mod schema;
 mod signal;
@@ -36,7 +39,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use sqlx::{ConnectOptions, sqlite::SqliteConnectOptions};
 use stagegate_core::{
-    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreError, StoreResult, TenantId,
+    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreResult, TenantId,
     cache::CacheTier,
     fair::Shares,
     store::{
@@ -175,8 +178,8 @@ impl Store for SqliteStore {
         lease::heartbeat(&self.db, beat).await
     }
 
-    async fn claim(&self, replica: ReplicaId, limit: u32, _: &Shares) -> StoreResult<Vec<Lease>> {
-        lease::claim(&self.db, replica, limit).await
+    async fn claim(&self, replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>> {
+        claim::claim(&self.db, replica, limit, shares).await
     }
 
     async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>> {
@@ -188,14 +191,7 @@ impl Store for SqliteStore {
     }
 
     async fn signals(&self, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {
-        let mut found = Vec::new();
-        for lease in leases {
-            let signals = signal::signals(&self.db, *lease).await?;
-            if !signals.is_empty() {
-                found.push((lease.run, signals));
-            }
-        }
-        Ok(found)
+        signal::signals(&self.db, leases).await
     }
 
     async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
@@ -211,35 +207,35 @@ impl Store for SqliteStore {
     }
 
     async fn queue(&self) -> StoreResult<QueueStats> {
-        lease::queue(&self.db).await
+        gauges::queue(&self.db).await
     }
 
-    async fn news(&self, _: &[(RunId, u64)], _: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
-        Err(StoreError::Defect("news: not built yet".into()))
+    async fn news(&self, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
+        read::news(&self.db, seen, limit).await
     }
 
-    async fn backlog(&self, _: Option<&TenantId>) -> StoreResult<Vec<Backlog>> {
-        Err(StoreError::Defect("backlog: not built yet".into()))
+    async fn backlog(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<Backlog>> {
+        gauges::backlog(&self.db, tenant).await
     }
 
     async fn depths(&self) -> StoreResult<Vec<(TenantId, u64)>> {
-        Err(StoreError::Defect("depths: not built yet".into()))
+        gauges::depths(&self.db).await
     }
 
-    async fn replicas(&self, _: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
-        Err(StoreError::Defect("replicas: not built yet".into()))
+    async fn replicas(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
+        gauges::replicas(&self.db, tenant).await
     }
 
-    async fn kept(&self, _: Option<RunId>, _: DateTime<Utc>, _: u32) -> StoreResult<Vec<Kept>> {
-        Err(StoreError::Defect("kept: not built yet".into()))
+    async fn kept(&self, after: Option<RunId>, created_before: DateTime<Utc>, limit: u32) -> StoreResult<Vec<Kept>> {
+        retention::kept(&self.db, after, created_before, limit).await
     }
 
-    async fn purge(&self, _: &[RunId], _: DateTime<Utc>) -> StoreResult<u64> {
-        Err(StoreError::Defect("purge: not built yet".into()))
+    async fn purge(&self, runs: &[RunId], now: DateTime<Utc>) -> StoreResult<u64> {
+        retention::purge(&self.db, runs, now).await
     }
 
-    async fn delete(&self, _: &[RunId]) -> StoreResult<Vec<RunId>> {
-        Err(StoreError::Defect("delete: not built yet".into()))
+    async fn delete(&self, runs: &[RunId]) -> StoreResult<Vec<RunId>> {
+        retention::delete(&self.db, runs).await
     }
 
     async fn create_key(&self, key: &NewApiKey) -> StoreResult<()> {

@@ -4,13 +4,34 @@ use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 use stagegate_core::{RunId, RunState, TenantId, store::RunQuery};
 use uuid::Uuid;
 
-use crate::{SqliteStore, cache, commit, db::Lane, keys, lease, load, pipelines, read, signal, submit};
+use crate::{
+    SqliteStore, cache, claim, commit, db::Lane, gauges, keys, lease, load, pipelines, read, retention, signal, submit,
+};
 
 /// What stays small whatever runs, so that a scan of it is no matter: lists, rows of parameters, sums, replicas.
-const SMALL: [&str; 11] =
-    ["json_each", "CONSTANT", "step", "clock", "lowest", "replicas", "ready", "due", "orphaned", "owned", "parked"];
+const SMALL: [&str; 18] = [
+    "json_each",
+    "CONSTANT",
+    "step",
+    "clock",
+    "lowest",
+    "replicas",
+    "ready",
+    "due",
+    "orphaned",
+    "owned",
+    "parked",
+    "held",
+    "lanes",
+    "first_lane",
+    "leased",
+    "parts",
+    "asked",
+    "new",
+];
 /// Indexes that hold only what they are about: few runs, however many there are.
-const PARTIAL: [&str; 6] = ["runs_ready", "runs_wake", "runs_owned", "runs_signalled", "runs_live", "runs_lost"];
+const PARTIAL: [&str; 7] =
+    ["runs_lanes", "runs_due", "runs_leased", "runs_held", "runs_signalled", "runs_live", "runs_lost"];
 
 async fn plan(conn: &mut SqliteConnection, sql: &str) -> Vec<String> {
     let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}"));
@@ -57,18 +78,40 @@ async fn hot_statements_use_indexes() {
         read::RUN,
         read::PAYLOADS,
         read::EVENTS,
+        read::NEWS,
         read::list(&everything).sql().as_str(),
         read::list(&live).sql().as_str(),
         read::list(&lost).sql().as_str(),
         lease::SIGNALLED,
-        lease::ANYTHING,
         lease::HAND_BACK_ALL,
-        lease::WAKE_DUE,
-        lease::NEXT,
-        lease::TAKE,
         lease::OWNED,
         lease::RELEASE,
-        lease::QUEUE,
+        claim::ANYTHING,
+        claim::WAKE_DUE,
+        claim::COUNT_LANES,
+        claim::CANDIDATES,
+        claim::BY_TENANT,
+        claim::BY_PIPELINE,
+        claim::BY_KEY,
+        claim::TAKE,
+        gauges::QUEUE,
+        gauges::BACKLOG,
+        gauges::DEPTHS,
+        gauges::REPLICAS,
+        retention::KEPT,
+        retention::ENDED,
+        retention::UNPURGED,
+        retention::PURGE_CHECKPOINTS,
+        retention::PURGE_ATTEMPTS,
+        retention::PURGE_RUNS,
+        retention::DELETE[0],
+        retention::DELETE[1],
+        retention::DELETE[2],
+        retention::DELETE[3],
+        retention::DELETE[4],
+        retention::DELETE[5],
+        retention::DELETE[6],
+        retention::DELETE[7],
         load::RUNS,
         load::INPUTS,
         load::STAGES,
@@ -86,11 +129,13 @@ async fn hot_statements_use_indexes() {
         signal::DECISION,
         signal::WAKE,
         signal::REOPEN,
+        signal::OWNED,
         signal::PENDING,
         signal::CLEAR,
         keys::BY_HASH,
         keys::OF_TENANT,
         cache::GET,
+        cache::REPLACE.text(0),
         cache::PURGE,
         cache::OLDEST,
         cache::EVICT,
@@ -105,6 +150,15 @@ async fn hot_statements_use_indexes() {
         }
     }
     assert!(bad.is_empty(), "{}", bad.join("\n\n"));
+    // A claim's lanes and their first runs are looked up, and what is leased is counted in the index's own order.
+    let steps = plan(tx.conn(), claim::CANDIDATES).await;
+    let looks = steps.iter().filter(|step| step.contains("SEARCH") && step.contains("runs_lanes")).count();
+    assert_eq!(looks, 3, "{steps:?}");
+    assert!(steps.iter().any(|step| step.contains("(tenant=? AND lane>?)")), "past a lane in one look: {steps:?}");
+    for sql in [claim::COUNT_LANES, claim::CANDIDATES, claim::BY_TENANT, claim::BY_PIPELINE, claim::BY_KEY] {
+        let steps = plan(tx.conn(), sql).await;
+        assert!(!steps.iter().any(|step| step.contains("TEMP B-TREE")), "{steps:?}");
+    }
     for (query, index) in [(&everything, "runs_by_tenant"), (&live, "runs_live"), (&lost, "runs_lost")] {
         let steps = plan(tx.conn(), read::list(query).sql().as_str()).await;
         assert!(steps.iter().any(|step| step.contains(index)), "{index}: {steps:?}");

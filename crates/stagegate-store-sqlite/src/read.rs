@@ -12,7 +12,7 @@ use crate::{
     db::Db,
     error::Sql,
     records::{self, attempt_columns, checkpoint_columns, ledger_columns, run_columns, stage_columns},
-    rows::{Cells, int, ms},
+    rows::{Cells, int, json, ms},
 };
 
 // run-record
@@ -24,6 +24,11 @@ pub(crate) const PAYLOADS: &str = "SELECT run_id, kind, body FROM run_payloads W
 // events-after
 pub(crate) const EVENTS: &str =
     "SELECT body FROM events WHERE run_id = ?1 AND tenant = ?2 AND seq > ?3 ORDER BY seq LIMIT ?4";
+
+// news: a run's seqs are gap-free, so that the limit is one on them.
+pub(crate) const NEWS: &str = "SELECT events.run_id, events.body FROM json_each(?1) AS asked CROSS JOIN events \
+    ON events.run_id = unhex(asked.value ->> 0) AND events.seq > asked.value ->> 1 \
+    AND events.seq <= (asked.value ->> 1) + ?2 ORDER BY asked.key, events.seq";
 
 pub(crate) async fn record(db: &Db, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>> {
     find(db.read().await?.conn(), tenant, id).await
@@ -173,4 +178,22 @@ pub(crate) async fn events(db: &Db, tenant: &TenantId, run: RunId, after: u64, l
         .await
         .sql()?;
     rows.iter().map(|row| Cells::new(row, "events", || run.to_string()).json("body")).collect()
+}
+
+pub(crate) async fn news(db: &Db, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
+    if seen.is_empty() {
+        return Ok(Vec::new());
+    }
+    let asked: Vec<(String, i64)> = seen.iter().map(|(run, seq)| (run.0.simple().to_string(), int(*seq))).collect();
+    let rows = sqlx::query(NEWS).bind(json(&asked)?).bind(limit).fetch_all(db.read().await?.conn()).await.sql()?;
+    let mut found: Vec<(RunId, Vec<Event>)> = Vec::new();
+    for row in &rows {
+        let run = records::run_id(row, "events", "run_id")?;
+        let event = Cells::new(row, "events", || run.to_string()).json("body")?;
+        match found.last_mut() {
+            Some((last, events)) if *last == run => events.push(event),
+            _ => found.push((run, vec![event])),
+        }
+    }
+    Ok(found)
 }

@@ -14,8 +14,8 @@ macro_rules! run_columns {
     () => {
         concat!(
             "runs.id, runs.tenant, pipeline, version, state, cancel_requested, priority, labels, cache_mode, \
-             stages_total, stages_done, failure, request_id, created_at, started_at, finished_at, deadline_at, \
-             last_seq, ",
+             stages_total, stages_done, failure, request_id, created_at, start_at, started_at, finished_at, \
+             deadline_at, purged_at, last_seq, ",
             crate::rows::totals_columns!()
         )
     };
@@ -91,8 +91,8 @@ pub(crate) fn run(row: &SqliteRow) -> StoreResult<RunRecord> {
         failure: cells.opt_json("failure")?,
         request_id: cells.get("request_id")?,
         created_at: cells.time("created_at")?,
-        start_at: None,
-        purged_at: None,
+        start_at: cells.opt_time("start_at")?,
+        purged_at: cells.opt_time("purged_at")?,
         started_at: cells.opt_time("started_at")?,
         finished_at: cells.opt_time("finished_at")?,
         deadline_at: cells.time("deadline_at")?,

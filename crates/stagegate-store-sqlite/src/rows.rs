@@ -9,7 +9,7 @@ use serde::{
     de::{DeserializeOwned, IntoDeserializer, value::StrDeserializer},
 };
 use sqlx::{Decode, Row, Sqlite, Type, sqlite::SqliteRow};
-use stagegate_core::{StoreError, StoreResult, Totals, Usage, Usd};
+use stagegate_core::{StoreError, StoreResult, Totals, Usage, Usd, store::Lease};
 use uuid::Uuid;
 
 /// The database's clock, in milliseconds.
@@ -69,6 +69,13 @@ pub(crate) fn id_list(ids: impl IntoIterator<Item = Uuid>) -> String {
     }
     list.push(']');
     list
+}
+
+/// Leases as a JSON list, for `IN (SELECT unhex(value ->> 0), value ->> 1 FROM json_each(?))`.
+pub(crate) fn lease_list(leases: &[Lease]) -> StoreResult<String> {
+    let pairs: Vec<(String, i64)> =
+        leases.iter().map(|lease| (lease.run.0.simple().to_string(), lease.epoch.0)).collect();
+    json(&pairs)
 }
 
 /// Bytes as lower-case hex.

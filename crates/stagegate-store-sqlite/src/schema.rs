@@ -135,7 +135,7 @@ async fn migrate(conn: &mut SqliteConnection, path: &Path) -> StoreResult<()> {
     tx.commit().await.sql()
 }
 
-/// Whether the schema is the one that this binary was built with.
+/// Whether the schema is the one that this binary was built with, or one that only added to it.
 pub(crate) async fn check(conn: &mut SqliteConnection) -> StoreResult<()> {
     let needed = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0);
     // has-migrations
@@ -150,11 +150,13 @@ pub(crate) async fn check(conn: &mut SqliteConnection) -> StoreResult<()> {
     // applied-migrations
     let applied: Vec<(i64, Vec<u8>)> =
         sqlx::query_as("SELECT version, checksum FROM _sqlx_migrations ORDER BY version")
-            .fetch_all(conn)
+            .fetch_all(&mut *conn)
             .await
             .sql()?;
+    let mut ours = 0;
     for (version, checksum) in &applied {
         match MIGRATIONS.iter().find(|known| known.version == *version) {
+            None if suits(conn, *version, needed).await? => {}
             None => {
                 let message = format!(
                     "migration {version} is not known here (the newest known is {needed}); use a newer stagegate"
@@ -165,14 +167,33 @@ pub(crate) async fn check(conn: &mut SqliteConnection) -> StoreResult<()> {
                 let message = format!("migration {version} was changed after it had been applied");
                 return Err(StoreError::SchemaAhead(message));
             }
-            Some(_) => {}
+            Some(_) => ours += 1,
         }
     }
     let found = applied.last().map_or(0, |(version, _)| *version);
-    if applied.len() < MIGRATIONS.iter().count() {
+    if ours < MIGRATIONS.iter().count() {
         return Err(StoreError::SchemaBehind { found, needed });
     }
     Ok(())
+}
+
+/// Whether a later migration says that a binary which knows `newest` may go on: it only added.
+async fn suits(conn: &mut SqliteConnection, migration: i64, newest: i64) -> StoreResult<bool> {
+    // has-compat: the table came with the second migration, which another binary may not have reached.
+    let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = 'schema_compat')")
+        .fetch_one(&mut *conn)
+        .await
+        .sql()?;
+    if !exists {
+        return Ok(false);
+    }
+    // oldest-binary
+    let oldest: Option<i64> = sqlx::query_scalar("SELECT oldest_binary FROM schema_compat WHERE migration = ?1")
+        .bind(migration)
+        .fetch_optional(conn)
+        .await
+        .sql()?;
+    Ok(oldest.is_some_and(|oldest| oldest <= newest))
 }
 
 #[cfg(test)]

@@ -2,18 +2,21 @@
 
 use sqlx::SqliteConnection;
 use stagegate_core::{
-    ReplicaId, RunState, StageId, StageState, StoreResult,
+    ReplicaId, RunId, RunState, StageId, StageState, StoreResult,
     store::{Lease, NewSignal, Signal, SignalKind, Signalled},
 };
+use uuid::Uuid;
 
 use crate::{
     db::{Db, Lane},
     error::Sql,
-    rows::{Cells, id_list, json, ms, now_ms},
+    records::run_id,
+    rows::{Cells, id_list, json, lease_list, ms, now_ms},
 };
 
 // signal-head
-pub(crate) const HEAD: &str = "SELECT state, owner, cancel_requested FROM runs WHERE id = ?1 AND tenant = ?2";
+pub(crate) const HEAD: &str =
+    "SELECT state, owner, cancel_requested, purged_at IS NOT NULL AS purged FROM runs WHERE id = ?1 AND tenant = ?2";
 
 // decision-head: the stage, and whether a decision on it is pending.
 pub(crate) const DECISION: &str = "SELECT state, \
@@ -38,16 +41,22 @@ pub(crate) const WAKE: &str = concat!(
 // reopen: the epoch moves on, so that whoever owned it before writes nothing more.
 pub(crate) const REOPEN: &str = concat!(
     "UPDATE runs SET state = 'queued', cancel_requested = 0, failure = NULL, finished_at = NULL, deadline_at = ?2, \
-     epoch = epoch + 1, owner = NULL, signalled = 0, wake_at = NULL, ready_at = ",
+     epoch = epoch + 1, owner = NULL, leased_at = NULL, signalled = 0, wake_at = NULL, ready_at = ",
     now_ms!(),
     " WHERE id = ?1"
 );
 
-// signals-of
-pub(crate) const PENDING: &str = "SELECT id, kind, asked_by FROM signals WHERE run_id = ?1 ORDER BY id";
+// owned-runs: which of these leases still hold.
+pub(crate) const OWNED: &str = "SELECT id FROM runs WHERE owner IS NOT NULL \
+    AND (id, epoch) IN (SELECT unhex(value ->> 0), value ->> 1 FROM json_each(?1))";
 
-// clear-mark: fenced by the epoch.
-pub(crate) const CLEAR: &str = "UPDATE runs SET signalled = 0 WHERE id = ?1 AND epoch = ?2 AND owner IS NOT NULL";
+// signals-of
+pub(crate) const PENDING: &str = "SELECT run_id, id, kind, asked_by FROM signals \
+    WHERE run_id IN (SELECT unhex(value) FROM json_each(?1)) ORDER BY run_id, id";
+
+// clear-marks: the caller has found that it owns them.
+pub(crate) const CLEAR: &str =
+    "UPDATE runs SET signalled = 0 WHERE id IN (SELECT unhex(value) FROM json_each(?1)) AND signalled = 1";
 
 /// What is left to do for a signal.
 enum Next {
@@ -69,13 +78,14 @@ pub(crate) async fn signal(db: &Db, signal: &NewSignal) -> StoreResult<Signalled
     };
     let cells = Cells::new(&row, "runs", || signal.run.to_string());
     let (state, cancelled) = (cells.word::<RunState>("state")?, cells.get::<bool>("cancel_requested")?);
-    let owner = cells.get::<Option<uuid::Uuid>>("owner")?.map(ReplicaId);
+    let owner = cells.get::<Option<Uuid>>("owner")?.map(ReplicaId);
     let next = match &signal.kind {
         SignalKind::Retry { .. }
             if matches!(state, RunState::Queued | RunState::Running | RunState::Waiting | RunState::Succeeded) =>
         {
             Next::Answer(Signalled::WrongRunState(state))
         }
+        SignalKind::Retry { .. } if cells.get("purged")? => Next::Answer(Signalled::Purged),
         SignalKind::Retry { .. } => Next::Reopen,
         _ if state.is_terminal() => Next::Answer(Signalled::WrongRunState(state)),
         SignalKind::Cancel if cancelled => Next::Answer(Signalled::Accepted { owner }),
@@ -140,14 +150,22 @@ async fn insert(conn: &mut SqliteConnection, signal: &NewSignal) -> StoreResult<
         .map(drop)
 }
 
-pub(crate) async fn signals(db: &Db, lease: Lease) -> StoreResult<Vec<Signal>> {
+pub(crate) async fn signals(db: &Db, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {
+    if leases.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut tx = db.write(Lane::Runs).await?;
-    let owned = sqlx::query(CLEAR).bind(lease.run.0).bind(lease.epoch.0).execute(tx.conn()).await.sql()?;
-    let mut found = Vec::new();
-    if owned.rows_affected() > 0 {
-        for row in sqlx::query(PENDING).bind(lease.run.0).fetch_all(tx.conn()).await.sql()? {
-            let cells = Cells::new(&row, "signals", || lease.run.to_string());
-            found.push(Signal { id: cells.get("id")?, kind: cells.json("kind")?, by: cells.get("asked_by")? });
+    let owned: Vec<Uuid> = sqlx::query_scalar(OWNED).bind(lease_list(leases)?).fetch_all(tx.conn()).await.sql()?;
+    let owned = id_list(owned);
+    sqlx::query(CLEAR).bind(owned.as_str()).execute(tx.conn()).await.sql()?;
+    let mut found: Vec<(RunId, Vec<Signal>)> = Vec::new();
+    for row in sqlx::query(PENDING).bind(owned.as_str()).fetch_all(tx.conn()).await.sql()? {
+        let run = run_id(&row, "signals", "run_id")?;
+        let cells = Cells::new(&row, "signals", || run.to_string());
+        let signal = Signal { id: cells.get("id")?, kind: cells.json("kind")?, by: cells.get("asked_by")? };
+        match found.last_mut() {
+            Some((last, signals)) if *last == run => signals.push(signal),
+            _ => found.push((run, vec![signal])),
         }
     }
     tx.commit().await?;

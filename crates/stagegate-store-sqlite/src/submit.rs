@@ -44,8 +44,9 @@ pub(crate) const PURGE: &str = "DELETE FROM idempotency_keys WHERE (tenant, key)
 // insert-runs
 static RUNS: Bulk = Bulk::new(
     "INSERT INTO runs (id, tenant, pipeline, version, state, priority, labels, cache_mode, request_id, stages_total, \
-     created_at, started_at, deadline_at, last_seq, epoch, owner, ready_at) VALUES",
-    17,
+     created_at, start_at, started_at, deadline_at, last_seq, epoch, owner, leased_at, ready_at, wake_at, \
+     pipeline_max, key, key_max, lane) VALUES",
+    24,
     "",
 );
 
@@ -179,10 +180,17 @@ async fn insert(conn: &mut SqliteConnection, inserts: &[Insert<'_>], now: i64) -
         let state = if each.owner.is_some() { RunState::Running } else { RunState::Queued };
         row.add(run.id.0).add(run.tenant.as_str()).add(run.pipeline.as_str()).add(run.version).add(state.as_str());
         row.add(i64::from(run.priority)).add(each.labels.as_str()).add(each.cache_mode.as_deref());
-        row.add(run.request_id.as_deref()).add(run.stages_total).add(ms(run.created_at)).add(started_at);
+        row.add(run.request_id.as_deref()).add(run.stages_total).add(ms(run.created_at));
+        row.add(run.start_at.map(ms)).add(started_at);
         row.add(ms(run.deadline_at)).add(int(each.events().last().map_or(0, |event| event.seq)));
         row.add(i64::from(each.owner.is_some())).add(each.owner.map(|replica| replica.0));
-        row.add(each.owner.is_none().then_some(now));
+        row.add(each.owner.is_some().then_some(now));
+        // It waits from now on, or sleeps until it is to start.
+        let later = run.start_at.map(ms).filter(|at| *at > now && each.owner.is_none());
+        row.add((each.owner.is_none() && later.is_none()).then_some(now)).add(later);
+        let key = run.limits.key.as_ref();
+        row.add(run.limits.pipeline_max).add(key.map(|(key, _)| key.as_str())).add(key.map(|(_, max)| *max));
+        row.add(run.limits.lane(&run.pipeline));
     };
     RUNS.execute(conn, inserts, bind).await?;
     write::payloads(conn, "input", inserts.iter().map(|each| (each.of(), &each.run.input))).await?;

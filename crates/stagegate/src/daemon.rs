@@ -8,9 +8,9 @@ use std::{
     time::Duration,
 };
 
-use stagegate_core::{Clock, Code, Error, Secret, Store, StoreError, SystemClock, cache::CacheTier};
+use stagegate_core::{Clock, Code, Error, Secret, Store, StoreError, SystemClock, cache::CacheTier, hint::Hints};
 use stagegate_engine::Engine;
-use stagegate_llm::{Llm, RedisTier};
+use stagegate_llm::{Llm, RedisHints, RedisTier};
 use stagegate_store_postgres::PostgresStore;
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
@@ -78,7 +78,9 @@ impl Daemon {
             engine_config.max_runs = 0;
         }
         let store = opened.store;
-        let engine = Engine::start(engine_config, Arc::clone(&store), llm, metrics.clone(), clock).await?;
+        let hints = if embedded { None } else { hints(config)? };
+        let shared_store = Arc::clone(&store);
+        let engine = Engine::start_hinted(engine_config, shared_store, llm, metrics.clone(), clock, hints).await?;
         Ok(Self { engine, store, metrics, embedded, notes })
     }
 
@@ -183,6 +185,12 @@ fn shared_cache(config: &Config, notes: &mut Vec<String>) -> Result<Option<Arc<d
     let tier = RedisTier::connect(url, &config.redis.limits)?;
     notes.push(format!("cache: Redis at {}, shared by every replica", host_of(url)));
     Ok(Some(Arc::new(tier)))
+}
+
+/// The way for hints between the replicas of a daemon on Postgres: Redis, or none.
+fn hints(config: &Config) -> Result<Option<Arc<dyn Hints>>, Error> {
+    let Some(url) = &config.redis.url else { return Ok(None) };
+    Ok(Some(Arc::new(RedisHints::start(url, &config.redis.limits)?)))
 }
 
 /// Which models can be called.

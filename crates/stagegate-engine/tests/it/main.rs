@@ -4,6 +4,8 @@ mod bench;
 mod cache;
 mod faults;
 mod faulty;
+mod follow;
 mod gates;
 mod runs;
 mod stores;
+mod takeover;

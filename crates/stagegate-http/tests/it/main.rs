@@ -10,3 +10,4 @@ mod pipelines;
 mod probes;
 mod runs;
 mod stalling;
+mod streams;

@@ -3,5 +3,6 @@
 mod bench;
 mod breaker;
 mod cache;
+mod hint;
 mod llm;
 mod providers;

@@ -6,5 +6,6 @@ mod corrupt;
 mod crash;
 mod file;
 mod full;
+mod migrations;
 mod support;
 mod twins;

@@ -8,7 +8,7 @@ use stagegate_core::{
     Assessment, Attempt, CallPurpose, Checkpoint, Code, Epoch, Evaluator, Event, EventKind, Failure, KeyId,
     LedgerEntry, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId, StageState, Store, TenantId,
     Totals, Usage, Usd, Verdict,
-    fair::{Limits, Shares},
+    fair::{Limits, Share, Shares},
     store::{
         Commit, Disposition, Heartbeat, Idempotency, Lease, NewRun, NewSignal, RunDetail, RunRecord, Signal,
         SignalKind, Signalled, StageDetail, StageRecord, Submitted,
@@ -82,6 +82,23 @@ pub fn new_run(ms: i64) -> NewRun {
         stages: Vec::new(),
         lease_to: None,
     }
+}
+
+/// The same of another tenant.
+pub fn of_tenant(name: &str, ms: i64) -> NewRun {
+    NewRun { tenant: tenant(name), ..new_run(ms) }
+}
+
+/// A queued run with a concurrency key, of which so many may be under way.
+pub fn keyed(ms: i64, key: &str, max: u32) -> NewRun {
+    NewRun { limits: Limits { pipeline_max: None, key: Some((key.to_owned(), max)) }, ..new_run(ms) }
+}
+
+/// Shares by tenant: the weight, and how many runs at most.
+pub fn shares(named: &[(&str, u32, Option<u32>)]) -> Shares {
+    let named =
+        named.iter().map(|(name, weight, max_runs)| (tenant(name), Share { weight: *weight, max_runs: *max_runs }));
+    Shares { named: named.collect(), ..Shares::default() }
 }
 
 /// The first event of a run.
@@ -309,6 +326,38 @@ pub async fn claim_all(store: &Arc<dyn Store>, replica: ReplicaId) -> Vec<Lease>
     let mut leases = store.claim(replica, 1_000, &Shares::default()).await.expect("claim");
     leases.sort_by_key(|lease| lease.run);
     leases
+}
+
+/// Claims until a claim takes none; in the order in which they were taken.
+pub async fn claim_out(store: &Arc<dyn Store>, replica: ReplicaId, limit: u32, shares: &Shares) -> Vec<Lease> {
+    let mut taken = Vec::new();
+    loop {
+        let page = store.claim(replica, limit, shares).await.expect("claim");
+        assert!(page.len() <= limit as usize, "{} of {limit}", page.len());
+        if page.is_empty() {
+            return taken;
+        }
+        taken.extend(page);
+    }
+}
+
+/// Claims until there is a run to be taken, and takes one.
+pub async fn claim_until_one(store: &Arc<dyn Store>, replica: ReplicaId) -> Lease {
+    for _ in 0..10_000 {
+        if let Some(lease) = store.claim(replica, 1, &Shares::default()).await.expect("claim").pop() {
+            return lease;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    panic!("there was nothing to claim in ten seconds");
+}
+
+/// The database's clock, as it tells it: when a new replica's life began. The replica is gone at once.
+pub async fn database_now(store: &Arc<dyn Store>) -> DateTime<Utc> {
+    let id = live_replica(store).await;
+    let replicas = store.replicas(None).await.expect("replicas");
+    store.leave(id).await.expect("leave");
+    replicas.into_iter().find(|each| each.id == id).expect("it is there").started_at
 }
 
 /// The record of a run of tenant `acme`.

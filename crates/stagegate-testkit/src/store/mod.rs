@@ -10,17 +10,31 @@
 //! - An idempotency key's age is told by the runs' `created_at`, not by the database's clock.
 //! - A second checkpoint of a stage is passed over; the first one stays. The rest of its commit happens.
 //! - A retry removes the signals that were left before it, and `cancel_requested` with them.
+//! - A claim answers in the order in which it takes. A run waits since it was accepted, or since its `start_at` where
+//!   that is later; a released, parked or handed back one since then.
+//! - All runs of one [`lane`](stagegate_core::fair::Limits::lane) have the same limits, so that a used up lane can be
+//!   passed over as a whole.
+//! - Runs of dead replicas wait to be claimed: the backlog and the depths count them so before anybody has found them.
+//!   Depths leave out what waits for a person.
+//! - A purge sets the checkpoints' outputs to null and the attempts' to none; it counts those that it purged now, and
+//!   the first time stays. What succeeded cannot be retried whether it was purged or not.
 
 #![expect(clippy::missing_panics_doc, reason = "a promise that is broken panics; that is what the suite is for")]
 
 pub mod commits;
+pub mod fairness;
 pub mod fixtures;
+pub mod gauges;
 pub mod keys;
 pub mod leases;
+pub mod limits;
+pub mod news;
 pub mod pipelines;
 pub mod random;
 pub mod reading;
+pub mod retention;
 pub mod signals;
+pub mod starts;
 pub mod submits;
 
 use std::{any::Any, sync::Arc};
@@ -124,6 +138,58 @@ macro_rules! store_contract {
                 a_decision_needs_a_held_stage
                 a_finished_run_takes_no_cancel_and_no_decision
                 signals_keep_to_their_tenant_and_owner
+                the_signals_of_many_runs_are_read_at_once
+            }
+            starts {
+                a_delayed_run_cannot_be_claimed_before_its_time
+                a_delayed_run_can_be_claimed_after_its_time_by_the_databases_clock
+                a_start_in_the_past_is_at_once_and_goes_ahead_of_nobody
+                a_cancel_before_its_start_is_obeyed_at_once
+                a_start_time_is_read_back
+            }
+            fairness {
+                a_tenants_first_run_goes_before_anothers_backlog
+                weights_share_the_room
+                a_priority_never_reaches_beyond_its_tenant
+                a_claim_is_bounded
+                claims_follow_the_rule_to_the_letter
+                among_equals_who_has_waited_longest_goes_first
+            }
+            limits {
+                a_pipelines_limit_is_freed_with_the_lease
+                a_keys_limit_is_freed_with_the_lease
+                a_tenants_limit_is_freed_with_the_lease
+                the_default_share_bounds_each_tenant_on_its_own
+                limits_keep_to_their_pipeline_and_tenant
+                a_used_up_limit_holds_up_nobody_else
+                each_run_has_the_limit_that_it_was_accepted_with
+                every_lease_of_a_pipeline_counts
+                what_only_waits_uses_up_nothing
+                limits_are_never_exceeded_however_many_claim_at_once
+            }
+            news {
+                news_are_told_of_many_runs_at_once
+                news_are_limited_by_run
+                news_are_told_of_as_many_as_are_watched
+            }
+            gauges {
+                the_backlog_is_counted_by_tenant_and_pipeline
+                what_dead_replicas_own_counts_as_queued
+                a_backlog_tells_its_age
+                depths_are_counted_by_tenant
+                replicas_are_listed_alive_draining_and_dead
+                replicas_tell_what_they_own
+                a_leases_age_begins_with_its_owner
+            }
+            retention {
+                retention_walks_through_all_runs
+                a_purge_removes_payloads_and_nothing_else
+                a_purge_can_be_repeated
+                what_has_not_ended_is_neither_purged_nor_deleted
+                what_was_purged_cannot_be_retried
+                a_deleted_run_is_gone_whole
+                a_deleted_runs_idempotency_key_is_free_again
+                a_run_that_is_being_retried_is_not_deleted
             }
             keys {
                 a_key_is_found_by_its_hash

@@ -7,25 +7,25 @@ use std::{
     time::Duration,
 };
 
+use chrono::{DateTime, Utc};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use serde_json::{Value, json};
 use stagegate_core::{
     Event, EventKind, Origin, ReplicaId, RunId, RunState, StageId, StageState, Store, TenantId, Verdict,
-    fair::{Limits, Shares},
+    fair::{Limits, Share, Shares},
     pipeline::{CacheMode, Labels},
     store::{
-        Commit, Committed, Disposition, Lease, NewRun, NewSignal, NewVersion, QueueStats, RunQuery, SignalKind,
-        StageRecord,
+        Backlog, Commit, Committed, Disposition, Lease, NewRun, NewSignal, NewVersion, QueueStats, ReplicaRecord,
+        RunQuery, Signal, SignalKind, StageRecord,
     },
 };
 use uuid::Uuid;
 
 use super::fixtures::{
-    NASTY, at, beat, checkpoint, dump, failure, full_attempt, model, nasty_json, pipeline, signals_of, stage, tenant,
-    totals,
+    NASTY, at, beat, checkpoint, dump, failure, full_attempt, model, nasty_json, pipeline, stage, tenant, totals,
 };
 
-const TENANTS: [&str; 2] = ["acme", "umbrella"];
+const TENANTS: [&str; 3] = ["acme", "initech", "umbrella"];
 const PIPELINES: [&str; 3] = ["a", "b", "c"];
 const STAGES: [&str; 3] = ["s1", "s2", "s3"];
 /// How often both stores are compared whole.
@@ -78,6 +78,11 @@ macro_rules! both {
     }};
 }
 
+fn sorted_signals(mut found: Vec<(RunId, Vec<Signal>)>) -> Vec<(RunId, Vec<Signal>)> {
+    found.sort_by_key(|(run, _)| *run);
+    found
+}
+
 fn pick<T: Clone>(rng: &mut StdRng, from: &[T]) -> Option<T> {
     from.choose(rng).cloned()
 }
@@ -109,7 +114,10 @@ impl World {
 
     async fn random_command(&mut self) {
         self.now += self.rng.random_range(1..50);
-        match self.rng.random_range(0..100) {
+        // Each command has milliseconds of its own by both databases' clocks, so that both agree on what has waited
+        // longer, and what was made due a moment ago is due.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        match self.rng.random_range(0..112) {
             0..5 => self.register().await,
             5..20 => self.submit().await,
             20..28 => self.heartbeat().await,
@@ -120,7 +128,12 @@ impl World {
             86..91 => self.read_signals().await,
             91..95 => self.release().await,
             95..97 => self.leave().await,
-            _ => self.list().await,
+            97..100 => self.list().await,
+            100..103 => self.news().await,
+            103..106 => self.walk().await,
+            106..109 => self.purge().await,
+            109..111 => self.delete().await,
+            _ => self.gauges().await,
         }
     }
 
@@ -212,20 +225,46 @@ impl World {
             stages_total: 3,
             input: self.json(),
             cache_mode: pick(&mut self.rng, &[None, Some(CacheMode::Refresh), Some(CacheMode::Off)]).flatten(),
-            // Every run has its own, so that the order of claims is decided.
+            // Every run of a tenant has its own, so that its order is decided by more than its time.
             priority: i16::try_from(self.runs.len()).unwrap_or(0) * 7 % 10_007,
             labels,
             idempotency: super::fixtures::idempotency(&format!("key-{key}"), self.rng.random_range(0..2))
                 .filter(|_| key < 4),
             request_id: self.rng.random_bool(0.5).then(|| "request".to_owned()),
             created_at: at(self.now),
-            start_at: None,
-            limits: Limits::default(),
+            start_at: if lease_to.is_none() { self.start_at() } else { None },
+            limits: if lease_to.is_none() { self.limits() } else { Limits::default() },
             deadline_at: at(self.now + 60_000),
             events,
             stages,
             lease_to,
         }
+    }
+
+    /// None, long ago, or long after this test.
+    fn start_at(&mut self) -> Option<DateTime<Utc>> {
+        const YEARS_MS: i64 = 20 * 365 * 24 * 3_600_000;
+        pick(&mut self.rng, &[None, None, None, Some(at(self.now - 500)), Some(at(self.now + YEARS_MS))]).flatten()
+    }
+
+    fn limits(&mut self) -> Limits {
+        let pipeline_max = self.rng.random_bool(0.3).then(|| self.rng.random_range(1..4));
+        let key = self.rng.random_bool(0.3).then(|| {
+            let key = pick(&mut self.rng, &[NASTY, "k", "K/k", ""]).unwrap_or("k");
+            (key.to_owned(), self.rng.random_range(1..3))
+        });
+        Limits { pipeline_max, key }
+    }
+
+    fn shares(&mut self) -> Shares {
+        let mut shares = Shares::default();
+        for name in TENANTS {
+            if self.rng.random_bool(0.4) {
+                let max_runs = self.rng.random_bool(0.4).then(|| self.rng.random_range(1..6));
+                shares.named.insert(tenant(name), Share { weight: self.rng.random_range(1..4), max_runs });
+            }
+        }
+        shares
     }
 
     fn event(&self, seq: u64, kind: EventKind) -> Event {
@@ -274,16 +313,10 @@ impl World {
             _ => ReplicaId(self.uuid()),
         };
         let limit = self.rng.random_range(0..6);
-        // A run that was made due a moment ago is due by the database's clock only in its next millisecond.
-        tokio::time::sleep(Duration::from_millis(2)).await;
-        let sorted = |mut leases: Vec<Lease>| {
-            leases.sort_by_key(|lease| lease.run);
-            leases
-        };
-        let left = sorted(self.left.claim(replica, limit, &Shares::default()).await.expect("claim"));
-        let right = sorted(self.right.claim(replica, limit, &Shares::default()).await.expect("claim"));
-        assert_eq!(left, right, "{}", self.place("claim"));
-        self.leases.extend(left);
+        let shares = self.shares();
+        // The order is decided by the rule, so it is compared too.
+        let leases = both!(self, store => store.claim(replica, limit, &shares));
+        self.leases.extend(leases);
     }
 
     async fn commit(&mut self) {
@@ -365,7 +398,8 @@ impl World {
     }
 
     async fn signal(&mut self) {
-        let recent = self.runs.len().saturating_sub(10);
+        // Mostly a young one.
+        let recent = if self.rng.random_bool(0.8) { self.runs.len().saturating_sub(10) } else { 0 };
         let Some((owner, run)) = pick(&mut self.rng, &self.runs[recent..]) else { return };
         let of = stage(pick(&mut self.rng, &STAGES).unwrap_or("s1"));
         let kind = match self.rng.random_range(0..6) {
@@ -381,15 +415,28 @@ impl World {
 
     async fn read_signals(&mut self) {
         let recent = self.leases.len().saturating_sub(8);
-        let Some(lease) = pick(&mut self.rng, &self.leases[recent..]) else { return };
-        let left = signals_of(&self.left, lease).await;
-        let right = signals_of(&self.right, lease).await;
-        let shape = |signals: &[stagegate_core::store::Signal]| -> Vec<(SignalKind, Option<String>)> {
-            signals.iter().map(|signal| (signal.kind.clone(), signal.by.clone())).collect()
+        let mut leases: Vec<Lease> =
+            (0..self.rng.random_range(1..4)).filter_map(|_| pick(&mut self.rng, &self.leases[recent..])).collect();
+        leases.sort_by_key(|lease| (lease.run, lease.epoch));
+        leases.dedup();
+        let left = sorted_signals(self.left.signals(&leases).await.expect("signals"));
+        let right = sorted_signals(self.right.signals(&leases).await.expect("signals"));
+        let shape = |found: &[(RunId, Vec<Signal>)]| -> Vec<(RunId, SignalKind, Option<String>)> {
+            let of = |(run, signals): &(RunId, Vec<Signal>)| {
+                let run = *run;
+                let flat = signals.clone().into_iter().map(move |each| (run, each.kind, each.by));
+                flat.collect::<Vec<_>>()
+            };
+            found.iter().flat_map(of).collect()
         };
         assert_eq!(shape(&left), shape(&right), "{}", self.place("signals"));
-        let ids = |signals: &[stagegate_core::store::Signal]| signals.iter().map(|signal| signal.id).collect();
-        self.signals.insert(lease.run, (ids(&left), ids(&right)));
+        let ids = |signals: &[Signal]| signals.iter().map(|signal| signal.id).collect();
+        for lease in &leases {
+            self.signals.remove(&lease.run);
+        }
+        for ((run, left), (_, right)) in left.iter().zip(&right) {
+            self.signals.insert(*run, (ids(left), ids(right)));
+        }
     }
 
     async fn release(&mut self) {
@@ -403,6 +450,92 @@ impl World {
         let Some(replica) = pick(&mut self.rng, &self.replicas) else { return };
         both!(self, store => store.leave(replica));
         self.replicas.retain(|id| *id != replica);
+    }
+
+    /// Some runs, old and new.
+    fn some_runs(&mut self, most: usize) -> Vec<RunId> {
+        let mut ids: Vec<RunId> = (0..self.rng.random_range(0..=most))
+            .filter_map(|_| pick(&mut self.rng, &self.runs).map(|(_, run)| run))
+            .collect();
+        ids.sort();
+        ids.dedup();
+        ids
+    }
+
+    async fn news(&mut self) {
+        let runs = self.some_runs(8);
+        let seen: Vec<(RunId, u64)> = runs.into_iter().map(|run| (run, self.rng.random_range(0..12))).collect();
+        let limit = self.rng.random_range(1..6);
+        let sorted = |mut news: Vec<(RunId, Vec<Event>)>| {
+            news.sort_by_key(|(run, _)| *run);
+            news
+        };
+        let left = sorted(self.left.news(&seen, limit).await.expect("news"));
+        let right = sorted(self.right.news(&seen, limit).await.expect("news"));
+        assert_eq!(left, right, "{}", self.place("news"));
+    }
+
+    async fn walk(&mut self) {
+        let after = pick(&mut self.rng, &self.runs).map(|(_, run)| run).filter(|_| self.now % 3 > 0);
+        let before = at(self.rng.random_range(0..self.now + 10));
+        let limit = self.rng.random_range(1..30);
+        both!(self, store => store.kept(after, before, limit));
+    }
+
+    async fn purge(&mut self) {
+        let ids = self.some_runs(6);
+        let now = at(self.now);
+        both!(self, store => store.purge(&ids, now));
+    }
+
+    /// What was deleted is forgotten here too, so that it is not submitted anew: its ledger rows are still there.
+    async fn delete(&mut self) {
+        let ids = self.some_runs(3);
+        let sorted = |mut ids: Vec<RunId>| {
+            ids.sort();
+            ids
+        };
+        let left = sorted(self.left.delete(&ids).await.expect("delete"));
+        let right = sorted(self.right.delete(&ids).await.expect("delete"));
+        assert_eq!(left, right, "{}", self.place("delete"));
+        self.runs.retain(|(_, run)| !left.contains(run));
+        self.submitted.retain(|run| !left.contains(&run.id));
+        for run in &left {
+            self.last_seqs.remove(run);
+        }
+    }
+
+    /// What is counted, but for the times.
+    async fn gauges(&mut self) {
+        let of = self.rng.random_bool(0.5).then(|| self.tenant());
+        let timeless = |rows: Vec<Backlog>| {
+            let mut rows: Vec<Backlog> = rows.into_iter().map(|row| Backlog { oldest_queued_ms: 0, ..row }).collect();
+            rows.sort_by(|a, b| (&a.tenant, &a.pipeline).cmp(&(&b.tenant, &b.pipeline)));
+            rows
+        };
+        let left = timeless(self.left.backlog(of.as_ref()).await.expect("backlog"));
+        let right = timeless(self.right.backlog(of.as_ref()).await.expect("backlog"));
+        assert_eq!(left, right, "{}", self.place("backlog"));
+        let sorted = |mut rows: Vec<(TenantId, u64)>| {
+            rows.sort();
+            rows
+        };
+        let left = sorted(self.left.depths().await.expect("depths"));
+        let right = sorted(self.right.depths().await.expect("depths"));
+        assert_eq!(left, right, "{}", self.place("depths"));
+        let timeless = |rows: Vec<ReplicaRecord>| {
+            let mut rows: Vec<_> = rows
+                .into_iter()
+                .map(|row| {
+                    (row.id, row.name, row.version, row.alive, row.draining, row.runs, row.oldest_lease_ms.is_some())
+                })
+                .collect();
+            rows.sort();
+            rows
+        };
+        let left = timeless(self.left.replicas(of.as_ref()).await.expect("replicas"));
+        let right = timeless(self.right.replicas(of.as_ref()).await.expect("replicas"));
+        assert_eq!(left, right, "{}", self.place("replicas"));
     }
 
     async fn list(&mut self) {
@@ -428,6 +561,7 @@ impl World {
     }
 
     async fn compare_everything(&mut self) {
+        self.gauges().await;
         for (of, run) in &self.runs {
             let (left, right) = (dump(&self.left, of, *run).await, dump(&self.right, of, *run).await);
             assert_eq!(left, right, "{}", self.place("dump"));
@@ -440,7 +574,6 @@ impl World {
             assert_eq!(left, right, "{}", self.place("owned"));
         }
         self.compare_loads().await;
-        tokio::time::sleep(Duration::from_millis(2)).await;
         let timeless = |stats: QueueStats| QueueStats { oldest_queued_ms: 0, ..stats };
         let left = timeless(self.left.queue().await.expect("queue"));
         let right = timeless(self.right.queue().await.expect("queue"));

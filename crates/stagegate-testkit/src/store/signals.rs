@@ -308,3 +308,44 @@ pub async fn signals_keep_to_their_tenant_and_owner(subject: Subject) {
     let signals = signals_of(store, taken).await;
     assert_eq!(signals[0].by.as_deref(), Some(NASTY));
 }
+
+/// Of each its own, oldest first; all marks are cleared; who has none and what is gone is left out.
+pub async fn the_signals_of_many_runs_are_read_at_once(subject: Subject) {
+    let store = &subject.store;
+    let (owner, heir) = (live_replica(store).await, live_replica(store).await);
+    assert_eq!(store.signals(&[]).await.expect("signals"), []);
+    let mut leases = Vec::new();
+    for n in 0..5 {
+        let (_, lease) = submit_leased(store, n, owner).await;
+        commit(store, &hold(lease, 3, &["s1", "s2"])).await;
+        leases.push(lease);
+    }
+    // The first has two, the second has one, the third has none; the fourth is gone, the fifth is named wrongly.
+    for (n, kind) in [(1, SignalKind::Cancel), (0, approve("s2")), (3, approve("s1")), (0, reject("s1"))] {
+        signal(store, leases[n].run, kind).await;
+    }
+    signal(store, leases[4].run, approve("s1")).await;
+    store.release(&[leases[3]]).await.expect("release");
+    let heirs = claim_all(store, heir).await;
+    let asked = [leases[4], leases[3], leases[2], leases[1], leases[0]]
+        .map(|lease| if lease == leases[4] { Lease { epoch: Epoch(7), ..lease } } else { lease });
+    let mut found = store.signals(&asked).await.expect("signals");
+    found.sort_by_key(|(run, _)| *run);
+    assert!(found.iter().all(|(_, signals)| signals.is_sorted_by(|a, b| a.id < b.id)), "oldest first");
+    let kinds_of = |found: Vec<(RunId, Vec<stagegate_core::store::Signal>)>| -> Vec<(RunId, Vec<SignalKind>)> {
+        let kinds = |signals: Vec<stagegate_core::store::Signal>| signals.into_iter().map(|each| each.kind).collect();
+        found.into_iter().map(|(run, signals)| (run, kinds(signals))).collect()
+    };
+    let expected = [(leases[0].run, vec![approve("s2"), reject("s1")]), (leases[1].run, vec![SignalKind::Cancel])];
+    assert_eq!(kinds_of(found), expected);
+    assert_eq!(beat(store, owner, MINUTE).await.signalled, [leases[4].run], "the others were read");
+    assert_eq!(beat(store, heir, MINUTE).await.signalled, [leases[3].run], "another's question clears nothing");
+    let theirs = store.signals(&heirs).await.expect("signals");
+    assert_eq!(kinds_of(theirs), [(leases[3].run, vec![approve("s1")])]);
+    signal(store, leases[2].run, SignalKind::Cancel).await;
+    signal(store, leases[1].run, approve("s2")).await;
+    let mut told = beat(store, owner, MINUTE).await.signalled;
+    told.sort();
+    assert_eq!(told, [leases[1].run, leases[2].run, leases[4].run], "a later one marks its run anew");
+    assert_eq!(store.signals(&asked).await.expect("signals").len(), 3, "they stay until they are consumed");
+}

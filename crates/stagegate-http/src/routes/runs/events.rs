@@ -1,15 +1,16 @@
 //! The events of a run: as a stream, or as JSON.
 
 use axum::{
-    Json,
+    Extension, Json,
     response::{IntoResponse, Response},
 };
-use http::{HeaderMap, StatusCode, header::ACCEPT};
+use http::{HeaderMap, StatusCode, Version, header::ACCEPT};
 use serde::Serialize;
 use stagegate_core::{Code, Event, RunId, Violation};
 use utoipa::ToSchema;
 
 use crate::{
+    auth::Credential,
     context::{Context, Viewer},
     extract::{Fields, FromQuery, Path, Query},
     problem::Problem,
@@ -75,6 +76,8 @@ pub(crate) async fn events(
     context: Context<Viewer>,
     Path(id): Path<String>,
     Query(query): Query<EventsQuery>,
+    credential: Option<Extension<Credential>>,
+    version: Version,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let id = run_id(&id)?;
@@ -85,7 +88,9 @@ pub(crate) async fn events(
         return if has_all {
             Ok(StatusCode::NO_CONTENT.into_response())
         } else {
-            sse::respond(&context.shared, context.tenant, id, after)
+            let credential = credential.map(|Extension(credential)| credential);
+            let asked = sse::Asked { tenant: context.tenant, run: id, after, credential };
+            sse::respond(&context.shared, asked, version)
         };
     }
     let events = context.store().events(&context.tenant, id, after, query.limit).await?;

@@ -1,0 +1,85 @@
+//! Event streams: how long they stay open, and who may keep one.
+
+use std::time::Duration;
+
+use http::Method;
+use stagegate_core::{Clock as _, SystemClock, pipeline::Span, store::Role};
+use stagegate_http::config::{AuthMode, HttpConfig};
+
+use crate::app::{Options, PIPELINE, TestApp, new_key, parse_sse};
+
+/// Far more than anything here may take.
+const LONG: Duration = Duration::from_secs(60);
+/// A model that does not answer within a test.
+const NEVER: Duration = Duration::from_hours(1);
+
+fn config() -> HttpConfig {
+    HttpConfig { auth: AuthMode::Keys, ..HttpConfig::default() }
+}
+
+#[tokio::test]
+async fn a_stream_ends_when_its_key_is_revoked_and_others_go_on() {
+    let app = TestApp::spawn(Options { http: config(), latency: NEVER }).await;
+    app.register(PIPELINE).await;
+    let id = app.submit("slow").await;
+    let (secret, key) = new_key(&app.store, "acme", Role::Viewer, 71, None).await;
+    let open = async |secret: &str| {
+        let request = app.http.get(app.url(&format!("/v1/runs/{id}/events"))).bearer_auth(secret);
+        request.header("accept", "text/event-stream").send().await.expect("an answer")
+    };
+    let (doomed, mut other) = (open(&secret).await, open(&app.viewer).await);
+    app.store.revoke_key(key, SystemClock.now()).await.expect("stored");
+    let text = tokio::time::timeout(LONG, doomed.text()).await.expect("it ends").expect("a clean end");
+    assert!(text.ends_with(": end of stream\n\n") && !parse_sse(&text).is_empty(), "{text}");
+    other.chunk().await.expect("no error").expect("the other goes on");
+}
+
+#[tokio::test]
+async fn a_client_of_http_2_that_closes_its_window_does_not_keep_its_place() {
+    let http = HttpConfig {
+        max_event_streams: 1,
+        request_timeout: Span(Duration::from_millis(500)),
+        sse_keep_alive: Span(Duration::from_millis(100)),
+        ..config()
+    };
+    let app = TestApp::spawn(Options { http, latency: NEVER }).await;
+    app.register(PIPELINE).await;
+    let id = app.submit("slow").await;
+    let url = app.url(&format!("/v1/runs/{id}/events"));
+    let closed = reqwest::Client::builder()
+        .no_proxy()
+        .http2_prior_knowledge()
+        .http2_initial_stream_window_size(0)
+        .build()
+        .expect("a client");
+    let request = closed.get(&url).bearer_auth(&app.viewer).header("accept", "text/event-stream");
+    let held = request.send().await.expect("its head needs no window");
+    assert_eq!((held.status().as_u16(), held.version()), (200, http::Version::HTTP_2));
+
+    let reopened = async {
+        loop {
+            let request = app.request(Method::GET, &format!("/v1/runs/{id}/events"));
+            let answer = request.header("accept", "text/event-stream").send().await.expect("an answer");
+            match answer.status().as_u16() {
+                200 => return,
+                429 => tokio::time::sleep(Duration::from_millis(50)).await,
+                status => panic!("{status}"),
+            }
+        }
+    };
+    tokio::time::timeout(LONG, reopened).await.expect("its place is given to another");
+    drop(held);
+}
+
+#[tokio::test]
+async fn a_client_of_http_2_that_reads_sees_every_event() {
+    let app = TestApp::spawn(Options { http: config(), ..Options::default() }).await;
+    app.register(PIPELINE).await;
+    let id = app.submit("quick").await;
+    let client = reqwest::Client::builder().no_proxy().http2_prior_knowledge().build().expect("a client");
+    let request = client.get(app.url(&format!("/v1/runs/{id}/events"))).bearer_auth(&app.viewer);
+    let answer = request.header("accept", "text/event-stream").send().await.expect("an answer");
+    let events = parse_sse(&answer.text().await.expect("a clean end"));
+    assert!(events.iter().enumerate().all(|(index, event)| event.id == index as u64 + 1), "{events:?}");
+    assert_eq!(events.last().map(|event| event.name.as_str()), Some("run.finished"));
+}
