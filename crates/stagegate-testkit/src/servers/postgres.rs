@@ -108,6 +108,11 @@ impl Postgres {
         self.server.as_ref().and_then(Server::user)
     }
 
+    /// Everything that it wrote, over all its starts; None where the environment named it.
+    pub fn log_path(&self) -> Option<PathBuf> {
+        self.server.as_ref().map(|server| server.home().join("log"))
+    }
+
     /// The end of what it wrote.
     pub fn log_tail(&self) -> String {
         self.server.as_ref().map(Server::log_tail).unwrap_or_default()

@@ -368,6 +368,9 @@ fn write(facts: &Facts<'_>, world: &World, report: Option<&Path>) -> anyhow::Res
         }
     }
     std::fs::copy(world.haproxy.program().log_path(), folder.join("haproxy.log"))?;
+    if let Some(log) = world.postgres.log_path() {
+        std::fs::copy(log, folder.join("postgres.log"))?;
+    }
     let short: Vec<&str> = markdown.split("\n## Faults").take(1).collect();
     println!("{}", short.concat());
     println!("the whole report: {}; the logs beside it in {}", path.display(), folder.display());
