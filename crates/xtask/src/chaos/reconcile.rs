@@ -196,10 +196,11 @@ fn watchers(audit: &Audit, watched: &[Watched]) -> Check {
             check.find(format!("run {}: watched, and not there", watcher.run));
             continue;
         };
-        for (expected, (seq, kind)) in (1..).zip(&watcher.events) {
+        for (expected, (seq, kind, _)) in (1..).zip(&watcher.events) {
             let kept = usize::try_from(*seq).ok().and_then(|seq| events.get(seq.checked_sub(1)?));
             if *seq != expected {
-                check.find(format!("run {}: event {seq} came where {expected} belongs", watcher.run));
+                let course = watcher.course();
+                check.find(format!("run {}: event {seq} came where {expected} belongs: {course}", watcher.run));
                 break;
             }
             if kept.is_none_or(|kept| kept.kind != *kind) {
@@ -415,7 +416,7 @@ mod tests {
             };
             let watcher = Watched {
                 run: id.to_string(),
-                events: (1..).zip(EVENTS).map(|(seq, (kind, _))| (seq, kind.to_owned())).collect(),
+                events: (1..).zip(EVENTS).map(|(seq, (kind, _))| (seq, kind.to_owned(), 1)).collect(),
                 connections: 1,
                 finished: true,
                 wrong: None,

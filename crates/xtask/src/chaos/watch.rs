@@ -1,7 +1,7 @@
 //! A watcher of a run: owns one client's way through its event stream, which reconnects with `Last-Event-ID` to
 //! whichever replica HAProxy picks, and what it saw.
 
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tokio::{sync::watch, time::timeout};
@@ -17,13 +17,29 @@ const FICKLE: u32 = 6;
 #[derive(Debug)]
 pub(crate) struct Watched {
     pub(crate) run: String,
-    /// Each event's `id` and `event`, as they came.
-    pub(crate) events: Vec<(u64, String)>,
+    /// Each event's `id` and `event`, as they came, and over which connection.
+    pub(crate) events: Vec<(u64, String, u32)>,
     pub(crate) connections: u32,
     /// It came to `run.finished`.
     pub(crate) finished: bool,
     /// An answer that no watcher should get.
     pub(crate) wrong: Option<String>,
+}
+
+impl Watched {
+    /// The seqs as they came, a group for each connection.
+    pub(crate) fn course(&self) -> String {
+        let mut text = String::new();
+        let mut connection = 0;
+        for (seq, _, over) in &self.events {
+            if *over != connection {
+                let _ = write!(text, "{}#{over}:", if text.is_empty() { "" } else { " " });
+                connection = *over;
+            }
+            let _ = write!(text, " {seq}");
+        }
+        text
+    }
 }
 
 /// Follows a run to its end, or until `over`.
@@ -39,7 +55,7 @@ pub(crate) async fn follow(client: &Client, run: String, seed: u64, mut over: wa
 
 async fn reconnecting(client: &Client, watched: &mut Watched, rng: &mut StdRng) {
     loop {
-        let last = watched.events.last().map_or(0, |(seq, _)| *seq);
+        let last = watched.events.last().map_or(0, |(seq, ..)| *seq);
         let leave_after = (rng.random_range(0..FICKLE) == 0).then(|| rng.random_range(1..6_usize));
         watched.connections += 1;
         if let Some(response) = client.events(&watched.run, last).await {
@@ -68,7 +84,7 @@ async fn read(mut response: reqwest::Response, watched: &mut Watched, leave_afte
             let field = |name: &str| message.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
             if let (Some(id), Some(event)) = (field("id:").and_then(|id| id.parse().ok()), field("event:")) {
                 watched.finished = event == "run.finished";
-                watched.events.push((id, event.to_owned()));
+                watched.events.push((id, event.to_owned(), watched.connections));
             }
         }
         if watched.finished || leave_at.is_some_and(|at| watched.events.len() >= at) {
