@@ -30,11 +30,46 @@ pub(crate) struct Admission {
 
 #[derive(Debug, Default)]
 struct Known {
-    depths: HashMap<TenantId, u64>,
-    total: u64,
+    counted: Depths,
+    /// What this replica has queued since the count that is known began: it may be in it, or not.
+    since: Depths,
+    /// The same of the count that is under way.
+    since_next: Depths,
     /// When to count again; None before the first time.
     due: Option<Instant>,
     counting: bool,
+}
+
+/// By tenant, and all together.
+#[derive(Debug, Default)]
+struct Depths {
+    of: HashMap<TenantId, u64>,
+    total: u64,
+}
+
+impl Depths {
+    fn add(&mut self, tenant: TenantId, runs: u64) {
+        self.total += runs;
+        *self.of.entry(tenant).or_default() += runs;
+    }
+}
+
+impl Known {
+    fn depth(&self, tenant: &TenantId) -> u64 {
+        [&self.counted, &self.since, &self.since_next].iter().filter_map(|part| part.of.get(tenant)).sum()
+    }
+
+    fn total(&self) -> u64 {
+        self.counted.total + self.since.total + self.since_next.total
+    }
+
+    fn counted(&mut self, depths: Vec<(TenantId, u64)>) {
+        self.counted = Depths::default();
+        for (tenant, depth) in depths {
+            self.counted.add(tenant, depth);
+        }
+        self.since = std::mem::take(&mut self.since_next);
+    }
 }
 
 impl Admission {
@@ -45,8 +80,8 @@ impl Admission {
     /// Notes a run that has to wait.
     fn queued(&self, tenant: &TenantId) {
         let mut known = self.known();
-        known.total += 1;
-        *known.depths.entry(tenant.clone()).or_default() += 1;
+        let since = if known.counting { &mut known.since_next } else { &mut known.since };
+        since.add(tenant.clone(), 1);
     }
 }
 
@@ -55,7 +90,7 @@ pub(crate) fn admit(shared: &Arc<Shared>, tenant: &TenantId) -> Result<(), Error
     count_if_due(shared);
     let (own, total) = {
         let known = shared.admission.known();
-        (known.depths.get(tenant).copied().unwrap_or(0), known.total)
+        (known.depth(tenant), known.total())
     };
     let full = |what: &str, depth: u64, limit: u64, key: &str| {
         let message = format!("{depth} runs wait already{what}, at most {limit} may ({key}); come back later");
@@ -91,11 +126,13 @@ fn count_if_due(shared: &Arc<Shared>) {
         known.counting = false;
         known.due = Some(Instant::now() + FRESH.max(took * SHARE));
         match counted {
-            Ok(depths) => {
-                known.total = depths.iter().map(|(_, depth)| depth).sum();
-                known.depths = depths.into_iter().collect();
+            Ok(depths) => known.counted(depths),
+            Err(error) => {
+                tracing::warn!(%error, "the queue could not be counted");
+                for (tenant, queued) in std::mem::take(&mut known.since_next).of {
+                    known.since.add(tenant, queued);
+                }
             }
-            Err(error) => tracing::warn!(%error, "the queue could not be counted"),
         }
     });
 }

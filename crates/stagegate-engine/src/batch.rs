@@ -120,3 +120,45 @@ impl<R> Future for Sent<R> {
 fn gone() -> Error {
     Error::new(Code::Draining, "this replica is shutting down")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures::FutureExt;
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn senders_wait_or_are_refused_while_the_writer_lags() {
+        const BATCH: usize = 8;
+        let (tracker, disk) = (TaskTracker::new(), Arc::new(Semaphore::new(0)));
+        let slow = Arc::clone(&disk);
+        let batcher = Batcher::start(&tracker, BATCH, move |batch: Vec<Entry<usize, usize>>| {
+            let slow = Arc::clone(&slow);
+            async move {
+                let _turn = slow.acquire().await;
+                for (number, answer) in batch {
+                    let _ = answer.send(Ok(number));
+                }
+            }
+        });
+        // One batch is with the writer, the rest fills the queue.
+        let room = BATCH + QUEUE_MAX;
+        let mut sent: Vec<_> = (0..=room).map(|number| Box::pin(batcher.send(number))).collect();
+        for _ in 0..2 {
+            for sending in &mut sent {
+                assert!(sending.now_or_never().is_none(), "nothing is answered yet");
+            }
+            tokio::task::yield_now().await; // The writer takes its batch, which makes room for as many.
+        }
+        let refused = batcher.offer(0).await.expect_err("no room");
+        assert_eq!(refused.code, Code::QueueFull);
+        assert!(refused.retry_after.is_some());
+        disk.add_permits(1);
+        for (number, sending) in sent.into_iter().enumerate() {
+            assert_eq!(sending.await.expect("answered"), number);
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     sync::{Arc, LazyLock, atomic::Ordering},
+    time::Duration,
 };
 
 use futures::future::BoxFuture;
@@ -24,6 +25,8 @@ const BEATS_PER_TTL: u32 = 3;
 const FENCE_PERCENT: u32 = 70;
 /// Runs claimed at once: what a dead replica leaves is taken up in a few steps, and a step is a few queries.
 const CLAIM_MAX: usize = 256;
+/// How long runs that were claimed together are read in ever smaller parts, before the rest is handed back.
+const READ_PATIENCE: Duration = Duration::from_mins(1);
 /// Looks for work between two looks at what is owned.
 const LOOKS_PER_AUDIT: u32 = 30;
 
@@ -159,7 +162,7 @@ async fn audit(shared: &Arc<Shared>) {
     let released = match shared.store.owned(life.replica).await {
         Ok(mut owned) => {
             owned.retain(|lease| !shared.is_driven(lease.run));
-            shared.store.release(&owned).await
+            if owned.is_empty() { Ok(()) } else { shared.store.release(&owned).await }
         }
         Err(error) => Err(error),
     };
@@ -217,31 +220,37 @@ async fn take(
 /// Something of each lease, as the store tells it.
 type Reading<T> = for<'a> fn(&'a dyn Store, &'a [Lease]) -> BoxFuture<'a, StoreResult<Vec<T>>>;
 
+type Signals = (RunId, Vec<Signal>);
+
 /// The signals of each lease that was asked about, those without any included.
-fn signals_of_each<'a>(
-    store: &'a dyn Store,
-    leases: &'a [Lease],
-) -> BoxFuture<'a, StoreResult<Vec<(RunId, Vec<Signal>)>>> {
+fn signals_of_each<'a>(store: &'a dyn Store, leases: &'a [Lease]) -> BoxFuture<'a, StoreResult<Vec<Signals>>> {
     Box::pin(async {
         let mut found: HashMap<RunId, Vec<Signal>> = store.signals(leases).await?.into_iter().collect();
         Ok(leases.iter().map(|lease| (lease.run, found.remove(&lease.run).unwrap_or_default())).collect())
     })
 }
 
-/// Reads something of every lease that it can be read of. A batch that cannot be read is halved until those that are to
-/// blame are found; an error that may pass is returned.
+/// Reads something of every lease that it can be read of. A batch that cannot be read though the database answers (for a
+/// row of it, or because it is more than can be read in a statement's time) is halved until those that are to blame are
+/// found: handed back, it would be claimed and fail as one again. They are left to the next audit. Fails where nothing
+/// can be read now.
 async fn readable<T>(store: &dyn Store, leases: &[Lease], what: &str, read: Reading<T>) -> Result<Vec<T>, Error> {
+    let until = Instant::now() + READ_PATIENCE;
     let mut found = Vec::with_capacity(leases.len());
     let mut parts = vec![leases];
+    let mut passing = None;
     while let Some(part) = parts.pop() {
         if part.is_empty() {
             continue;
         }
         match read(store, part).await {
             Ok(some) => found.extend(some),
-            Err(error) if error.is_retryable() => return Err(error.into()),
+            Err(error) if error.is_retryable() && (Instant::now() >= until || store.ping().await.is_err()) => {
+                return Err(error.into());
+            }
             Err(error) if part.len() == 1 => {
                 tracing::error!(run_id = %part[0].run, %error, "{what} cannot be read; it is tried again later");
+                passing = Some(error).filter(stagegate_core::StoreError::is_retryable).or(passing);
             }
             Err(error) => {
                 tracing::warn!(%error, runs = part.len(), "a batch of runs cannot be read; it is halved");
@@ -250,7 +259,10 @@ async fn readable<T>(store: &dyn Store, leases: &[Lease], what: &str, read: Read
             }
         }
     }
-    Ok(found)
+    match passing {
+        Some(error) if found.is_empty() => Err(error.into()),
+        _ => Ok(found),
+    }
 }
 
 async fn pipeline_of(shared: &Shared, snapshot: &Snapshot) -> Result<Arc<Pipeline>, Error> {
@@ -286,7 +298,7 @@ mod tests {
 
     use super::*;
 
-    /// Runs 3 and 7 cannot be read, and a batch with them neither. While run 100 is in it, the store is away.
+    /// Runs 3 and 7 cannot be read, and a batch with them neither. A batch with run 100 takes too long.
     fn reading<'a>(_: &'a dyn Store, leases: &'a [Lease]) -> BoxFuture<'a, StoreResult<Vec<u128>>> {
         Box::pin(async {
             let runs: Vec<u128> = leases.iter().map(|lease| lease.run.0.as_u128()).collect();
@@ -316,6 +328,8 @@ mod tests {
         let store = SqliteStore::open(&folder.path().join("test.db"), Metrics::new()).await.expect("a store");
         let found = readable(&store, &leases(0..20), "a run", reading).await.expect("the others");
         assert_eq!(found, (0..20).filter(|run| ![3, 7].contains(run)).collect::<Vec<_>>());
-        readable(&store, &leases([1, 3, 100]), "a run", reading).await.expect_err("the store is away for all of them");
+        let found = readable(&store, &leases([1, 3, 100]), "a run", reading).await.expect("one of them");
+        assert_eq!(found, [1], "what could not be read for now is left to the audit");
+        readable(&store, &leases([100]), "a run", reading).await.expect_err("nothing can be read");
     }
 }

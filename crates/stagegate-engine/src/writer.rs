@@ -1,13 +1,27 @@
 //! The two writers: submits and steps, each in batches. Owns what happens when the store fails under them.
+//!
+//! Steps are written one batch after the other, each of all that has gathered meanwhile. What goes wrong with one step
+//! must not hold up the others, so:
+//! - A batch that takes long goes on by itself while the next one is written, in as many lanes as there are.
+//! - A batch that failed though the database answers is written again in parts, and those that fail again in single
+//!   steps. A step that fails alone (somebody holds its run's row) is set aside and repeated on its own schedule.
+//! - While the database does not answer, a batch stays as it is and keeps its lane. When all lanes are taken nothing
+//!   more is read from the queue, and when that is full the senders wait.
+//!
+//! A run has at most one step under way, wherever it is, so that none of this changes the order of its steps.
 
 use std::{sync::Arc, time::Duration};
 
+use futures::{FutureExt, future::BoxFuture};
 use stagegate_core::{
-    Error, Store,
+    Error, Store, StoreError, StoreResult,
     store::{Commit, Committed, NewRun, Submitted},
 };
 use stagegate_telemetry::Metrics;
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use tokio_util::task::TaskTracker;
 
 use crate::batch::{Batcher, Entry};
@@ -15,58 +29,167 @@ use crate::batch::{Batcher, Entry};
 /// The pause before a failed commit is tried again: from the first to the longest.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(2);
+/// A batch that takes longer than this goes on beside the next one.
+const SLOW: Duration = Duration::from_millis(250);
+/// Batches under way at once, and with them connections.
+const LANES: usize = 3;
+/// Steps that were set aside and are being tried at once; each may hold a connection until its statement times out.
+const ASIDE_AT_ONCE: usize = 2;
+/// Into how many parts a batch is split that failed.
+const PARTS: usize = 16;
 
-/// Starts the writer of steps. It repeats a batch until the store answers: a step must not be lost, and a repeated
-/// one is recognised. An author who has stopped waiting (it was fenced) is left out of the next try.
+type Step = Entry<Commit, Committed>;
+
+/// Starts the writer of steps. It repeats a step until the store answers: it must not be lost, and a repeated one is
+/// recognised. An author who has stopped waiting (it was fenced) is left out of the next try.
 pub(crate) fn steps(
     tracker: &TaskTracker,
     store: &Arc<dyn Store>,
     metrics: &Metrics,
     batch_max: usize,
 ) -> Batcher<Commit, Committed> {
-    let (store, metrics) = (Arc::clone(store), metrics.clone());
-    Batcher::start(tracker, batch_max, move |batch| write_steps(Arc::clone(&store), metrics.clone(), batch))
+    let writer = Arc::new(StepWriter {
+        tracker: tracker.clone(),
+        store: Arc::clone(store),
+        metrics: metrics.clone(),
+        lanes: Arc::new(Semaphore::new(LANES)),
+        aside: Semaphore::new(ASIDE_AT_ONCE),
+    });
+    Batcher::start(tracker, batch_max, move |batch| Arc::clone(&writer).write(batch))
 }
 
-async fn write_steps(store: Arc<dyn Store>, metrics: Metrics, batch: Vec<Entry<Commit, Committed>>) {
-    let (mut commits, mut answers): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-    let mut pause = RETRY_FIRST;
-    loop {
-        let started = Instant::now();
-        match store.commit(&commits).await {
-            Ok(results) => {
-                metrics.checkpoint_save.observe(started.elapsed().as_secs_f64());
-                #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
-                metrics.commit_batch.observe(commits.len() as f64);
-                for (answer, result) in answers.into_iter().zip(results) {
-                    let _ = answer.send(Ok(result)); // An author who is gone was fenced.
+/// See [`steps`].
+struct StepWriter {
+    tracker: TaskTracker,
+    store: Arc<dyn Store>,
+    metrics: Metrics,
+    lanes: Arc<Semaphore>,
+    aside: Semaphore,
+}
+
+impl StepWriter {
+    /// Writes a batch; returns when it is written or goes on by itself.
+    async fn write(self: Arc<Self>, batch: Vec<Step>) {
+        let Ok(lane) = Arc::clone(&self.lanes).acquire_owned().await else { return };
+        let mut writing = Arc::clone(&self).attempt(batch, lane);
+        tokio::select! {
+            biased;
+            () = &mut writing => return,
+            () = tokio::time::sleep(SLOW) => {}
+        }
+        self.tracker.spawn(writing);
+    }
+
+    /// Writes a batch until it is written, or in parts from where it must be split.
+    fn attempt(self: Arc<Self>, batch: Vec<Step>, lane: OwnedSemaphorePermit) -> BoxFuture<'static, ()> {
+        let work = async move {
+            let (mut commits, mut answers): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+            let mut pause = RETRY_FIRST;
+            loop {
+                let error = match self.commit(&commits).await {
+                    Ok(results) => return answer(answers, results),
+                    Err(error) => error,
+                };
+                if !error.is_retryable() {
+                    drop(lane);
+                    return self.refused(commits, answers, error);
                 }
-                return;
-            }
-            Err(error) if error.is_retryable() => {
                 tracing::warn!(%error, steps = commits.len(), "a commit failed; it is tried again");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(RETRY_LONGEST);
+                let answers_at_all = matches!(error, StoreError::Unavailable(_)) && self.store.ping().await.is_ok();
                 let mut waiting = answers.iter().map(|answer| !answer.is_closed()).collect::<Vec<_>>().into_iter();
                 commits.retain(|_| waiting.next().unwrap_or(false));
                 answers.retain(|answer| !answer.is_closed());
                 if commits.is_empty() {
                     return;
                 }
-            }
-            Err(error) if commits.len() == 1 => {
-                let _ = answers.remove(0).send(Err(error.into()));
-                return;
-            }
-            Err(error) => {
-                // A batch that the store refuses for good holds a step that it cannot take: it alone must fail.
-                tracing::error!(%error, steps = commits.len(), "the store refused a batch; each step is tried alone");
-                for alone in commits.into_iter().zip(answers) {
-                    Box::pin(write_steps(Arc::clone(&store), metrics.clone(), vec![alone])).await;
+                if answers_at_all {
+                    drop(lane);
+                    return self.split(commits, answers);
                 }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_LONGEST);
+            }
+        };
+        work.boxed()
+    }
+
+    async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
+        let started = Instant::now();
+        let results = self.store.commit(commits).await?;
+        self.metrics.checkpoint_save.observe(started.elapsed().as_secs_f64());
+        #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
+        self.metrics.commit_batch.observe(commits.len() as f64);
+        Ok(results)
+    }
+
+    /// The database answers, and this batch failed: somewhere in it is a step that holds up the others.
+    fn split(self: &Arc<Self>, commits: Vec<Commit>, answers: Vec<Answer>) {
+        let size = commits.len().div_ceil(PARTS);
+        let mut steps = commits.into_iter().zip(answers);
+        loop {
+            let part: Vec<Step> = steps.by_ref().take(size).collect();
+            let writer = Arc::clone(self);
+            match part.len() {
+                0 => return,
+                1 => self.tracker.spawn(async move {
+                    for step in part {
+                        writer.alone(step).await;
+                    }
+                }),
+                _ => self.tracker.spawn(async move {
+                    tokio::time::sleep(RETRY_FIRST).await;
+                    if let Ok(lane) = Arc::clone(&writer.lanes).acquire_owned().await {
+                        writer.attempt(part, lane).await;
+                    }
+                }),
+            };
+        }
+    }
+
+    /// Writes one step, however long it takes. The first try has a lane, as it is probably not the one that fails.
+    async fn alone(&self, (commit, answer): Step) {
+        let mut pause = RETRY_FIRST;
+        let mut lanes = &*self.lanes;
+        loop {
+            tokio::time::sleep(pause).await;
+            let permit = lanes.acquire().await;
+            if answer.is_closed() {
                 return;
             }
+            match self.commit(std::slice::from_ref(&commit)).await {
+                Ok(results) => return self::answer(vec![answer], results),
+                Err(error) if error.is_retryable() => {
+                    tracing::warn!(%error, run_id = %commit.lease.run, "the commit of this run fails; the others go on");
+                }
+                Err(error) => {
+                    let _ = answer.send(Err(error.into()));
+                    return;
+                }
+            }
+            drop(permit);
+            lanes = &self.aside;
+            pause = (pause * 2).min(RETRY_LONGEST);
         }
+    }
+
+    /// The store refuses the batch for good: it holds a step that cannot be taken. It alone must fail.
+    fn refused(self: &Arc<Self>, commits: Vec<Commit>, answers: Vec<Answer>, error: StoreError) {
+        if commits.len() > 1 {
+            tracing::error!(%error, steps = commits.len(), "the store refused a batch; its steps are tried apart");
+            return self.split(commits, answers);
+        }
+        let error = Error::from(error);
+        for answer in answers {
+            let _ = answer.send(Err(error.clone()));
+        }
+    }
+}
+
+type Answer = tokio::sync::oneshot::Sender<Result<Committed, Error>>;
+
+fn answer(answers: Vec<Answer>, results: Vec<Committed>) {
+    for (answer, result) in answers.into_iter().zip(results) {
+        let _ = answer.send(Ok(result)); // An author who is gone was fenced.
     }
 }
 

@@ -84,11 +84,11 @@ pub(crate) fn respond(shared: &Shared, asked: Asked, version: Version) -> Result
     let body = if version == Version::HTTP_2 {
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(pump(chunks, sender, shared.config.request_timeout.0));
-        let received = stream::unfold(receiver, |mut receiver| async {
+        let pumped = stream::unfold(receiver, |mut receiver| async {
             let chunk = receiver.recv().await?;
             Some((chunk, receiver))
         });
-        Body::from_stream(received.map(Ok::<_, std::convert::Infallible>))
+        Body::from_stream(pumped.map(Ok::<_, std::convert::Infallible>))
     } else {
         Body::from_stream(chunks.map(Ok::<_, std::convert::Infallible>))
     };

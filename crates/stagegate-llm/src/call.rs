@@ -286,8 +286,14 @@ impl Caller {
         let flaw = match finish {
             Finish::Length => {
                 let limit = job.params.max_output_tokens.map_or("the provider's own".to_owned(), |n| n.to_string());
-                let message = format!("the answer was cut at the token limit (max_output_tokens = {limit})");
-                Some((Code::ProviderMalformed, message, true))
+                let cut = format!("the answer was cut at the token limit (max_output_tokens = {limit})");
+                if content.trim().is_empty() {
+                    // Nobody can be told to be briefer: the same request would end the same way, and be paid again.
+                    let message = format!("{cut} before a word was said: raise `params.max_output_tokens`");
+                    Some((Code::ProviderMalformed, message, false))
+                } else {
+                    Some((Code::ProviderMalformed, cut, true))
+                }
             }
             Finish::Refused => {
                 let message = "the model refused, or the provider filtered the prompt or the answer".to_owned();

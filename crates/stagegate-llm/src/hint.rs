@@ -125,15 +125,14 @@ async fn speak(line: Line, mut hints: mpsc::Receiver<Hint>) {
 }
 
 async fn say(line: &Line, connection: &mut Option<MultiplexedConnection>, hints: &[Hint]) -> Result<(), String> {
-    let connected = match connection {
-        Some(connected) => connected,
-        None => {
-            let settings = AsyncConnectionConfig::new()
-                .set_connection_timeout(Some(line.config.connect_timeout.0))
-                .set_response_timeout(Some(line.config.response_timeout.0));
-            let made = line.client.get_multiplexed_async_connection_with_config(&settings).await;
-            connection.insert(made.map_err(|error| describe(&error))?)
-        }
+    let connected = if let Some(connected) = connection {
+        connected
+    } else {
+        let settings = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(line.config.connect_timeout.0))
+            .set_response_timeout(Some(line.config.response_timeout.0));
+        let made = line.client.get_multiplexed_async_connection_with_config(&settings).await;
+        connection.insert(made.map_err(|error| describe(&error))?)
     };
     let mut publish = redis::cmd("PUBLISH");
     publish.arg(&line.channel).arg(encode(line.sender, hints));

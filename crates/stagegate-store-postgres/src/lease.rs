@@ -4,18 +4,23 @@
 //! A replica that was declared dead keeps its row, and every claim frees what such a replica still owns. So a run that
 //! it was given in the very moment of its death (its submit or claim had begun before) is found by the next claim.
 
-use std::collections::HashSet;
+use std::{
+    collections::HashSet,
+    sync::{Mutex, PoisonError},
+};
 
 use sqlx::{Row as _, postgres::PgRow};
 use stagegate_core::{
-    Epoch, ReplicaId, RunId, StoreResult,
-    store::{Heartbeat, Lease, Pulse, QueueStats, Snapshot},
+    Epoch, ReplicaId, RunId, StoreError, StoreResult, TenantId,
+    fair::{Share, Shares},
+    store::{Heartbeat, Lease, Pulse, Snapshot},
 };
 use uuid::Uuid;
 
 use crate::{
     error,
-    pool::Pool,
+    first::FirstAttempts,
+    pool::{Connection, Pool},
     rows::{self, Reader, attempt_columns, checkpoint_columns, run_columns, stage_columns},
 };
 
@@ -32,43 +37,17 @@ WITH beat AS (
 SELECT EXISTS (SELECT FROM beat) AS alive,
        ARRAY(SELECT r.id FROM runs r JOIN beat ON beat.id = r.owner WHERE r.signalled ORDER BY r.id) AS signalled";
 
-/// Takes runs that can go on.
-///
-/// - `lost`: replicas that are out of time are declared dead, each by one claimer.
-/// - `freed`: what dead replicas own can be claimed, by the next claim: this statement does not see its own changes.
-/// - `taken`: what can be claimed, for a replica that is alive. A run that another claimer holds is passed over. What
-///   is left of its signals is news to the new owner.
+/// Takes runs that can go on: one look at some of the lanes. What it does is told at the function (migration 0002).
 pub const CLAIM: &str = "/* runs.claim */
-WITH me AS (
-    SELECT id FROM replicas WHERE id = $1 AND dead_at IS NULL AND expires_at > now()
-), lost AS (
-    UPDATE replicas SET dead_at = now()
-    WHERE id IN (SELECT id FROM replicas WHERE dead_at IS NULL AND expires_at <= now() FOR UPDATE SKIP LOCKED)
-    RETURNING id
-), freed AS (
-    UPDATE runs SET owner = NULL, available_at = now()
-    WHERE id IN (
-        SELECT r.id
-        FROM (SELECT id FROM lost UNION SELECT id FROM replicas WHERE dead_at IS NOT NULL) dead
-        JOIN runs r ON r.owner = dead.id
-        FOR UPDATE OF r SKIP LOCKED
-    )
-    RETURNING id
-), due AS (
-    SELECT id FROM runs
-    WHERE available_at <= now() AND EXISTS (SELECT FROM me)
-    ORDER BY priority DESC, available_at, id
-    LIMIT $2
-    FOR UPDATE SKIP LOCKED
-), taken AS (
-    UPDATE runs r SET owner = $1, epoch = r.epoch + 1, available_at = NULL, signalled = r.pending > 0
-    FROM due WHERE r.id = due.id
-    RETURNING r.id, r.epoch, r.priority, r.created_at
-)
-SELECT t.id, t.epoch, f.freed, f.lost
-FROM (SELECT (SELECT count(*) FROM freed) AS freed, (SELECT count(*) FROM lost) AS lost) f
-LEFT JOIN taken t ON true
-ORDER BY t.priority DESC, t.created_at, t.id";
+SELECT ids, epochs, freed, lost, last_tenant, last_lane
+FROM claim_runs_2($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)";
+
+/// How many lanes one look covers. They are found and read in some ten microseconds each; the next look goes on there.
+const LANES_MAX: i32 = 512;
+/// How many runs of dead replicas one look frees at most: a few milliseconds of work.
+const FREE_MAX: i32 = 500;
+/// How many runs one look takes at most.
+const TAKE_MAX: u32 = 500;
 
 /// Forgets replicas that died long ago and own nothing. Should one of them wake up after all, it is a new one to us; what
 /// it still believes to own is stale.
@@ -89,7 +68,7 @@ pub const LOAD: &str = concat!(
     checkpoint_columns!(),
     ", c.output AS c_output, ",
     attempt_columns!(),
-    ", r.epoch,
+    ", r.epoch, r.first_attempts::text AS first_attempts,
      CASE WHEN row_number() OVER (PARTITION BY r.id ORDER BY s.stage_id) = 1 THEN p.input END AS input
      FROM unnest($1::uuid[], $2::int8[]) AS l(run_id, epoch)
      JOIN runs r ON r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL
@@ -118,20 +97,6 @@ WITH gone AS (
 )
 UPDATE runs SET owner = NULL, available_at = now() WHERE owner = $1";
 
-/// How much waits and works.
-pub const QUEUE: &str = "/* runs.queue */
-SELECT count(*) FILTER (WHERE available_at <= now() OR lost) AS queued,
-       count(*) FILTER (WHERE owner IS NOT NULL AND NOT lost) AS running,
-       count(*) FILTER (WHERE owner IS NULL AND (available_at IS NULL OR available_at > now())) AS waiting,
-       coalesce(greatest(0, extract(epoch FROM
-           now() - min(available_at) FILTER (WHERE available_at <= now())) * 1000), 0)::int8 AS oldest_ms
-FROM (
-    SELECT r.owner, r.available_at,
-           r.owner IS NOT NULL AND (p.id IS NULL OR p.dead_at IS NOT NULL OR p.expires_at <= now()) AS lost
-    FROM runs r LEFT JOIN replicas p ON p.id = r.owner
-    WHERE r.state IN ('queued', 'running', 'waiting')
-) active";
-
 pub(crate) async fn heartbeat(pool: &Pool, beat: &Heartbeat) -> StoreResult<Pulse> {
     let query = sqlx::query(HEARTBEAT)
         .bind(beat.replica.0)
@@ -146,41 +111,90 @@ pub(crate) async fn heartbeat(pool: &Pool, beat: &Heartbeat) -> StoreResult<Puls
     Ok(Pulse { alive: read.get("alive")?, signalled: signalled.into_iter().map(RunId).collect() })
 }
 
-pub(crate) async fn claim(pool: &Pool, replica: ReplicaId, limit: u32) -> StoreResult<Vec<Lease>> {
+/// Where the next look at the lanes begins; only a hint, so that all lanes get their turn where they are too many for one
+/// look.
+pub(crate) type Turn = Mutex<Option<(String, String)>>;
+
+pub(crate) async fn claim(
+    pool: &Pool,
+    turn: &Turn,
+    replica: ReplicaId,
+    limit: u32,
+    shares: &Shares,
+) -> StoreResult<Vec<Lease>> {
     let mut connection = pool.acquire("runs.claim").await?;
-    let mut leases = Vec::new();
+    let mut after = turn.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut leases: Vec<Lease> = Vec::new();
     loop {
-        let room = i64::from(limit) - i64::try_from(leases.len()).unwrap_or(i64::MAX);
-        let query = sqlx::query(CLAIM).bind(replica.0).bind(room.max(0));
-        let found = connection.rows("runs.claim", query).await?;
-        let (mut freed, mut lost) = (0, 0);
-        for row in &found {
-            let claimed = claimed(row).map_err(|failure| error::statement("runs.claim", &failure))?;
-            leases.extend(claimed.lease);
-            (freed, lost) = (claimed.freed, claimed.lost);
-        }
-        if lost > 0 {
+        let room = limit.saturating_sub(u32::try_from(leases.len()).unwrap_or(u32::MAX)).min(TAKE_MAX);
+        let look = look(&mut connection, replica, room, shares, after.as_ref()).await?;
+        if look.lost > 0 {
             connection.rows("replicas.forget", sqlx::query(FORGET)).await?;
         }
-        // What was freed can be claimed now; what is freed is never freed again, so that this ends.
-        if freed == 0 || leases.len() >= limit as usize {
-            return Ok(leases);
+        let took = u32::try_from(look.leases.len()).unwrap_or(u32::MAX);
+        leases.extend(look.leases);
+        let from_the_first = after.is_none();
+        let filled = took == room && (leases.len() < limit as usize);
+        let fruitless = leases.is_empty() && limit > 0;
+        match look.last {
+            // More can be had of these lanes, or at least be freed. What is freed is never freed again: this ends.
+            _ if filled || look.freed == FREE_MAX => {}
+            Some(last) if fruitless => after = Some(last),
+            // The end of the lanes: on from the first one, so that a claim which takes none has seen all of them.
+            None if fruitless && (!from_the_first || look.freed > 0) => after = None,
+            next => {
+                *turn.lock().unwrap_or_else(PoisonError::into_inner) = next;
+                return Ok(leases);
+            }
         }
     }
 }
 
-/// A row of [`CLAIM`]: a lease where one was taken, and the same counts in each.
-struct Claimed {
-    lease: Option<Lease>,
-    freed: i64,
-    lost: i64,
+/// What one look found.
+struct Look {
+    leases: Vec<Lease>,
+    freed: i32,
+    lost: i32,
+    /// The last lane that was looked at, where there are more.
+    last: Option<(String, String)>,
 }
 
-fn claimed(row: &PgRow) -> Result<Claimed, sqlx::Error> {
-    let run: Option<Uuid> = row.try_get("id")?;
-    let epoch: Option<i64> = row.try_get("epoch")?;
-    let lease = run.zip(epoch).map(|(run, epoch)| Lease { run: RunId(run), epoch: Epoch(epoch) });
-    Ok(Claimed { lease, freed: row.try_get("freed")?, lost: row.try_get("lost")? })
+async fn look(
+    connection: &mut Connection,
+    replica: ReplicaId,
+    limit: u32,
+    shares: &Shares,
+    after: Option<&(String, String)>,
+) -> StoreResult<Look> {
+    let (tenant, lane) = after.map_or(("", ""), |(tenant, lane)| (tenant.as_str(), lane.as_str()));
+    let most = |share: &Share| share.max_runs.map(rows::small);
+    let query = sqlx::query(CLAIM)
+        .bind(replica.0)
+        .bind(rows::small(limit))
+        .bind(shares.named.keys().map(TenantId::as_str).collect::<Vec<_>>())
+        .bind(shares.named.values().map(|share| rows::small(share.weight)).collect::<Vec<_>>())
+        .bind(shares.named.values().map(most).collect::<Vec<_>>())
+        .bind(rows::small(shares.default.weight))
+        .bind(most(&shares.default))
+        .bind(tenant)
+        .bind(lane)
+        .bind(LANES_MAX)
+        .bind(FREE_MAX);
+    let found = connection.row("runs.claim", query).await?;
+    let row = found.ok_or_else(|| StoreError::Defect("runs.claim: no answer".into()))?;
+    claimed(&row).map_err(|failure| error::statement("runs.claim", &failure))
+}
+
+fn claimed(row: &PgRow) -> Result<Look, sqlx::Error> {
+    let (ids, epochs): (Vec<Uuid>, Vec<i64>) = (row.try_get("ids")?, row.try_get("epochs")?);
+    let lease = |(id, epoch)| Lease { run: RunId(id), epoch: Epoch(epoch) };
+    let last: (Option<String>, Option<String>) = (row.try_get("last_tenant")?, row.try_get("last_lane")?);
+    Ok(Look {
+        leases: ids.into_iter().zip(epochs).map(lease).collect(),
+        freed: row.try_get("freed")?,
+        lost: row.try_get("lost")?,
+        last: last.0.zip(last.1),
+    })
 }
 
 pub(crate) async fn owned(pool: &Pool, replica: ReplicaId) -> StoreResult<Vec<Lease>> {
@@ -204,10 +218,12 @@ pub(crate) async fn load(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<Snaps
     let found = pool.acquire("runs.load").await?.rows("runs.load", query).await?;
     // The rows come run by run.
     let mut snapshots: Vec<Snapshot> = Vec::with_capacity(distinct.len());
+    let mut first_attempts = Vec::with_capacity(distinct.len());
     for row in &found {
         let id = rows::id(row, "id", "runs")?;
         let read = Reader::new(row, "runs", id);
         if snapshots.last().is_none_or(|snapshot| snapshot.lease.run.0 != id) {
+            first_attempts.push((FirstAttempts::read(&read)?, read));
             snapshots.push(Snapshot {
                 lease: Lease { run: RunId(id), epoch: Epoch(read.get("epoch")?) },
                 run: rows::run(row)?,
@@ -221,6 +237,10 @@ pub(crate) async fn load(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<Snaps
         snapshot.checkpoints.extend(rows::checkpoint(read)?.map(|checkpoint| (stage.id.clone(), checkpoint)));
         snapshot.last_attempts.extend(rows::attempt(read)?.map(|attempt| (stage.id.clone(), attempt)));
         snapshot.stages.push(stage);
+    }
+    for (snapshot, (first, read)) in snapshots.iter_mut().zip(first_attempts) {
+        let started = first.without(&read, &snapshot.stages)?;
+        snapshot.stages.extend(started);
     }
     Ok(snapshots)
 }
@@ -240,16 +260,4 @@ pub(crate) async fn leave(pool: &Pool, replica: ReplicaId) -> StoreResult<()> {
     let mut connection = pool.acquire("replicas.leave").await?;
     connection.rows("replicas.leave", query).await?;
     connection.rows("replicas.forget", sqlx::query(FORGET)).await.map(|_| ())
-}
-
-pub(crate) async fn queue(pool: &Pool) -> StoreResult<QueueStats> {
-    let row = pool.acquire("runs.queue").await?.row("runs.queue", sqlx::query(QUEUE)).await?;
-    let Some(row) = row else { return Ok(QueueStats::default()) };
-    let read = Reader::new(&row, "runs", Uuid::nil());
-    Ok(QueueStats {
-        queued: read.seq("queued")?,
-        running: read.seq("running")?,
-        waiting: read.seq("waiting")?,
-        oldest_queued_ms: read.seq("oldest_ms")?,
-    })
 }

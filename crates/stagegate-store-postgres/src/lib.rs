@@ -7,22 +7,27 @@
 mod commit;
 pub mod config;
 mod error;
+mod first;
+mod gauges;
 mod keys;
 mod lease;
 mod migrate;
 mod pipelines;
 mod pool;
 mod read;
+mod retention;
 mod rows;
 mod shared;
 mod signal;
 pub mod statements;
 mod submit;
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Event, KeyId, PipelineName, ReplicaId, RunId, Secret, StageId, Store, StoreError, StoreResult, TenantId,
+    Event, KeyId, PipelineName, ReplicaId, RunId, Secret, StageId, Store, StoreResult, TenantId,
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal, NewVersion,
@@ -41,12 +46,13 @@ use pool::Pool;
 #[derive(Debug, Clone)]
 pub struct PostgresStore {
     pool: Pool,
+    turn: Arc<lease::Turn>,
 }
 
 impl PostgresStore {
     /// Connects, so that a wrong address is told at once. Does not look at the schema.
     pub async fn connect(url: &Secret, pool: &PoolConfig, metrics: Metrics) -> StoreResult<Self> {
-        Ok(Self { pool: Pool::connect(url, pool, metrics).await? })
+        Ok(Self { pool: Pool::connect(url, pool, metrics).await?, turn: Arc::default() })
     }
 
     /// Applies the migrations that are missing. Safe when several replicas start at once.
@@ -54,7 +60,7 @@ impl PostgresStore {
         migrate::migrate(&self.pool).await
     }
 
-    /// Whether the database's schema is exactly the one that this binary needs.
+    /// Whether this binary can work on the database's schema: its own, or a newer one that says so.
     pub async fn check_schema(&self) -> StoreResult<()> {
         migrate::check(&self.pool).await
     }
@@ -141,8 +147,8 @@ impl Store for PostgresStore {
         lease::heartbeat(&self.pool, beat).await
     }
 
-    async fn claim(&self, replica: ReplicaId, limit: u32, _: &Shares) -> StoreResult<Vec<Lease>> {
-        lease::claim(&self.pool, replica, limit).await
+    async fn claim(&self, replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>> {
+        lease::claim(&self.pool, &self.turn, replica, limit, shares).await
     }
 
     async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>> {
@@ -154,14 +160,7 @@ impl Store for PostgresStore {
     }
 
     async fn signals(&self, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {
-        let mut found = Vec::new();
-        for lease in leases {
-            let signals = signal::signals(&self.pool, *lease).await?;
-            if !signals.is_empty() {
-                found.push((lease.run, signals));
-            }
-        }
-        Ok(found)
+        signal::signals(&self.pool, leases).await
     }
 
     async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
@@ -177,35 +176,35 @@ impl Store for PostgresStore {
     }
 
     async fn queue(&self) -> StoreResult<QueueStats> {
-        lease::queue(&self.pool).await
+        gauges::queue(&self.pool).await
     }
 
-    async fn news(&self, _: &[(RunId, u64)], _: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
-        Err(StoreError::Defect("news: not built yet".into()))
+    async fn news(&self, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
+        read::news(&self.pool, seen, limit).await
     }
 
-    async fn backlog(&self, _: Option<&TenantId>) -> StoreResult<Vec<Backlog>> {
-        Err(StoreError::Defect("backlog: not built yet".into()))
+    async fn backlog(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<Backlog>> {
+        gauges::backlog(&self.pool, tenant).await
     }
 
     async fn depths(&self) -> StoreResult<Vec<(TenantId, u64)>> {
-        Err(StoreError::Defect("depths: not built yet".into()))
+        gauges::depths(&self.pool).await
     }
 
-    async fn replicas(&self, _: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
-        Err(StoreError::Defect("replicas: not built yet".into()))
+    async fn replicas(&self, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
+        gauges::replicas(&self.pool, tenant).await
     }
 
-    async fn kept(&self, _: Option<RunId>, _: DateTime<Utc>, _: u32) -> StoreResult<Vec<Kept>> {
-        Err(StoreError::Defect("kept: not built yet".into()))
+    async fn kept(&self, after: Option<RunId>, created_before: DateTime<Utc>, limit: u32) -> StoreResult<Vec<Kept>> {
+        retention::kept(&self.pool, after, created_before, limit).await
     }
 
-    async fn purge(&self, _: &[RunId], _: DateTime<Utc>) -> StoreResult<u64> {
-        Err(StoreError::Defect("purge: not built yet".into()))
+    async fn purge(&self, runs: &[RunId], now: DateTime<Utc>) -> StoreResult<u64> {
+        retention::purge(&self.pool, runs, now).await
     }
 
-    async fn delete(&self, _: &[RunId]) -> StoreResult<Vec<RunId>> {
-        Err(StoreError::Defect("delete: not built yet".into()))
+    async fn delete(&self, runs: &[RunId]) -> StoreResult<Vec<RunId>> {
+        retention::delete(&self.pool, runs).await
     }
 
     async fn create_key(&self, key: &NewApiKey) -> StoreResult<()> {

@@ -3,6 +3,7 @@
 use sqlx::{
     Row as _,
     migrate::{MigrateError, Migrator},
+    postgres::PgRow,
 };
 use stagegate_core::{StoreError, StoreResult};
 
@@ -18,8 +19,13 @@ pub(crate) fn needed() -> i64 {
 
 /// Applies what is missing. An advisory lock makes replicas that start at once wait for each other.
 pub(crate) async fn migrate(pool: &Pool) -> StoreResult<()> {
+    // A newer binary may have migrated beyond us. Where its schema suits us there is nothing to do for us, else we say so
+    // before we touch anything.
+    foreign(pool).await?;
+    let mut migrator = Migrator { migrations: MIGRATIONS.migrations.clone(), ..Migrator::DEFAULT };
+    migrator.set_ignore_missing(true);
     let patient = pool.patient();
-    let result = MIGRATIONS.run(&patient).await;
+    let result = migrator.run(&patient).await;
     patient.close().await;
     result.map_err(|failure| match failure {
         MigrateError::Execute(failure) => error::statement("migrate", &failure),
@@ -39,32 +45,68 @@ fn changed(version: i64) -> StoreError {
 }
 
 fn unknown(version: i64) -> StoreError {
-    StoreError::SchemaAhead(format!("migration {version} was applied by a newer version, this binary does not know it"))
+    StoreError::SchemaAhead(format!(
+        "migration {version} was applied by a newer version, which does not say that this one can work beside it"
+    ))
 }
 
-/// Whether the database has every migration of this binary, unchanged, and no other.
-pub(crate) async fn check(pool: &Pool) -> StoreResult<()> {
-    let mut connection = pool.acquire("schema.check").await?;
+/// A migration that was applied.
+struct Applied {
+    version: i64,
+    checksum: Vec<u8>,
+}
+
+/// What was applied.
+async fn applied(pool: &Pool) -> StoreResult<Vec<Applied>> {
     // schema.check: every applied migration.
     let query = sqlx::query("/* schema.check */ SELECT version, checksum FROM _sqlx_migrations ORDER BY version");
-    let applied = match connection.rows("schema.check", query).await {
-        Ok(rows) => rows,
-        // undefined_table: nobody ever migrated it.
-        Err(StoreError::Defect(message)) if message.contains("42P01") => Vec::new(),
-        Err(other) => return Err(other),
-    };
-    let mut found = 0;
-    for row in &applied {
-        let decoded = (|| Ok((row.try_get::<i64, _>("version")?, row.try_get::<Vec<u8>, _>("checksum")?)))();
-        let (version, checksum) = decoded.map_err(|failure: sqlx::Error| error::statement("schema.check", &failure))?;
-        match MIGRATIONS.iter().find(|migration| migration.version == version) {
-            None => return Err(unknown(version)),
-            Some(migration) if *migration.checksum != *checksum => return Err(changed(version)),
-            Some(_) => found = version,
-        }
+    let found = unless_missing(pool.acquire("schema.check").await?.rows("schema.check", query).await)?;
+    let read = |row: &PgRow| Ok(Applied { version: row.try_get("version")?, checksum: row.try_get("checksum")? });
+    let decoded = found.iter().map(read).collect::<Result<_, sqlx::Error>>();
+    decoded.map_err(|failure| error::statement("schema.check", &failure))
+}
+
+/// Nothing, where the table is not there: nobody ever migrated that far.
+fn unless_missing(answer: StoreResult<Vec<PgRow>>) -> StoreResult<Vec<PgRow>> {
+    match answer {
+        // undefined_table
+        Err(StoreError::Defect(message)) if message.contains("42P01") => Ok(Vec::new()),
+        other => other,
     }
-    if applied.len() < MIGRATIONS.iter().count() {
-        return Err(StoreError::SchemaBehind { found, needed: needed() });
+}
+
+/// Refuses migrations that this binary does not know, unless they say that it can work beside them.
+async fn foreign(pool: &Pool) -> StoreResult<Vec<Applied>> {
+    let applied = applied(pool).await?;
+    let known = |version: i64| MIGRATIONS.iter().any(|migration| migration.version == version);
+    let foreign: Vec<i64> = applied.iter().map(|each| each.version).filter(|version| !known(*version)).collect();
+    if foreign.is_empty() {
+        return Ok(applied);
+    }
+    // schema.compat: what suits a binary of our age.
+    let sql = "/* schema.compat */ SELECT migration FROM schema_compat WHERE oldest_binary <= $1";
+    let query = sqlx::query(sql).bind(needed());
+    let found = unless_missing(pool.acquire("schema.compat").await?.rows("schema.compat", query).await)?;
+    let suits = found.iter().map(|row| row.try_get("migration")).collect::<Result<Vec<i64>, _>>();
+    let suits = suits.map_err(|failure| error::statement("schema.compat", &failure))?;
+    match foreign.into_iter().find(|version| !suits.contains(version)) {
+        Some(version) => Err(unknown(version)),
+        None => Ok(applied),
+    }
+}
+
+/// Whether the database has every migration of this binary, unchanged, and no other that does not suit it.
+pub(crate) async fn check(pool: &Pool) -> StoreResult<()> {
+    let applied = foreign(pool).await?;
+    let mut found = 0;
+    for ours in MIGRATIONS.iter() {
+        let Some(theirs) = applied.iter().find(|each| each.version == ours.version) else {
+            return Err(StoreError::SchemaBehind { found, needed: needed() });
+        };
+        if *theirs.checksum != *ours.checksum {
+            return Err(changed(ours.version));
+        }
+        found = ours.version;
     }
     Ok(())
 }

@@ -3,10 +3,11 @@
 use sqlx::{Postgres, QueryBuilder, postgres::PgRow};
 use stagegate_core::{
     Event, EventKind, RunId, RunState, StageId, StoreResult, TenantId,
-    store::{RunDetail, RunQuery, RunRecord, StageDetail},
+    store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
 };
 
 use crate::{
+    first::FirstAttempts,
     pool::Pool,
     rows::{self, Reader, attempt_columns, checkpoint_columns, run_columns, stage_columns},
 };
@@ -24,7 +25,7 @@ pub const RUN: &str = concat!(
     run_columns!(),
     ", ",
     stage_columns!(),
-    ", p.input, p.output
+    ", p.input, p.output, r.first_attempts::text AS first_attempts
      FROM runs r
      LEFT JOIN stages s ON s.run_id = r.id
      LEFT JOIN run_payloads p
@@ -41,11 +42,19 @@ pub const STAGE: &str = concat!(
     checkpoint_columns!(),
     ", ",
     attempt_columns!(),
-    ", CASE WHEN row_number() OVER (ORDER BY a.number) = 1 THEN c.output END AS c_output
-     FROM stages s
+    ", CASE WHEN row_number() OVER (ORDER BY a.number) = 1 THEN c.output END AS c_output,
+     r.first_attempts::text AS first_attempts
+     FROM runs r
+     LEFT JOIN stages s ON s.run_id = r.id AND s.stage_id = $2
      LEFT JOIN checkpoints c ON c.run_id = s.run_id AND c.stage_id = s.stage_id
-     LEFT JOIN attempts a ON a.run_id = s.run_id AND a.stage_id = s.stage_id
-     WHERE s.run_id = $1 AND s.stage_id = $2 AND s.tenant = $3
+     LEFT JOIN LATERAL (
+         SELECT number, started_at, finished_at, verdict, body, output FROM attempts
+         WHERE run_id = s.run_id AND stage_id = s.stage_id
+         UNION ALL
+         SELECT c.attempt, c.attempt_started_at, c.attempt_finished_at, c.attempt_verdict, c.attempt_body, NULL
+         WHERE c.attempt_body IS NOT NULL
+     ) a ON true
+     WHERE r.id = $1 AND r.tenant = $3
      ORDER BY a.number"
 );
 
@@ -65,11 +74,15 @@ pub(crate) async fn run(pool: &Pool, tenant: &TenantId, id: RunId) -> StoreResul
     let Some(first) = found.first() else { return Ok(None) };
     let payloads = Reader::new(first, "run_payloads", id.0);
     let stages = found.iter().map(|row| rows::stage(Reader::new(row, "stages", id.0)));
+    let mut stages: Vec<StageRecord> = stages.filter_map(Result::transpose).collect::<StoreResult<_>>()?;
+    let read = Reader::new(first, "runs", id.0);
+    let started = FirstAttempts::read(&read)?.without(&read, &stages)?;
+    stages.extend(started);
     Ok(Some(RunDetail {
         run: rows::run(first)?,
         input: payloads.json("input")?,
         output: payloads.maybe_json("output")?,
-        stages: stages.filter_map(Result::transpose).collect::<StoreResult<_>>()?,
+        stages,
     }))
 }
 
@@ -140,7 +153,12 @@ pub(crate) async fn stage(
     let found = pool.acquire("stages.read").await?.rows("stages.read", query).await?;
     let Some(first) = found.first() else { return Ok(None) };
     let read = Reader::new(first, "stages", run.0);
-    let Some(stage) = rows::stage(read)? else { return Ok(None) };
+    let Some(stage) = rows::stage(read)? else {
+        let of_run = Reader::new(first, "runs", run.0);
+        let started = FirstAttempts::read(&of_run)?.without(&of_run, &[])?;
+        let found = started.into_iter().find(|started| started.id == *stage);
+        return Ok(found.map(|stage| StageDetail { stage, checkpoint: None, attempts: Vec::new() }));
+    };
     let attempts = found.iter().map(|row| rows::attempt(Reader::new(row, "attempts", run.0)));
     Ok(Some(StageDetail {
         stage,
@@ -159,6 +177,36 @@ pub(crate) async fn events(
     let query = sqlx::query(EVENTS).bind(run.0).bind(tenant.as_str()).bind(rows::integer(after)).bind(i64::from(limit));
     let found = pool.acquire("events.read").await?.rows("events.read", query).await?;
     found.iter().map(|row| event(row, run)).collect()
+}
+
+/// The events of many runs: a probe each for those that have none.
+pub const NEWS: &str = "/* events.news */
+SELECT e.run_id, e.seq, e.at, e.body FROM unnest($1::uuid[], $2::int8[]) AS s(run_id, after)
+CROSS JOIN LATERAL (
+    SELECT run_id, seq, at, body FROM events e
+    WHERE e.run_id = s.run_id AND e.seq > s.after ORDER BY e.run_id, e.seq LIMIT $3
+) e";
+
+pub(crate) async fn news(pool: &Pool, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
+    if seen.is_empty() {
+        return Ok(Vec::new());
+    }
+    let query = sqlx::query(NEWS)
+        .bind(seen.iter().map(|(run, _)| run.0).collect::<Vec<_>>())
+        .bind(seen.iter().map(|(_, seq)| rows::integer(*seq)).collect::<Vec<_>>())
+        .bind(i64::from(limit));
+    let found = pool.acquire("events.news").await?.rows("events.news", query).await?;
+    // The rows come run by run, each run's in order.
+    let mut news: Vec<(RunId, Vec<Event>)> = Vec::new();
+    for row in &found {
+        let run = RunId(rows::id(row, "run_id", "events")?);
+        let event = event(row, run)?;
+        match news.last_mut().filter(|(last, _)| *last == run) {
+            Some((_, events)) => events.push(event),
+            None => news.push((run, vec![event])),
+        }
+    }
+    Ok(news)
 }
 
 fn event(row: &PgRow, run: RunId) -> StoreResult<Event> {

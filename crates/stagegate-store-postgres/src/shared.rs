@@ -1,5 +1,5 @@
 //! What [`crate::submit::SUBMIT`] and [`crate::commit::COMMIT`] both write: stages and events. Their parameters are the
-//! first eighteen of both statements, so that the pieces of SQL can be shared.
+//! first nineteen of both statements, so that the pieces of SQL can be shared.
 
 use stagegate_core::{Event, StoreResult, store::StageRecord};
 use uuid::Uuid;
@@ -9,24 +9,43 @@ use crate::{
     rows::{self, Time},
 };
 
-/// Inserts stages of the runs in the statement's `target`. Totals come as one array, eleven numbers a stage.
+/// The stages that are given for the runs in the statement's `target`, and whether each has its row, which is told
+/// by this expression. Totals come as one array, eleven numbers a stage.
+macro_rules! stages_given {
+    ($there:literal) => {
+        concat!(
+        "SELECT run.id AS run_id, run.tenant, t.stage_id, t.state, t.attempt, t.round_start, t.not_before, t.verdict,
+                t.score, t.model, t.origin, t.failure, t.started_at, t.finished_at,
+                ($14::int8[])[t.i * 11 - 10] AS input_tokens, ($14::int8[])[t.i * 11 - 9] AS cache_read_tokens,
+                ($14::int8[])[t.i * 11 - 8] AS cache_write_tokens, ($14::int8[])[t.i * 11 - 7] AS output_tokens,
+                ($14::int8[])[t.i * 11 - 6] AS reasoning_tokens, ($14::int8[])[t.i * 11 - 5] <> 0 AS usage_estimated,
+                ($14::int8[])[t.i * 11 - 4] AS cost_nanos, ($14::int8[])[t.i * 11 - 3] AS saved_nanos,
+                ($14::int8[])[t.i * 11 - 2]::int4 AS calls, ($14::int8[])[t.i * 11 - 1]::int4 AS hits,
+                ($14::int8[])[t.i * 11]::int4 AS unpriced_calls, t.fresh,
+                ",
+        $there,
+        " AS there
+         FROM unnest($1::uuid[], $2::text[], $3::text[], $4::int4[], $5::int4[], $6::timestamptz[], $7::text[],
+                     $8::float8[], $9::text[], $10::text[], $11::text[], $12::timestamptz[], $13::timestamptz[],
+                     $15::bool[])
+             WITH ORDINALITY AS t(run_id, stage_id, state, attempt, round_start, not_before, verdict, score, model,
+                                  origin, failure, started_at, finished_at, fresh, i)
+         JOIN target run ON run.id = t.run_id AND run.started"
+        )
+    };
+}
+
+/// Inserts stages; to be followed by where they are given, and which of them.
 macro_rules! insert_stages {
     () => {
         "INSERT INTO stages (
              run_id, tenant, stage_id, state, attempt, round_start, not_before, verdict, score, model, origin, failure,
              started_at, finished_at, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens,
              reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls)
-         SELECT run.id, run.tenant, t.stage_id, t.state, t.attempt, t.round_start, t.not_before, t.verdict, t.score,
-                t.model, t.origin, t.failure, t.started_at, t.finished_at,
-                ($14::int8[])[t.i * 11 - 10], ($14::int8[])[t.i * 11 - 9], ($14::int8[])[t.i * 11 - 8],
-                ($14::int8[])[t.i * 11 - 7], ($14::int8[])[t.i * 11 - 6], ($14::int8[])[t.i * 11 - 5] <> 0,
-                ($14::int8[])[t.i * 11 - 4], ($14::int8[])[t.i * 11 - 3], ($14::int8[])[t.i * 11 - 2]::int4,
-                ($14::int8[])[t.i * 11 - 1]::int4, ($14::int8[])[t.i * 11]::int4
-         FROM unnest($1::uuid[], $2::text[], $3::text[], $4::int4[], $5::int4[], $6::timestamptz[], $7::text[],
-                     $8::float8[], $9::text[], $10::text[], $11::text[], $12::timestamptz[], $13::timestamptz[])
-             WITH ORDINALITY AS t(run_id, stage_id, state, attempt, round_start, not_before, verdict, score, model,
-                                  origin, failure, started_at, finished_at, i)
-         JOIN target run ON run.id = t.run_id AND run.started"
+         SELECT run_id, tenant, stage_id, state, attempt, round_start, not_before, verdict, score, model, origin, failure,
+                started_at, finished_at, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens,
+                reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls
+         FROM"
     };
 }
 
@@ -35,14 +54,14 @@ macro_rules! insert_events {
     () => {
         "INSERT INTO events (run_id, tenant, seq, at, body)
          SELECT run.id, run.tenant, t.seq, t.at, t.body
-         FROM unnest($15::uuid[], $16::int8[], $17::timestamptz[], $18::text[]) AS t(run_id, seq, at, body)
+         FROM unnest($16::uuid[], $17::int8[], $18::timestamptz[], $19::text[]) AS t(run_id, seq, at, body)
          JOIN target run ON run.id = t.run_id AND t.seq <= run.last_seq"
     };
 }
 
-pub(crate) use {insert_events, insert_stages};
+pub(crate) use {insert_events, insert_stages, stages_given};
 
-/// Parameters $1 to $14.
+/// Parameters $1 to $15.
 #[derive(Default)]
 pub(crate) struct StageColumns<'a> {
     runs: Vec<Uuid>,
@@ -59,10 +78,12 @@ pub(crate) struct StageColumns<'a> {
     started: Vec<Option<Time>>,
     finished: Vec<Option<Time>>,
     totals: Vec<i64>,
+    fresh: Vec<bool>,
 }
 
 impl<'a> StageColumns<'a> {
-    pub(crate) fn push(&mut self, run: Uuid, stage: &'a StageRecord) -> StoreResult<()> {
+    /// A fresh stage is kept on its run's row; where it has a row of its own, that is written.
+    pub(crate) fn push(&mut self, run: Uuid, stage: &'a StageRecord, fresh: bool) -> StoreResult<()> {
         self.runs.push(run);
         self.ids.push(stage.id.as_str());
         self.states.push(stage.state.as_str());
@@ -77,6 +98,7 @@ impl<'a> StageColumns<'a> {
         self.started.push(stage.started_at);
         self.finished.push(stage.finished_at);
         self.totals.extend(rows::totals_numbers(&stage.totals));
+        self.fresh.push(fresh);
         Ok(())
     }
 
@@ -96,10 +118,11 @@ impl<'a> StageColumns<'a> {
             .bind(self.started)
             .bind(self.finished)
             .bind(self.totals)
+            .bind(self.fresh)
     }
 }
 
-/// Parameters $15 to $18.
+/// Parameters $16 to $19.
 #[derive(Default)]
 pub(crate) struct EventColumns {
     runs: Vec<Uuid>,
@@ -113,7 +136,7 @@ impl EventColumns {
         self.runs.push(run);
         self.seqs.push(rows::integer(event.seq));
         self.times.push(event.at);
-        self.bodies.push(rows::to_json("an event", &event.kind)?);
+        self.bodies.push(rows::lean(rows::to_json("an event", &event.kind)?));
         Ok(())
     }
 

@@ -1,10 +1,12 @@
 //! Signals. Whoever leaves one locks the run's row first and changes it in the same transaction: so an owner that
 //! parks the run, or reads its signals, comes before (and the row says that the run must be woken) or after (and sees it).
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgRow;
 use stagegate_core::{
-    ReplicaId, RunState, StageId, StageState, StoreResult,
+    ReplicaId, RunId, RunState, StageId, StageState, StoreResult,
     store::{Lease, NewSignal, Signal, SignalKind, Signalled},
 };
 
@@ -15,14 +17,15 @@ use crate::{
 
 /// Locks a run of a tenant.
 const LOCK: &str = "/* signals.lock */
-SELECT state, owner, cancel_requested FROM runs WHERE id = $1 AND tenant = $2 FOR NO KEY UPDATE";
+SELECT state, owner, cancel_requested, purged_at IS NOT NULL AS purged FROM runs WHERE id = $1 AND tenant = $2 FOR NO KEY UPDATE";
 
-/// A stage's state, and whether a decision on it is pending.
+/// A stage's state, and whether a decision on it is pending. One in its first attempt may have no row.
 const HELD: &str = "/* signals.held */
-SELECT s.state, EXISTS (
+SELECT coalesce(s.state, 'running') AS state, EXISTS (
     SELECT FROM signals g WHERE g.run_id = $1 AND g.stage_id = $2
 ) AS decided
-FROM stages s WHERE s.run_id = $1 AND s.stage_id = $2";
+FROM runs r LEFT JOIN stages s ON s.run_id = r.id AND s.stage_id = $2
+WHERE r.id = $1 AND (s.state IS NOT NULL OR r.first_attempts ? $2)";
 
 /// Leaves a signal on a locked run that is under way, and wakes it where it is parked.
 const LEAVE: &str = "/* signals.leave */
@@ -49,12 +52,8 @@ UPDATE runs SET
     cancel_requested = false, failure = NULL, finished_at = NULL, deadline_at = $4
 WHERE id = $1";
 
-/// Clears the mark of a leased run.
-const SEEN: &str = "/* signals.seen */
-UPDATE runs SET signalled = false WHERE id = $1 AND epoch = $2 AND owner IS NOT NULL RETURNING id";
-
-/// The signals of a run.
-const READ: &str = "/* signals.read */ SELECT id, body FROM signals WHERE run_id = $1 ORDER BY id";
+/// Clears the marks of leased runs, and reads their signals after that; the function is migration 0002's.
+pub const READ: &str = "/* signals.read */ SELECT run_id, id, body FROM read_signals_2($1, $2)";
 
 /// What a signal's `body` holds.
 #[derive(Serialize, Deserialize)]
@@ -85,6 +84,9 @@ async fn on_locked(connection: &mut Connection, new: &NewSignal, run: &PgRow) ->
         SignalKind::Retry { deadline_at } => {
             if !state.is_terminal() || state == RunState::Succeeded {
                 return Ok(Signalled::WrongRunState(state));
+            }
+            if read.get("purged")? {
+                return Ok(Signalled::Purged);
             }
             reopen(connection, new, *deadline_at).await?;
             return Ok(Signalled::Accepted { owner: None });
@@ -133,20 +135,26 @@ fn body(new: &NewSignal) -> StoreResult<String> {
     rows::to_json("a signal", &Body { kind: new.kind.clone(), by: new.by.clone() })
 }
 
-/// Two statements, because one would clear the mark of a signal that it does not see yet.
-pub(crate) async fn signals(pool: &Pool, lease: Lease) -> StoreResult<Vec<Signal>> {
-    let mut connection = pool.acquire("signals.read").await?;
-    connection.begin().await?;
-    let seen = sqlx::query(SEEN).bind(lease.run.0).bind(lease.epoch.0);
-    let found = match connection.row("signals.seen", seen).await? {
-        Some(_) => connection.rows("signals.read", sqlx::query(READ).bind(lease.run.0)).await?,
-        None => Vec::new(),
-    };
-    connection.commit().await?;
-    let signal = |row: &PgRow| {
-        let read = Reader::new(row, "signals", lease.run.0);
+pub(crate) async fn signals(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {
+    let distinct: HashSet<Lease> = leases.iter().copied().collect();
+    if distinct.is_empty() {
+        return Ok(Vec::new());
+    }
+    let query = sqlx::query(READ)
+        .bind(distinct.iter().map(|lease| lease.run.0).collect::<Vec<_>>())
+        .bind(distinct.iter().map(|lease| lease.epoch.0).collect::<Vec<_>>());
+    let found = pool.acquire("signals.read").await?.rows("signals.read", query).await?;
+    // The rows come run by run, each run's oldest first.
+    let mut signals: Vec<(RunId, Vec<Signal>)> = Vec::new();
+    for row in &found {
+        let run = RunId(rows::id(row, "run_id", "signals")?);
+        let read = Reader::new(row, "signals", run.0);
         let body: Body = read.json("body")?;
-        Ok(Signal { id: read.get("id")?, kind: body.kind, by: body.by })
-    };
-    found.iter().map(signal).collect()
+        let signal = Signal { id: read.get("id")?, kind: body.kind, by: body.by };
+        match signals.last_mut().filter(|(last, _)| *last == run) {
+            Some((_, of_run)) => of_run.push(signal),
+            None => signals.push((run, vec![signal])),
+        }
+    }
+    Ok(signals)
 }

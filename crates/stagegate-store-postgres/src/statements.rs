@@ -1,10 +1,13 @@
 //! The hot statements, by name, and the settings under which they run: what the tests of their plans explain.
 
 pub use crate::{
-    commit::COMMIT,
-    lease::{CLAIM, HEARTBEAT, LOAD, OWNED, QUEUE},
+    commit::statements::{COMMIT, COMMIT_PLAIN, COMMIT_PLAIN_END},
+    gauges::{BACKLOG_OF, DEPTHS, QUEUE, REPLICAS},
+    lease::{CLAIM, HEARTBEAT, LOAD, OWNED},
     pool::SESSION,
-    read::{EVENTS, RUN, RUN_RECORD, STAGE},
+    read::{EVENTS, NEWS, RUN, RUN_RECORD, STAGE},
+    retention::KEPT,
+    signal::READ as SIGNALS,
     submit::SUBMIT,
 };
 

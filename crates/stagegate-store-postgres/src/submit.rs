@@ -12,47 +12,53 @@ use uuid::Uuid;
 
 use crate::{
     error,
+    first::FirstAttempts,
     pool::{Connection, Pool, Statement},
     rows::{self, Time},
-    shared::{EventColumns, StageColumns, insert_events, insert_stages},
+    shared::{EventColumns, StageColumns, insert_events, insert_stages, stages_given},
 };
 
 /// Inserts runs with their payloads, first events and first stages.
 ///
 /// - `claimed`: keys that are new, or whose time is over. They are taken in order, so that two batches never wait for
 ///   each other in a circle; a key that another transaction is just taking is waited for.
-/// - `made`: runs without a key, or whose key was claimed; not those that are there. A replica that is not alive gets
+/// - `made`: runs without an idempotency key, or whose key was claimed; not those that are there. A replica that is not alive gets
 ///   no lease: the run is queued, with only those of its events that tell of its acceptance.
 pub const SUBMIT: &str = concat!(
     "/* runs.submit */
 WITH new AS (
     SELECT * FROM unnest(
-        $19::uuid[], $20::text[], $21::text[], $22::int4[], $23::int4[], $24::text[], $25::int2[], $26::text[],
-        $27::text[], $28::timestamptz[], $29::timestamptz[], $30::uuid[], $31::int8[], $32::int8[], $33::text[],
-        $34::bytea[], $35::bytea[]
+        $20::uuid[], $21::text[], $22::text[], $23::int4[], $24::int4[], $25::text[], $26::int2[], $27::text[],
+        $28::text[], $29::timestamptz[], $30::timestamptz[], $31::uuid[], $32::int8[], $33::int8[], $34::text[],
+        $35::bytea[], $36::bytea[], $38::timestamptz[], $39::int4[], $40::text[], $41::int4[], $42::text[], $43::text[]
     ) AS t(id, tenant, pipeline, version, stages_total, cache_mode, priority, labels, request_id,
-           created_at, deadline_at, lease_to, last_seq, queued_seq, input, key, digest)
+           created_at, deadline_at, lease_to, last_seq, queued_seq, input, idempotency, digest, start_at,
+           pipeline_max, key, key_max, lane, first_attempts)
 ), claimed AS (
     INSERT INTO idempotency_keys AS k (tenant, key, digest, run_id, created_at)
-    SELECT tenant, key, digest, id, created_at FROM new WHERE key IS NOT NULL ORDER BY tenant, key
+    SELECT tenant, idempotency, digest, id, created_at FROM new WHERE idempotency IS NOT NULL
+    ORDER BY tenant, idempotency
     ON CONFLICT (tenant, key) DO UPDATE
         SET digest = excluded.digest, run_id = excluded.run_id, created_at = excluded.created_at
-        WHERE k.created_at <= excluded.created_at - make_interval(secs => $36)
+        WHERE k.created_at <= excluded.created_at - make_interval(secs => $37)
     RETURNING k.run_id
 ), made AS (
     INSERT INTO runs (id, tenant, pipeline, version, stages_total, cache_mode, priority, labels, request_id, created_at,
-                      deadline_at, state, owner, epoch, available_at, started_at, last_seq)
+                      deadline_at, start_at, pipeline_max, key, key_max, lane, state, owner, epoch, available_at,
+                      leased_at, started_at, first_attempts, last_seq)
     SELECT n.id, n.tenant, n.pipeline, n.version, n.stages_total, n.cache_mode, n.priority, n.labels::text[],
-           n.request_id, n.created_at, n.deadline_at,
+           n.request_id, n.created_at, n.deadline_at, n.start_at, n.pipeline_max, n.key, n.key_max, n.lane,
            CASE WHEN p.id IS NULL THEN 'queued' ELSE 'running' END,
            p.id,
            CASE WHEN p.id IS NULL THEN 0 ELSE 1 END,
-           CASE WHEN p.id IS NULL THEN now() END,
+           CASE WHEN p.id IS NULL THEN greatest(now(), n.start_at) END,
+           CASE WHEN p.id IS NOT NULL THEN now() END,
            CASE WHEN p.id IS NOT NULL THEN n.created_at END,
+           CASE WHEN p.id IS NOT NULL OR n.lease_to IS NULL THEN n.first_attempts::jsonb END,
            CASE WHEN p.id IS NULL THEN n.queued_seq ELSE n.last_seq END
     FROM new n
     LEFT JOIN replicas p ON p.id = n.lease_to AND p.dead_at IS NULL AND p.expires_at > now()
-    WHERE n.key IS NULL OR n.id IN (SELECT run_id FROM claimed)
+    WHERE n.idempotency IS NULL OR n.id IN (SELECT run_id FROM claimed)
     ON CONFLICT (id) DO NOTHING
     RETURNING id, tenant, owner, last_seq
 ), target AS (
@@ -63,7 +69,9 @@ WITH new AS (
 ), stage AS (
     ",
     insert_stages!(),
-    "
+    " (",
+    stages_given!("false"),
+    ") given WHERE NOT fresh AND NOT there
 ), event AS (
     ",
     insert_events!(),
@@ -181,6 +189,12 @@ struct Columns<'a> {
     inputs: Vec<String>,
     keys: Vec<Option<&'a [u8]>>,
     digests: Vec<Option<&'a [u8]>>,
+    starts: Vec<Option<Time>>,
+    pipeline_maxima: Vec<Option<i32>>,
+    limit_keys: Vec<Option<String>>,
+    key_maxima: Vec<Option<i32>>,
+    lanes: Vec<String>,
+    first_attempts: Vec<Option<String>>,
 }
 
 impl<'a> Columns<'a> {
@@ -205,8 +219,14 @@ impl<'a> Columns<'a> {
         self.inputs.push(rows::to_json("an input", &run.input)?);
         self.keys.push(run.idempotency.as_ref().map(|idempotency| idempotency.key.as_bytes()));
         self.digests.push(run.idempotency.as_ref().map(|idempotency| &idempotency.digest[..]));
+        self.starts.push(run.start_at);
+        self.pipeline_maxima.push(run.limits.pipeline_max.map(rows::small));
+        self.limit_keys.push(run.limits.key.as_ref().map(|(key, _)| rows::without_nul(key)));
+        self.key_maxima.push(run.limits.key.as_ref().map(|(_, max)| rows::small(*max)));
+        self.lanes.push(rows::without_nul(&run.limits.lane(&run.pipeline)));
+        self.first_attempts.push(FirstAttempts::of(&run.stages).to_json()?);
         for stage in &run.stages {
-            self.stages.push(run.id.0, stage)?;
+            self.stages.push(run.id.0, stage, FirstAttempts::started_at(stage).is_some())?;
         }
         for event in &run.events {
             self.events.push(run.id.0, event)?;
@@ -235,6 +255,12 @@ impl<'a> Columns<'a> {
             .bind(self.keys)
             .bind(self.digests)
             .bind(IDEMPOTENCY_TTL.as_secs_f64())
+            .bind(self.starts)
+            .bind(self.pipeline_maxima)
+            .bind(self.limit_keys)
+            .bind(self.key_maxima)
+            .bind(self.lanes)
+            .bind(self.first_attempts)
     }
 }
 

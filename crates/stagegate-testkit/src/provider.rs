@@ -34,6 +34,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::{
     net::TcpListener,
+    sync::watch,
     task::{JoinHandle, JoinSet},
 };
 
@@ -159,6 +160,7 @@ pub struct Reply {
     end: End,
     delivery: Delivery,
     delay: Option<Duration>,
+    gate: Option<watch::Receiver<bool>>,
 }
 
 #[derive(Debug, Clone)]
@@ -188,6 +190,7 @@ impl Reply {
             end: End::Stop,
             delivery: Delivery::Whole,
             delay: None,
+            gate: None,
         }
     }
 
@@ -269,6 +272,13 @@ impl Reply {
     #[must_use]
     pub fn after(mut self, delay: Duration) -> Self {
         self.delay = Some(delay);
+        self
+    }
+
+    /// Not before the gate is open (or gone).
+    #[must_use]
+    pub fn when(mut self, gate: watch::Receiver<bool>) -> Self {
+        self.gate = Some(gate);
         self
     }
 
@@ -524,6 +534,9 @@ async fn serve(shared: Arc<Shared>, request: Request<hyper::body::Incoming>) -> 
     let delay = reply.delay.unwrap_or(latency);
     if !delay.is_zero() {
         tokio::time::sleep(delay).await;
+    }
+    if let Some(gate) = &reply.gate {
+        let _ = gate.clone().wait_for(|open| *open).await; // A gate whose test is over holds nobody.
     }
     if matches!(reply.delivery, Delivery::Hang) {
         std::future::pending::<()>().await;

@@ -1,7 +1,7 @@
 //! The built daemon as a child process: owns its environment, its wait for readiness and its end.
 
 use std::{
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -56,6 +56,21 @@ impl Daemon {
         let mut daemon = Self { child, url: format!("http://127.0.0.1:{port}"), log };
         daemon.ready().await?;
         Ok(daemon)
+    }
+
+    /// The address that it listens on.
+    pub(crate) fn address(&self) -> anyhow::Result<SocketAddr> {
+        self.url.trim_start_matches("http://").parse().context("the daemon's address")
+    }
+
+    /// Its process.
+    pub(crate) fn pid(&self) -> anyhow::Result<u32> {
+        self.child.id().context("the daemon has ended")
+    }
+
+    /// Ends it as a crash would.
+    pub(crate) async fn kill(mut self) -> anyhow::Result<()> {
+        self.child.kill().await.context("cannot kill the daemon")
     }
 
     /// Its address, without a slash at the end.

@@ -21,8 +21,12 @@ enum Command {
     Test(test::Test),
     /// Run every test and print the line coverage of the workspace
     Coverage(coverage::Coverage),
-    /// Measure what a run takes, beside its critical path
+    /// Measure what the product can do, beside what the machine can do
     Bench(bench::Bench),
+    #[command(hide = true)]
+    BenchProvider(bench::BenchProvider),
+    #[command(hide = true)]
+    BenchEcho(bench::BenchEcho),
     /// Fuzz the built daemon by its own OpenAPI document
     Schemathesis(schemathesis::Schemathesis),
     /// Break the built daemon in every way that can be staged, under load, and reconcile
@@ -37,7 +41,7 @@ fn main() -> ExitCode {
         return code;
     }
     let command = Command::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match runtime(&command).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("xtask: no runtime: {error}");
@@ -49,6 +53,8 @@ fn main() -> ExitCode {
             Command::Test(command) => command.run().await,
             Command::Coverage(command) => command.run().await,
             Command::Bench(command) => Box::pin(command.run()).await,
+            Command::BenchProvider(command) => command.run().await,
+            Command::BenchEcho(command) => command.run().await,
             Command::Schemathesis(command) => command.run().await,
             Command::Chaos(command) => Box::pin(command.run()).await,
             Command::Upgrade(command) => Box::pin(command.run()).await,
@@ -61,4 +67,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Load and the provider that it calls run on one thread: waking another one would cost more than their work.
+fn runtime(command: &Command) -> tokio::runtime::Builder {
+    if matches!(command, Command::Bench(_) | Command::BenchProvider(_)) {
+        return tokio::runtime::Builder::new_current_thread();
+    }
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(2);
+    builder
 }

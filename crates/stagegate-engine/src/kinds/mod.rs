@@ -190,7 +190,7 @@ fn incomplete(partial: String, error: &CallError, origin: Origin) -> AttemptResu
             passed: false,
             score: 0.0,
             threshold: 1.0,
-            reason: error.message.clone(),
+            reason: format!("{}; give the whole answer in fewer words", error.message),
             model: None,
         }],
         model: None,

@@ -6,6 +6,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 use stagegate_core::{
     Event, EventKind, RunId, RunState, Store, SystemClock, TenantId,
+    cache::CacheTier,
     pipeline::{Labels, Span},
     store::{RunDetail, RunRecord},
 };
@@ -42,9 +43,14 @@ pub(crate) async fn store(folder: &Path) -> Arc<SqliteStore> {
 
 /// The model layer of a process: its own local cache, the file's shared one.
 pub(crate) fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
+    llm_with(provider.openai_base_url(), store.cache_tier())
+}
+
+/// The same, with any shared tier.
+pub(crate) fn llm_with(base_url: String, tier: Arc<dyn CacheTier>) -> Arc<Llm> {
     let fake = ProviderConfig {
         kind: ProviderKind::Openai,
-        base_url: Some(provider.openai_base_url()),
+        base_url: Some(base_url),
         api_key: None,
         max_concurrency: 64,
         sim: SimConfig::default(),
@@ -53,10 +59,12 @@ pub(crate) fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
     let config = LlmConfig {
         providers: BTreeMap::from([("fake".to_owned(), fake)]),
         prices: BTreeMap::from([("fake/model".to_owned(), price)]),
+        // A machine that is busy with other tests must not make a cache look away.
+        shared_cache_timeout: Span(Duration::from_secs(5)),
         ..LlmConfig::default()
     };
     stagegate_llm::install_tls();
-    Arc::new(Llm::new(&config, Some(store.cache_tier()), Metrics::new(), Arc::new(SystemClock)).expect("a model layer"))
+    Arc::new(Llm::new(&config, Some(tier), Metrics::new(), Arc::new(SystemClock)).expect("a model layer"))
 }
 
 pub(crate) async fn engine(config: EngineConfig, store: &Arc<SqliteStore>, llm: &Arc<Llm>) -> Engine {
@@ -80,21 +88,7 @@ impl Bench {
 
     /// Registers a definition and submits a run of it.
     pub(crate) async fn submit(&self, source: &str, input: Value) -> RunId {
-        let tenant = TenantId::default();
-        let (version, _) = self.engine.register(&tenant, source).await.expect("a valid definition");
-        let submit = Submit {
-            tenant,
-            pipeline: version.name,
-            version: Some(version.version),
-            input,
-            cache_mode: None,
-            priority: 0,
-            labels: Labels::new(),
-            idempotency: None,
-            start_at: None,
-            request_id: Some("test".to_owned()),
-        };
-        self.engine.submit(submit).await.expect("accepted").0.id
+        submit(&self.engine, source, input).await
     }
 
     /// All events to the end of the run.
@@ -125,6 +119,25 @@ impl Bench {
         }
         panic!("the run ended without {name}: {seen:?}");
     }
+}
+
+/// Registers a definition and submits a run of it.
+pub(crate) async fn submit(engine: &Engine, source: &str, input: Value) -> RunId {
+    let tenant = TenantId::default();
+    let (version, _) = engine.register(&tenant, source).await.expect("a valid definition");
+    let submit = Submit {
+        tenant,
+        pipeline: version.name,
+        version: Some(version.version),
+        input,
+        cache_mode: None,
+        priority: 0,
+        labels: Labels::new(),
+        idempotency: None,
+        start_at: None,
+        request_id: Some("test".to_owned()),
+    };
+    engine.submit(submit).await.expect("accepted").0.id
 }
 
 pub(crate) async fn finish(engine: &Engine, run: RunId) -> Vec<Event> {

@@ -23,7 +23,7 @@ use crate::{
 /// Far more than anything here may take, and far less than the waits that a hint cuts short.
 const LONG: Duration = Duration::from_secs(20);
 /// So long that nothing happens by polling within a test.
-const NEVER: Duration = Duration::from_secs(3_000);
+const NEVER: Duration = Duration::from_mins(50);
 
 /// Hints between the engines of one test.
 #[derive(Debug)]

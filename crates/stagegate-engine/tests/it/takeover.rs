@@ -33,7 +33,7 @@ async fn what_a_dead_replica_leaves_is_taken_up_in_batches_and_ends_once() {
     let folder = Arc::new(tempfile::tempdir().expect("a folder"));
     let store = bench::store(folder.path()).await;
     let provider = FakeProvider::start().await;
-    provider.set_latency(Duration::from_secs(60));
+    provider.set_latency(Duration::from_mins(1));
     let llm = bench::llm(&provider, &store);
     // A crash is the end of a runtime, with everything in it: no drain, no farewell.
     let doomed = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");

@@ -9,7 +9,7 @@ use stagegate_http::config::{AuthMode, HttpConfig};
 use crate::app::{Options, PIPELINE, TestApp, new_key, parse_sse};
 
 /// Far more than anything here may take.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 /// A model that does not answer within a test.
 const NEVER: Duration = Duration::from_hours(1);
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use stagegate_core::{ModelRef, RunId, Usage, Usd};
+use stagegate_core::{ModelRef, RunId, Usage, Usd, cache::CacheKey};
 
 /// The version of the stored form; others are foreign.
 const ENTRY_VERSION: u32 = 1;
@@ -29,6 +29,10 @@ pub(crate) struct Entry {
     ttl_ms: u64,
     /// The run that bought it: with `refresh`, only this run reads it back.
     pub(crate) run: RunId,
+    /// The beginning of the key that it is stored under, so that an answer that comes back in another's place is told
+    /// from the right one. Entries of older versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    under: Option<u64>,
 }
 
 /// What an entry is made from.
@@ -56,6 +60,7 @@ impl Entry {
             stored_at_ms,
             ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
             run,
+            under: None,
         }
     }
 
@@ -78,31 +83,46 @@ impl Entry {
         ttl.checked_sub(age).filter(|left| !left.is_zero())
     }
 
+    /// The same, to be stored under this key.
+    pub(crate) fn under(mut self, key: CacheKey) -> Self {
+        self.under = Some(beginning(key));
+        self
+    }
+
     /// As stored in a shared tier.
     pub(crate) fn encode(&self) -> Vec<u8> {
         // Strings, numbers and ids always serialise; an empty entry would be a miss for whoever reads it.
         serde_json::to_vec(self).unwrap_or_default()
     }
 
-    /// From a shared tier: None where the bytes are no entry of this version, or answer for another model.
-    pub(crate) fn decode(bytes: &[u8], model: &ModelRef) -> Option<Self> {
+    /// From a shared tier: None where the bytes are no entry of this version, or answer for another model or key.
+    pub(crate) fn decode(bytes: &[u8], model: &ModelRef, key: CacheKey) -> Option<Self> {
         let entry: Self = serde_json::from_slice(bytes).ok()?;
-        (entry.v == ENTRY_VERSION && entry.model == *model && !entry.content.trim().is_empty()).then_some(entry)
+        let is_ours = entry.v == ENTRY_VERSION
+            && entry.model == *model
+            && entry.under.is_none_or(|under| under == beginning(key))
+            && !entry.content.trim().is_empty();
+        is_ours.then_some(entry)
     }
+}
+
+fn beginning(key: CacheKey) -> u64 {
+    key.0.iter().take(size_of::<u64>()).fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 /// A TTL shortened by up to a tenth, so that what was stored together does not expire together. Never longer than
 /// what was asked for. The key's own bits serve as the dice.
-pub(crate) fn jittered(ttl: Duration, key: stagegate_core::cache::CacheKey) -> Duration {
+pub(crate) fn jittered(ttl: Duration, key: CacheKey) -> Duration {
     ttl.saturating_sub(ttl / 2_560 * u32::from(key.0[0]))
 }
 
 #[cfg(test)]
 mod tests {
-    use stagegate_core::cache::CacheKey;
     use uuid::Uuid;
 
     use super::*;
+
+    const KEY: CacheKey = CacheKey([7; 32]);
 
     fn model(name: &str) -> ModelRef {
         ModelRef::new(name).expect("a model")
@@ -123,7 +143,14 @@ mod tests {
 
     #[test]
     fn an_entry_comes_back_whole() {
-        assert_eq!(Entry::decode(&entry().encode(), &model("sim/a")), Some(entry()));
+        assert_eq!(Entry::decode(&entry().encode(), &model("sim/a"), KEY), Some(entry()));
+    }
+
+    #[test]
+    fn an_answer_to_another_question_is_a_miss() {
+        let entry = entry().under(KEY);
+        assert_eq!(Entry::decode(&entry.encode(), &model("sim/a"), KEY), Some(entry.clone()));
+        assert_eq!(Entry::decode(&entry.encode(), &model("sim/a"), CacheKey([8; 32])), None);
     }
 
     #[test]
@@ -139,9 +166,9 @@ mod tests {
             text.replace("sim/a", "none"),
         ];
         for bytes in foreign {
-            assert_eq!(Entry::decode(bytes.as_bytes(), &model("sim/a")), None, "{bytes}");
+            assert_eq!(Entry::decode(bytes.as_bytes(), &model("sim/a"), KEY), None, "{bytes}");
         }
-        assert_eq!(Entry::decode(&[0xFF, 0x00], &model("sim/a")), None);
+        assert_eq!(Entry::decode(&[0xFF, 0x00], &model("sim/a"), KEY), None);
     }
 
     #[test]

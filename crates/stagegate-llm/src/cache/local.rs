@@ -71,7 +71,9 @@ impl Local {
     }
 
     pub(crate) fn get(&self, tenant: &TenantId, key: CacheKey) -> Option<Arc<Held>> {
-        self.0.get(&(tenant.clone(), key))
+        let key = (tenant.clone(), key);
+        // Most look-ups find nothing, and only what is found needs to be counted as used.
+        if self.0.contains_key(&key) { self.0.get(&key) } else { None }
     }
 
     pub(crate) fn insert(

@@ -7,7 +7,13 @@ pub(crate) mod floors;
 mod local;
 pub(crate) mod redis;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use stagegate_core::{
     Clock, Code, Error, Origin, RunId, TenantId,
@@ -177,7 +183,7 @@ impl AnswerCache {
         let tenant = &look.reader.tenant;
         let had_entry = told.entry.is_some();
         let shared = told.entry.and_then(|(bytes, generation)| {
-            Entry::decode(&bytes, &look.reader.model).map(|entry| (Arc::new(entry), generation))
+            Entry::decode(&bytes, &look.reader.model, look.key).map(|entry| (Arc::new(entry), generation))
         });
         if had_entry && shared.is_none() && trace {
             // Not ours, or broken: out of the way of the next reader. Should this fail, the next write replaces it.
@@ -185,6 +191,7 @@ impl AnswerCache {
                 tier.attempt(tier.tier.evict(tenant, look.key)).await;
             }
         }
+        let had_held = held.is_some();
         let held = held.filter(|held| held.generation >= standing.floor && (shared.is_some() || !held.is_shared()));
         let local_counts = held.as_ref().is_some_and(|held| {
             let is_current = |shared: &Entry| {
@@ -200,7 +207,7 @@ impl AnswerCache {
         if let (Some(held), true) = (&held, local_counts) {
             return Found::Hit(Arc::clone(&held.entry), Origin::CacheLocal);
         }
-        if held.is_none() && trace {
+        if had_held && held.is_none() && trace {
             self.local.remove(tenant, look.key);
         }
         let usable =
@@ -224,14 +231,14 @@ impl AnswerCache {
     /// whatever happens to the caller: the answer is paid for.
     pub(crate) async fn store(self: &Arc<Self>, tenant: &TenantId, key: CacheKey, entry: Entry, standing: Standing) {
         let Some(life) = entry.life_left(self.now_ms(), Duration::MAX) else { return };
-        let entry = Arc::new(entry);
+        let entry = Arc::new(entry.under(key));
         let held = self.local.insert(tenant, key, Arc::clone(&entry), standing.generation, false, life);
         self.meter.cache_write("local", true);
         if self.tier.is_none() || !standing.shared {
             return;
         }
         let (cache, tenant) = (Arc::clone(self), tenant.clone());
-        let writing = tokio::spawn(async move {
+        let writing = async move {
             let Some(tier) = &cache.tier else { return };
             let put = async {
                 // Encoded here, so that a large answer is not copied where the breaker is open.
@@ -243,9 +250,8 @@ impl AnswerCache {
                     held.mark_shared();
                 }
             }
-        });
-        // A panic in there would be ours; the answer is in the local level all the same.
-        let _ = writing.await;
+        };
+        Unabandoned(Some(Box::pin(writing))).await;
     }
 
     /// The generation under which a stored answer counts, and the answer, wherever it is.
@@ -259,7 +265,7 @@ impl AnswerCache {
         let tier = self.tier.as_ref()?;
         let told = tier.attempt(tier.tier.get(&look.reader.tenant, look.key, &look.reader.scopes())).await?.ok()?;
         let (bytes, generation) = told.entry?;
-        let entry = Entry::decode(&bytes, &look.reader.model).filter(|entry| self.suits(look, entry))?;
+        let entry = Entry::decode(&bytes, &look.reader.model, look.key).filter(|entry| self.suits(look, entry))?;
         Some((Arc::new(entry), Standing { generation, floor: told.floor, shared: true }))
     }
 
@@ -301,6 +307,31 @@ impl AnswerCache {
             Err(_) => Err(no_answer(tier.timeout).to_string()),
         };
         Some((tier.tier.kind(), answer))
+    }
+}
+
+/// Work that goes on when whoever awaits it goes away: as a task of its own from then on, and without one before.
+struct Unabandoned(Option<Pin<Box<dyn Future<Output = ()> + Send>>>);
+
+impl Future for Unabandoned {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        // Taken out, so that work that panicked is not taken up again.
+        let Some(mut work) = self.0.take() else { return Poll::Ready(()) };
+        let polled = work.as_mut().poll(context);
+        if polled.is_pending() {
+            self.0 = Some(work);
+        }
+        polled
+    }
+}
+
+impl Drop for Unabandoned {
+    fn drop(&mut self) {
+        if let (Some(work), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn(work);
+        }
     }
 }
 

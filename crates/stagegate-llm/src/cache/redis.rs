@@ -15,12 +15,17 @@
 //! takes entries only. A generation or a tenant's floor that is lost starts anew at the server's clock, above
 //! everything before it; a lost floor of a narrower scope would forget that invalidation.
 
-use std::{fmt, time::Duration};
+mod lines;
+
+use std::{
+    fmt::{self, Write as _},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use deadpool_redis::{
-    Manager, Pool, PoolError, Runtime,
-    redis::{self, AsyncConnectionConfig, Cmd, RedisError, Script, Value},
+    PoolError,
+    redis::{self, Cmd, RedisError, Script, Value},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -30,6 +35,7 @@ use stagegate_core::{
     pipeline::Span,
 };
 
+use self::lines::{Lines, Question};
 use crate::tls::install_tls;
 
 /// Bytes of an entry's generation before the entry.
@@ -66,7 +72,7 @@ return generation
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RedisConfig {
-    /// Connections, at most.
+    /// Connections, at most. Each is shared by everybody who asks, so that few serve many.
     pub max_connections: usize,
     /// How long a connection may take to be made.
     pub connect_timeout: Span,
@@ -79,7 +85,7 @@ pub struct RedisConfig {
 impl Default for RedisConfig {
     fn default() -> Self {
         Self {
-            max_connections: 16,
+            max_connections: 2,
             connect_timeout: Span(Duration::from_secs(1)),
             response_timeout: Span(Duration::from_millis(200)),
             key_prefix: "sg".to_owned(),
@@ -89,7 +95,7 @@ impl Default for RedisConfig {
 
 /// Redis as a shared cache tier. Connections are made when they are needed, and anew when they break.
 pub struct RedisTier {
-    pool: Pool,
+    lines: Lines,
     prefix: String,
     init: Script,
     invalidate: Script,
@@ -100,7 +106,7 @@ impl fmt::Debug for RedisTier {
         // The client knows the password.
         f.debug_struct("RedisTier")
             .field("prefix", &self.prefix)
-            .field("connections", &self.pool.status().size)
+            .field("connections", &self.lines.open())
             .finish_non_exhaustive()
     }
 }
@@ -111,13 +117,6 @@ impl RedisTier {
     pub fn connect(url: &Secret, config: &RedisConfig) -> Result<Self, Error> {
         let invalid = |detail: String| Error::new(Code::InvalidConfig, detail);
         install_tls();
-        // The error of a wrong URL could repeat it, and with it the password.
-        let settings = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(config.connect_timeout.0))
-            .set_response_timeout(Some(config.response_timeout.0));
-        let manager = Manager::new_with_config(url.expose(), settings).map_err(|error| {
-            invalid(format!("the Redis URL is not valid ({}): write `redis://host:6379/0`", error.category()))
-        })?;
         let prefix = &config.key_prefix;
         if prefix.is_empty()
             || prefix.len() > 64
@@ -125,37 +124,25 @@ impl RedisTier {
         {
             return Err(invalid(format!("`{prefix}` is no key prefix: use 1 to 64 letters, digits, `_`, `-` and `:`")));
         }
-        let pool = Pool::builder(manager)
-            .max_size(config.max_connections.clamp(1, 64))
-            .wait_timeout(Some(config.response_timeout.0))
-            .create_timeout(Some(config.connect_timeout.0))
-            .recycle_timeout(Some(config.response_timeout.0))
-            .runtime(Runtime::Tokio1)
-            .build()
-            .map_err(|error| invalid(format!("the Redis pool: {error}")))?;
+        let lines = Lines::new(url, config)?;
         Ok(Self {
-            pool,
+            lines,
             prefix: prefix.clone(),
             init: Script::new(&[INIT, RETURN_GENERATION].concat()),
             invalidate: Script::new(&[INIT, INVALIDATE].concat()),
         })
     }
 
-    fn key(&self, tenant: &TenantId, rest: &str) -> String {
-        format!("{}:{{{tenant}}}:{rest}", self.prefix)
-    }
-
-    fn floor_key(&self, tenant: &TenantId, scope: &CacheScope) -> String {
-        self.key(tenant, &format!("f:{scope}"))
-    }
-
-    fn entry_key(&self, tenant: &TenantId, key: CacheKey) -> String {
-        self.key(tenant, &format!("e:{key}"))
+    /// Makes the keys of a tenant, one after the other, in one buffer.
+    fn keys(&self, tenant: &TenantId) -> Keys {
+        let mut text = String::with_capacity(KEY_TYPICAL_BYTES);
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{}:{{{}}}:", self.prefix, tenant.as_str());
+        Keys { stem: text.len(), text }
     }
 
     async fn ask(&self, command: &Cmd) -> Result<Value, CacheError> {
-        let mut connection = self.pool.get().await.map_err(|error| unconnected(&error))?;
-        command.query_async(&mut connection).await.map_err(|error| describe(&error))
+        self.lines.ask(Question::Command(command)).await
     }
 
     async fn script(&self, script: &Script, keys: &[String]) -> Result<u64, CacheError> {
@@ -163,44 +150,83 @@ impl RedisTier {
         for key in keys {
             call.key(key);
         }
-        let mut connection = self.pool.get().await.map_err(|error| unconnected(&error))?;
-        let answer: Value = call.invoke_async(&mut connection).await.map_err(|error| describe(&error))?;
+        let answer = self.lines.ask(Question::Script(&call)).await?;
         number(&answer).ok_or_else(|| CacheError("Redis answered a script with something that is no number".to_owned()))
+    }
+}
+
+/// What a key takes, as a rule.
+const KEY_TYPICAL_BYTES: usize = 128;
+
+/// The keys of one tenant.
+struct Keys {
+    text: String,
+    /// How long the part is that they have in common.
+    stem: usize,
+}
+
+impl Keys {
+    fn generation(&mut self) -> &str {
+        self.text.truncate(self.stem);
+        self.text.push('g');
+        &self.text
+    }
+
+    fn floor(&mut self, scope: &CacheScope) -> &str {
+        self.text.truncate(self.stem);
+        let _ = write!(self.text, "f:{scope}");
+        &self.text
+    }
+
+    fn entry(&mut self, key: CacheKey) -> &str {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        self.text.truncate(self.stem);
+        self.text.push_str("e:");
+        for byte in key.0 {
+            self.text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+            self.text.push(char::from(DIGITS[usize::from(byte & 15)]));
+        }
+        &self.text
     }
 }
 
 #[async_trait]
 impl CacheTier for RedisTier {
     async fn get(&self, tenant: &TenantId, key: CacheKey, scopes: &[CacheScope]) -> Result<CacheLookup, CacheError> {
-        let mut command = redis::cmd("MGET");
-        command.arg(self.entry_key(tenant, key)).arg(self.key(tenant, "g"));
-        command.arg(self.floor_key(tenant, &CacheScope::Tenant));
-        let narrower: Vec<_> = scopes.iter().filter(|scope| **scope != CacheScope::Tenant).collect();
-        for scope in &narrower {
-            command.arg(self.floor_key(tenant, scope));
+        let mut keys = self.keys(tenant);
+        let mut command = Cmd::with_capacity(4 + scopes.len(), KEY_TYPICAL_BYTES * (4 + scopes.len()));
+        command.arg("MGET").arg(keys.entry(key)).arg(keys.generation()).arg(keys.floor(&CacheScope::Tenant));
+        let mut asks_tenant = false;
+        for scope in scopes {
+            if *scope == CacheScope::Tenant {
+                asks_tenant = true;
+            } else {
+                command.arg(keys.floor(scope));
+            }
         }
-        let Value::Array(values) = self.ask(&command).await? else {
+        let Value::Array(mut values) = self.ask(&command).await? else {
             return Err(CacheError("Redis answered MGET with something that is no list".to_owned()));
         };
-        let [entry, generation, tenant_floor, floors @ ..] = values.as_slice() else {
+        let [entry, generation, tenant_floor, floors @ ..] = values.as_mut_slice() else {
             return Err(CacheError("Redis answered MGET with too few values".to_owned()));
         };
         // A floor that is there but unreadable hides an invalidation: nothing counts until it is replaced.
-        let floors: Option<Vec<u64>> =
-            floors.iter().map(|floor| if *floor == Value::Nil { Some(0) } else { number(floor) }).collect();
+        let narrower = floors.iter().try_fold(0, |highest: u64, floor| match floor {
+            Value::Nil => Some(highest),
+            there => number(there).map(|floor| highest.max(floor)),
+        });
         let (Some(generation), Some(tenant_floor)) = (number(generation), number(tenant_floor)) else {
-            let generation =
-                self.script(&self.init, &[self.key(tenant, "g"), self.floor_key(tenant, &CacheScope::Tenant)]).await?;
+            let both = [keys.generation().to_owned(), keys.floor(&CacheScope::Tenant).to_owned()];
+            let generation = self.script(&self.init, &both).await?;
             return Ok(CacheLookup { generation, floor: generation, entry: None });
         };
-        let asks_tenant = narrower.len() < scopes.len();
-        let floor = match floors {
-            Some(floors) => floors.into_iter().chain(asks_tenant.then_some(tenant_floor)).max().unwrap_or(0),
+        let floor = match narrower {
+            Some(narrower) => narrower.max(if asks_tenant { tenant_floor } else { 0 }),
             None => generation,
         };
         // No floor is ever above the generation that it was made from.
         let floor = floor.min(generation);
-        let entry = stored(entry).filter(|(_, under)| *under >= floor);
+        let entry = stored(std::mem::replace(entry, Value::Nil)).filter(|(_, under)| *under >= floor);
         Ok(CacheLookup { generation, floor, entry })
     }
 
@@ -214,19 +240,21 @@ impl CacheTier for RedisTier {
     ) -> Result<(), CacheError> {
         let value = [&generation.to_be_bytes(), entry].concat();
         let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1);
-        let mut command = redis::cmd("SET");
-        command.arg(self.entry_key(tenant, key)).arg(value).arg("PX").arg(ttl_ms);
+        let mut command = Cmd::with_capacity(5, value.len() + 2 * KEY_TYPICAL_BYTES);
+        command.arg("SET").arg(self.keys(tenant).entry(key)).arg(value).arg("PX").arg(ttl_ms);
         self.ask(&command).await.map(drop)
     }
 
     async fn evict(&self, tenant: &TenantId, key: CacheKey) -> Result<(), CacheError> {
         let mut command = redis::cmd("UNLINK");
-        command.arg(self.entry_key(tenant, key));
+        command.arg(self.keys(tenant).entry(key));
         self.ask(&command).await.map(drop)
     }
 
     async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<u64, CacheError> {
-        let keys = [self.key(tenant, "g"), self.floor_key(tenant, &CacheScope::Tenant), self.floor_key(tenant, scope)];
+        let mut keys = self.keys(tenant);
+        let keys =
+            [keys.generation().to_owned(), keys.floor(&CacheScope::Tenant).to_owned(), keys.floor(scope).to_owned()];
         self.script(&self.invalidate, &keys).await
     }
 
@@ -250,10 +278,11 @@ fn number(value: &Value) -> Option<u64> {
 }
 
 /// An entry and the generation before it.
-fn stored(value: &Value) -> Option<(Vec<u8>, u64)> {
-    let Value::BulkString(bytes) = value else { return None };
-    let (generation, entry) = bytes.split_first_chunk::<GENERATION_BYTES>()?;
-    Some((entry.to_vec(), u64::from_be_bytes(*generation)))
+fn stored(value: Value) -> Option<(Vec<u8>, u64)> {
+    let Value::BulkString(mut bytes) = value else { return None };
+    let generation = u64::from_be_bytes(*bytes.first_chunk::<GENERATION_BYTES>()?);
+    bytes.drain(..GENERATION_BYTES);
+    Some((bytes, generation))
 }
 
 /// Why there is no connection, without the URL.
@@ -287,10 +316,10 @@ mod tests {
             Value::Array(vec![]),
         ] {
             assert_eq!(number(&garbage), None, "{garbage:?}");
-            assert_eq!(stored(&garbage), None, "{garbage:?}");
+            assert_eq!(stored(garbage.clone()), None, "{garbage:?}");
         }
         assert_eq!(number(&Value::BulkString(b"1700000000000001".to_vec())), Some(1_700_000_000_000_001));
-        assert_eq!(stored(&Value::BulkString(b"\0\0\0\0\0\0\0\x05abc".to_vec())), Some((b"abc".to_vec(), 5)));
+        assert_eq!(stored(Value::BulkString(b"\0\0\0\0\0\0\0\x05abc".to_vec())), Some((b"abc".to_vec(), 5)));
     }
 
     #[test]

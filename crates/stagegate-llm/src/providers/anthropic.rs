@@ -291,7 +291,7 @@ fn limits(exchange: &Exchange) -> Limits {
 fn resets(exchange: &Exchange) -> Option<Duration> {
     let reset = |name: &str| {
         let at = DateTime::parse_from_rfc3339(exchange.text(name)?).ok()?;
-        Some(retry_after::until(at.to_utc(), exchange.answered_at))
+        Some(retry_after::until(at.to_utc(), exchange.answered_at()))
     };
     let limits = limits(exchange);
     retry_after::from_resets(&[

@@ -1,19 +1,25 @@
 //! What the providers over HTTP share: owns one exchange (send, read within a bound, name what went wrong on the way)
 //! and the making of errors. Knows no vendor's body.
 
-use std::{error::Error as _, fmt::Write, time::Duration};
+use std::{fmt::Write, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Body as _, Frame};
 use reqwest::{
-    Client, Response, StatusCode,
-    header::{CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION},
+    Client, Method, Request, StatusCode,
+    header::{ACCEPT, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, LOCATION, USER_AGENT},
 };
+use serde::Serialize;
 use serde_json::Value;
 use stagegate_core::{Clock, Code, Error, Secret, SystemClock, Usage, Violation};
 use url::Url;
 
-use super::retry_after;
+use super::{
+    plain::{Broken, Keeping, Plain},
+    retry_after,
+};
 use crate::provider::{Limits, ProviderError};
 
 /// The longest part of a provider's own message that is passed on, in characters.
@@ -28,28 +34,37 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an idle connection is kept; shorter than the idle time-outs of the vendors' and the clouds' balancers.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 
-/// Idle connections kept per provider.
-const POOL_MAX_IDLE_PER_HOST: usize = 64;
+/// Idle connections kept per provider: as many as calls that may be under way at once in a busy deployment, since one
+/// more would be opened and closed with each call.
+const POOL_MAX_IDLE_PER_HOST: usize = 1_024;
+
+/// How often the system tests a silent connection.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// What we call ourselves.
+const OUR_NAME: &str = concat!("stagegate/", env!("CARGO_PKG_VERSION"));
 
 /// The HTTP client that all providers share. Redirects are not followed: a key goes only where it was meant to go.
 /// There is no time-out on answers here: deadlines are the caller's.
 pub fn client() -> Result<Client, Error> {
     crate::tls::install_tls();
     Client::builder()
-        .user_agent(concat!("stagegate/", env!("CARGO_PKG_VERSION")))
+        .user_agent(OUR_NAME)
         .connect_timeout(CONNECT_TIMEOUT)
         .pool_idle_timeout(POOL_IDLE_TIMEOUT)
         .pool_max_idle_per_host(POOL_MAX_IDLE_PER_HOST)
-        .tcp_keepalive(Duration::from_secs(30))
+        .tcp_keepalive(TCP_KEEPALIVE)
         .redirect(reqwest::redirect::Policy::none())
         .build()
         .map_err(|error| Error::new(Code::InvalidConfig, format!("the HTTP client could not be built: {error}")))
 }
 
 /// Where a provider listens and how it is asked.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Endpoint {
     client: Client,
+    /// The short way, where there is one.
+    plain: Option<Plain>,
     base: Url,
     headers: HeaderMap,
     key: Option<Secret>,
@@ -62,14 +77,28 @@ pub(super) struct Exchange {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
-    /// For dates that must be compared with something.
-    pub(super) answered_at: DateTime<Utc>,
 }
 
 impl Endpoint {
     /// `base` is what comes before the vendor's own paths.
     pub(super) fn new(client: Client, base: Url, key: Option<Secret>, answer_max_bytes: usize) -> Self {
-        Self { client, base, headers: HeaderMap::new(), key, answer_max_bytes }
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(ACCEPT, HeaderValue::from_static("*/*"));
+        headers.insert(USER_AGENT, HeaderValue::from_static(OUR_NAME));
+        let keeping = Keeping {
+            idle_max: POOL_MAX_IDLE_PER_HOST,
+            idle_for: POOL_IDLE_TIMEOUT,
+            connect_timeout: CONNECT_TIMEOUT,
+            keepalive: TCP_KEEPALIVE,
+        };
+        let host = HeaderValue::from_str(base.authority()).ok();
+        let plain = host.and_then(|host| {
+            let plain = Plain::to(base.as_str(), keeping)?;
+            headers.insert(HOST, host);
+            Some(plain)
+        });
+        Self { client, plain, base, headers, key, answer_max_bytes }
     }
 
     /// The same with a header on every request.
@@ -89,50 +118,99 @@ impl Endpoint {
     }
 
     /// Sends the body and reads the answer within the bound.
-    pub(super) async fn post(&self, url: Url, body: &Value) -> Result<Exchange, ProviderError> {
-        let request = self.client.post(url).headers(self.headers.clone()).json(body);
-        let response = request.send().await.map_err(|error| self.unreachable(&error))?;
-        let (status, headers) = (response.status(), response.headers().clone());
-        let answered_at = retry_after::answered_at(&headers, SystemClock.now());
-        let body = if status.is_success() {
-            self.read_answer(response).await?
-        } else {
-            // A cut error body is still an error with that status.
-            read_at_most(response, ERROR_BODY_MAX_BYTES).await
-        };
-        Ok(Exchange { status, headers, body, answered_at })
+    pub(super) async fn post(&self, url: Url, body: &impl Serialize) -> Result<Exchange, ProviderError> {
+        let body = serde_json::to_vec(body)
+            .map_err(|_| error(Code::ProviderRejected, "the request cannot be written as JSON"))?;
+        match &self.plain {
+            Some(plain) => self.post_plainly(plain, &url, body).await,
+            None => self.post_anyhow(url, body).await,
+        }
     }
 
-    async fn read_answer(&self, mut response: Response) -> Result<Bytes, ProviderError> {
-        let too_large = || {
-            let limit = self.answer_max_bytes;
-            error(Code::ProviderTooLarge, format!("the answer is larger than {limit} bytes (`llm.answer_max_bytes`)"))
-        };
-        let announced = response.content_length().and_then(|length| usize::try_from(length).ok()).unwrap_or(0);
-        if announced > self.answer_max_bytes {
-            return Err(too_large());
-        }
-        let mut body = BytesMut::with_capacity(announced);
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.unreachable(&error))? {
-            if body.len() + chunk.len() > self.answer_max_bytes {
-                return Err(too_large());
+    /// Over the general client.
+    async fn post_anyhow(&self, url: Url, body: Vec<u8>) -> Result<Exchange, ProviderError> {
+        let mut request = Request::new(Method::POST, url);
+        request.headers_mut().clone_from(&self.headers);
+        *request.body_mut() = Some(body.into());
+        let mut response = self.client.execute(request).await.map_err(|error| self.unreachable(&error))?;
+        let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
+        let mut body = self.gathering(status, response.content_length())?;
+        loop {
+            match response.chunk().await {
+                Ok(Some(chunk)) => {
+                    if body.add(&chunk)? {
+                        continue;
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => body.cut(|| self.unreachable(&error))?,
             }
-            body.extend_from_slice(&chunk);
+            return Ok(Exchange { status, headers, body: body.whole() });
         }
-        Ok(body.freeze())
+    }
+
+    /// Straight to the server.
+    async fn post_plainly(&self, plain: &Plain, url: &Url, body: Vec<u8>) -> Result<Exchange, ProviderError> {
+        let mut request = hyper::Request::new(Full::new(Bytes::from(body)));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() =
+            url.path().parse().map_err(|_| error(Code::ProviderRejected, "the model's name makes no address"))?;
+        request.headers_mut().clone_from(&self.headers);
+        let (response, answering) = plain.send(request).await.map_err(|broken| match broken {
+            Broken::Unconnected(cause) => self.broken(Stage::Connecting, &*cause),
+            Broken::Unanswered(cause) => self.broken(Stage::Asking, &cause),
+        })?;
+        let (head, mut pieces) = response.into_parts();
+        let mut body = self.gathering(head.status, pieces.size_hint().exact())?;
+        let reading = async {
+            while let Some(frame) = pieces.frame().await {
+                match frame.map(Frame::into_data) {
+                    Ok(Ok(chunk)) => {
+                        if !body.add(&chunk)? {
+                            break;
+                        }
+                    }
+                    Ok(Err(_trailers)) => {}
+                    Err(error) => {
+                        body.cut(|| self.broken(Stage::Reading, &error))?;
+                        break;
+                    }
+                }
+            }
+            Ok(body.whole())
+        };
+        let body = answering.during(reading).await?;
+        Ok(Exchange { status: head.status, headers: head.headers, body })
+    }
+
+    /// An empty body of so many announced bytes, to be filled within the bound.
+    fn gathering(&self, status: StatusCode, announced: Option<u64>) -> Result<Gathering, ProviderError> {
+        let announced = announced.and_then(|length| usize::try_from(length).ok()).unwrap_or(0);
+        let max_bytes = if status.is_success() { self.answer_max_bytes } else { ERROR_BODY_MAX_BYTES };
+        let body = Gathering { is_error: !status.is_success(), max_bytes, announced, ..Gathering::default() };
+        if announced > max_bytes && !body.is_error { Err(body.too_large()) } else { Ok(body) }
     }
 
     fn unreachable(&self, cause: &reqwest::Error) -> ProviderError {
-        let host = self.base.host_str().unwrap_or("the provider");
-        let what = if cause.is_connect() {
-            format!("could not connect to {host}")
+        let stage = if cause.is_connect() {
+            Stage::Connecting
         } else if cause.is_body() || cause.is_decode() {
-            format!("the connection to {host} broke while the answer was read")
+            Stage::Reading
         } else {
-            format!("the connection to {host} broke")
+            Stage::Asking
+        };
+        self.broken(stage, cause)
+    }
+
+    fn broken(&self, stage: Stage, cause: &(dyn std::error::Error + 'static)) -> ProviderError {
+        let host = self.base.host_str().unwrap_or("the provider");
+        let what = match stage {
+            Stage::Connecting => format!("could not connect to {host}"),
+            Stage::Asking => format!("the connection to {host} broke"),
+            Stage::Reading => format!("the connection to {host} broke while the answer was read"),
         };
         // The outer texts of such an error hold the address; the innermost says what happened.
-        let mut inner: &dyn std::error::Error = cause;
+        let mut inner = cause;
         while let Some(source) = inner.source() {
             inner = source;
         }
@@ -184,9 +262,14 @@ impl Exchange {
         serde_json::from_slice(&self.body).unwrap_or(Value::Null)
     }
 
+    /// When it was answered, for dates that must be compared with something.
+    pub(super) fn answered_at(&self) -> DateTime<Utc> {
+        retry_after::answered_at(&self.headers, SystemClock.now())
+    }
+
     /// What the headers ask to wait.
     pub(super) fn retry_after(&self) -> Option<Duration> {
-        retry_after::from_headers(&self.headers, self.answered_at)
+        retry_after::from_headers(&self.headers, self.answered_at())
     }
 
     /// What to say of an error that came without words of its own.
@@ -203,17 +286,61 @@ impl Exchange {
     }
 }
 
-/// Reads what there is, up to a bound, and is content with less.
-async fn read_at_most(mut response: Response, max_bytes: usize) -> Bytes {
-    let mut body = BytesMut::new();
-    while let Ok(Some(chunk)) = response.chunk().await {
-        let room = max_bytes - body.len();
-        body.extend_from_slice(&chunk[..chunk.len().min(room)]);
-        if body.len() == max_bytes {
-            break;
+/// Where an exchange broke.
+#[derive(Debug, Clone, Copy)]
+enum Stage {
+    Connecting,
+    Asking,
+    Reading,
+}
+
+/// A body on its way, within its bound.
+#[derive(Debug, Default)]
+struct Gathering {
+    /// An error's body: what there is of it will do, and what is beyond the bound tells nothing more.
+    is_error: bool,
+    max_bytes: usize,
+    announced: usize,
+    /// Most bodies come in one piece, which needs no copy.
+    first: Bytes,
+    /// All of it, once there is a second piece.
+    joined: BytesMut,
+}
+
+impl Gathering {
+    /// Takes a piece. False where no more is wanted.
+    fn add(&mut self, piece: &Bytes) -> Result<bool, ProviderError> {
+        let room = self.max_bytes - self.first.len().max(self.joined.len());
+        if piece.len() > room && !self.is_error {
+            return Err(self.too_large());
         }
+        let piece = piece.slice(..piece.len().min(room));
+        let is_full = piece.len() == room;
+        if self.first.is_empty() && self.joined.is_empty() {
+            self.first = piece;
+        } else {
+            if self.joined.is_empty() {
+                self.joined.reserve(self.announced.min(self.max_bytes).max(self.first.len() + piece.len()));
+                self.joined.extend_from_slice(&std::mem::take(&mut self.first));
+            }
+            self.joined.extend_from_slice(&piece);
+        }
+        Ok(!(self.is_error && is_full))
     }
-    body.freeze()
+
+    /// The connection broke: of an error, what has come is enough.
+    fn cut(&self, why: impl FnOnce() -> ProviderError) -> Result<(), ProviderError> {
+        if self.is_error { Ok(()) } else { Err(why()) }
+    }
+
+    fn too_large(&self) -> ProviderError {
+        let limit = self.max_bytes;
+        error(Code::ProviderTooLarge, format!("the answer is larger than {limit} bytes (`llm.answer_max_bytes`)"))
+    }
+
+    fn whole(self) -> Bytes {
+        if self.joined.is_empty() { self.first } else { self.joined.freeze() }
+    }
 }
 
 /// What a status means where the body does not say it better.
@@ -291,4 +418,84 @@ pub(super) fn base_url(name: &str, text: &str) -> Result<Url, Violation> {
         return Err(wrong("it holds a query or a fragment", "end it before `?` or `#`"));
     }
     Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use stagegate_testkit::{
+        FakeProvider,
+        provider::{Reply, any},
+    };
+
+    use super::*;
+
+    const MAX_BYTES: usize = 10_000;
+
+    /// The short way and the general one.
+    fn both_ways(base: &str) -> [Endpoint; 2] {
+        [true, false].map(|short| {
+            let base = Url::parse(base).expect("an address");
+            let endpoint = Endpoint::new(client().expect("a client"), base, None, MAX_BYTES);
+            assert!(endpoint.plain.is_some());
+            Endpoint { plain: endpoint.plain.filter(|_| short), ..endpoint }
+        })
+    }
+
+    async fn ask(endpoint: &Endpoint) -> Result<Exchange, ProviderError> {
+        let body = json!({ "model": "m", "messages": [{ "role": "user", "content": "Hi" }] });
+        endpoint.post(endpoint.url(&["chat", "completions"]), &body).await
+    }
+
+    #[tokio::test]
+    async fn both_ways_bring_the_same() {
+        let fake = FakeProvider::start().await;
+        let pause = Duration::from_millis(1);
+        let replies = [
+            Reply::raw("{}"),
+            Reply::raw("x".repeat(MAX_BYTES)),
+            Reply::raw("x".repeat(MAX_BYTES)).drip(3_000, pause),
+            Reply::raw(""),
+            Reply::status(500, "y".repeat(100)),
+            Reply::status(500, "y".repeat(2 * ERROR_BODY_MAX_BYTES)),
+            Reply::status(500, "y".repeat(2 * ERROR_BODY_MAX_BYTES)).drip(50_000, pause),
+            Reply::status(500, "y".repeat(100)).cut_halfway(),
+            Reply::status(302, "").header("location", "http://elsewhere/"),
+            Reply::huge(MAX_BYTES + 1),
+            Reply::huge(MAX_BYTES + 1).drip(2_000, pause),
+            Reply::text("Madrid.").cut_halfway(),
+            Reply::close(),
+        ];
+        let [short, general] = both_ways(&fake.openai_base_url());
+        for reply in replies {
+            fake.on(any()).once(reply.clone()).once(reply.clone());
+            match (ask(&short).await, ask(&general).await) {
+                (Ok(one), Ok(other)) => {
+                    assert_eq!((one.status, &one.body), (other.status, &other.body), "{reply:?}");
+                    assert_eq!(one.text("location"), other.text("location"));
+                }
+                (Err(one), Err(other)) => {
+                    assert_eq!((one.code, one.retryable), (other.code, other.retryable), "{reply:?}");
+                }
+                (one, other) => panic!("{reply:?}: {one:?} but {other:?}"),
+            }
+        }
+        let [one, other] = [0, 1].map(|index| {
+            let mut headers = fake.calls()[index].headers.clone();
+            headers.remove("accept-encoding");
+            headers
+        });
+        assert_eq!(one, other);
+        let [one, other] = [0, 1].map(|index| (fake.calls()[index].body.clone(), fake.calls()[index].path.clone()));
+        assert_eq!(one, other);
+    }
+
+    #[test]
+    fn only_what_is_in_the_clear_goes_the_short_way() {
+        let endpoint = |base: &str| {
+            Endpoint::new(client().expect("a client"), Url::parse(base).expect("an address"), None, MAX_BYTES)
+        };
+        assert!(endpoint("http://127.0.0.1:1/v1").plain.is_some());
+        assert!(endpoint("https://127.0.0.1:1/v1").plain.is_none());
+    }
 }

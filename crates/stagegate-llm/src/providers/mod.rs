@@ -7,6 +7,7 @@ mod anthropic;
 mod gemini;
 mod http;
 mod openai;
+mod plain;
 pub mod retry_after;
 pub mod sim;
 

@@ -8,10 +8,15 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use reqwest::StatusCode;
-use serde_json::{Value, json};
+use serde::{
+    Deserialize, Serialize, Serializer,
+    de::IgnoredAny,
+    ser::{SerializeMap as _, SerializeSeq as _},
+};
+use serde_json::Value;
 use stagegate_core::{
     Code, Usage, Violation,
-    pipeline::{OutputFormat, Role},
+    pipeline::{Message, OutputFormat, Role},
 };
 use url::Url;
 
@@ -53,45 +58,36 @@ impl OpenAi {
         Ok(Self { name, endpoint, url, is_vendor, is_configured })
     }
 
-    fn body(&self, request: &ProviderRequest<'_>) -> Value {
-        let messages: Vec<Value> = request
-            .messages
-            .iter()
-            .map(|message| json!({ "role": role(message.role), "content": message.content }))
-            .collect();
-        let mut body = json!({ "model": request.model, "messages": messages });
+    fn body<'a>(&self, request: &ProviderRequest<'a>) -> Body<'a> {
         let params = request.params;
-        if let Some(limit) = params.max_output_tokens {
-            body[if self.is_vendor { "max_completion_tokens" } else { "max_tokens" }] = json!(limit);
+        let limit = params.max_output_tokens;
+        Body {
+            model: request.model,
+            messages: Messages(request.messages),
+            max_completion_tokens: limit.filter(|_| self.is_vendor),
+            max_tokens: limit.filter(|_| !self.is_vendor),
+            temperature: params.temperature,
+            top_p: params.top_p,
+            seed: params.seed,
+            stop: &params.stop,
+            response_format: match request.format {
+                OutputFormat::Text => None,
+                OutputFormat::Json { schema } => Some(ResponseFormat(schema.as_deref())),
+            },
         }
-        if let Some(temperature) = params.temperature {
-            body["temperature"] = json!(temperature);
-        }
-        if let Some(top_p) = params.top_p {
-            body["top_p"] = json!(top_p);
-        }
-        if let Some(seed) = params.seed {
-            body["seed"] = json!(seed);
-        }
-        if !params.stop.is_empty() {
-            body["stop"] = json!(params.stop);
-        }
-        match request.format {
-            OutputFormat::Text => {}
-            OutputFormat::Json { schema: None } => body["response_format"] = json!({ "type": "json_object" }),
-            // Not strict: strict mode takes only a part of JSON Schema and refuses the rest. The schema guides; the
-            // stage's own check decides.
-            OutputFormat::Json { schema: Some(schema) } => {
-                body["response_format"] = json!({
-                    "type": "json_schema",
-                    "json_schema": { "name": "answer", "schema": schema.as_ref(), "strict": false },
-                });
-            }
-        }
-        body
     }
 
     fn read(&self, exchange: &Exchange) -> Result<Answer, ProviderError> {
+        if let Ok(plain) = serde_json::from_slice::<Plain>(&exchange.body)
+            && let Some((content, usage)) = plain.whole()
+        {
+            return Ok(Answer { content, finish: Finish::Stop, usage: Some(usage), limits: limits(exchange) });
+        }
+        self.read_any(exchange)
+    }
+
+    /// Reads an answer of whatever shape.
+    fn read_any(&self, exchange: &Exchange) -> Result<Answer, ProviderError> {
         let answer = self.endpoint.json(exchange)?;
         if answer.get("error").is_some_and(|error| !error.is_null()) {
             return Err(self.error(exchange, &answer));
@@ -187,11 +183,145 @@ impl Provider for OpenAi {
     }
 }
 
-fn role(role: Role) -> &'static str {
-    match role {
-        Role::System => "system",
-        Role::User => "user",
-        Role::Assistant => "assistant",
+/// A request's body. It borrows what it says, so that a prompt is written once: into the bytes that are sent.
+#[derive(Serialize)]
+struct Body<'a> {
+    model: &'a str,
+    messages: Messages<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_completion_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    temperature: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    top_p: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<i64>,
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    stop: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    response_format: Option<ResponseFormat<'a>>,
+}
+
+struct Messages<'a>(&'a [Message]);
+
+impl Serialize for Messages<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Said<'a> {
+            role: &'static str,
+            content: &'a str,
+        }
+        let mut list = serializer.serialize_seq(Some(self.0.len()))?;
+        for message in self.0 {
+            let role = match message.role {
+                Role::System => "system",
+                Role::User => "user",
+                Role::Assistant => "assistant",
+            };
+            list.serialize_element(&Said { role, content: &message.content })?;
+        }
+        list.end()
+    }
+}
+
+/// JSON, with a schema where there is one.
+struct ResponseFormat<'a>(Option<&'a Value>);
+
+impl Serialize for ResponseFormat<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Guide<'a> {
+            name: &'static str,
+            schema: &'a Value,
+            strict: bool,
+        }
+        let mut map = serializer.serialize_map(None)?;
+        match self.0 {
+            None => map.serialize_entry("type", "json_object")?,
+            // Not strict: strict mode takes only a part of JSON Schema and refuses the rest. The schema guides; the
+            // stage's own check decides.
+            Some(schema) => {
+                map.serialize_entry("type", "json_schema")?;
+                map.serialize_entry("json_schema", &Guide { name: "answer", schema, strict: false })?;
+            }
+        }
+        map.end()
+    }
+}
+
+/// The usual answer: one text, complete, with its usage. It is read without building a tree; what is of any other
+/// shape, in whichever respect, is read by [`OpenAi::read_any`].
+#[derive(Deserialize)]
+struct Plain {
+    error: Option<IgnoredAny>,
+    choices: (Choice,),
+    usage: Tokens,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    error: Option<IgnoredAny>,
+    finish_reason: Ended,
+    message: Said,
+}
+
+#[derive(Deserialize)]
+enum Ended {
+    #[serde(rename = "stop")]
+    Stop,
+}
+
+#[derive(Deserialize)]
+struct Said {
+    content: String,
+    refusal: Option<IgnoredAny>,
+}
+
+/// OpenAI's prompt tokens include the cached ones; its completion tokens include the reasoning.
+#[derive(Deserialize)]
+struct Tokens {
+    #[serde(rename = "prompt_tokens")]
+    prompt: u64,
+    #[serde(rename = "completion_tokens")]
+    completion: u64,
+    prompt_tokens_details: Option<PromptDetails>,
+    completion_tokens_details: Option<CompletionDetails>,
+}
+
+#[derive(Deserialize)]
+struct PromptDetails {
+    cached_tokens: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct CompletionDetails {
+    reasoning_tokens: Option<u64>,
+}
+
+impl Plain {
+    /// The text and its usage, if nothing else was said.
+    fn whole(self) -> Option<(String, Usage)> {
+        let Self { error, choices: (choice,), usage } = self;
+        let Choice { error: inner, finish_reason: Ended::Stop, message } = choice;
+        let is_plain = error.is_none() && inner.is_none() && message.refusal.is_none();
+        is_plain.then(|| (message.content, usage.usage()))
+    }
+}
+
+impl Tokens {
+    fn usage(&self) -> Usage {
+        let cached = self.prompt_tokens_details.as_ref().and_then(|details| details.cached_tokens).unwrap_or(0);
+        let reasoning = self.completion_tokens_details.as_ref().and_then(|details| details.reasoning_tokens);
+        let cached = cached.min(self.prompt);
+        Usage {
+            input_tokens: self.prompt - cached,
+            cache_read_tokens: cached,
+            output_tokens: self.completion,
+            reasoning_tokens: reasoning.unwrap_or(0).min(self.completion),
+            ..Usage::default()
+        }
     }
 }
 
@@ -220,19 +350,19 @@ fn status_of(status: StatusCode, told: &Value) -> StatusCode {
     named.filter(|code| code.is_client_error() || code.is_server_error()).unwrap_or(by_type)
 }
 
-/// OpenAI's prompt tokens include the cached ones; its completion tokens include the reasoning.
+/// The usage of an answer, as far as it is told.
 fn usage(answer: &Value) -> Option<Usage> {
     let told = answer.get("usage").filter(|usage| usage.is_object())?;
-    let (prompt, output) = (told["prompt_tokens"].as_u64()?, told["completion_tokens"].as_u64().unwrap_or(0));
-    let cached = told.pointer("/prompt_tokens_details/cached_tokens").and_then(Value::as_u64).unwrap_or(0).min(prompt);
-    let reasoning = told.pointer("/completion_tokens_details/reasoning_tokens").and_then(Value::as_u64).unwrap_or(0);
-    Some(Usage {
-        input_tokens: prompt - cached,
-        cache_read_tokens: cached,
-        output_tokens: output,
-        reasoning_tokens: reasoning.min(output),
-        ..Usage::default()
-    })
+    let detail = |path: &str| told.pointer(path).and_then(Value::as_u64);
+    let tokens = Tokens {
+        prompt: told["prompt_tokens"].as_u64()?,
+        completion: told["completion_tokens"].as_u64().unwrap_or(0),
+        prompt_tokens_details: Some(PromptDetails { cached_tokens: detail("/prompt_tokens_details/cached_tokens") }),
+        completion_tokens_details: Some(CompletionDetails {
+            reasoning_tokens: detail("/completion_tokens_details/reasoning_tokens"),
+        }),
+    };
+    Some(tokens.usage())
 }
 
 fn limits(exchange: &Exchange) -> Limits {

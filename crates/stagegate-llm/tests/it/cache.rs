@@ -227,6 +227,24 @@ async fn whoever_takes_a_run_over_finds_what_it_received() {
 }
 
 #[tokio::test]
+async fn a_connection_that_was_cut_costs_no_hit() {
+    let (redis, one, two) = alone().await;
+    for n in 0..8 {
+        one.ask(&context(), &request(&format!("{n}"))).await;
+        // Between any two look-ups, as an idle time-out of the server or of something between would do it.
+        let mut connection = raw(&redis).await;
+        let _: redis::Value = redis::cmd("CLIENT")
+            .arg(&["KILL", "TYPE", "normal", "SKIPME", "yes"])
+            .query_async(&mut connection)
+            .await
+            .expect("they are cut");
+        let hit = two.ask(&context(), &request(&format!("{n}"))).await;
+        assert_eq!(last(&hit).origin, Origin::CacheShared);
+    }
+    assert_eq!(one.calls(), 8);
+}
+
+#[tokio::test]
 async fn an_answer_in_redis_is_never_served_past_its_ttl() {
     let (_redis, one, two) = alone().await;
     one.ask(&context(), &request("q")).await;

@@ -12,7 +12,7 @@ use stagegate_testkit::servers::Redis;
 use uuid::Uuid;
 
 /// Far more than anything here may take.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 fn hints(redis: &Redis, prefix: &str) -> Arc<RedisHints> {
     let config = RedisConfig { key_prefix: prefix.to_owned(), ..RedisConfig::default() };
@@ -75,7 +75,8 @@ async fn garbage_on_the_channel_is_ignored() {
     until_heard(&one, &two, Hint::Work).await;
     let client = Client::open(redis.url()).expect("a valid URL");
     let mut raw = client.get_multiplexed_async_connection().await.expect("a connection");
-    for garbage in [&b""[..], b"sgh1", b"sgh1sender-x\xFF\xFF", b"{\"json\":1}", &[0; 70_000]] {
+    let long = vec![0; 70_000];
+    for garbage in [&b""[..], b"sgh1", b"sgh1sender-x\xFF\xFF", b"{\"json\":1}", &long] {
         let mut publish = redis::cmd("PUBLISH");
         let heard_by: i64 =
             publish.arg(format!("{prefix}:hints")).arg(garbage).query_async(&mut raw).await.expect("sent");

@@ -71,6 +71,18 @@ async fn an_answer_that_was_cut_is_never_stored_and_is_handed_over_for_the_criti
 }
 
 #[tokio::test]
+async fn an_answer_that_was_cut_before_a_word_was_said_is_not_worth_another_try() {
+    let bench = Bench::new().await;
+    bench.vendor.on(any()).once(Reply::text("").end(End::Length));
+    let mut request = request("q");
+    request.params.max_output_tokens = Some(20);
+    let error = bench.llm.complete(&context(), &request).await.expect_err("cut");
+    assert_eq!((error.code, error.retryable), (Code::ProviderMalformed, false));
+    assert!(error.message.contains("max_output_tokens = 20") && error.message.contains("raise"), "{}", error.message);
+    assert_eq!((error.partial, error.calls.len()), (None, 1));
+}
+
+#[tokio::test]
 async fn a_refused_answer_is_never_stored() {
     let bench = Bench::new().await;
     bench.vendor.on(any()).once(Reply::text("I cannot").end(End::Refused));

@@ -5,7 +5,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 use stagegate_core::{
     Epoch, RunState, Store, StoreError, StoreResult,
-    store::{Committed, Lease},
+    store::{Committed, Lease, NewSignal, SignalKind},
 };
 use stagegate_store_postgres::PoolConfig;
 use stagegate_testkit::{
@@ -117,19 +117,19 @@ async fn a_replica_that_vanished_inside_a_transaction_holds_its_rows_no_longer_t
     let (store, database) = crate::fresh(&config).await;
     let store: Arc<dyn Store> = Arc::new(store);
     let owner = live_replica(&store).await;
-    let (_, lease) = submit_leased(&store, 1, owner).await;
-    let leases = [lease];
+    let (run, _) = submit_leased(&store, 1, owner).await;
+    let cancel = NewSignal { tenant: run.tenant.clone(), run: run.id, kind: SignalKind::Cancel, by: None };
     let mut operator = PgConnection::connect(database.url()).await.expect("connects");
     let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
                AND application_name = 'stagegate' AND state LIKE 'idle in transaction%'";
     let mut inside = async || sqlx::query_scalar::<_, i64>(sql).fetch_one(&mut operator).await.expect("reads") > 0;
     // Never asked to go on: what a partition looks like from the server, which sees no connection end.
-    let mut reading = store.signals(&leases);
+    let mut leaving = store.signal(&cancel);
     while !inside().await {
-        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(reading.as_mut().poll(context))).await;
+        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(leaving.as_mut().poll(context))).await;
         if polled.is_ready() {
             // It was through before it was seen between two statements: another is begun, to be left there.
-            reading = store.signals(&leases);
+            leaving = store.signal(&cancel);
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use sqlx::{Connection as _, PgConnection};
 use stagegate_core::{Event, EventKind};
 use stagegate_testkit::{
     provider::{FakeProvider, Reply, any, contains},
@@ -16,7 +17,7 @@ use crate::{
 };
 
 /// 1 → 2 → 3 → { 4, 5 }, as the canonical pipeline. Each prompt carries a mark that no answer does.
-const PIPELINE: &str = "\
+pub(crate) const PIPELINE: &str = "\
 name: five
 input: { type: object, required: [brief], properties: { brief: { type: string } } }
 defaults: { model: fake/m, timeout: 120s }
@@ -30,22 +31,26 @@ output: { four: '{{ stages.four.output }}', five: '{{ stages.five.output }}' }
 ";
 
 /// Real servers, a provider that counts, and a place to run the binary in.
-struct Stand {
+pub(crate) struct Stand {
     place: Place,
-    database: TestDatabase,
+    pub(crate) database: TestDatabase,
     redis: std::sync::Arc<Redis>,
-    provider: FakeProvider,
-    key: String,
+    pub(crate) provider: FakeProvider,
+    pub(crate) key: String,
 }
 
 impl Stand {
+    /// With a lease so short that the test need not wait long for the dead process's to end.
     async fn new() -> Self {
+        Self::with_ttl("2s").await
+    }
+
+    pub(crate) async fn with_ttl(ttl: &str) -> Self {
         let (database, redis) = (TestDatabase::fresh().await, Redis::shared().await.expect("a Redis"));
         let provider = FakeProvider::start().await;
         let place = Place::new();
-        // The lease is short, so that the test need not wait long for the dead process's to end.
         let config = format!(
-            "[engine]\nlease_ttl = '2s'\n[redis]\nkey_prefix = '{}'\n[llm.providers.fake]\nkind = 'openai'\nbase_url = '{}'\n",
+            "[engine]\nlease_ttl = '{ttl}'\n[redis]\nkey_prefix = '{}'\n[llm.providers.fake]\nkind = 'openai'\nbase_url = '{}'\n",
             redis.unique_prefix(),
             provider.openai_base_url()
         );
@@ -56,7 +61,14 @@ impl Stand {
         Self { place, database, redis, provider, key }
     }
 
-    async fn serve(&self) -> (Daemon, Api) {
+    /// Adds to the configuration of the processes that are started from now on.
+    pub(crate) fn configure(&self, text: &str) {
+        let path = self.place.path("stagegate.toml");
+        let before = std::fs::read_to_string(path).expect("written");
+        self.place.write("stagegate.toml", &(before + text));
+    }
+
+    pub(crate) async fn serve(&self) -> (Daemon, Api) {
         let environment = [("DATABASE_URL", self.database.url()), ("REDIS_URL", self.redis.url())];
         let daemon = self.place.serve(&[], &environment).await;
         let api = Api::new(&daemon.base, Some(&self.key));
@@ -64,26 +76,50 @@ impl Stand {
     }
 
     /// Answers each stage with a text of its own.
-    fn answer(&self, stages: std::ops::RangeInclusive<u32>) {
+    pub(crate) fn answer(&self, stages: std::ops::RangeInclusive<u32>) {
         for stage in stages {
             self.provider.on(contains(format!("MARK-{stage}"))).respond(Reply::text(format!("answer {stage}")));
         }
     }
 
-    fn calls_of(&self, stage: u32) -> usize {
+    pub(crate) fn calls_of(&self, stage: u32) -> usize {
         self.provider.calls_where(&contains(format!("MARK-{stage}"))).len()
     }
 
     /// Waits until a stage was called.
-    async fn called(&self, stage: u32) {
+    pub(crate) async fn called(&self, stage: u32) {
         while self.calls_of(stage) == 0 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
-    fn calls(&self) -> [usize; 5] {
+    pub(crate) fn calls(&self) -> [usize; 5] {
         [1, 2, 3, 4, 5].map(|stage| self.calls_of(stage))
     }
+}
+
+/// What the tables hold of a run, read past the product: rows, and the epoch and seq that fence its writers.
+pub(crate) async fn written(stand: &Stand, run: &str) -> Value {
+    let mut connection = PgConnection::connect(stand.database.url()).await.expect("connects");
+    let sql = "SELECT json_build_object(
+        'checkpoints', (SELECT count(*) FROM checkpoints WHERE run_id = r.id),
+        'stages', (SELECT count(DISTINCT stage_id) FROM checkpoints WHERE run_id = r.id),
+        'events', (SELECT count(*) FROM events WHERE run_id = r.id),
+        'last_seq', r.last_seq, 'epoch', r.epoch, 'state', r.state, 'owner', r.owner,
+        'calls', (SELECT count(*) FROM ledger WHERE run_id = r.id),
+        'attempts', (SELECT count(*) FROM attempts WHERE run_id = r.id))::text FROM runs r WHERE r.id = $1::uuid";
+    let text: String = sqlx::query_scalar(sql).bind(run).fetch_one(&mut connection).await.expect("reads");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+pub(crate) fn assert_gap_free(events: &[Event]) {
+    let seqs: Vec<u64> = events.iter().map(|event| event.seq).collect();
+    assert_eq!(seqs, (1..=seqs.len() as u64).collect::<Vec<_>>(), "gap-free, nothing twice");
+    assert_eq!(events.iter().filter(|event| is_finished(event)).count(), 1);
+}
+
+pub(crate) fn is_finished(event: &Event) -> bool {
+    event.kind.name() == "run.finished"
 }
 
 fn is_stage(event: &Event, name: &str, stage: &str) -> bool {
@@ -108,8 +144,7 @@ async fn a_killed_process_buys_nothing_twice_and_its_run_succeeds() {
     let seen = events.last().expect("some events").seq;
     events.extend(api.follow(&run, seen, |event| event.kind.name() == "run.finished").await);
 
-    let seqs: Vec<u64> = events.iter().map(|event| event.seq).collect();
-    assert_eq!(seqs, (1..=seqs.len() as u64).collect::<Vec<_>>(), "gap-free, nothing twice, across the crash");
+    assert_gap_free(&events); // Across the crash.
     let finished =
         |event: &Event| matches!(&event.kind, EventKind::RunFinished { state, .. } if state.as_str() == "succeeded");
     assert!(events.last().is_some_and(finished), "{:#?}", events.last());
@@ -124,6 +159,11 @@ async fn a_killed_process_buys_nothing_twice_and_its_run_succeeds() {
     let detail = api.get(&format!("/v1/runs/{run}")).await;
     assert_eq!(detail["output"], json!({ "four": "answer 4", "five": "answer 5" }));
     assert_eq!((&detail["stages_done"], &detail["state"]), (&json!(5), &json!("succeeded")));
+    let rows = written(&stand, &run).await;
+    assert_eq!((&rows["checkpoints"], &rows["stages"]), (&json!(5), &json!(5)), "one checkpoint per stage: {rows}");
+    assert_eq!((&rows["events"], &rows["last_seq"]), (&json!(events.len()), &json!(events.len())), "{rows}");
+    // The call that was never answered has no row: nobody knows what became of it.
+    assert_eq!((&rows["calls"], &rows["epoch"], &rows["owner"]), (&json!(5), &json!(2), &json!(null)), "{rows}");
     let replayed = api.follow(&run, 0, |event| event.kind.name() == "run.finished").await;
     assert_eq!(replayed, events, "who comes late sees the same");
 }

@@ -5,6 +5,7 @@ mod commands;
 mod crash;
 mod demo;
 mod examples;
+mod replicas;
 mod running;
 mod serving;
 mod support;

@@ -133,7 +133,8 @@ impl Daemon {
         daemon
     }
 
-    fn wait_for_line(&mut self, part: &str) -> String {
+    /// Waits until a line that holds this is logged.
+    pub(crate) fn wait_for_line(&mut self, part: &str) -> String {
         loop {
             match self.lines.recv_timeout(PATIENCE) {
                 Ok(line) => {

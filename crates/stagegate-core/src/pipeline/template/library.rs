@@ -8,7 +8,10 @@ use minijinja::{
     value::{Kwargs, Rest, ValueIter, ValueKind, ValueOrKwargs},
 };
 
-use super::sandbox::{CHARGE, NUMBER};
+use super::{
+    FUEL,
+    sandbox::{CHARGE, NUMBER},
+};
 
 /// The most bytes that one rendering may copy, join or compare.
 const WORK_MAX_BYTES: usize = 32 * 1024 * 1024;
@@ -110,7 +113,7 @@ pub(super) fn charged<T>(render: impl FnOnce() -> T) -> T {
     result
 }
 
-fn failed(message: impl Into<Cow<'static, str>>) -> Error {
+pub(super) fn failed(message: impl Into<Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message)
 }
 
@@ -208,17 +211,17 @@ pub(super) fn to_json(value: &Value) -> Result<serde_json::Value, Error> {
 }
 
 /// An environment with everything that a template can use, and nothing else.
-pub(super) fn environment(fuel: u64) -> Environment<'static> {
+pub(super) fn environment() -> &'static Environment<'static> {
     static LIBRARY: LazyLock<Environment<'static>> = LazyLock::new(library);
-    let mut environment = LIBRARY.clone();
-    environment.set_fuel(Some(fuel));
-    environment
+    &LIBRARY
 }
 
 fn library() -> Environment<'static> {
     let mut env = Environment::empty();
     env.set_undefined_behavior(UndefinedBehavior::Strict);
     env.set_recursion_limit(100);
+    // Each rendering has all of it.
+    env.set_fuel(Some(FUEL));
     env.set_debug(true);
     env.set_formatter(|out, _, value| {
         let text = text(value)?;

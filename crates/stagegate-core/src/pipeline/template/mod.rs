@@ -8,6 +8,7 @@
 //! Maps are rendered with their keys sorted: the same data is the same prompt (and the same cache key) wherever it
 //! has been stored in between.
 
+mod compiled;
 mod library;
 mod references;
 mod sandbox;
@@ -15,8 +16,8 @@ mod sandbox;
 use std::collections::BTreeMap;
 
 use minijinja::{
-    AutoEscape, Error, ErrorKind,
-    machinery::{CodeGenerator, Token, ast, eval, make_string_output, parse, parse_expr, tokenize},
+    Error, ErrorKind,
+    machinery::{Token, ast, make_string_output, parse, parse_expr, tokenize},
     syntax::SyntaxConfig,
     value::Serde,
 };
@@ -24,6 +25,7 @@ use serde_json::Value;
 
 pub(super) use references::Scope;
 
+use self::compiled::Compiled;
 use crate::Code;
 
 /// The longest template, in bytes.
@@ -71,13 +73,10 @@ enum Kind {
     Expression,
 }
 
-/// A checked template or expression.
-///
-/// It keeps the source: the parsed form borrows it, and parsing takes microseconds where the call that follows takes
-/// seconds.
+/// A checked template or expression, compiled.
 #[derive(Debug, Clone)]
 pub(super) struct Template {
-    source: Box<str>,
+    compiled: Compiled,
     kind: Kind,
     /// The stages whose outputs it names.
     stages: Vec<String>,
@@ -110,13 +109,16 @@ impl Template {
         if !flaws.is_empty() {
             return Err(flaws);
         }
-        Ok(Self { source: source.into(), kind, stages: named.stages, input: named.input })
+        let compiled = Compiled::new(source, kind).map_err(|error| vec![syntax_flaw(&error)])?;
+        Ok(Self { compiled, kind, stages: named.stages, input: named.input })
     }
 
     /// Renders to text.
     pub(super) fn render(&self, vars: &Vars<'_>) -> Result<String, String> {
+        let context = self.context(vars)?;
         let mut text = String::new();
-        self.run(vars, Some(&mut text))?;
+        let written = self.compiled.write(context, &mut make_string_output(&mut text));
+        written.map_err(|error| describe(&error, self.compiled.source()))?;
         if text.len() > RENDERED_MAX_BYTES {
             return Err(format!("the text has {} bytes, at most {RENDERED_MAX_BYTES} are allowed", text.len()));
         }
@@ -128,8 +130,12 @@ impl Template {
         if self.kind == Kind::Text {
             return self.render(vars).map(Value::String);
         }
-        let value = self.run(vars, None)?.unwrap_or(minijinja::Value::UNDEFINED);
-        library::to_json(&value).map_err(|error| describe(&error, &self.source))
+        let context = self.context(vars)?;
+        let mut sink = String::new();
+        let value = self.compiled.value(context, &mut make_string_output(&mut sink));
+        value
+            .and_then(|value| library::to_json(&value.unwrap_or(minijinja::Value::UNDEFINED)))
+            .map_err(|error| describe(&error, self.compiled.source()))
     }
 
     /// Whether an expression holds; it must give true or false.
@@ -138,29 +144,6 @@ impl Template {
             Value::Bool(holds) => Ok(holds),
             other => Err(format!("it gives {}, not true or false", super::schema::told(&other))),
         }
-    }
-
-    fn run(&self, vars: &Vars<'_>, text: Option<&mut String>) -> Result<Option<minijinja::Value>, String> {
-        let tree = tree(&self.source, self.kind).map_err(|error| describe(&error, &self.source))?;
-        let context = self.context(vars)?;
-        let mut code = CodeGenerator::new("template", &self.source);
-        let wanted = text.is_none();
-        match (&tree, wanted) {
-            (ast::Stmt::Template(template), true) => match template.children.as_slice() {
-                [ast::Stmt::EmitExpr(only)] => code.compile_expr(&sandbox::expression(&only.expr)),
-                _ => code.compile_stmt(&sandbox::statement(&tree)),
-            },
-            (ast::Stmt::EmitExpr(only), true) => code.compile_expr(&sandbox::expression(&only.expr)),
-            _ => code.compile_stmt(&sandbox::statement(&tree)),
-        }
-        let (instructions, blocks) = code.finish();
-        let environment = library::environment(FUEL);
-        let mut sink = String::new();
-        let mut output = make_string_output(text.unwrap_or(&mut sink));
-        let result = library::charged(|| {
-            eval(&environment, &instructions, context, &blocks, &mut output, AutoEscape::None).map(|(value, _)| value)
-        });
-        result.map_err(|error| describe(&error, &self.source))
     }
 
     /// Only what the template names is converted.
