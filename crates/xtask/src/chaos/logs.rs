@@ -41,8 +41,7 @@ pub(crate) struct Told {
 
 /// Reads the logs of all replicas.
 pub(crate) fn replicas(world: &World) -> anyhow::Result<Told> {
-    let mut told = Told::default();
-    told.alive_s = vec![Vec::new(); world.replicas.len()];
+    let mut told = Told { alive_s: vec![Vec::new(); world.replicas.len()], ..Told::default() };
     for (index, replica) in world.replicas.iter().enumerate() {
         let Ok(program) = replica.program() else { continue };
         let (text, _) = program.log_from(0)?;

@@ -29,7 +29,7 @@ const LOOK_PAUSE: Duration = Duration::from_millis(150);
 /// Run the previous binary and this one side by side while the schema is migrated, and reconcile
 #[derive(Debug, clap::Args)]
 pub(crate) struct Upgrade {
-    /// The previous revision; default: the parent of the commit that last touched the migrations
+    /// The previous revision; default: the parent of the commit that added the newest migration
     #[arg(long, value_name = "REV")]
     from: Option<String>,
     /// How long each step lasts, in seconds
@@ -163,18 +163,17 @@ async fn stop_for_good(world: &Arc<World>, index: usize, signal: &str) -> anyhow
     Ok(owners)
 }
 
-/// The parent of the commit that last touched the migrations.
+/// The parent of the commit that added the newest migration of Postgres.
 async fn before_newest_migration() -> anyhow::Result<String> {
     let git = |arguments: &[&str]| {
         let mut command = Command::new("git");
         command.current_dir(root()).args(arguments);
         command
     };
-    let newest = output_of(&mut git(&["log", "-1", "--format=%H", "--", "migrations"])).await?;
-    let first = output_of(&mut git(&["log", "--format=%H", "--diff-filter=A", "--", "migrations"])).await?;
-    if newest.trim().is_empty() || first.lines().count() < 2 {
-        bail!("the migrations have had one version only; name a revision to come from with --from");
-    }
+    let added = output_of(&mut git(&["log", "--format=%H", "--diff-filter=A", "--", "migrations/postgres"])).await?;
+    let Some(newest) = added.lines().next().filter(|_| added.lines().count() > 1) else {
+        bail!("there has been one migration only; name a revision to come from with --from");
+    };
     let parent = output_of(&mut git(&["rev-parse", &format!("{}^", newest.trim())])).await?;
     Ok(parent.trim().to_owned())
 }
