@@ -1,6 +1,14 @@
 //! One replica: the built binary, its configuration, and the proxies through which it reaches Postgres and Redis.
 
-use std::{net::SocketAddr, path::PathBuf, sync::OnceLock, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail};
 use stagegate_testkit::{
@@ -33,6 +41,8 @@ pub(crate) struct Replica {
     program: OnceLock<Program>,
     pub(crate) postgres: Proxy,
     pub(crate) redis: Proxy,
+    /// It was ended for good: nobody starts it again to mend the world.
+    pub(crate) retired: AtomicBool,
     /// Held by the fault that it is under.
     pub(crate) busy: tokio::sync::Mutex<()>,
 }
@@ -42,7 +52,8 @@ impl Replica {
     pub(crate) async fn prepare(setup: Setup) -> anyhow::Result<Self> {
         let (postgres, redis) = (Proxy::start(setup.postgres).await?, Proxy::start(setup.redis).await?);
         let busy = tokio::sync::Mutex::new(());
-        Ok(Self { setup, port: free_port()?, program: OnceLock::new(), postgres, redis, busy })
+        let (port, program, retired) = (free_port()?, OnceLock::new(), AtomicBool::new(false));
+        Ok(Self { setup, port, program, postgres, redis, retired, busy })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -60,6 +71,7 @@ impl Replica {
 
     /// Starts it, for the first time or again.
     pub(crate) fn launch(&self) -> anyhow::Result<()> {
+        self.retired.store(false, Ordering::Relaxed);
         if let Some(program) = self.program.get() {
             return program.start_again();
         }

@@ -4,7 +4,7 @@
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -138,6 +138,7 @@ async fn stop_for_good(world: &Arc<World>, index: usize, signal: &str) -> anyhow
     });
     world.timeline.say(&format!("{what}, with {} runs", orphans.runs.len()));
     let from_s = world.timeline.now_s();
+    replica.retired.store(true, Ordering::Relaxed);
     let status = replica.program()?.stop(signal).await?;
     let to_s = world.timeline.now_s();
     if signal == "TERM" {

@@ -4,7 +4,7 @@
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -242,7 +242,7 @@ impl World {
         for replica in &self.replicas {
             let Ok(program) = replica.program() else { continue };
             program.thaw();
-            if !program.is_running() {
+            if !program.is_running() && !replica.retired.load(Ordering::Relaxed) {
                 program.stop("KILL").await?;
                 replica.launch_until_ready(Duration::from_mins(1)).await?;
             }
