@@ -41,6 +41,10 @@ use stagegate_telemetry::Metrics;
 use stagegate_testkit::servers::Redis;
 use uuid::Uuid;
 
+/// As the daemon has it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const ANSWER_BYTES: usize = 1_000;
 
 /// Five stages as they are in production: text and JSON, checks, 1 KB prompts.

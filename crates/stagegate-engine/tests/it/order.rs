@@ -18,7 +18,7 @@ fn tenant(name: &str) -> TenantId {
 }
 
 /// One stage that asks for `input.text`; `more` are further keys of the definition.
-fn one_stage(more: Value) -> String {
+fn one_stage(more: &Value) -> String {
     let mut definition = json!({
         "name": "one",
         "defaults": { "model": "fake/model", "retry": { "max_attempts": 1 } },
@@ -37,7 +37,7 @@ impl Order {
     async fn with(config: EngineConfig, more: Value) -> Self {
         let bench = Bench::with(config).await;
         for name in ["default", "busy", "small"] {
-            bench.engine.register(&tenant(name), &one_stage(more.clone())).await.expect("valid");
+            bench.engine.register(&tenant(name), &one_stage(&more)).await.expect("valid");
         }
         Self { bench }
     }

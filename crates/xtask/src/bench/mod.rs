@@ -71,6 +71,9 @@ pub(crate) struct Bench {
     /// Write what was measured into docs/benchmarks.md, in place of what is there of the same cells and stores
     #[arg(long)]
     write_docs: bool,
+    /// The commit that the binary was built from, for the record; told by git where it is built here
+    #[arg(long, requires = "binary")]
+    commit: Option<String>,
     /// A stagegate binary to measure, instead of building one with the release profile
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
@@ -142,7 +145,14 @@ impl Bench {
             None => daemon::build("release").await?,
         };
         machine::raise_open_files().await;
-        let machine = Machine::read().await;
+        let mut machine = Machine::read().await;
+        if let Some(binary) = &self.binary {
+            // What git tells is the commit of this harness.
+            if self.write_docs && self.commit.is_none() {
+                anyhow::bail!("--write-docs with --binary needs --commit: the page tells what was measured");
+            }
+            machine.commit = self.commit.clone().unwrap_or_else(|| format!("unknown ({})", binary.display()));
+        }
         let options = Options {
             rounds: self.rounds.max(1),
             window: Duration::from_secs_f64(self.seconds),
