@@ -220,8 +220,13 @@ impl Hub {
         watched.into_iter().filter(|(_, last)| *last > 0).collect()
     }
 
+    /// Each run once, however often it was hinted at: the store is asked for each of what it is given, and a run that is
+    /// named twice would have its events twice.
     fn take_hinted(&self) -> Vec<RunId> {
-        std::mem::take(&mut *self.hinted.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut hinted = std::mem::take(&mut *self.hinted.lock().unwrap_or_else(PoisonError::into_inner));
+        hinted.sort_unstable();
+        hinted.dedup();
+        hinted
     }
 
     fn is_watched(&self) -> bool {
@@ -572,6 +577,18 @@ mod tests {
             });
         }
         assert_eq!(times, 1);
+    }
+
+    #[tokio::test]
+    async fn a_run_that_is_hinted_at_twice_is_asked_about_once() {
+        let hub = Arc::new(Hub::default());
+        let (one, two) = (RunId(uuid::Uuid::from_u128(1)), RunId(uuid::Uuid::from_u128(2)));
+        let _watchers = (hub.watch(one), hub.watch(two));
+        for run in [two, one, two, one, one] {
+            hub.hinted(run);
+        }
+        assert_eq!(hub.take_hinted(), [one, two]);
+        assert!(hub.take_hinted().is_empty());
     }
 
     #[tokio::test]

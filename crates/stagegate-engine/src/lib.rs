@@ -275,6 +275,16 @@ impl Engine {
         self.shared.drain.is_cancelled()
     }
 
+    /// Readiness goes false, so that balancers send nothing more; everything is still served and executed.
+    pub fn announce_leave(&self) {
+        self.shared.leaving.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// True once it is to get no more traffic: it is about to drain, or drains.
+    pub fn is_leaving(&self) -> bool {
+        self.shared.leaving.load(std::sync::atomic::Ordering::Relaxed) || self.is_draining()
+    }
+
     /// Stops taking anything new: readiness goes false. What is under way goes on.
     pub fn begin_drain(&self) {
         self.shared.begin_drain();

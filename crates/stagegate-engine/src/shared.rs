@@ -85,6 +85,8 @@ pub(crate) struct Shared {
     pub(crate) doubt: AtomicBool,
     /// Set once: nothing new starts.
     pub(crate) drain: CancellationToken,
+    /// It will drain soon: readiness says so already, everything else goes on.
+    pub(crate) leaving: AtomicBool,
     pub(crate) drivers: TaskTracker,
     life: Mutex<Life>,
     driven: Mutex<Driven>,
@@ -132,6 +134,7 @@ impl Shared {
             work: Notify::new(),
             doubt: AtomicBool::new(false),
             drain: CancellationToken::new(),
+            leaving: AtomicBool::new(false),
             drivers: TaskTracker::new(),
             life: Mutex::new(Life::of(replica)),
             driven: Mutex::default(),

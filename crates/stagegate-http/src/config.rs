@@ -32,6 +32,10 @@ pub struct HttpConfig {
     pub max_event_streams: usize,
     /// The pause between two keep-alive comments of an event stream.
     pub sse_keep_alive: Span,
+    /// How long it serves on after SIGTERM while `/readyz` already says 503: as long as whatever balances the load may
+    /// take to notice, so that a restart refuses no connection. Unset: it drains at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain_delay: Option<Span>,
 }
 
 impl Default for HttpConfig {
@@ -47,6 +51,7 @@ impl Default for HttpConfig {
             max_connections: 20_000,
             max_event_streams: 15_000,
             sse_keep_alive: Span(Duration::from_secs(15)),
+            drain_delay: None,
         }
     }
 }

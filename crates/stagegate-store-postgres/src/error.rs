@@ -24,6 +24,18 @@ pub(crate) fn statement(name: &'static str, error: &sqlx::Error) -> StoreError {
     }
 }
 
+/// What it means that a statement got no connection. The driver calls it a mistake in the protocol when the server, or a
+/// proxy before one that restarts, accepts a connection and closes it without a word; nothing was asked yet, so that the
+/// next connection may do.
+pub(crate) fn connecting(name: &'static str, error: &sqlx::Error) -> StoreError {
+    match error {
+        sqlx::Error::Protocol(_) => {
+            StoreError::Unavailable(format!("{name}: the server broke off while a connection was made"))
+        }
+        other => statement(name, other),
+    }
+}
+
 fn refused(name: &'static str, error: &dyn DatabaseError) -> StoreError {
     let code = error.code().unwrap_or_default();
     match code.as_ref() {

@@ -106,7 +106,7 @@ impl Pool {
         self.metrics.pool_wait.observe(started.elapsed().as_secs_f64());
         drop(waiting);
         self.observe();
-        let inner = acquired.map_err(|failure| error::statement(name, &failure))?;
+        let inner = acquired.map_err(|failure| error::connecting(name, &failure))?;
         Ok(Connection { inner, limit: self.statement_limit, under_way: false, in_transaction: false })
     }
 

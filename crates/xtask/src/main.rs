@@ -2,6 +2,7 @@
 //! anything that the product needs.
 
 mod bench;
+mod chaos;
 mod coverage;
 mod daemon;
 mod schemathesis;
@@ -31,6 +32,10 @@ enum Command {
     Simulate(simulate::Simulate),
     /// Fuzz the built daemon by its own OpenAPI document
     Schemathesis(schemathesis::Schemathesis),
+    /// Break the built daemon in every way that can be staged, under load, and reconcile
+    Chaos(chaos::Chaos),
+    /// Run the previous binary and this one side by side while the schema is migrated, under load, and reconcile
+    Upgrade(chaos::upgrade::Upgrade),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +60,8 @@ fn main() -> ExitCode {
             Command::BenchEcho(command) => command.run().await,
             Command::Simulate(command) => command.run().await,
             Command::Schemathesis(command) => command.run().await,
+            Command::Chaos(command) => Box::pin(command.run()).await,
+            Command::Upgrade(command) => Box::pin(command.run()).await,
         }
     });
     match result {

@@ -111,7 +111,7 @@ async fn readiness(shared: &Shared) -> Arc<Readiness> {
     let mut last = shared.probes.readiness.lock().await;
     if let Some((at, readiness)) = &*last
         && at.elapsed() < READINESS_TTL
-        && readiness.draining == shared.engine.is_draining()
+        && readiness.draining == shared.engine.is_leaving()
     {
         return Arc::clone(readiness);
     }
@@ -134,7 +134,7 @@ async fn look(shared: &Shared) -> Readiness {
             Some("no answer in time"),
         )),
     }
-    let draining = shared.engine.is_draining();
+    let draining = shared.engine.is_leaving();
     let state = dependencies.iter().map(|dependency| dependency.state).max().unwrap_or(Condition::Ok);
     let state = if draining { Condition::Down } else { state };
     Readiness { ready: state != Condition::Down, state, draining, dependencies }

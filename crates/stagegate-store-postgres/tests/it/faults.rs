@@ -9,6 +9,7 @@ use stagegate_core::{
 };
 use stagegate_store_postgres::PoolConfig;
 use stagegate_testkit::{
+    proxy::{Mode, Proxy},
     servers::{Postgres, TestDatabase},
     store::fixtures::{
         NASTY, claim_all, commit, full_attempt, full_stage, live_replica, new_run, replica, stage, step, submit,
@@ -55,6 +56,26 @@ async fn a_server_that_restarts_is_found_again() {
     }
     let record = until_answered(|| store.run_record(&run.tenant, run.id)).await.expect("it was kept");
     assert_eq!(record.last_seq, 5);
+}
+
+/// As a proxy or a balancer does while the server behind it restarts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_is_accepted_and_closed_is_worth_another_try() {
+    let server = Arc::new(Postgres::private().await.expect("binaries"));
+    let database = TestDatabase::on(server.clone()).await.expect("creates");
+    let (_, rest) = database.url().split_once('@').expect("a user");
+    let (address, _) = rest.split_once('/').expect("a database");
+    let proxy = Proxy::start(address.parse().expect("an address")).await.expect("a proxy");
+    let through = database.url().replace(address, &proxy.address().to_string());
+    let store = crate::connect(&through, &PoolConfig { acquire_timeout: ms(500), ..PoolConfig::default() }).await;
+    store.ping().await.expect("it passes");
+    proxy.set(Mode::Refuse);
+    for _ in 0..3 {
+        let error = store.ping().await.expect_err("broken off");
+        assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
+    }
+    proxy.set(Mode::Pass);
+    until_answered(|| store.ping()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,12 +6,19 @@
 //! one `cargo xtask test` starts one of each), else one that is started for this process. A test that stops or freezes
 //! a server takes a private one.
 
+mod disk;
+mod haproxy;
 mod postgres;
+mod program;
 mod redis;
 mod watchdog;
 
+pub use disk::SmallDisk;
+pub use haproxy::Haproxy;
 pub use postgres::{Postgres, TestDatabase};
+pub use program::Program;
 pub use redis::Redis;
+pub use watchdog::free_port;
 
 /// Names a Postgres server on which tests may create databases.
 pub const DATABASE_URL_ENV: &str = "STAGEGATE_TEST_DATABASE_URL";

@@ -71,12 +71,12 @@ impl Postgres {
 
     /// Stops it in order: sessions are ended, everything is written.
     pub async fn stop(&self) -> anyhow::Result<()> {
-        self.server()?.stop("INT").await
+        self.server()?.stop("INT").await.map(|_| ())
     }
 
     /// Stops it as a crash would: sessions break, the next start recovers.
     pub async fn crash(&self) -> anyhow::Result<()> {
-        self.server()?.stop("QUIT").await
+        self.server()?.stop("QUIT").await.map(|_| ())
     }
 
     /// Starts it again on the same port and data; returns when it answers.
@@ -101,6 +101,26 @@ impl Postgres {
     pub fn thaw(&self) -> anyhow::Result<()> {
         self.server()?.thaw();
         Ok(())
+    }
+
+    /// The user and group that it runs as, where that is not us: whoever gives it a folder must make it theirs.
+    pub fn user(&self) -> Option<(u32, u32)> {
+        self.server.as_ref().and_then(Server::user)
+    }
+
+    /// Everything that it wrote, over all its starts; None where the environment named it.
+    pub fn log_path(&self) -> Option<PathBuf> {
+        self.server.as_ref().map(|server| server.home().join("log"))
+    }
+
+    /// The end of what it wrote.
+    pub fn log_tail(&self) -> String {
+        self.server.as_ref().map(Server::log_tail).unwrap_or_default()
+    }
+
+    /// Whether its process is there.
+    pub fn is_running(&self) -> bool {
+        self.server.as_ref().is_none_or(Server::is_running)
     }
 
     fn server(&self) -> anyhow::Result<&Server> {

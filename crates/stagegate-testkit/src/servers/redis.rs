@@ -69,7 +69,7 @@ impl Redis {
 
     /// Stops it; its data is lost, as it keeps none on disk.
     pub async fn stop(&self) -> anyhow::Result<()> {
-        self.server()?.stop("KILL").await
+        self.server()?.stop("KILL").await.map(|_| ())
     }
 
     /// Starts it again on the same port, empty; returns when it answers.

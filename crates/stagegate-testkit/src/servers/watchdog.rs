@@ -7,7 +7,7 @@ use std::{
     net::TcpListener,
     os::unix::{fs::MetadataExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -24,7 +24,9 @@ read -r word other
 kill -s "${other:-$signal}" "$pid" 2>/dev/null
 kill -s CONT "$pid" 2>/dev/null
 wait "$pid"
+status=$?
 [ "$word" = keep ] || rm -rf "$home"
+echo "$status"
 "#;
 
 /// How long a server may take to stop before it is left to its watchdog.
@@ -50,6 +52,8 @@ pub(super) struct Server {
 struct Running {
     shell: Child,
     pipe: Option<ChildStdin>,
+    /// Where the watchdog tells the exit status at the end.
+    told: Option<BufReader<ChildStdout>>,
     pid: u32,
     frozen: Vec<u32>,
 }
@@ -82,12 +86,28 @@ impl Server {
         let mut shell = command.spawn().context("cannot start `sh`")?;
         let pipe = shell.stdin.take();
         let mut line = String::new();
-        if let Some(stdout) = shell.stdout.take() {
-            BufReader::new(stdout).read_line(&mut line)?;
+        let mut told = shell.stdout.take().map(BufReader::new);
+        if let Some(told) = &mut told {
+            told.read_line(&mut line)?;
         }
         let pid = line.trim().parse().with_context(|| format!("cannot start {:?}", self.spec.command.first()))?;
-        *running = Some(Running { shell, pipe, pid, frozen: Vec::new() });
+        *running = Some(Running { shell, pipe, told, pid, frozen: Vec::new() });
         Ok(())
+    }
+
+    /// Whom it runs as, where that is not us.
+    pub(super) fn user(&self) -> Option<(u32, u32)> {
+        self.spec.user
+    }
+
+    /// Its process, while it was not stopped.
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.running().as_ref().map(|running| running.pid)
+    }
+
+    /// Where it works; its output is in the file `log` there.
+    pub(super) fn home(&self) -> &Path {
+        &self.spec.home
     }
 
     /// Whether the process is there and no zombie.
@@ -99,10 +119,11 @@ impl Server {
         }
     }
 
-    /// Stops it with a signal and keeps its folder.
-    pub(super) async fn stop(&self, signal: &str) -> anyhow::Result<()> {
+    /// Stops it with a signal and keeps its folder. Returns its exit status as a shell tells it (128 and the signal's
+    /// number where one ended it), or None where it did not run.
+    pub(super) async fn stop(&self, signal: &str) -> anyhow::Result<Option<i32>> {
         self.thaw();
-        let Some(mut running) = self.running().take() else { return Ok(()) };
+        let Some(mut running) = self.running().take() else { return Ok(None) };
         if let Some(mut pipe) = running.pipe.take() {
             writeln!(pipe, "keep {signal}")?;
         }
@@ -113,7 +134,11 @@ impl Server {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        Ok(())
+        let mut status = String::new();
+        if let Some(told) = &mut running.told {
+            told.read_line(&mut status)?;
+        }
+        Ok(status.trim().parse().ok())
     }
 
     /// Freezes it and its children: connections stay open and nothing answers.
@@ -200,7 +225,7 @@ pub(super) fn home(kind: &str) -> anyhow::Result<(PathBuf, Option<(u32, u32)>)> 
 }
 
 /// A port that was free a moment ago. Somebody else may take it first; whoever starts a server tries again.
-pub(super) fn free_port() -> anyhow::Result<u16> {
+pub fn free_port() -> anyhow::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 

@@ -1,3 +1,5 @@
 //! The test support's own tests.
 
+mod proxy;
 mod servers;
+mod storm;

@@ -3,7 +3,7 @@
 use std::{os::unix::process::CommandExt as _, process::Command, time::Duration};
 
 use sqlx::{Connection as _, PgConnection};
-use stagegate_testkit::servers::{Postgres, Redis, TestDatabase};
+use stagegate_testkit::servers::{Postgres, Program, Redis, TestDatabase};
 
 async fn reachable(url: &str) -> bool {
     let work = async { PgConnection::connect(url).await?.ping().await };
@@ -47,6 +47,26 @@ async fn a_private_redis_stops_starts_freezes_and_flushes() {
     server.thaw().expect("thaws");
     server.flush().await.expect("flushes");
     assert!(Redis::shared().await.expect("a server").unique_prefix().ends_with(':'));
+}
+
+#[tokio::test]
+async fn a_program_tells_how_it_ended_and_starts_again_in_its_folder() {
+    let script = "trap 'exit 7' TERM; echo here; while :; do sleep 0.02; done";
+    let program = Program::start("test", "KILL", |_| Ok(["sh", "-c", script].map(str::to_owned).to_vec()));
+    let program = program.expect("starts");
+    let said_so = async |times: usize| {
+        while program.log_from(0).map_or(0, |(text, _)| text.lines().count()) < times {
+            tokio::task::yield_now().await;
+        }
+    };
+    said_so(1).await;
+    assert!(program.is_running());
+    assert_eq!(program.stop("TERM").await.expect("stops"), Some(7));
+    assert!(!program.is_running());
+    assert_eq!(program.stop("TERM").await.expect("nothing to do"), None);
+    program.start_again().expect("starts");
+    said_so(2).await;
+    assert_eq!(program.stop("KILL").await.expect("stops"), Some(128 + 9));
 }
 
 /// Run by the test below in a process of its own, which is then killed.

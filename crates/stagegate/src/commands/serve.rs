@@ -22,10 +22,13 @@ Examples:
     stagegate serve --listen 0.0.0.0:8080 --migrate     production: as many replicas as you like
 
 API docs are at /docs, metrics at /metrics, probes at /healthz and /readyz. SIGTERM and SIGINT drain: no new work, what
-is under way may finish (engine.drain_grace), the rest is handed back; a second signal leaves at once.
+is under way may finish (engine.drain_grace), the rest is handed back; a second signal leaves at once. SIGTERM first
+serves on for http.drain_delay, not ready, so that no balancer sends anything to a closed door.
 
 Exit codes: 0 drained, 1 failed, 2 a mistake in the configuration.";
 
+/// What [`Signals::next`] calls SIGTERM.
+const SIGTERM_CODE: i32 = 143;
 /// How long requests under way may take to finish once the engine has drained.
 const CLOSE_GRACE: Duration = Duration::from_secs(5);
 
@@ -71,6 +74,7 @@ async fn serve(config: Config, daemon: Daemon, listener: TcpListener, signals: &
     let address = listener.local_addr().unwrap_or(config.http.listen);
     announce(&config, &daemon, address).await;
     let grace = config.engine.drain_grace.0;
+    let mut delay = config.http.drain_delay.map(|delay| delay.0);
     let app = App {
         engine: daemon.engine.clone(),
         metrics: daemon.metrics.clone(),
@@ -87,9 +91,19 @@ async fn serve(config: Config, daemon: Daemon, listener: TcpListener, signals: &
             daemon.stop(Duration::ZERO).await;
             return ended.unwrap_or_else(|error| Err(Error::new(Code::Internal, error.to_string()))).map(|()| 1);
         }
-        code = signals.next() => tracing::info!(signal = code - 128, grace_ms = grace.as_millis(), "draining"),
+        code = signals.next() => {
+            // Ctrl-C is a person, who has no balancer.
+            delay = delay.filter(|_| code == SIGTERM_CODE);
+            let delay_ms = delay.unwrap_or_default().as_millis();
+            tracing::info!(signal = code - 128, delay_ms, grace_ms = grace.as_millis(), "draining");
+        }
     }
     let drained = async {
+        if let Some(delay) = delay {
+            // Whoever balances the load learns that this replica leaves before it refuses anything.
+            daemon.engine.announce_leave();
+            tokio::time::sleep(delay).await;
+        }
         // Probes and event streams go on while the engine drains.
         daemon.engine.drain(grace).await;
         let _ = stop.send(());

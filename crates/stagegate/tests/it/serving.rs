@@ -37,6 +37,25 @@ async fn an_embedded_daemon_says_what_it_uses_and_ends_with_0_on_sigterm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_leaves_says_so_before_it_refuses_anything() {
+    let place = Place::new();
+    place.write("stagegate.toml", "[http]\ndrain_delay = '10m'\n");
+    let daemon = place.serve(&[], &[]).await;
+    let api = Api::new(&daemon.base, None);
+    api.register("{ name: p, defaults: { model: sim/quick }, stages: [{ id: one, prompt: one }] }").await;
+    daemon.signal("TERM");
+    let told = async {
+        while api.status("/readyz").await != 503 {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, told).await.expect("it is not ready any more");
+    let run = api.submit("p", json!({})).await;
+    assert_eq!(api.finish(&run).await["state"], "succeeded", "what comes all the same is served as ever");
+    daemon.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_under_way_at_sigterm_goes_on_at_the_next_start() {
     let place = Place::new();
     let provider = FakeProvider::start().await;

@@ -1,0 +1,245 @@
+//! The provider's books against what was needed: owns why a call may have been paid although its answer was there
+//! before. Every charged call beyond the first usable one of a request needs a named reason; what has none is a finding.
+
+use std::collections::{BTreeMap, HashMap};
+
+use stagegate_testkit::{
+    audit::Audit,
+    storm::{Answer, Call, Fate},
+};
+
+use super::{
+    pipelines::HELD,
+    timeline::Timeline,
+    world::{Window, WindowKind},
+};
+
+/// How long after its delivery an answer is on its way into the shared cache, at most.
+const IN_HAND_S: f64 = 0.5;
+
+/// What came of the books.
+#[derive(Debug, Default)]
+pub(crate) struct Paid {
+    /// Calls by answer, and how many of each were abandoned by their callers.
+    pub(crate) by_answer: BTreeMap<Answer, (u64, u64)>,
+    /// Calls that a real provider would charge for.
+    pub(crate) charged: u64,
+    /// Distinct requests among them.
+    pub(crate) needed: u64,
+    /// Charged calls beyond that, by why.
+    pub(crate) exceptions: BTreeMap<&'static str, u64>,
+    /// Delivered, parseable answers by the key in their prompt: what the ledger can at most have booked as answered.
+    pub(crate) answered: HashMap<String, u64>,
+    pub(crate) findings: Vec<String>,
+}
+
+/// What the reasons are looked up in.
+pub(crate) struct Known<'a> {
+    pub(crate) timeline: &'a Timeline,
+    pub(crate) windows: &'a [Window],
+    /// By key in the prompt: when its run was cancelled or expired, in seconds.
+    pub(crate) stopped_s: HashMap<String, Vec<f64>>,
+}
+
+impl<'a> Known<'a> {
+    pub(crate) fn new(timeline: &'a Timeline, windows: &'a [Window], audit: &Audit) -> Self {
+        let mut stopped_s: HashMap<String, Vec<f64>> = HashMap::new();
+        for (key, run) in &audit.keys {
+            for event in audit.events.get(run).into_iter().flatten() {
+                let state = event.body["state"].as_str().unwrap_or_default();
+                if event.kind == "run.finished" && matches!(state, "cancelled" | "expired") {
+                    stopped_s.entry(key.clone()).or_default().push(timeline.of_wall(event.at));
+                }
+            }
+        }
+        Self { timeline, windows, stopped_s }
+    }
+
+    /// Whether its receiver was interrupted while the call was under way or its answer on its way into the cache.
+    fn interrupted(&self, call: &Call) -> bool {
+        let from_s = self.timeline.of(call.started);
+        let to_s = call.ended.map_or(f64::INFINITY, |ended| self.timeline.of(ended) + IN_HAND_S);
+        self.windows.iter().any(|window| {
+            let about =
+                matches!(window.kind, WindowKind::Interrupted(index) if call.caller == format!("r{}", index + 1));
+            about && window.from_s <= to_s && window.to_s >= from_s
+        })
+    }
+
+    /// Whether the shared cache was away from all, or lost what it had, from one time to another.
+    fn cache_away(&self, from_s: f64, to_s: f64) -> bool {
+        let away = |window: &&Window| window.kind == WindowKind::CacheAway(None);
+        self.windows.iter().filter(away).any(|window| window.from_s <= to_s && window.to_s >= from_s)
+    }
+
+    /// Whether this caller says of itself that the shared cache did not answer it around that time.
+    fn cache_silent(&self, caller: &str, at_s: f64) -> bool {
+        self.windows.iter().any(|window| {
+            let about =
+                matches!(window.kind, WindowKind::CacheAway(Some(index)) if caller == format!("r{}", index + 1));
+            about && window.from_s <= at_s && window.to_s >= at_s
+        })
+    }
+
+    /// Whether this call was begun by a replica that had been frozen past its lease, before it noticed.
+    fn woken(&self, call: &Call) -> bool {
+        let at_s = self.timeline.of(call.started);
+        self.windows.iter().any(|window| {
+            let about = matches!(window.kind, WindowKind::Woken(index) if call.caller == format!("r{}", index + 1));
+            about && window.from_s <= at_s && window.to_s >= at_s
+        })
+    }
+
+    /// Whether the call's run was stopped while it was under way.
+    fn run_stopped(&self, call: &Call) -> bool {
+        let from_s = self.timeline.of(call.started) - 0.1;
+        let to_s = call.ended.map_or(f64::INFINITY, |ended| self.timeline.of(ended) + IN_HAND_S);
+        self.stopped_s.get(&call.key).into_iter().flatten().any(|at| (from_s..=to_s).contains(at))
+    }
+}
+
+/// Goes through the books.
+pub(crate) fn reconcile(calls: &[Call], known: &Known<'_>) -> Paid {
+    let mut paid = Paid::default();
+    let mut requests: HashMap<u64, Vec<&Call>> = HashMap::new();
+    for call in calls {
+        let row = paid.by_answer.entry(call.answer).or_default();
+        row.0 += 1;
+        row.1 += u64::from(call.fate == Fate::Abandoned);
+        if !call.answer.is_charged() {
+            continue;
+        }
+        requests.entry(call.fingerprint).or_default().push(call);
+        if call.fate == Fate::Delivered && matches!(call.answer, Answer::Good | Answer::Slow | Answer::Bad) {
+            *paid.answered.entry(call.key.clone()).or_default() += 1;
+        }
+    }
+    paid.needed = requests.len() as u64;
+    for asked in requests.values() {
+        paid.charged += asked.len() as u64;
+        // The reason lies with the answer before: why it could not be used instead of asking again.
+        for pair in asked.windows(2) {
+            let (before, again) = (pair[0], pair[1]);
+            match reason(before, again, known) {
+                Some(reason) => *paid.exceptions.entry(reason).or_default() += 1,
+                None => paid.findings.push(unexplained(before, again, known.timeline)),
+            }
+        }
+    }
+    paid
+}
+
+fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str> {
+    let ended_s = before.ended.map_or_else(|| known.timeline.of(before.started), |ended| known.timeline.of(ended));
+    let again_s = known.timeline.of(again.started);
+    Some(match (before.answer, before.fate) {
+        (Answer::Cut, _) => "the answer was cut on its way",
+        (Answer::Garbled | Answer::Truncated, Fate::Delivered) => {
+            "the answer could not be used (no JSON, or truncated)"
+        }
+        (Answer::Bad, Fate::Delivered) => "the answer failed its gate and was evicted",
+        (_, Fate::Delivered) if before.stage == HELD.1 => "the output was held, hence evicted, and the run was retried",
+        _ if known.interrupted(before) => "its receiver was killed, frozen or fenced before the answer was cached",
+        _ if known.run_stopped(before) => {
+            "its run was cancelled or expired while the call was under way, and was retried"
+        }
+        (_, Fate::Delivered) if known.cache_away(ended_s - 0.1, again_s) => {
+            "Redis was away, or lost it, between the two"
+        }
+        (_, Fate::Delivered)
+            if known.cache_silent(&before.caller, ended_s) || known.cache_silent(&again.caller, again_s) =>
+        {
+            "Redis did not answer one of the two in time, as it says itself"
+        }
+        _ if known.woken(again) => "it was asked by a replica that woke from past its lease and had not noticed yet",
+        _ => return None,
+    })
+}
+
+fn unexplained(before: &Call, again: &Call, timeline: &Timeline) -> String {
+    let told = |call: &Call| {
+        format!(
+            "by {} from {:.3} to {:.3} s ({}, {:?})",
+            call.caller,
+            timeline.of(call.started),
+            call.ended.map_or(f64::NAN, |ended| timeline.of(ended)),
+            call.answer.name(),
+            call.fate
+        )
+    };
+    format!(
+        "key {} stage {}: request {:016x} was paid again without a reason: {}, then {}",
+        before.key,
+        before.stage,
+        before.fingerprint,
+        told(before),
+        told(again)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    fn call(answer: Answer, fate: Fate, caller: &str, from_ms: u64, to_ms: u64, start: Instant) -> Call {
+        Call {
+            caller: caller.to_owned(),
+            fingerprint: 7,
+            key: "k".to_owned(),
+            stage: "one".to_owned(),
+            nth: 0,
+            answer,
+            fate,
+            started: start + Duration::from_millis(from_ms),
+            ended: Some(start + Duration::from_millis(to_ms)),
+        }
+    }
+
+    fn check(first: (Answer, Fate), windows: &[Window]) -> Paid {
+        let timeline = Timeline::begin();
+        let start = Instant::now();
+        let calls = [
+            call(first.0, first.1, "r1", 1_000, 1_100, start),
+            call(Answer::Good, Fate::Delivered, "r2", 9_000, 9_100, start),
+        ];
+        reconcile(&calls, &Known { timeline: &timeline, windows, stopped_s: HashMap::new() })
+    }
+
+    fn window(kind: WindowKind, from_s: f64, to_s: f64) -> Window {
+        Window { what: String::new(), from_s, to_s, kind }
+    }
+
+    #[test]
+    fn an_answer_that_was_there_and_is_paid_again_is_a_finding() {
+        let paid = check((Answer::Good, Fate::Delivered), &[]);
+        assert_eq!((paid.charged, paid.needed, paid.findings.len()), (2, 1, 1));
+        // Another replica's end, or one that came too late to matter, is no reason.
+        let others = [window(WindowKind::Interrupted(1), 0.5, 5.0), window(WindowKind::Interrupted(0), 3.0, 5.0)];
+        assert_eq!(check((Answer::Good, Fate::Delivered), &others).findings.len(), 1);
+        let early = [window(WindowKind::CacheAway(None), 0.1, 0.5)];
+        assert_eq!(check((Answer::Good, Fate::Delivered), &early).findings.len(), 1);
+    }
+
+    #[test]
+    fn each_reason_is_named() {
+        for (first, windows) in [
+            ((Answer::Cut, Fate::Delivered), vec![]),
+            ((Answer::Bad, Fate::Delivered), vec![]),
+            ((Answer::Truncated, Fate::Delivered), vec![]),
+            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::Interrupted(0), 1.2, 5.0)]),
+            ((Answer::Good, Fate::Abandoned), vec![window(WindowKind::Interrupted(0), 0.9, 5.0)]),
+            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::CacheAway(None), 4.0, 5.0)]),
+        ] {
+            let paid = check(first, &windows);
+            assert_eq!((paid.findings.len(), paid.exceptions.values().sum::<u64>()), (0, 1), "{first:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_charged_needs_no_reason() {
+        let paid = check((Answer::Failed, Fate::Delivered), &[]);
+        assert_eq!((paid.charged, paid.needed, paid.findings.len()), (1, 1, 0));
+    }
+}
