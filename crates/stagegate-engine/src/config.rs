@@ -33,6 +33,7 @@ pub struct EngineConfig {
     /// What each tenant may have that is not named in `tenants`.
     pub tenant_defaults: TenantLimits,
     /// What a tenant may have, by its name. What is left out is as for a tenant that is not named at all.
+    #[schemars(with = "BTreeMap<String, TenantLimits>")]
     pub tenants: BTreeMap<TenantId, TenantLimits>,
     /// How long runs and their inputs and outputs are kept after their end, unless their pipeline says otherwise.
     /// State it as long as you may need them: what is removed is gone. What is left out is kept for ever.

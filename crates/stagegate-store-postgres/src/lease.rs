@@ -83,19 +83,24 @@ pub const LOAD: &str = concat!(
      ORDER BY r.id, s.stage_id"
 );
 
-/// Hands runs back.
+/// Hands runs back. One that somebody holds is passed over, so that it does not keep the others: the owner's next look at
+/// what it owns finds it.
 const RELEASE: &str = "/* runs.release */
-UPDATE runs r SET owner = NULL, available_at = now()
-FROM unnest($1::uuid[], $2::int8[]) AS l(run_id, epoch)
-WHERE r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL";
+UPDATE runs SET owner = NULL, available_at = now()
+WHERE id IN (
+    SELECT r.id FROM unnest($1::uuid[], $2::int8[]) AS l(run_id, epoch)
+    JOIN runs r ON r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL
+    FOR UPDATE OF r SKIP LOCKED
+)";
 
-/// A replica is gone for good. It is declared dead rather than forgotten, so that what it was still being given is
-/// found.
+/// A replica is gone for good. It is declared dead rather than forgotten, so that what it was still being given, and
+/// what somebody holds now, is found by the next claim.
 const LEAVE: &str = "/* replicas.leave */
 WITH gone AS (
     UPDATE replicas SET dead_at = coalesce(dead_at, now()) WHERE id = $1
 )
-UPDATE runs SET owner = NULL, available_at = now() WHERE owner = $1";
+UPDATE runs SET owner = NULL, available_at = now()
+WHERE id IN (SELECT id FROM runs WHERE owner = $1 FOR UPDATE SKIP LOCKED)";
 
 pub(crate) async fn heartbeat(pool: &Pool, beat: &Heartbeat) -> StoreResult<Pulse> {
     let query = sqlx::query(HEARTBEAT)

@@ -173,11 +173,14 @@ async fn a_run_that_moves_to_another_replica_is_followed_without_a_gap_on_both()
 async fn news_that_cannot_be_asked_for_comes_later_and_whole() {
     let bench = Bench::start().await;
     let (onlooker, faulty) = with_onlooker(&bench).await;
-    bench.provider.on(contains("stage-one")).respond(Reply::echo().after(Duration::from_millis(300)));
+    let (open, gate) = tokio::sync::watch::channel(false);
+    bench.provider.on(contains("stage-one")).respond(Reply::echo().when(gate));
+    faulty.set("news", Fault::Refuse);
     let run = bench.submit(&canonical(), json!({ "text": "hello" })).await;
     let watcher = tokio::spawn(async move { finish(&onlooker, run).await });
+    // The watcher has caught up and asks for news, in vain, before there are any.
     faulty.next_call("news").await;
-    faulty.set("news", Fault::Refuse);
+    open.send_replace(true);
     bench.finish(run).await;
     faulty.next_call("news").await;
     faulty.mend("news");

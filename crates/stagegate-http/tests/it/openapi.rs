@@ -34,6 +34,7 @@ async fn every_documented_operation_is_routed_and_no_other() {
     assert_eq!(
         routed,
         [
+            "DELETE /v1/runs/{id}",
             "GET /health",
             "GET /healthz",
             "GET /metrics",
@@ -43,6 +44,8 @@ async fn every_documented_operation_is_routed_and_no_other() {
             "GET /v1/pipelines/{name}",
             "GET /v1/pipelines/{name}/versions",
             "GET /v1/pipelines/{name}/versions/{version}",
+            "GET /v1/queue",
+            "GET /v1/replicas",
             "GET /v1/runs",
             "GET /v1/runs/{id}",
             "GET /v1/runs/{id}/events",

@@ -34,6 +34,10 @@ use tower::{Service as _, ServiceExt as _};
 /// How many connections at rest are looked through for one that is still open, before a new one is made.
 const STALE_MAX: usize = 8;
 
+/// What is read at once. Thousands of connections wait for their answer at one time, each with such a buffer; the usual
+/// size is four times as much.
+const READ_BUFFER_BYTES: usize = 2 * 1024;
+
 /// The connections to one server.
 #[derive(Debug)]
 pub(super) struct Plain {
@@ -142,7 +146,8 @@ impl Plain {
         let mut connector = self.connector.clone();
         let connecting = async {
             let stream = connector.ready().await?.call(self.origin.clone()).await?;
-            let (sender, connection) = http1::handshake(stream).await?;
+            let (sender, connection) =
+                http1::Builder::new().read_buf_exact_size(Some(READ_BUFFER_BYTES)).handshake(stream).await?;
             Ok(Line { sender, connection: Some(Box::pin(connection)) })
         };
         timeout(self.connect_timeout, connecting).await.unwrap_or_else(|elapsed| Err(elapsed.into()))

@@ -259,3 +259,28 @@ async fn what_is_shown_to_people_may_hold_anything() {
         sqlx::query_as("SELECT id, draining FROM replicas").fetch_one(&mut connection).await.expect("reads");
     assert_eq!(row, (id.0, true));
 }
+
+#[tokio::test]
+async fn a_run_that_somebody_holds_does_not_keep_the_others_from_being_handed_back() {
+    // Were the held row waited for, the statement would end with this time-out's error.
+    let config = PoolConfig { statement_timeout: ms(500), ..PoolConfig::default() };
+    let (store, database) = crate::fresh(&config).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let owner = live_replica(&store).await;
+    let (held, held_lease) = submit_leased(&store, 1, owner).await;
+    let (_, free_lease) = submit_leased(&store, 2, owner).await;
+    let mut operator = PgConnection::connect(database.url()).await.expect("connects");
+    let mut hand = operator.begin().await.expect("begins");
+    sqlx::query("SELECT FROM runs WHERE id = $1 FOR UPDATE").bind(held.id.0).execute(&mut *hand).await.expect("holds");
+
+    store.release(&[held_lease, free_lease]).await.expect("the other is handed back");
+    assert_eq!(store.owned(owner).await.expect("read"), [held_lease], "found by the next look at what is owned");
+    store.leave(owner).await.expect("leaves all the same");
+    hand.rollback().await.expect("lets go");
+    let next = live_replica(&store).await;
+    let mut taken: Vec<_> = claim_all(&store, next).await.into_iter().map(|lease| lease.run).collect();
+    taken.sort_unstable();
+    let mut both = vec![held_lease.run, free_lease.run];
+    both.sort_unstable();
+    assert_eq!(taken, both, "what a replica that left still owned is found by a claim");
+}

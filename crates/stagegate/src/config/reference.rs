@@ -93,6 +93,7 @@ pub(crate) fn example() -> String {
 fn placeholder(part: &str, path: &[String]) -> String {
     match part {
         "<name>" if path.iter().any(|part| part == "prices") => "local/llama-3".to_owned(),
+        "<name>" if path.iter().any(|part| part == "tenants") => "acme".to_owned(),
         "<name>" => "local".to_owned(),
         other => other.to_owned(),
     }
@@ -108,6 +109,8 @@ fn sample(key: &str, leaf: &Leaf) -> String {
         ("url", _) => "\"redis://localhost:6379\"".to_owned(),
         ("data_dir", _) => "\"/var/lib/stagegate\"".to_owned(),
         ("base_url", _) => "\"http://localhost:11434/v1\"".to_owned(),
+        ("drain_delay", _) => "\"5s\"".to_owned(),
+        ("payloads", Kind::Text(_)) => "\"30d\"".to_owned(),
         ("dsn", _) => "\"https://key@sentry.example/1\"".to_owned(),
         (_, Kind::Text(words)) => format!("\"{}\"", words.first().map_or("", String::as_str)),
         (_, Kind::Integer) => "1".to_owned(),
