@@ -19,6 +19,8 @@ use crate::shared::Shared;
 const FRESH: Duration = Duration::from_secs(1);
 /// A count that took long is repeated the later: it takes at most one part in so many of the database's time.
 const SHARE: u32 = 20;
+/// The longest time between two counts, and how old a count may be by which somebody is refused.
+const STALE: Duration = Duration::from_secs(10);
 /// When to come back where a queue is full: about the time after which it is counted anew.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 
@@ -38,6 +40,7 @@ struct Known {
     /// When to count again; None before the first time.
     due: Option<Instant>,
     counting: bool,
+    counted_at: Option<Instant>,
 }
 
 /// By tenant, and all together.
@@ -77,8 +80,8 @@ impl Admission {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a run that has to wait.
-    fn queued(&self, tenant: &TenantId) {
+    /// Notes a run that has to wait, once it does.
+    pub(crate) fn queued(&self, tenant: &TenantId) {
         let mut known = self.known();
         let since = if known.counting { &mut known.since_next } else { &mut known.since };
         since.add(tenant.clone(), 1);
@@ -90,6 +93,9 @@ pub(crate) fn admit(shared: &Arc<Shared>, tenant: &TenantId) -> Result<(), Error
     count_if_due(shared);
     let (own, total) = {
         let known = shared.admission.known();
+        if known.counted_at.is_some_and(|at| at.elapsed() > STALE + FRESH) {
+            return Ok(()); // Long ago is no reason to refuse; the count has just been asked for.
+        }
         (known.depth(tenant), known.total())
     };
     let full = |what: &str, depth: u64, limit: u64, key: &str| {
@@ -104,7 +110,6 @@ pub(crate) fn admit(shared: &Arc<Shared>, tenant: &TenantId) -> Result<(), Error
         // How many others' runs wait is not this tenant's to know.
         return full("", shared.config.max_queued, shared.config.max_queued, "engine.max_queued");
     }
-    shared.admission.queued(tenant);
     Ok(())
 }
 
@@ -124,9 +129,12 @@ fn count_if_due(shared: &Arc<Shared>) {
         let took = started.elapsed();
         let mut known = shared.admission.known();
         known.counting = false;
-        known.due = Some(Instant::now() + FRESH.max(took * SHARE));
+        known.due = Some(Instant::now() + (took * SHARE).clamp(FRESH, STALE));
         match counted {
-            Ok(depths) => known.counted(depths),
+            Ok(depths) => {
+                known.counted(depths);
+                known.counted_at = Some(started);
+            }
             Err(error) => {
                 tracing::warn!(%error, "the queue could not be counted");
                 for (tenant, queued) in std::mem::take(&mut known.since_next).of {

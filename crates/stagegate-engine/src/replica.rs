@@ -83,6 +83,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
         match tokio::time::timeout(patience, shared.store.heartbeat(&beat)).await {
             Ok(Ok(pulse)) if pulse.alive => {
                 (renewed, next) = (asked, asked + every);
+                shared.renewed(renewed + fence_after);
                 if shared.life().is_none() {
                     shared.begin_life(beat.replica);
                     shared.doubt();
@@ -165,7 +166,13 @@ async fn audit(shared: &Arc<Shared>) {
     let released = match shared.store.owned(life.replica).await {
         Ok(mut owned) => {
             owned.retain(|lease| !shared.is_driven(lease.run));
-            if owned.is_empty() { Ok(()) } else { shared.store.release(&owned).await }
+            if owned.is_empty() {
+                Ok(())
+            } else {
+                // One that somebody holds is passed over: the next look tells whether there are any.
+                shared.doubt();
+                shared.store.release(&owned).await
+            }
         }
         Err(error) => Err(error),
     };
@@ -288,9 +295,8 @@ fn take_one(
     let request_id = snapshot.run.request_id.clone();
     let mut run = Run::from_snapshot(snapshot, pipeline, shared.config.park_after.0);
     run.on(Stimulus::Taken(signals), shared.clock.now(), 0.0);
-    if let Some(handle) = shared.enter(lease.run, life) {
-        shared.drive(handle, run, Vec::new(), permit, request_id.as_deref());
-    }
+    let handle = shared.take_over(lease.run, life);
+    shared.drive(handle, run, Vec::new(), permit, request_id.as_deref());
 }
 
 #[cfg(test)]

@@ -70,13 +70,15 @@ async fn round(shared: &Shared) -> Result<(u64, u64), Error> {
             }
         }
         for batch in payloads.chunks(BATCH) {
-            purged += shared.store.purge(batch, now).await?;
+            let gone = shared.store.purge(batch, now).await?;
+            shared.metrics.retention_removed.with_label_values(&["payloads"]).inc_by(gone);
+            purged += gone;
         }
         for batch in whole.chunks(BATCH) {
-            deleted += shared.store.delete(batch).await?.len() as u64;
+            let gone = shared.store.delete(batch).await?.len() as u64;
+            shared.metrics.retention_removed.with_label_values(&["run"]).inc_by(gone);
+            deleted += gone;
         }
-        shared.metrics.retention_removed.with_label_values(&["payloads"]).inc_by(payloads.len() as u64);
-        shared.metrics.retention_removed.with_label_values(&["run"]).inc_by(whole.len() as u64);
         if page.len() < PAGE as usize || shared.drain.is_cancelled() {
             return Ok((purged, deleted));
         }

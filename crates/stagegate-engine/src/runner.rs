@@ -239,6 +239,11 @@ impl Driver {
                 Effect::Start { stage, attempt } => {
                     // A cancel may have been read while this start was being committed.
                     if !self.shared.drain.is_cancelled() && self.run.is_under_way(stage, attempt) {
+                        if self.shared.is_past_fence() {
+                            // A replica that slept past its fence and wakes here, before its heartbeat does: another one
+                            // may have started this already.
+                            return self.handle.stop();
+                        }
                         self.start(stage, attempt);
                     }
                 }

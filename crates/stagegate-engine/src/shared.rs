@@ -24,7 +24,10 @@ use stagegate_core::{
 };
 use stagegate_llm::Llm;
 use stagegate_telemetry::Metrics;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
@@ -40,6 +43,9 @@ use crate::{
 
 /// What a driver's task may hold beside its run; there is one for each run in flight.
 const DRIVER_MAX_BYTES: usize = 2 * 1024;
+
+/// Runs without a driver here that something was asked of, kept between two heartbeats.
+const UNTOLD_MAX: usize = 10_000;
 
 /// A time in which this replica may count on its leases: from a heartbeat until it could not renew, or was declared
 /// dead. Whatever is leased belongs to one life and stops with it, also what was still being leased when it ended.
@@ -69,6 +75,8 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     pub(crate) clock: Arc<dyn Clock>,
     rng: Mutex<StdRng>,
+    /// Until when the leases count, as far as the last heartbeat told; None before the first.
+    fence_at: Mutex<Option<Instant>>,
     pub(crate) hub: Arc<Hub>,
     pub(crate) whisper: Whisper,
     pub(crate) steps: Batcher<Commit, Committed>,
@@ -138,6 +146,7 @@ impl Shared {
             drivers: TaskTracker::new(),
             life: Mutex::new(Life::of(replica)),
             driven: Mutex::default(),
+            fence_at: Mutex::default(),
             untold: Mutex::default(),
             pipelines,
         }
@@ -193,6 +202,16 @@ impl Shared {
             && !self.backlog.load(Ordering::Relaxed)
     }
 
+    /// A heartbeat succeeded: the leases count until then.
+    pub(crate) fn renewed(&self, fence_at: Instant) {
+        *self.fence_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(fence_at);
+    }
+
+    /// Whether the leases count no more, also where nobody has noticed yet.
+    pub(crate) fn is_past_fence(&self) -> bool {
+        self.fence_at.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|at| Instant::now() >= at)
+    }
+
     pub(crate) fn doubt(&self) {
         self.doubt.store(true, Ordering::Relaxed);
     }
@@ -207,6 +226,20 @@ impl Shared {
         if driven.contains_key(&run) {
             return None;
         }
+        Some(self.insert(&mut driven, run, life))
+    }
+
+    /// The same for a run that was claimed: its epoch is newer than any that is driven here. A driver that is still there
+    /// has nothing left to do (its last step ended the lease) or is fenced.
+    pub(crate) fn take_over(&self, run: RunId, life: &Life) -> Arc<Handle> {
+        let mut driven = self.driven();
+        if let Some(former) = driven.remove(&run) {
+            former.stop();
+        }
+        self.insert(&mut driven, run, life)
+    }
+
+    fn insert(&self, driven: &mut Driven, run: RunId, life: &Life) -> Arc<Handle> {
         let handle = Arc::new(Handle::default());
         driven.insert(run, Arc::clone(&handle));
         // Either the end of the life finds it in the table, or it is seen here.
@@ -217,7 +250,7 @@ impl Shared {
             handle.signal();
         }
         self.count(driven.len());
-        Some(handle)
+        handle
     }
 
     fn untold(&self) -> std::sync::MutexGuard<'_, BTreeSet<RunId>> {
@@ -273,7 +306,15 @@ impl Shared {
         let driven = self.driven();
         match driven.get(&run) {
             Some(handle) => handle.signal(),
-            None => _ = self.untold().insert(run),
+            None => {
+                let mut untold = self.untold();
+                if untold.len() < UNTOLD_MAX {
+                    untold.insert(run);
+                } else {
+                    drop(untold);
+                    self.doubt(); // Too many to be kept: the next heartbeat tells of those that are ours.
+                }
+            }
         }
         driven.contains_key(&run)
     }

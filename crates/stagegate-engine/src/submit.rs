@@ -77,6 +77,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         Ok(Submitted::Accepted(epoch)) => {
             shared.metrics.runs_accepted.inc();
             if epoch.is_none() {
+                shared.admission.queued(&tenant);
                 if start_at.is_none() {
                     shared.work.notify_one();
                     if shared.room.available_permits() == 0 {

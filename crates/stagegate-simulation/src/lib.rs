@@ -6,12 +6,12 @@
 //! again and read ([`Options::record`]). Time is tokio's, paused: it jumps to the next timer, and a minute of a world
 //! takes milliseconds.
 //!
-//! - [`store`] keeps the rows, exactly as the contract says; [`cache`] the shared answers.
-//! - [`front`] is how one replica reaches them: every call there can fail before or after it happened, be delayed,
+//! - `store` keeps the rows, exactly as the contract says; `cache` the shared answers.
+//! - `front` is how one replica reaches them: every call there can fail before or after it happened, be delayed,
 //!   arrive twice, or kill its replica.
-//! - [`provider`] answers, errs, limits, hangs.
-//! - [`script`] makes up pipelines and runs; [`director`] plays a seed to its end.
-//! - [`check`] watches every step against the promises of the design.
+//! - `provider` answers, errs, limits, hangs.
+//! - `script` makes up pipelines and runs; `director` plays a seed to its end.
+//! - `check` watches every step against the promises of the design.
 
 mod cache;
 mod check;

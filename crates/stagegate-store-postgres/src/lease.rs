@@ -145,7 +145,7 @@ pub(crate) async fn claim(
         let fruitless = leases.is_empty() && limit > 0;
         match look.last {
             // More can be had of these lanes, or at least be freed. What is freed is never freed again: this ends.
-            _ if filled || look.freed == FREE_MAX => {}
+            _ if filled || (look.freed == FREE_MAX && leases.is_empty()) => {}
             Some(last) if fruitless => after = Some(last),
             // The end of the lanes: on from the first one, so that a claim which takes none has seen all of them.
             None if fruitless && (!seen_the_first || freed > 0) => (after, freed) = (None, 0),

@@ -26,8 +26,13 @@ const TRUST_LIMIT: Duration = Duration::from_secs(1);
 /// Settings of every session. Our statements are large and take arrays whose length the planner cannot know: to plan
 /// them anew each time costs more than to run them. A plan that is kept must also suit the table that it meets later:
 /// one that was made while the table was empty would read the whole of it, until statistics are taken.
-pub const SESSION: &[(&str, &str)] =
-    &[("plan_cache_mode", "force_generic_plan"), ("enable_seqscan", "off"), ("jit", "off")];
+pub const SESSION: &[(&str, &str)] = &[
+    ("plan_cache_mode", "force_generic_plan"),
+    ("enable_seqscan", "off"),
+    ("jit", "off"),
+    // What is counted after a lock is counted anew only so.
+    ("default_transaction_isolation", "read committed"),
+];
 
 /// The pool's state at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

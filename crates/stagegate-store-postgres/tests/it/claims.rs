@@ -27,7 +27,7 @@ FROM generate_series(1, 120000) n";
 async fn connection_as_the_stores(url: &str) -> PgConnection {
     let mut connection = PgConnection::connect(url).await.expect("connects");
     for (name, value) in statements::SESSION {
-        connection.execute(AssertSqlSafe(format!("SET {name} = {value}"))).await.expect("as the store does");
+        connection.execute(AssertSqlSafe(format!("SET {name} = '{value}'"))).await.expect("as the store does");
     }
     connection
 }

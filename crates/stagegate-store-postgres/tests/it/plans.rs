@@ -144,7 +144,7 @@ async fn hot_statements_find_their_rows_by_index() {
     let (_store, database) = crate::fresh(&PoolConfig::default()).await;
     let mut connection = PgConnection::connect(database.url()).await.expect("connects");
     for (name, value) in statements::SESSION {
-        let set = format!("SET {name} = {value}");
+        let set = format!("SET {name} = '{value}'");
         connection.execute(AssertSqlSafe(set)).await.expect("as the store does");
     }
     // A plan is kept. The one that is made on the first day must still do on the second.

@@ -51,7 +51,7 @@ pub(crate) struct SubmitRequest {
     cache_mode: Option<CacheMode>,
     /// Higher goes first; 0 is usual.
     #[serde(default)]
-    #[schema(minimum = -32_768, maximum = 32_767)]
+    #[schema(minimum = -100, maximum = 100)]
     priority: i16,
     /// For filters and people.
     #[serde(default)]
