@@ -304,16 +304,15 @@ impl Shared {
     /// Tells a run's driver that there are signals. False where no driver of ours has it.
     pub(crate) fn notify(&self, run: RunId) -> bool {
         let driven = self.driven();
-        match driven.get(&run) {
-            Some(handle) => handle.signal(),
-            None => {
-                let mut untold = self.untold();
-                if untold.len() < UNTOLD_MAX {
-                    untold.insert(run);
-                } else {
-                    drop(untold);
-                    self.doubt(); // Too many to be kept: the next heartbeat tells of those that are ours.
-                }
+        if let Some(handle) = driven.get(&run) {
+            handle.signal();
+        } else {
+            let mut untold = self.untold();
+            if untold.len() < UNTOLD_MAX {
+                untold.insert(run);
+            } else {
+                drop(untold);
+                self.doubt(); // Too many to be kept: the next heartbeat tells of those that are ours.
             }
         }
         driven.contains_key(&run)
