@@ -140,7 +140,9 @@ impl Facts<'_> {
              another.\n\n| | runs | p50 | p99 | longest |\n| --- | --: | --: | --: | --: |\n",
         );
         for (name, seconds) in self.take_over_seconds() {
-            let of = |percent| format!("{:.2} s", quantile(&seconds, percent));
+            let of = |percent| {
+                if seconds.is_empty() { "-".to_owned() } else { format!("{:.2} s", quantile(&seconds, percent)) }
+            };
             row(text, &[name, &seconds.len().to_string(), &of(50), &of(99), &of(100)]);
         }
     }
