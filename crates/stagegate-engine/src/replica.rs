@@ -60,6 +60,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
     let every = ttl / BEATS_PER_TTL;
     let fence_after = ttl * FENCE_PERCENT / 100;
     let mut next = renewed + every;
+    shared.renewed(renewed + fence_after);
     loop {
         // Wakes for the fence too: a beat that failed must not put it off to the next one.
         let fence = shared.life().map(|_| renewed + fence_after);

@@ -3,6 +3,7 @@
 
 pub mod audit;
 pub mod cache;
+mod listen;
 pub mod provider;
 pub mod proxy;
 pub mod servers;

@@ -29,14 +29,11 @@ use std::{
 };
 
 use axum::body::Body;
-use hyper::{Request, Response, server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper::{Request, Response};
 use serde_json::{Value, json};
-use tokio::{
-    net::TcpListener,
-    sync::watch,
-    task::{JoinHandle, JoinSet},
-};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+
+use crate::listen::{Closed, accept};
 
 /// The largest request body that is read, in bytes.
 const REQUEST_MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -353,7 +350,8 @@ impl FakeProvider {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port on loopback");
         let address = listener.local_addr().expect("a bound listener has an address");
         let shared = Arc::new(Shared::default());
-        let server = tokio::spawn(accept(listener, Arc::clone(&shared)));
+        let asked = Arc::clone(&shared);
+        let server = tokio::spawn(accept(listener, move |request| serve(Arc::clone(&asked), request)));
         Self { address, shared, server }
     }
 
@@ -464,33 +462,6 @@ impl RuleBuilder<'_> {
         let _ = self.always(reply);
     }
 }
-
-async fn accept(listener: TcpListener, shared: Arc<Shared>) {
-    // The set ends every connection when the server is aborted.
-    let mut connections = JoinSet::new();
-    loop {
-        let Ok((stream, _)) = listener.accept().await else { continue };
-        while connections.try_join_next().is_some() {}
-        let shared = Arc::clone(&shared);
-        connections.spawn(async move {
-            let service = service_fn(move |request| serve(Arc::clone(&shared), request));
-            // An error here is a client that went away, or a fault that a test asked for.
-            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
-        });
-    }
-}
-
-/// The connection is to be closed without an answer.
-#[derive(Debug)]
-struct Closed;
-
-impl std::fmt::Display for Closed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("closed on purpose")
-    }
-}
-
-impl std::error::Error for Closed {}
 
 /// Records the end of a call, however it comes: dropping the service's future is how hyper tells of a client gone.
 struct UnderWay {

@@ -15,14 +15,12 @@ use std::{
 };
 
 use axum::body::{Body, Bytes};
-use hyper::{Request, Response, server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper::{Request, Response};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
-use tokio::{
-    net::TcpListener,
-    task::{JoinHandle, JoinSet},
-};
+use tokio::{net::TcpListener, task::JoinHandle};
+
+use crate::listen::{Closed, accept};
 
 /// The largest request body that is read, in bytes.
 const REQUEST_MAX_BYTES: usize = 4 * 1024 * 1024;
@@ -214,7 +212,8 @@ impl Storm {
         let address = listener.local_addr()?;
         let book = Book { mix, outage: None, calls: Vec::new(), asked: HashMap::new() };
         let shared = Arc::new(Shared { seed, book: Mutex::new(book) });
-        let server = tokio::spawn(accept(listener, Arc::clone(&shared)));
+        let asked = Arc::clone(&shared);
+        let server = tokio::spawn(accept(listener, move |request| serve(Arc::clone(&asked), request)));
         Ok(Self { address, shared, server })
     }
 
@@ -243,34 +242,6 @@ impl Storm {
         self.shared.book().calls.len()
     }
 }
-
-async fn accept(listener: TcpListener, shared: Arc<Shared>) {
-    // The set ends every connection when the server is aborted.
-    let mut connections = JoinSet::new();
-    loop {
-        let Ok((stream, _)) = listener.accept().await else { continue };
-        while connections.try_join_next().is_some() {}
-        let _ = stream.set_nodelay(true);
-        let shared = Arc::clone(&shared);
-        connections.spawn(async move {
-            let service = service_fn(move |request| serve(Arc::clone(&shared), request));
-            // An error here is a caller that went away, or a fault of ours.
-            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
-        });
-    }
-}
-
-/// The connection is to be closed.
-#[derive(Debug)]
-struct Closed;
-
-impl std::fmt::Display for Closed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("closed on purpose")
-    }
-}
-
-impl std::error::Error for Closed {}
 
 /// Keeps a call's line in the books; dropped before the answer was handed over, the caller went away.
 struct Line {

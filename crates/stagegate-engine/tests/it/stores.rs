@@ -11,7 +11,7 @@ use std::{
 use chrono::{DateTime, Utc};
 use serde_json::json;
 use stagegate_core::{
-    Clock, Code, RunState, Store, SystemClock, TenantId,
+    Clock, Code, RunId, RunState, Store, SystemClock, TenantId,
     pipeline::{Labels, Span},
     store::Idempotency,
 };
@@ -63,6 +63,17 @@ impl Setup {
 
     async fn start() -> Self {
         Self::with(quick()).await
+    }
+
+    /// The run waits for the hung commit without spinning, and expires once that is mended.
+    async fn expires_in_peace(&self, run: RunId) {
+        let before = self.clock.0.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let read = self.clock.0.load(Ordering::Relaxed) - before;
+        assert!(read < 100, "the clock was read {read} times by a run that waits");
+        self.faulty.mend("commit");
+        self.bench.finish(run).await;
+        assert_state(&self.bench.detail(run).await.run, RunState::Expired);
     }
 
     async fn until_called(&self, stage: &str) {
@@ -299,13 +310,7 @@ async fn an_expired_run_waits_for_its_commit_in_peace() {
     let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
     setup.faulty.set("commit", Fault::Hang);
     setup.faulty.next_call("commit").await;
-    let before = setup.clock.0.load(Ordering::Relaxed);
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    let read = setup.clock.0.load(Ordering::Relaxed) - before;
-    assert!(read < 100, "the clock was read {read} times by a run that waits");
-    setup.faulty.mend("commit");
-    setup.bench.finish(run).await;
-    assert_state(&setup.bench.detail(run).await.run, RunState::Expired);
+    setup.expires_in_peace(run).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -320,13 +325,7 @@ async fn a_run_that_parks_behind_a_slow_commit_waits_in_peace_past_its_deadline(
     setup.until_called("stage-five").await;
     setup.faulty.set("commit", Fault::Hang); // Of stage four; the run parks behind it, for stage five must wait.
     tokio::time::sleep(Duration::from_millis(2_200)).await; // The deadline passes, which nothing shows from outside.
-    let before = setup.clock.0.load(Ordering::Relaxed);
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    let read = setup.clock.0.load(Ordering::Relaxed) - before;
-    assert!(read < 100, "the clock was read {read} times by a run that waits");
-    setup.faulty.mend("commit");
-    setup.bench.finish(run).await;
-    assert_state(&setup.bench.detail(run).await.run, RunState::Expired);
+    setup.expires_in_peace(run).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,0 +1,230 @@
+//! What a store answers when it is read: runs, stages, queues, replicas, as they stand. Owns these words; changes nothing.
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use crate::{
+    Attempt, Checkpoint, Failure, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId, StageState,
+    TenantId, Totals, Verdict,
+    pipeline::{CacheMode, Labels},
+};
+
+/// A run without its payloads.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct RunRecord {
+    /// Its id.
+    pub id: RunId,
+    /// Whose.
+    pub tenant: TenantId,
+    /// The pipeline.
+    pub pipeline: PipelineName,
+    /// The version that it is pinned to.
+    pub version: u32,
+    /// Where it stands.
+    pub state: RunState,
+    /// True once somebody asked to cancel it.
+    pub cancel_requested: bool,
+    /// Higher goes first.
+    pub priority: i16,
+    /// For filters and people.
+    pub labels: Labels,
+    /// Overrides the stages' cache mode.
+    pub cache_mode: Option<CacheMode>,
+    /// How many stages it has.
+    pub stages_total: u32,
+    /// How many have their checkpoint.
+    pub stages_done: u32,
+    /// What it took so far.
+    pub totals: Totals,
+    /// Why it failed.
+    pub failure: Option<Failure>,
+    /// The correlation id of the request that submitted it.
+    pub request_id: Option<String>,
+    /// When it was accepted.
+    pub created_at: DateTime<Utc>,
+    /// Before that it does not start; None for at once.
+    pub start_at: Option<DateTime<Utc>>,
+    /// When a replica first took it.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it reached a terminal state.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// When it expires.
+    pub deadline_at: DateTime<Utc>,
+    /// When retention removed its input and outputs.
+    pub purged_at: Option<DateTime<Utc>>,
+    /// The seq of its last event.
+    pub last_seq: u64,
+}
+
+/// A stage of a run, without its payloads. A stage that was never started may have no row.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct StageRecord {
+    /// The stage.
+    pub id: StageId,
+    /// Where it stands.
+    pub state: StageState,
+    /// The attempt that is under way, or the last one; 0 before the first.
+    pub attempt: u32,
+    /// The first attempt of the present round; a retried run begins a new round.
+    pub round_start: u32,
+    /// When the next attempt starts, while it waits.
+    pub not_before: Option<DateTime<Utc>>,
+    /// What the gate decided last.
+    pub verdict: Option<Verdict>,
+    /// The quality that was reached last.
+    pub score: Option<f64>,
+    /// The model that answered last.
+    pub model: Option<ModelRef>,
+    /// Where that answer came from.
+    pub origin: Option<Origin>,
+    /// What it took so far, over all attempts.
+    pub totals: Totals,
+    /// Why it failed.
+    pub failure: Option<Failure>,
+    /// When its first attempt started.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it got its checkpoint or failed.
+    pub finished_at: Option<DateTime<Utc>>,
+}
+
+impl StageRecord {
+    /// A stage before its first attempt.
+    pub fn pending(id: StageId) -> Self {
+        Self {
+            id,
+            state: StageState::Pending,
+            attempt: 0,
+            round_start: 1,
+            not_before: None,
+            verdict: None,
+            score: None,
+            model: None,
+            origin: None,
+            totals: Totals::default(),
+            failure: None,
+            started_at: None,
+            finished_at: None,
+        }
+    }
+}
+
+/// A run with its payloads and stages.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunDetail {
+    /// The run.
+    pub run: RunRecord,
+    /// The input; null once it was purged.
+    pub input: Value,
+    /// The output, once it succeeded and until it is purged.
+    pub output: Option<Value>,
+    /// The stages that have a row, in no particular order.
+    pub stages: Vec<StageRecord>,
+}
+
+/// A stage with everything that is kept of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StageDetail {
+    /// The stage.
+    pub stage: StageRecord,
+    /// Its checkpoint.
+    pub checkpoint: Option<Checkpoint>,
+    /// Its attempts, in order.
+    pub attempts: Vec<Attempt>,
+}
+
+/// Which runs to list. Newest first.
+#[derive(Debug, Clone)]
+pub struct RunQuery {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Only of this pipeline.
+    pub pipeline: Option<PipelineName>,
+    /// Only of this version.
+    pub version: Option<u32>,
+    /// Only in one of these states; empty for all.
+    pub states: Vec<RunState>,
+    /// Only those that carry all of these labels.
+    pub labels: Labels,
+    /// Only those accepted at or after this.
+    pub created_from: Option<DateTime<Utc>>,
+    /// Only those accepted before this.
+    pub created_before: Option<DateTime<Utc>>,
+    /// Only those older than this run (the cursor).
+    pub before: Option<RunId>,
+    /// At most so many, 1 to 200.
+    pub limit: u32,
+}
+
+/// How much waits and works, over all tenants.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Runs that could be claimed now.
+    pub queued: u64,
+    /// Runs that a live replica owns.
+    pub running: u64,
+    /// Parked runs.
+    pub waiting: u64,
+    /// How long the oldest claimable run has waited.
+    pub oldest_queued_ms: u64,
+}
+
+/// What waits and works of one pipeline of one tenant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Backlog {
+    /// Whose.
+    pub tenant: TenantId,
+    /// The pipeline.
+    pub pipeline: PipelineName,
+    /// Runs that could be claimed now.
+    pub queued: u64,
+    /// Runs that wait for a time or for a person: delayed starts, long back-offs, holds.
+    pub waiting: u64,
+    /// Runs that live replicas own.
+    pub running: u64,
+    /// How long the oldest claimable run has waited.
+    pub oldest_queued_ms: u64,
+}
+
+/// A replica, as the others see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ReplicaRecord {
+    /// This life of it.
+    pub id: ReplicaId,
+    /// Its host name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// False once its time is over: its runs are taken over.
+    pub alive: bool,
+    /// It is shutting down.
+    pub draining: bool,
+    /// When this life began.
+    pub started_at: DateTime<Utc>,
+    /// How long ago it was last heard of.
+    pub heartbeat_age_ms: u64,
+    /// Runs that it owns.
+    pub runs: u64,
+    /// How long it has owned the one that it has owned longest.
+    pub oldest_lease_ms: Option<u64>,
+}
+
+/// A run, as retention looks at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// Which.
+    pub run: RunId,
+    /// Whose.
+    pub tenant: TenantId,
+    /// Of which pipeline.
+    pub pipeline: PipelineName,
+    /// Of which version.
+    pub version: u32,
+    /// Where it stands.
+    pub state: RunState,
+    /// When it reached a terminal state.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// Whether its input and outputs are gone already.
+    pub purged: bool,
+}
