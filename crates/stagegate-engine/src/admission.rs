@@ -2,7 +2,9 @@
 //! one, is full; what can be taken at once is never refused.
 //!
 //! The depths are counted by the store, at most every second and never on the path of a submit; what this replica has
-//! queued since is added. So a limit can be overstepped by what all replicas accept within that second.
+//! queued since is added, and what it has claimed is taken off. A run that was being inserted while the store counted may
+//! be in the count or not: it is taken to be, so that nobody is refused for a run that was counted twice. So a limit can
+//! be overstepped by what all replicas accept within that second.
 
 use std::{
     collections::HashMap,
@@ -30,48 +32,86 @@ pub(crate) struct Admission {
     known: Mutex<Known>,
 }
 
+/// When a run was admitted, told by the counts that had begun and ended by then.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Admitted(u64);
+
 #[derive(Debug, Default)]
 struct Known {
     counted: Depths,
-    /// What this replica has queued since the count that is known began: it may be in it, or not.
+    /// What this replica has queued since, less what it has claimed.
     since: Depths,
-    /// The same of the count that is under way.
-    since_next: Depths,
+    /// What it has claimed since the count began that is under way.
+    since_begun: Depths,
+    /// How many counts have begun, and ended: odd while one is under way.
+    borders: u64,
     /// When to count again; None before the first time.
     due: Option<Instant>,
-    counting: bool,
     counted_at: Option<Instant>,
 }
 
 /// By tenant, and all together.
 #[derive(Debug, Default)]
 struct Depths {
-    of: HashMap<TenantId, u64>,
-    total: u64,
+    of: HashMap<TenantId, i64>,
+    total: i64,
 }
 
 impl Depths {
-    fn add(&mut self, tenant: TenantId, runs: u64) {
+    fn add(&mut self, tenant: &TenantId, runs: i64) {
         self.total += runs;
-        *self.of.entry(tenant).or_default() += runs;
+        match self.of.get_mut(tenant) {
+            Some(depth) => *depth += runs,
+            None => drop(self.of.insert(tenant.clone(), runs)),
+        }
+    }
+
+    fn of(&self, tenant: &TenantId) -> i64 {
+        self.of.get(tenant).copied().unwrap_or(0)
     }
 }
 
 impl Known {
+    fn is_counting(&self) -> bool {
+        self.borders % 2 == 1
+    }
+
     fn depth(&self, tenant: &TenantId) -> u64 {
-        [&self.counted, &self.since, &self.since_next].iter().filter_map(|part| part.of.get(tenant)).sum()
+        u64::try_from(self.counted.of(tenant) + self.since.of(tenant)).unwrap_or(0)
     }
 
     fn total(&self) -> u64 {
-        self.counted.total + self.since.total + self.since_next.total
+        u64::try_from(self.counted.total + self.since.total).unwrap_or(0)
     }
 
-    fn counted(&mut self, depths: Vec<(TenantId, u64)>) {
+    fn begin_count(&mut self) {
+        self.borders += 1;
+        self.since_begun = Depths::default();
+    }
+
+    /// None where it could not be counted: what is known stays.
+    fn end_count(&mut self, depths: Option<Vec<(TenantId, u64)>>) {
+        self.borders += 1;
+        let Some(depths) = depths else { return };
         self.counted = Depths::default();
         for (tenant, depth) in depths {
-            self.counted.add(tenant, depth);
+            self.counted.add(&tenant, i64::try_from(depth).unwrap_or(i64::MAX / 2));
         }
-        self.since = std::mem::take(&mut self.since_next);
+        self.since = std::mem::take(&mut self.since_begun);
+    }
+
+    fn queued(&mut self, tenant: &TenantId, admitted: Admitted) {
+        // Where a count has ended since it was admitted, it is taken to be in that count.
+        if admitted.0 | 1 == self.borders | 1 {
+            self.since.add(tenant, 1);
+        }
+    }
+
+    fn claimed(&mut self, tenant: &TenantId) {
+        self.since.add(tenant, -1);
+        if self.is_counting() {
+            self.since_begun.add(tenant, -1);
+        }
     }
 }
 
@@ -80,11 +120,19 @@ impl Admission {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a run that has to wait, once it does.
-    pub(crate) fn queued(&self, tenant: &TenantId) {
-        let mut known = self.known();
-        let since = if known.counting { &mut known.since_next } else { &mut known.since };
-        since.add(tenant.clone(), 1);
+    /// The present, for a run whose insert is about to begin.
+    pub(crate) fn now(&self) -> Admitted {
+        Admitted(self.known().borders)
+    }
+
+    /// Notes a run that waits now.
+    pub(crate) fn queued(&self, tenant: &TenantId, admitted: Admitted) {
+        self.known().queued(tenant, admitted);
+    }
+
+    /// Notes a run that waits no more.
+    pub(crate) fn claimed(&self, tenant: &TenantId) {
+        self.known().claimed(tenant);
     }
 }
 
@@ -117,10 +165,10 @@ pub(crate) fn admit(shared: &Arc<Shared>, tenant: &TenantId) -> Result<(), Error
 fn count_if_due(shared: &Arc<Shared>) {
     {
         let mut known = shared.admission.known();
-        if known.counting || known.due.is_some_and(|due| Instant::now() < due) {
+        if known.is_counting() || known.due.is_some_and(|due| Instant::now() < due) {
             return;
         }
-        known.counting = true;
+        known.begin_count();
     }
     let shared = Arc::clone(shared);
     tokio::spawn(async move {
@@ -128,19 +176,66 @@ fn count_if_due(shared: &Arc<Shared>) {
         let counted = shared.store.depths().await;
         let took = started.elapsed();
         let mut known = shared.admission.known();
-        known.counting = false;
         known.due = Some(Instant::now() + (took * SHARE).clamp(FRESH, STALE));
-        match counted {
-            Ok(depths) => {
-                known.counted(depths);
-                known.counted_at = Some(started);
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the queue could not be counted");
-                for (tenant, queued) in std::mem::take(&mut known.since_next).of {
-                    known.since.add(tenant, queued);
-                }
-            }
+        if let Err(error) = &counted {
+            tracing::warn!(%error, "the queue could not be counted");
+        } else {
+            known.counted_at = Some(started);
         }
+        known.end_count(counted.ok());
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn busy() -> TenantId {
+        "busy".parse().expect("a name")
+    }
+
+    #[test]
+    fn a_run_is_never_counted_twice() {
+        let (mut known, busy) = (Known::default(), busy());
+        let before = Admitted(known.borders);
+        known.begin_count();
+        let during = Admitted(known.borders);
+        known.queued(&busy, before);
+        known.queued(&busy, during);
+        assert_eq!(known.depth(&busy), 2, "until the count is there");
+        known.end_count(Some(vec![(busy.clone(), 2)]));
+        assert_eq!(known.depth(&busy), 2, "both are in it");
+        known.queued(&busy, before);
+        known.queued(&busy, during);
+        assert_eq!(known.depth(&busy), 2, "whatever was being inserted meanwhile may be in it");
+        known.queued(&busy, Admitted(known.borders));
+        assert_eq!((known.depth(&busy), known.total()), (3, 3), "what began later is not");
+    }
+
+    #[test]
+    fn what_was_claimed_waits_no_more() {
+        let (mut known, busy) = (Known::default(), busy());
+        for _ in 0..3 {
+            known.queued(&busy, Admitted(0));
+        }
+        known.claimed(&busy);
+        assert_eq!(known.depth(&busy), 2);
+        known.begin_count();
+        known.claimed(&busy); // The count may tell of it still.
+        known.end_count(Some(vec![(busy.clone(), 2)]));
+        assert_eq!(known.depth(&busy), 1);
+        known.claimed(&busy);
+        known.claimed(&busy); // Somebody else's, which the count did not know.
+        assert_eq!((known.depth(&busy), known.total()), (0, 0));
+    }
+
+    #[test]
+    fn a_count_that_failed_changes_nothing() {
+        let (mut known, busy) = (Known::default(), busy());
+        known.begin_count();
+        known.queued(&busy, Admitted(known.borders));
+        known.end_count(None);
+        known.queued(&busy, Admitted(known.borders));
+        assert_eq!(known.depth(&busy), 2);
+    }
 }

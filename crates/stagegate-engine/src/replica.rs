@@ -294,6 +294,7 @@ fn take_one(
 ) {
     let lease = snapshot.lease;
     let request_id = snapshot.run.request_id.clone();
+    shared.admission.claimed(&snapshot.run.tenant);
     let mut run = Run::from_snapshot(snapshot, pipeline, shared.config.park_after.0);
     run.on(Stimulus::Taken(signals), shared.clock.now(), 0.0);
     let handle = shared.take_over(lease.run, life);

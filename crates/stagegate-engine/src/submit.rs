@@ -41,6 +41,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
     if lease.is_none() {
         admission::admit(shared, &tenant)?;
     }
+    let admitted = shared.admission.now();
     let accept = Accept {
         id: RunId::new(now, shared.random()),
         tenant: tenant.clone(),
@@ -77,7 +78,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         Ok(Submitted::Accepted(epoch)) => {
             shared.metrics.runs_accepted.inc();
             if epoch.is_none() {
-                shared.admission.queued(&tenant);
+                shared.admission.queued(&tenant, admitted);
                 if start_at.is_none() {
                     shared.work.notify_one();
                     if shared.room.available_permits() == 0 {

@@ -89,8 +89,15 @@ const ONE_STAGE: &str = r#"{ "name": "short", "defaults": { "model": "fake/model
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_makes_room_only_once_its_last_commit_is_acknowledged() {
     let (bench, faulty) = faulty(EngineConfig { max_runs: 1, ..quick() }).await;
-    faulty.set("commit", Fault::HoldAnswer);
+    let gate = watch::Sender::new(false);
+    bench.provider.on(contains("first")).respond(Reply::echo().when(gate.subscribe()));
     let first = bench.submit(ONE_STAGE, json!({ "text": "first" })).await;
+    // Now its start is committed, be it by its submit or, where that met a look for work, by a claim; what follows is its end.
+    while bench.provider.call_count() == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    faulty.set("commit", Fault::HoldAnswer);
+    gate.send_replace(true);
     while bench.detail(first).await.run.state != RunState::Succeeded {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
