@@ -27,8 +27,16 @@ const COMMON: &[&str] = &["listen_addresses=127.0.0.1", "unix_socket_directories
 /// Nobody needs the data of a test after a power cut. What was committed still survives a crash of the server.
 const FAST: &[&str] = &["fsync=off", "full_page_writes=off"];
 /// As in production, with room enough that the disk is what is measured.
-const DURABLE: &[&str] =
-    &["fsync=on", "synchronous_commit=on", "shared_buffers=512MB", "max_wal_size=4GB", "checkpoint_timeout=15min"];
+const DURABLE: &[&str] = &[
+    "fsync=on",
+    "synchronous_commit=on",
+    "shared_buffers=512MB",
+    "min_wal_size=2GB",
+    "max_wal_size=4GB",
+    "checkpoint_timeout=15min",
+];
+/// Segments of the WAL (16 MB each) that a durable server has in store: its `min_wal_size`.
+const SEGMENTS: u32 = 128;
 
 /// A Postgres server.
 #[derive(Debug)]
@@ -44,9 +52,29 @@ impl Postgres {
         Self::launch(FAST).await
     }
 
-    /// A server of one's own that is as durable as a production one, for measurements.
+    /// A server of one's own that is as durable as a production one, for measurements. Like one that has run for a
+    /// while it has old segments of the WAL to use again: a fresh one makes each anew, zeroed and synced, while commits
+    /// wait.
     pub async fn durable() -> anyhow::Result<Self> {
-        Self::launch(DURABLE).await
+        let server = Self::launch(DURABLE).await?;
+        let mut admin = PgConnection::connect(server.url()).await?;
+        let fill = format!(
+            "DO $$ BEGIN FOR n IN 1..{SEGMENTS} LOOP
+                 PERFORM pg_logical_emit_message(false, 'stagegate', ''), pg_switch_wal();
+             END LOOP; END $$"
+        );
+        sqlx::query(AssertSqlSafe(fill)).execute(&mut admin).await.context("cannot fill the WAL")?;
+        let _ = admin.close().await;
+        server.checkpoint().await?;
+        Ok(server)
+    }
+
+    /// Makes a checkpoint: dirty pages are written, the segments of the WAL before it can be used again.
+    pub async fn checkpoint(&self) -> anyhow::Result<()> {
+        let mut admin = PgConnection::connect(&self.url).await?;
+        sqlx::query("CHECKPOINT").execute(&mut admin).await.context("cannot make a checkpoint")?;
+        let _ = admin.close().await;
+        Ok(())
     }
 
     /// The server that the environment names, else one for this process.

@@ -106,6 +106,9 @@ impl Rig {
         if let Some(redis) = &self.redis {
             redis.flush().await?;
         }
+        if let Some(postgres) = &self.postgres {
+            postgres.checkpoint().await?; // What the part before has written must not be written in this one.
+        }
         let database = match &self.postgres {
             Some(server) => Some(TestDatabase::on(Arc::clone(server)).await?),
             None => None,
