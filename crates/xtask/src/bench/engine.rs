@@ -51,7 +51,7 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
         saturation(rig, &mut site, options, &mut figures).await?;
         let rate = figures.get("runs_per_s").unwrap_or(0.0) / 2.0;
         progress(&format!("round {round}: one run alone"));
-        latency::measure(&site, options, &mut figures).await?;
+        latency::measure(rig, &site, options, &mut figures).await?;
         progress(&format!("round {round}: half load, {rate:.0} runs/s"));
         half_load(rig, &site, options, rate, &mut figures).await?;
         figures.0.extend(limits.0);

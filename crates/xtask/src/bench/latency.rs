@@ -26,7 +26,7 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
     for _ in 0..options.rounds {
         let mut figures = Figures::default();
         let mut site = rig.site(&[]).await?;
-        measure(&site, options, &mut figures).await?;
+        measure(rig, &site, options, &mut figures).await?;
         site.stop().await?;
         rounds.push(figures);
     }
@@ -39,7 +39,7 @@ fn slow(options: &Options) -> u32 {
 }
 
 /// Runs one after another, with a provider that answers at once and with one that takes 50 ms.
-pub(crate) async fn measure(site: &Site, options: &Options, figures: &mut Figures) -> anyhow::Result<()> {
+pub(crate) async fn measure(rig: &Rig, site: &Site, options: &Options, figures: &mut Figures) -> anyhow::Result<()> {
     // Numbers that no other part of a round uses.
     let mut at_once = alone(site, AT_ONCE, 90_000_000, WARM_UP, options.alone).await?;
     figures.goal("alone_p50_ms", "one run alone, p50, ms", at_once.quantile(50), Reach::AtMost(3.0));
@@ -51,6 +51,9 @@ pub(crate) async fn measure(site: &Site, options: &Options, figures: &mut Figure
     figures.goal("alone_50_p50_ms", label, slow.quantile(50), Reach::AtMost(ideal + 5.0));
     figures.push("alone_50_p95_ms", "one run alone, 50 ms provider, p95, ms", slow.quantile(95));
     figures.push("alone_50_p99_ms", "one run alone, 50 ms provider, p99, ms", slow.quantile(99));
+    let mut slept = Times::default();
+    rig.provider.slept().await?.into_iter().for_each(|slept_for| slept.add(slept_for));
+    figures.push("slept_p50_ms", "what that provider takes for an answer, p50, ms", slept.quantile(50));
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use std::{
     net::SocketAddr,
     process::{ExitCode, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
@@ -32,8 +32,10 @@ const CALLS_PER_RUN: u32 = 5;
 const ANSWER_BYTES: usize = 1024;
 /// The same of `tiny`.
 const TINY_BYTES: usize = 64;
-/// Delays are slept by threads, which are exact, while there are no more of them than this.
+/// Delays are exact while there are no more of them than this.
 const EXACT_SLEEPERS: usize = 8;
+/// So long before its end an exact delay is slept no more but waited out, busily: to be woken takes its time too.
+const AWAKE: Duration = Duration::from_millis(1);
 /// How often a watcher is told the number of finished runs.
 const WATCH_EVERY: Duration = Duration::from_millis(1);
 /// Digits of a run's number.
@@ -63,6 +65,8 @@ struct State {
     finished: u64,
     /// Delays that are being slept.
     sleeping: usize,
+    /// What the delays really took.
+    slept: Vec<Duration>,
 }
 
 #[derive(Debug)]
@@ -206,6 +210,7 @@ impl Provider {
     }
 
     async fn sleep(&self, delay: Duration) {
+        let arrived = Instant::now();
         let sleeping = {
             let mut state = self.state();
             state.sleeping += 1;
@@ -213,11 +218,17 @@ impl Provider {
         };
         if sleeping <= EXACT_SLEEPERS {
             // The runtime's timer rounds up to a millisecond, four of which would be a tenth of what is measured.
-            let _ = tokio::task::spawn_blocking(move || std::thread::sleep(delay)).await;
+            let asleep = delay.saturating_sub(AWAKE);
+            let _ = tokio::task::spawn_blocking(move || std::thread::sleep(asleep)).await;
+            while arrived.elapsed() < delay {
+                tokio::task::yield_now().await;
+            }
         } else {
             tokio::time::sleep(delay).await;
         }
-        self.state().sleeping -= 1;
+        let mut state = self.state();
+        state.sleeping -= 1;
+        state.slept.push(arrived.elapsed());
     }
 
     fn control(&self, head: &[u8], out: &mut Vec<u8>) {
@@ -229,8 +240,13 @@ impl Provider {
                 body.extend(record.last.to_le_bytes());
                 body.extend(record.calls.to_le_bytes());
             }
+        } else if head.starts_with(b"GET /slept") {
+            for slept in std::mem::take(&mut self.state().slept) {
+                body.extend(u64::try_from(slept.as_nanos()).unwrap_or(u64::MAX).to_le_bytes());
+            }
         } else if head.starts_with(b"POST /reset") {
             let mut state = self.state();
+            state.slept.clear();
             state.records.clear();
             state.finished = 0;
             self.gate.send_replace(false);
@@ -290,6 +306,12 @@ impl ProviderProcess {
     pub(crate) async fn records(&self) -> anyhow::Result<HashMap<u64, Record>> {
         let body = self.control(&get("/records")).await?;
         Ok(body.chunks_exact(RECORD_BYTES).filter_map(record).collect())
+    }
+
+    /// What the delays really took that were slept since this was last asked.
+    pub(crate) async fn slept(&self) -> anyhow::Result<Vec<Duration>> {
+        let body = self.control(&get("/slept")).await?;
+        Ok(body.as_chunks().0.iter().map(|nanos| Duration::from_nanos(u64::from_le_bytes(*nanos))).collect())
     }
 
     /// Watches how many runs have had their last answer.
