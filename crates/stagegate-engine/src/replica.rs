@@ -53,12 +53,17 @@ static HOST_NAME: LazyLock<String> = LazyLock::new(|| {
         .map_or_else(|| "unknown".to_owned(), |name| name.trim().chars().take(100).collect())
 });
 
+/// How long after it asked for its last heartbeat that succeeded a replica stops its own work.
+fn fence_after(ttl: Duration) -> Duration {
+    ttl * FENCE_PERCENT / 100
+}
+
 /// Beats until `stop`. A replica that could not renew in time stops its own work before others may take it over; one
 /// that was declared dead takes a new id. `renewed` is when the first heartbeat was asked for.
 pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: CancellationToken) {
     let ttl = shared.config.lease_ttl.0;
     let every = ttl / BEATS_PER_TTL;
-    let fence_after = ttl * FENCE_PERCENT / 100;
+    let fence_after = fence_after(ttl);
     let mut next = renewed + every;
     shared.renewed(renewed + fence_after);
     loop {
@@ -327,6 +332,13 @@ mod tests {
                 None => Ok(runs),
             }
         })
+    }
+
+    #[test]
+    fn a_replica_stops_at_seventy_percent_of_its_lease_after_more_than_one_beat() {
+        let ttl = Duration::from_secs(10);
+        assert_eq!(fence_after(ttl), Duration::from_secs(7));
+        assert!(fence_after(ttl) > ttl / BEATS_PER_TTL * 2, "a beat that fails can be repeated");
     }
 
     fn leases(runs: impl IntoIterator<Item = u128>) -> Vec<Lease> {

@@ -62,6 +62,21 @@ impl Order {
         self.submit(of, json!({ "text": text }), priority, None).await.expect("accepted")
     }
 
+    /// Submits until the queue is full. It is counted about once a second, so that a few more may come in before that is
+    /// known.
+    async fn refused(&self, of: &str) -> Error {
+        loop {
+            match self.submit(of, json!({ "text": "one more" }), 0, None).await {
+                Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(error) => {
+                    assert_eq!(error.code, Code::QueueFull);
+                    assert!(error.retry_after.is_some(), "{error:?}");
+                    return error;
+                }
+            }
+        }
+    }
+
     async fn ended(&self, of: &str, run: RunId) -> RunState {
         loop {
             let record = self.bench.engine.store().run_record(&tenant(of), run).await.expect("read").expect("there");
@@ -97,7 +112,7 @@ async fn a_higher_priority_goes_first() {
 }
 
 #[tokio::test]
-async fn a_tenants_first_run_does_not_wait_behind_anothers_hundred() {
+async fn a_tenants_first_run_does_not_wait_behind_anothers_many() {
     let order = Order::with(EngineConfig { max_runs: 2, ..quick() }, json!({})).await;
     order.bench.provider.set_latency(Duration::from_millis(20));
     let mut busy = Vec::new();
@@ -208,16 +223,19 @@ async fn past_the_queues_limit_a_submit_is_told_when_to_come_back() {
     for n in 0..3 {
         order.said("busy", &format!("number {n}"), 0).await;
     }
-    // The queue is counted about once a second, so that a few more may come in before it is known to be full.
-    let error = loop {
-        match order.submit("busy", json!({ "text": "one more" }), 0, None).await {
-            Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-            Err(error) => break error,
-        }
-    };
-    assert_eq!(error.code, Code::QueueFull);
-    assert!(error.retry_after.is_some(), "{error:?}");
+    let error = order.refused("busy").await;
+    assert!(error.detail.contains("engine.tenants.NAME.max_queued"), "{error:?}");
     order.said("small", "another tenant's", 0).await;
+}
+
+#[tokio::test]
+async fn past_the_whole_queues_limit_every_tenant_is_told_and_none_of_another() {
+    let order = Order::with(EngineConfig { max_runs: 0, max_queued: 2, ..quick() }, json!({})).await;
+    for n in 0..2 {
+        order.said("busy", &format!("number {n}"), 0).await;
+    }
+    let error = order.refused("small").await;
+    assert!(error.detail.contains("engine.max_queued") && !error.detail.contains("busy"), "{error:?}");
 }
 
 #[tokio::test]

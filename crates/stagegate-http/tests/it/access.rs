@@ -117,6 +117,46 @@ async fn tenants_are_walls() {
     app.send(with_key(&app.stranger)).await.is_problem(404, "SG0201");
 }
 
+#[tokio::test]
+async fn the_replicas_and_the_queue_count_ones_own_runs_alone() {
+    let app = TestApp::spawn(Options { latency: Duration::from_mins(5), ..Options::default() }).await;
+    app.register(PIPELINE).await;
+    let run = app.submit("ours").await;
+    let read = async |key: &str, path: &str| app.send(app.http.get(app.url(path)).bearer_auth(key)).await.body;
+    let replicas = read(&app.viewer, "/v1/replicas").await;
+    let [replica] = replicas["items"].as_array().expect("a list").as_slice() else { panic!("{replicas}") };
+    assert_eq!((&replica["runs"], &replica["alive"], &replica["draining"]), (&json!(1), &json!(true), &json!(false)));
+    assert!(replica["oldest_lease_ms"].is_u64() && replica["heartbeat_age_ms"].is_u64(), "{replica}");
+    let queue = read(&app.viewer, "/v1/queue").await;
+    assert_eq!((&queue["running"], &queue["pipelines"][0]["pipeline"]), (&json!(1), &json!("two-steps")), "{queue}");
+    let theirs = read(&app.stranger, "/v1/replicas").await;
+    assert_eq!((&theirs["items"][0]["runs"], &theirs["items"][0]["oldest_lease_ms"]), (&json!(0), &json!(null)));
+    let theirs = read(&app.stranger, "/v1/queue").await;
+    assert_eq!((&theirs["running"], &theirs["pipelines"]), (&json!(0), &json!([])), "{theirs}");
+    app.post_empty(&format!("/v1/runs/{run}/cancel")).await;
+    app.finish(&run).await;
+}
+
+#[tokio::test]
+async fn only_an_admin_of_its_tenant_deletes_a_run_and_only_once_it_has_ended() {
+    let app = spawn_app().await;
+    app.register(HELD).await;
+    let submitted = app.post("/v1/runs", &json!({ "pipeline": "held", "input": {} })).await;
+    let run = submitted.body["id"].as_str().expect("an id").to_owned();
+    let path = format!("/v1/runs/{run}");
+    let delete = async |key: &str| app.send(app.http.delete(app.url(&path)).bearer_auth(key)).await;
+    delete(&app.viewer).await.is_problem(403, "SG0011");
+    delete(&app.operator).await.is_problem(403, "SG0011");
+    delete(&app.stranger).await.is_problem(404, "SG0203");
+    delete(&app.admin).await.is_problem(409, "SG0207");
+    app.post_empty(&format!("{path}/cancel")).await;
+    app.finish(&run).await;
+    delete(&app.operator).await.is_problem(403, "SG0011");
+    assert_eq!(delete(&app.admin).await.status, 204);
+    delete(&app.admin).await.is_problem(404, "SG0203");
+    app.get(&path).await.is_problem(404, "SG0203");
+}
+
 fn open() -> Options {
     Options { http: HttpConfig { auth: AuthMode::Auto, ..HttpConfig::default() }, ..Options::default() }
 }

@@ -251,3 +251,26 @@ async fn streams_are_limited_and_end_with_the_shutdown() {
     app.ended().await;
     assert!(app.http.get(app.url("/healthz")).send().await.is_err(), "nobody listens any more");
 }
+
+#[tokio::test]
+async fn a_delayed_run_waits_with_its_priority_until_its_time() {
+    let app = spawn_app().await;
+    app.register(PIPELINE).await;
+    let body = json!({
+        "pipeline": "two-steps", "input": { "brief": "b" }, "priority": -7, "start_at": "2126-01-01T00:00:00Z",
+    });
+    app.post("/v1/runs", &body).await.is_problem(422, "SG0212");
+    let tomorrow = chrono::Utc::now() + chrono::TimeDelta::days(1);
+    let mut body = body;
+    body["start_at"] = json!(tomorrow);
+    let answer = app.post("/v1/runs", &body).await;
+    assert_eq!((answer.status.as_u16(), &answer.body["state"]), (202, &json!("queued")), "{}", answer.text);
+    let run = answer.body["id"].as_str().expect("an id").to_owned();
+    let read = app.get(&format!("/v1/runs/{run}")).await.body;
+    assert_eq!((&read["priority"], &read["started_at"]), (&json!(-7), &json!(null)), "{read}");
+    let start_at: chrono::DateTime<chrono::Utc> = read["start_at"].as_str().expect("a time").parse().expect("a time");
+    assert_eq!(start_at.timestamp_millis(), tomorrow.timestamp_millis());
+    assert_eq!(app.get("/v1/queue").await.body["waiting"], json!(1), "it could not be claimed now");
+    app.post_empty(&format!("/v1/runs/{run}/cancel")).await;
+    assert_eq!(app.finish(&run).await["state"], json!("cancelled"));
+}

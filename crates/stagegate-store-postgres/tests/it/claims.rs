@@ -73,6 +73,21 @@ async fn a_claim_looks_at_no_more_however_many_wait() {
     assert!(crowded <= most && with_statistics <= most, "{alone}, {crowded} and {with_statistics} pages");
 }
 
+#[tokio::test]
+async fn a_tenants_first_run_is_in_the_next_look_however_many_of_another_wait() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let me = live_replica(&store).await;
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    connection.execute(CROWD).await.expect("generates");
+    // The crowd has been at it for a while.
+    assert_eq!(store.claim(me, 50, &Shares::default()).await.expect("claims").len(), 50);
+    let first = NewRun { tenant: tenant("small"), ..new_run(1) };
+    store.submit(std::slice::from_ref(&first)).await.expect("submits");
+    let next = store.claim(me, 1, &Shares::default()).await.expect("claims");
+    assert_eq!(next.iter().map(|lease| lease.run).collect::<Vec<_>>(), [first.id]);
+}
+
 fn keyed(ms: i64, key: usize) -> NewRun {
     NewRun { limits: Limits { pipeline_max: None, key: Some((format!("k{key:05}"), 1)) }, ..new_run(ms) }
 }

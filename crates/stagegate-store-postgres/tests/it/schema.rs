@@ -1,9 +1,14 @@
 //! Migrations, and a database that does not fit.
 
-use sqlx::{Connection as _, Executor as _, PgConnection};
-use stagegate_core::{Store as _, StoreError};
+use std::sync::Arc;
+
+use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
+use stagegate_core::{Store, StoreError};
 use stagegate_store_postgres::{PoolConfig, PostgresStore};
-use stagegate_testkit::{servers::TestDatabase, store::fixtures::tenant};
+use stagegate_testkit::{
+    servers::TestDatabase,
+    store::fixtures::{run_with_rows_everywhere, tenant},
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replicas_that_start_at_once_migrate_once() {
@@ -93,4 +98,30 @@ async fn every_migration_says_which_binaries_work_beside_it() {
                WHERE m.version > 1 AND (c.migration IS NULL OR c.oldest_binary > m.version)";
     let silent: Vec<i64> = sqlx::query_scalar(sql).fetch_all(&mut connection).await.expect("reads");
     assert_eq!(silent, [0_i64; 0]);
+}
+
+/// Of every table that knows runs, but for the ledger.
+#[tokio::test]
+async fn a_deleted_run_leaves_only_its_ledger_rows() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let run = run_with_rows_everywhere(&store).await;
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let tables = "SELECT table_name::text FROM information_schema.columns
+                  WHERE table_schema = 'public' AND column_name = 'run_id'";
+    let mut tables: Vec<String> = sqlx::query_scalar(tables).fetch_all(&mut connection).await.expect("reads");
+    tables.push("runs".to_owned());
+    assert!(tables.len() >= 9, "{tables:?}");
+    let mut rows = async |table: &str| -> i64 {
+        let key = if table == "runs" { "id" } else { "run_id" };
+        let sql = AssertSqlSafe(format!("SELECT count(*) FROM {table} WHERE {key} = $1"));
+        sqlx::query_scalar(sql).bind(run.0).fetch_one(&mut connection).await.expect("counts")
+    };
+    for table in tables.iter().filter(|table| *table != "signals") {
+        assert!(rows(table).await > 0, "{table} has none, so that it shows nothing");
+    }
+    assert_eq!(store.delete(&[run]).await.expect("deletes"), [run]);
+    for table in &tables {
+        assert_eq!(rows(table).await, if table == "ledger" { 2 } else { 0 }, "{table}");
+    }
 }

@@ -4,13 +4,13 @@ use sqlx::{AssertSqlSafe, Executor as _, SqliteConnection};
 use stagegate_core::{
     Epoch, RunState, StoreError,
     fair::Shares,
-    store::{Commit, Lease, SignalKind},
+    store::{Commit, SignalKind},
 };
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
 use stagegate_testkit::store::fixtures::{
-    beat, checkpoint, claim_all, commit, dump, end, full_attempt, full_stage, idempotency, leased_run, live_replica,
-    new_run, park, signal, stage, step, submit, submit_leased,
+    checkpoint, claim_all, commit, dump, end, full_attempt, full_stage, live_replica, new_run, park,
+    run_with_rows_everywhere, signal, stage, step, submit, submit_leased,
 };
 
 use crate::support::{folder, open, open_dyn, raw};
@@ -117,20 +117,7 @@ async fn a_newer_schema_that_only_added_is_accepted() {
 async fn a_deleted_run_leaves_only_its_ledger_rows() {
     let (_folder, path) = folder();
     let store = open_dyn(&path).await;
-    let owner = live_replica(&store).await;
-    let run = stagegate_core::store::NewRun { idempotency: idempotency("k", 1), ..leased_run(1, owner) };
-    submit(&store, &run).await;
-    let lease = Lease { run: run.id, epoch: Epoch(1) };
-    let work = Commit {
-        stages: vec![full_stage("s1", "x")],
-        attempts: vec![(stage("s1"), full_attempt(1, "x"))],
-        checkpoints: vec![(stage("s1"), checkpoint("out".into()))],
-        ..step(lease, 3)
-    };
-    commit(&store, &work).await;
-    signal(&store, run.id, SignalKind::Cancel).await;
-    commit(&store, &Commit { output: Some("out".into()), ..end(lease, 4, RunState::Succeeded) }).await;
-    beat(&store, owner, std::time::Duration::from_mins(1)).await;
+    let run = run_with_rows_everywhere(&store).await;
     let mut conn = raw(&path).await;
     let tables: Vec<String> = sqlx::query_scalar(
         "SELECT m.name FROM sqlite_schema m JOIN pragma_table_info(m.name) c WHERE m.type = 'table' AND c.name = 'run_id'",
@@ -139,7 +126,7 @@ async fn a_deleted_run_leaves_only_its_ledger_rows() {
     .await
     .expect("read");
     assert!(tables.len() >= 8, "{tables:?}");
-    assert_eq!(store.delete(&[run.id]).await.expect("delete"), [run.id]);
+    assert_eq!(store.delete(&[run]).await.expect("delete"), [run]);
     for table in tables {
         let sql = AssertSqlSafe(format!("SELECT count(*) FROM {table}"));
         let left: i64 = sqlx::query_scalar(sql).fetch_one(&mut conn).await.expect("read");

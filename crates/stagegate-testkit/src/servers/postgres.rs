@@ -52,11 +52,15 @@ impl Postgres {
         Self::launch(FAST).await
     }
 
-    /// A server of one's own that is as durable as a production one, for measurements. Like one that has run for a
-    /// while it has old segments of the WAL to use again: a fresh one makes each anew, zeroed and synced, while commits
-    /// wait.
+    /// A server of one's own that is as durable as a production one.
     pub async fn durable() -> anyhow::Result<Self> {
-        let server = Self::launch(DURABLE).await?;
+        Self::launch(DURABLE).await
+    }
+
+    /// The same, for measurements: like one that has run for a while it has old segments of the WAL to use again. A
+    /// fresh one makes each anew, zeroed and synced, while commits wait.
+    pub async fn seasoned() -> anyhow::Result<Self> {
+        let server = Self::durable().await?;
         let mut admin = PgConnection::connect(server.url()).await?;
         let fill = format!(
             "DO $$ BEGIN FOR n IN 1..{SEGMENTS} LOOP

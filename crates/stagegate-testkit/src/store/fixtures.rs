@@ -395,3 +395,21 @@ pub async fn signals_of(store: &Arc<dyn Store>, lease: Lease) -> Vec<Signal> {
     assert!(found.len() <= 1 && found.iter().all(|(run, _)| *run == lease.run), "of this run alone: {found:?}");
     found.pop().map(|(_, signals)| signals).unwrap_or_default()
 }
+
+/// A run that has ended and has rows in every table that knows runs, two of them in the ledger.
+pub async fn run_with_rows_everywhere(store: &Arc<dyn Store>) -> RunId {
+    let owner = live_replica(store).await;
+    let run = NewRun { idempotency: idempotency("k", 1), ..leased_run(1, owner) };
+    submit(store, &run).await;
+    let lease = Lease { run: run.id, epoch: Epoch(1) };
+    let work = Commit {
+        stages: vec![full_stage("s1", "x")],
+        attempts: vec![(stage("s1"), full_attempt(1, "x"))],
+        checkpoints: vec![(stage("s1"), checkpoint("out".into()))],
+        ..step(lease, 3)
+    };
+    commit(store, &work).await;
+    signal(store, run.id, SignalKind::Cancel).await;
+    commit(store, &Commit { output: Some("out".into()), ..end(lease, 4, RunState::Succeeded) }).await;
+    run.id
+}

@@ -13,7 +13,7 @@ use stagegate_testkit::{
 
 use crate::{
     access::make_key,
-    support::{Api, Daemon, PATIENCE, Place},
+    support::{Api, Daemon, PATIENCE, Place, ended},
 };
 
 /// 1 → 2 → 3 → { 4, 5 }, as the canonical pipeline. Each prompt carries a mark that no answer does.
@@ -73,6 +73,12 @@ impl Stand {
         let daemon = self.place.serve(&[], &environment).await;
         let api = Api::new(&daemon.base, Some(&self.key));
         (daemon, api)
+    }
+
+    /// Runs a command on the same database; its exit code, stdout and stderr.
+    pub(crate) fn command(&self, arguments: &[&str]) -> (i32, String, String) {
+        let output = self.place.stagegate(arguments).env("DATABASE_URL", self.database.url()).output();
+        ended(output.expect("runs"))
     }
 
     /// Answers each stage with a text of its own.

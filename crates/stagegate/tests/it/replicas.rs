@@ -204,3 +204,37 @@ async fn a_killed_replicas_runs_all_end_on_another_and_only_unanswered_calls_are
     }
     assert_eq!(stand.calls(), [RUNS, RUNS, 2 * RUNS, RUNS, RUNS]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_tells_of_every_replica_and_of_what_waits() {
+    let stand = Stand::with_ttl(TTL).await;
+    stand.configure("[engine.tenants.default]\nmax_runs = 1\n");
+    stand.provider.on(contains("MARK-1")).respond(Reply::hang());
+    let (_first, api) = stand.serve().await;
+    let (_second, _) = stand.serve().await;
+    api.register(PIPELINE).await;
+    let mut runs = Vec::new();
+    for n in 0..3 {
+        runs.push(api.submit("five", json!({ "brief": format!("Build {n}.") })).await);
+    }
+    stand.called(1).await;
+    let told = |arguments: &[&str]| -> serde_json::Value {
+        let (code, stdout, stderr) = stand.command(&[&["replicas", "--json"], arguments].concat());
+        assert_eq!(code, 0, "{stderr}");
+        serde_json::from_str(&stdout).expect("JSON")
+    };
+    let sum = |told: &serde_json::Value, of: &str, key: &str| -> u64 {
+        told[of].as_array().expect("a list").iter().filter_map(|item| item[key].as_u64()).sum()
+    };
+    let all = told(&[]);
+    assert_eq!(all["replicas"].as_array().map(Vec::len), Some(2), "{all}");
+    assert_eq!([sum(&all, "replicas", "runs"), sum(&all, "queue", "running"), sum(&all, "queue", "queued")], [1, 1, 2]);
+    assert_eq!(all["queue"][0]["pipeline"], "five", "{all}");
+    let others = told(&["--tenant", "somebody"]);
+    assert_eq!((sum(&others, "replicas", "runs"), &others["queue"]), (0, &json!([])), "{others}");
+    let (code, table, _) = stand.command(&["replicas"]);
+    assert_eq!(code, 0);
+    for part in ["alive", "oldest lease", "five", "default"] {
+        assert!(table.contains(part), "{part} is not in\n{table}");
+    }
+}

@@ -75,7 +75,7 @@ impl Rig {
         let provider = ProviderProcess::start().await?;
         let (mut postgres, mut redis, mut redis_pid, mut postgres_pid) = (None, None, None, None);
         if store == Store::Postgres {
-            let server = Arc::new(Postgres::durable().await?);
+            let server = Arc::new(Postgres::seasoned().await?);
             let mut connection = PgConnection::connect(server.url()).await?;
             let backend: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut connection).await?;
             postgres_pid = machine::parent(u32::try_from(backend)?);
