@@ -76,11 +76,6 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
         }
     }
 
-    /// Sends one request and waits for its answer.
-    pub(crate) async fn send(&self, request: T) -> Result<R, Error> {
-        self.begin(request).await
-    }
-
     /// Sends one request and waits for its answer, refused at once where the queue is full.
     pub(crate) async fn offer(&self, request: T) -> Result<R, Error> {
         let (answer, answered) = oneshot::channel();
@@ -146,7 +141,7 @@ mod tests {
         });
         // One batch is with the writer, the rest fills the queue.
         let room = BATCH + QUEUE_MAX;
-        let mut sent: Vec<_> = (0..=room).map(|number| Box::pin(batcher.send(number))).collect();
+        let mut sent: Vec<_> = (0..=room).map(|number| batcher.begin(number)).collect();
         for _ in 0..2 {
             for sending in &mut sent {
                 assert!(sending.now_or_never().is_none(), "nothing is answered yet");

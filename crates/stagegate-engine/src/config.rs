@@ -27,8 +27,9 @@ pub struct EngineConfig {
     pub drain_grace: Span,
     /// The largest number of steps in one commit.
     pub commit_batch_max: usize,
-    /// Runs that may wait to be claimed, of all tenants together; past it a submit is answered 429. Each replica looks
-    /// every second, so that it can be overstepped by what comes in within one.
+    /// Runs that may wait to be claimed, of all tenants together; past it a submit is answered 429. Each replica counts
+    /// them about once a second (less often where that takes long, at least every ten), so that it can be overstepped
+    /// by what comes in between.
     pub max_queued: u64,
     /// What each tenant may have that is not named in `tenants`.
     pub tenant_defaults: TenantLimits,
@@ -50,6 +51,7 @@ pub struct TenantLimits {
     #[schemars(range(min = 1, max = 1000))]
     pub weight: u32,
     /// Runs under way at once, over all replicas. Left out: as many as there is room for.
+    #[schemars(range(min = 1))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_runs: Option<u32>,
     /// Runs that may wait to be claimed; past it a submit is answered 429.

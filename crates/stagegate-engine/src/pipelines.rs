@@ -47,7 +47,7 @@ impl Pipelines {
         }
         let record = match version {
             Some(_) => self.store.pipeline(tenant, name, version).await?.map(Arc::new),
-            None => self.newest.send((tenant.clone(), name.clone())).await?,
+            None => self.newest.offer((tenant.clone(), name.clone())).await?,
         };
         let Some(record) = record else { return Ok(None) };
         let version = record.version;

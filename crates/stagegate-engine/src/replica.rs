@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use stagegate_core::{
     Code, Error, Pipeline, ReplicaId, RunId, Store, StoreResult,
     decide::{Run, Stimulus},
-    store::{Heartbeat, Lease, Signal, Snapshot},
+    store::{Heartbeat, Lease, Pulse, Signal, Snapshot},
 };
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -86,8 +86,8 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
         }
         let beat = heartbeat(&shared, shared.drain.is_cancelled());
         next = asked + every / 4;
-        match tokio::time::timeout(patience, shared.store.heartbeat(&beat)).await {
-            Ok(Ok(pulse)) if pulse.alive => {
+        match ask(&*shared.store, &beat, patience).await {
+            Some((asked, Ok(pulse))) if pulse.alive => {
                 (renewed, next) = (asked, asked + every);
                 shared.renewed(renewed + fence_after);
                 if shared.life().is_none() {
@@ -100,14 +100,33 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
                     shared.doubt();
                 }
             }
-            Ok(Ok(_)) => {
+            Some((_, Ok(_))) => {
                 let lost = shared.end_life();
                 shared.rename(new_replica_id(shared.clock.now(), shared.random()));
                 tracing::warn!(lost, "this replica had been declared dead; it begins a new life");
             }
-            Ok(Err(error)) => tracing::warn!(%error, "the heartbeat failed"),
-            Err(_) => tracing::warn!("the heartbeat got no answer"),
+            Some((_, Err(error))) => tracing::warn!(%error, "the heartbeat failed"),
+            None => tracing::warn!("the heartbeat got no answer"),
         }
+    }
+}
+
+/// Beats, and once more beside that where half of the patience brought no answer: the first may have gone out over a
+/// connection that is dead. Returns the first answer, and when it was asked for.
+async fn ask(store: &dyn Store, beat: &Heartbeat, patience: Duration) -> Option<(Instant, StoreResult<Pulse>)> {
+    let asked = Instant::now();
+    let mut first = store.heartbeat(beat);
+    tokio::select! {
+        biased;
+        answer = &mut first => return Some((asked, answer)),
+        () = tokio::time::sleep(patience / 2) => {}
+    }
+    let asked_again = Instant::now();
+    tokio::select! {
+        biased;
+        answer = first => Some((asked, answer)),
+        answer = store.heartbeat(beat) => Some((asked_again, answer)),
+        () = tokio::time::sleep(patience / 2) => None,
     }
 }
 

@@ -69,22 +69,45 @@ async fn round(shared: &Shared) -> Result<(u64, u64), Error> {
                 Due::Whole => whole.push(run.run),
             }
         }
-        for batch in payloads.chunks(BATCH) {
-            let gone = shared.store.purge(batch, now).await?;
-            shared.metrics.retention_removed.with_label_values(&["payloads"]).inc_by(gone);
-            purged += gone;
-        }
-        for batch in whole.chunks(BATCH) {
-            let gone = shared.store.delete(batch).await?.len() as u64;
-            shared.metrics.retention_removed.with_label_values(&["run"]).inc_by(gone);
-            deleted += gone;
-        }
+        purged += remove(shared, &payloads, Due::Payloads, now).await?;
+        deleted += remove(shared, &whole, Due::Whole, now).await?;
         if page.len() < PAGE as usize || shared.drain.is_cancelled() {
             return Ok((purged, deleted));
         }
         after = page.last().map(|run| run.run);
         tokio::time::sleep(PAUSE).await;
     }
+}
+
+/// Removes what is due of these runs, a batch at a time. One that fails though the database answers is halved: it may be
+/// more than a statement's time allows. A run that fails alone is left to the next round, and holds up no other.
+async fn remove(shared: &Shared, runs: &[RunId], what: Due, now: DateTime<Utc>) -> Result<u64, Error> {
+    let mut removed = 0;
+    let mut parts: Vec<&[RunId]> = runs.chunks(BATCH).rev().collect();
+    while let Some(part) = parts.pop() {
+        let done = match what {
+            Due::Nothing => return Ok(0),
+            Due::Payloads => shared.store.purge(part, now).await,
+            Due::Whole => shared.store.delete(part).await.map(|gone| gone.len() as u64),
+        };
+        match done {
+            Ok(gone) => {
+                let kind = if what == Due::Whole { "run" } else { "payloads" };
+                shared.metrics.retention_removed.with_label_values(&[kind]).inc_by(gone);
+                removed += gone;
+            }
+            Err(error) if error.is_retryable() && shared.store.ping().await.is_err() => return Err(error.into()),
+            Err(error) if part.len() == 1 => {
+                tracing::error!(run_id = %part[0], %error, "what is too old of this run could not be removed");
+            }
+            Err(error) => {
+                tracing::warn!(%error, runs = part.len(), "a batch of old runs could not be removed; it is halved");
+                let (left, right) = part.split_at(part.len() / 2);
+                parts.extend([right, left]);
+            }
+        }
+    }
+    Ok(removed)
 }
 
 type Rules = HashMap<(TenantId, PipelineName, u32), Retention>;

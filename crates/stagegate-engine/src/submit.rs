@@ -113,7 +113,10 @@ fn check_start(start_at: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Result<()
     match start_at {
         Some(at) if (at - now).to_std().is_ok_and(|ahead| ahead > SPAN_MAX) => {
             let days = SPAN_MAX.as_secs() / 86_400;
-            Err(Error::new(Code::InvalidStart, format!("start_at: {} is more than {days} days ahead", at.to_rfc3339())))
+            Err(Error::new(
+                Code::InvalidStart,
+                format!("start_at: {} is more than {days} days ahead; submit it nearer to its time", at.to_rfc3339()),
+            ))
         }
         _ => Ok(()),
     }

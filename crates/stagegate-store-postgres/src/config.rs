@@ -10,7 +10,7 @@ use stagegate_core::pipeline::Span;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolConfig {
-    /// Connections at most.
+    /// Connections at most; four of them are kept for commits, submits and claims. Heartbeats have two more of their own.
     pub max_connections: u32,
     /// Connections kept open when idle.
     pub min_connections: u32,

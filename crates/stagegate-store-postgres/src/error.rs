@@ -41,6 +41,8 @@ fn refused(name: &'static str, error: &dyn DatabaseError) -> StoreError {
     match code.as_ref() {
         // disk_full
         "53100" => StoreError::Full(format!("{name}: {}", error.message())),
+        // We slept inside a transaction for so long that the server ended it, and the session with it.
+        "25P03" => StoreError::Unavailable(format!("{name}: the transaction was idle for too long")),
         // statement timeout
         "57014" => StoreError::Unavailable(format!("{name}: the statement timed out")),
         // serialization_failure, deadlock_detected, lock_not_available, read-only (a standby, during a fail-over)

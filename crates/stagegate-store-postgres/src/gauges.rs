@@ -80,7 +80,7 @@ FROM replicas p CROSS JOIN LATERAL (
 ORDER BY alive DESC, p.name, p.started_at, p.id";
 
 pub(crate) async fn queue(pool: &Pool) -> StoreResult<QueueStats> {
-    let row = pool.acquire("runs.queue").await?.row("runs.queue", sqlx::query(QUEUE)).await?;
+    let row = pool.acquire_as_guest("runs.queue").await?.row("runs.queue", sqlx::query(QUEUE)).await?;
     let Some(row) = row else { return Ok(QueueStats::default()) };
     let read = Reader::new(&row, "runs", Uuid::nil());
     Ok(QueueStats {
@@ -96,7 +96,7 @@ pub(crate) async fn backlog(pool: &Pool, tenant: Option<&TenantId>) -> StoreResu
         Some(tenant) => sqlx::query(BACKLOG_OF).bind(tenant.as_str()),
         None => sqlx::query(BACKLOG),
     };
-    let found = pool.acquire("runs.backlog").await?.rows("runs.backlog", query).await?;
+    let found = pool.acquire_as_guest("runs.backlog").await?.rows("runs.backlog", query).await?;
     let backlog = |row: &PgRow| {
         let read = Reader::new(row, "runs", Uuid::nil());
         Ok(Backlog {
@@ -112,7 +112,7 @@ pub(crate) async fn backlog(pool: &Pool, tenant: Option<&TenantId>) -> StoreResu
 }
 
 pub(crate) async fn depths(pool: &Pool) -> StoreResult<Vec<(TenantId, u64)>> {
-    let found = pool.acquire("runs.depths").await?.rows("runs.depths", sqlx::query(DEPTHS)).await?;
+    let found = pool.acquire_as_guest("runs.depths").await?.rows("runs.depths", sqlx::query(DEPTHS)).await?;
     let depth = |row: &PgRow| {
         let read = Reader::new(row, "runs", Uuid::nil());
         Ok((read.parse("tenant")?, read.seq("number")?))
@@ -122,7 +122,7 @@ pub(crate) async fn depths(pool: &Pool) -> StoreResult<Vec<(TenantId, u64)>> {
 
 pub(crate) async fn replicas(pool: &Pool, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
     let query = sqlx::query(REPLICAS).bind(tenant.map(TenantId::as_str));
-    let found = pool.acquire("replicas.list").await?.rows("replicas.list", query).await?;
+    let found = pool.acquire_as_guest("replicas.list").await?.rows("replicas.list", query).await?;
     found.iter().map(replica).collect()
 }
 

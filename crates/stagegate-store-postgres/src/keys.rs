@@ -42,23 +42,23 @@ pub(crate) async fn create(pool: &Pool, new: &NewApiKey) -> StoreResult<()> {
         .bind(key.created_at)
         .bind(key.expires_at)
         .bind(key.revoked_at);
-    pool.acquire("keys.create").await?.rows("keys.create", query).await.map(|_| ())
+    pool.acquire_as_guest("keys.create").await?.rows("keys.create", query).await.map(|_| ())
 }
 
 pub(crate) async fn by_hash(pool: &Pool, hash: &[u8; 32]) -> StoreResult<Option<ApiKey>> {
     let query = sqlx::query(BY_HASH).bind(&hash[..]);
-    let row = pool.acquire("keys.by_hash").await?.row("keys.by_hash", query).await?;
+    let row = pool.acquire_as_guest("keys.by_hash").await?.row("keys.by_hash", query).await?;
     row.as_ref().map(key).transpose()
 }
 
 pub(crate) async fn list(pool: &Pool, tenant: Option<&TenantId>) -> StoreResult<Vec<ApiKey>> {
     let query = sqlx::query(LIST).bind(tenant.map(TenantId::as_str));
-    pool.acquire("keys.list").await?.rows("keys.list", query).await?.iter().map(key).collect()
+    pool.acquire_as_guest("keys.list").await?.rows("keys.list", query).await?.iter().map(key).collect()
 }
 
 pub(crate) async fn revoke(pool: &Pool, id: KeyId, now: Time) -> StoreResult<bool> {
     let query = sqlx::query(REVOKE).bind(id.0).bind(now);
-    Ok(pool.acquire("keys.revoke").await?.row("keys.revoke", query).await?.is_some())
+    Ok(pool.acquire_as_guest("keys.revoke").await?.row("keys.revoke", query).await?.is_some())
 }
 
 fn key(row: &PgRow) -> StoreResult<ApiKey> {

@@ -109,7 +109,7 @@ pub(crate) async fn heartbeat(pool: &Pool, beat: &Heartbeat) -> StoreResult<Puls
         .bind(rows::printable(&beat.version))
         .bind(beat.draining)
         .bind(rows::millis(beat.ttl));
-    let row = pool.acquire("replicas.heartbeat").await?.row("replicas.heartbeat", query).await?;
+    let row = pool.acquire_for_pulse("replicas.heartbeat").await?.row("replicas.heartbeat", query).await?;
     let Some(row) = row else { return Ok(Pulse { alive: false, signalled: Vec::new() }) };
     let read = Reader::new(&row, "replicas", beat.replica.0);
     let signalled: Vec<Uuid> = read.get("signalled")?;

@@ -35,18 +35,23 @@ pub(crate) async fn migrate(pool: &Pool) -> StoreResult<()> {
         },
         MigrateError::VersionMismatch(version) => changed(version),
         MigrateError::VersionMissing(version) => unknown(version),
-        MigrateError::Dirty(version) => StoreError::SchemaAhead(format!("migration {version} was only partly applied")),
+        MigrateError::Dirty(version) => StoreError::SchemaAhead(format!(
+            "migration {version} was only partly applied; restore the database from before it, then migrate again"
+        )),
         other => StoreError::Defect(other.to_string()),
     })
 }
 
 fn changed(version: i64) -> StoreError {
-    StoreError::SchemaAhead(format!("migration {version} was changed after it had been applied"))
+    StoreError::SchemaAhead(format!(
+        "migration {version} was changed after it had been applied; start the release that applied it"
+    ))
 }
 
 fn unknown(version: i64) -> StoreError {
     StoreError::SchemaAhead(format!(
-        "migration {version} was applied by a newer version, which does not say that this one can work beside it"
+        "migration {version} was applied by a newer version, which does not say that this one can work beside it; start a \
+         release that knows migration {version}, or a newer one"
     ))
 }
 

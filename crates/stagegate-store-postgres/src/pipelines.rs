@@ -58,7 +58,7 @@ ORDER BY version DESC LIMIT $4";
 pub(crate) async fn register(pool: &Pool, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
     let (tenant, name, digest) = (new.tenant.as_str(), new.name.as_str(), &new.digest[..]);
     let same = || sqlx::query(BY_DIGEST).bind(tenant).bind(name).bind(digest);
-    let mut connection = pool.acquire("pipelines.register").await?;
+    let mut connection = pool.acquire_as_guest("pipelines.register").await?;
     // Most registrations repeat what is there, and take no lock.
     if let Some(row) = connection.row("pipelines.by_digest", same()).await? {
         return Ok((version(&row)?, false));
@@ -87,7 +87,7 @@ pub(crate) async fn get(
     number: Option<u32>,
 ) -> StoreResult<Option<PipelineVersion>> {
     let query = sqlx::query(GET).bind(tenant.as_str()).bind(name.as_str()).bind(number.map(rows::small));
-    let row = pool.acquire("pipelines.get").await?.row("pipelines.get", query).await?;
+    let row = pool.acquire_as_guest("pipelines.get").await?.row("pipelines.get", query).await?;
     row.as_ref().map(version).transpose()
 }
 
@@ -99,7 +99,7 @@ pub(crate) async fn list(
 ) -> StoreResult<Vec<PipelineVersion>> {
     let after = after.map_or("", PipelineName::as_str);
     let query = sqlx::query(LIST).bind(tenant.as_str()).bind(after).bind(i64::from(limit));
-    pool.acquire("pipelines.list").await?.rows("pipelines.list", query).await?.iter().map(version).collect()
+    pool.acquire_as_guest("pipelines.list").await?.rows("pipelines.list", query).await?.iter().map(version).collect()
 }
 
 pub(crate) async fn versions(
@@ -111,7 +111,13 @@ pub(crate) async fn versions(
 ) -> StoreResult<Vec<PipelineVersion>> {
     let before = before.map_or(i32::MAX, rows::small);
     let query = sqlx::query(VERSIONS).bind(tenant.as_str()).bind(name.as_str()).bind(before).bind(i64::from(limit));
-    pool.acquire("pipelines.versions").await?.rows("pipelines.versions", query).await?.iter().map(version).collect()
+    pool.acquire_as_guest("pipelines.versions")
+        .await?
+        .rows("pipelines.versions", query)
+        .await?
+        .iter()
+        .map(version)
+        .collect()
 }
 
 fn version(row: &PgRow) -> StoreResult<PipelineVersion> {

@@ -1,5 +1,8 @@
 //! The pool: owns connections, their settings, how long anything may take, and the numbers about it. No statement
 //! waits for ever: the database ends it after the statement timeout, and if the database itself is silent, we do.
+//!
+//! Whoever reads must not keep a replica from its own work: heartbeats have connections of their own, and guests (what
+//! the API reads and writes) never have all of the others.
 
 use std::{
     str::FromStr as _,
@@ -15,6 +18,7 @@ use sqlx::{
 };
 use stagegate_core::{Secret, StoreError, StoreResult};
 use stagegate_telemetry::Metrics;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{config::PoolConfig, error};
 
@@ -22,6 +26,10 @@ use crate::{config::PoolConfig, error};
 const SILENCE_LIMIT: Duration = Duration::from_secs(2);
 /// A connection that was used within this time is handed out without a test: the test is a round trip.
 const TRUST_LIMIT: Duration = Duration::from_secs(1);
+/// Connections that guests leave to commits, submits and claims, where there are as many.
+const RESERVED: u32 = 4;
+/// Connections for heartbeats alone, beside all others: one, and one for when that is dead.
+const PULSE: u32 = 2;
 
 /// Settings of every session. Our statements are large and take arrays whose length the planner cannot know: to plan
 /// them anew each time costs more than to run them. A plan that is kept must also suit the table that it meets later:
@@ -51,6 +59,9 @@ pub struct PoolStats {
 #[derive(Debug, Clone)]
 pub(crate) struct Pool {
     inner: PgPool,
+    pulse: PgPool,
+    /// Room for guests.
+    guests: Arc<Semaphore>,
     options: Arc<PgConnectOptions>,
     acquire_timeout: Duration,
     statement_limit: Duration,
@@ -75,9 +86,7 @@ impl Pool {
             .map(|setting| (setting, statement_timeout.as_millis()));
         let session = options.clone().options(timeouts).options(SESSION.iter().copied());
         let test = config.test_on_checkout;
-        let inner = PgPoolOptions::new()
-            .max_connections(config.max_connections.max(1))
-            .min_connections(config.min_connections.min(config.max_connections))
+        let pool = PgPoolOptions::new()
             .acquire_timeout(acquire_timeout)
             .idle_timeout(config.idle_timeout.0)
             .max_lifetime(config.max_lifetime.0)
@@ -89,10 +98,15 @@ impl Pool {
                     }
                     Ok(true)
                 })
-            })
-            .connect_lazy_with(session);
+            });
+        let pulse = pool.clone().max_connections(PULSE).connect_lazy_with(session.clone());
+        let max = config.max_connections.max(1);
+        let inner =
+            pool.max_connections(max).min_connections(config.min_connections.min(max)).connect_lazy_with(session);
+        let guests = Arc::new(Semaphore::new(max.saturating_sub(RESERVED).max(1) as usize));
         let statement_limit = statement_timeout + SILENCE_LIMIT;
-        let pool = Self { inner, options: Arc::new(options), acquire_timeout, statement_limit, metrics };
+        let options = Arc::new(options);
+        let pool = Self { inner, pulse, guests, options, acquire_timeout, statement_limit, metrics };
         pool.observe();
         Ok(pool)
     }
@@ -103,16 +117,39 @@ impl Pool {
         options.connect_lazy_with(self.options.as_ref().clone())
     }
 
-    /// A connection, for the statement that is named in errors.
+    /// A connection for the replica's own work, for the statement that is named in errors.
     pub(crate) async fn acquire(&self, name: &'static str) -> StoreResult<Connection> {
+        self.waiting(name, self.inner.acquire(), None).await
+    }
+
+    /// The same for what the API asks.
+    pub(crate) async fn acquire_as_guest(&self, name: &'static str) -> StoreResult<Connection> {
+        let waiting = Waiting::new(&self.metrics);
+        let room = tokio::time::timeout(self.acquire_timeout, Arc::clone(&self.guests).acquire_owned()).await;
+        drop(waiting);
+        let Ok(Ok(room)) = room else { return Err(error::connecting(name, &sqlx::Error::PoolTimedOut)) };
+        self.waiting(name, self.inner.acquire(), Some(room)).await
+    }
+
+    /// The same for heartbeats.
+    pub(crate) async fn acquire_for_pulse(&self, name: &'static str) -> StoreResult<Connection> {
+        self.waiting(name, self.pulse.acquire(), None).await
+    }
+
+    async fn waiting(
+        &self,
+        name: &'static str,
+        acquiring: impl Future<Output = Result<PoolConnection<Postgres>, sqlx::Error>>,
+        room: Option<OwnedSemaphorePermit>,
+    ) -> StoreResult<Connection> {
         let waiting = Waiting::new(&self.metrics);
         let started = Instant::now();
-        let acquired = self.inner.acquire().await;
+        let acquired = acquiring.await;
         self.metrics.pool_wait.observe(started.elapsed().as_secs_f64());
         drop(waiting);
         self.observe();
         let inner = acquired.map_err(|failure| error::connecting(name, &failure))?;
-        Ok(Connection { inner, limit: self.statement_limit, under_way: false, in_transaction: false })
+        Ok(Connection { inner, limit: self.statement_limit, under_way: false, in_transaction: false, _room: room })
     }
 
     pub(crate) fn stats(&self) -> PoolStats {
@@ -135,6 +172,7 @@ impl Pool {
 
     pub(crate) async fn close(&self) {
         self.inner.close().await;
+        self.pulse.close().await;
         self.observe();
     }
 }
@@ -178,6 +216,8 @@ pub(crate) struct Connection {
     /// A statement was sent and not answered.
     under_way: bool,
     in_transaction: bool,
+    /// A guest's, given back with the connection.
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 /// A statement with its parameters.

@@ -64,13 +64,13 @@ SELECT seq, at, body FROM events WHERE run_id = $1 AND tenant = $2 AND seq > $3 
 
 pub(crate) async fn run_record(pool: &Pool, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>> {
     let query = sqlx::query(RUN_RECORD).bind(id.0).bind(tenant.as_str());
-    let row = pool.acquire("runs.record").await?.row("runs.record", query).await?;
+    let row = pool.acquire_as_guest("runs.record").await?.row("runs.record", query).await?;
     row.as_ref().map(rows::run).transpose()
 }
 
 pub(crate) async fn run(pool: &Pool, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
     let query = sqlx::query(RUN).bind(id.0).bind(tenant.as_str());
-    let found = pool.acquire("runs.read").await?.rows("runs.read", query).await?;
+    let found = pool.acquire_as_guest("runs.read").await?.rows("runs.read", query).await?;
     let Some(first) = found.first() else { return Ok(None) };
     let payloads = Reader::new(first, "run_payloads", id.0);
     let stages = found.iter().map(|row| rows::stage(Reader::new(row, "stages", id.0)));
@@ -89,7 +89,7 @@ pub(crate) async fn run(pool: &Pool, tenant: &TenantId, id: RunId) -> StoreResul
 /// Runs of a tenant, by the filters that are there. Each combination is its own statement, so that each finds its index.
 pub(crate) async fn runs(pool: &Pool, query: &RunQuery) -> StoreResult<Vec<RunRecord>> {
     let mut builder = list(query)?;
-    let found = pool.acquire("runs.list").await?.rows("runs.list", builder.build()).await?;
+    let found = pool.acquire_as_guest("runs.list").await?.rows("runs.list", builder.build()).await?;
     found.iter().map(rows::run).collect()
 }
 
@@ -150,7 +150,7 @@ pub(crate) async fn stage(
     stage: &StageId,
 ) -> StoreResult<Option<StageDetail>> {
     let query = sqlx::query(STAGE).bind(run.0).bind(stage.as_str()).bind(tenant.as_str());
-    let found = pool.acquire("stages.read").await?.rows("stages.read", query).await?;
+    let found = pool.acquire_as_guest("stages.read").await?.rows("stages.read", query).await?;
     let Some(first) = found.first() else { return Ok(None) };
     let read = Reader::new(first, "stages", run.0);
     let Some(stage) = rows::stage(read)? else {
@@ -175,7 +175,7 @@ pub(crate) async fn events(
     limit: u32,
 ) -> StoreResult<Vec<Event>> {
     let query = sqlx::query(EVENTS).bind(run.0).bind(tenant.as_str()).bind(rows::integer(after)).bind(i64::from(limit));
-    let found = pool.acquire("events.read").await?.rows("events.read", query).await?;
+    let found = pool.acquire_as_guest("events.read").await?.rows("events.read", query).await?;
     found.iter().map(|row| event(row, run)).collect()
 }
 
@@ -195,7 +195,7 @@ pub(crate) async fn news(pool: &Pool, seen: &[(RunId, u64)], limit: u32) -> Stor
         .bind(seen.iter().map(|(run, _)| run.0).collect::<Vec<_>>())
         .bind(seen.iter().map(|(_, seq)| rows::integer(*seq)).collect::<Vec<_>>())
         .bind(i64::from(limit));
-    let found = pool.acquire("events.news").await?.rows("events.news", query).await?;
+    let found = pool.acquire_as_guest("events.news").await?.rows("events.news", query).await?;
     // The rows come run by run, each run's in order.
     let mut news: Vec<(RunId, Vec<Event>)> = Vec::new();
     for row in &found {

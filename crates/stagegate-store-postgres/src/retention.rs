@@ -29,7 +29,7 @@ pub(crate) async fn kept(pool: &Pool, after: Option<RunId>, before: Time, limit:
     let last = before.checked_add_signed(ID_LEAD).map_or(RunId(Uuid::max()), |time| RunId::new(time, [0xff; 10]));
     let query =
         sqlx::query(KEPT).bind(after.map_or(Uuid::nil(), |run| run.0)).bind(last.0).bind(before).bind(i64::from(limit));
-    let found = pool.acquire("runs.kept").await?.rows("runs.kept", query).await?;
+    let found = pool.acquire_as_guest("runs.kept").await?.rows("runs.kept", query).await?;
     found.iter().map(kept_run).collect()
 }
 
@@ -52,7 +52,7 @@ pub(crate) async fn purge(pool: &Pool, runs: &[RunId], now: Time) -> StoreResult
         return Ok(0);
     }
     let query = sqlx::query(PURGE).bind(ids(runs)).bind(now);
-    let row = pool.acquire("runs.purge").await?.row("runs.purge", query).await?;
+    let row = pool.acquire_as_guest("runs.purge").await?.row("runs.purge", query).await?;
     row.map_or(Ok(0), |row| Reader::new(&row, "runs", Uuid::nil()).number("number").map(u64::from))
 }
 
@@ -61,7 +61,9 @@ pub(crate) async fn delete(pool: &Pool, runs: &[RunId]) -> StoreResult<Vec<RunId
         return Ok(Vec::new());
     }
     let query = sqlx::query(DELETE).bind(ids(runs));
-    let Some(row) = pool.acquire("runs.delete").await?.row("runs.delete", query).await? else { return Ok(Vec::new()) };
+    let Some(row) = pool.acquire_as_guest("runs.delete").await?.row("runs.delete", query).await? else {
+        return Ok(Vec::new());
+    };
     let deleted: Vec<Uuid> = Reader::new(&row, "runs", Uuid::nil()).get("ids")?;
     Ok(deleted.into_iter().map(RunId).collect())
 }

@@ -65,7 +65,7 @@ struct Body {
 }
 
 pub(crate) async fn signal(pool: &Pool, new: &NewSignal) -> StoreResult<Signalled> {
-    let mut connection = pool.acquire("signals.leave").await?;
+    let mut connection = pool.acquire_as_guest("signals.leave").await?;
     connection.begin().await?;
     let lock = sqlx::query(LOCK).bind(new.run.0).bind(new.tenant.as_str());
     let answer = match connection.row("signals.lock", lock).await? {

@@ -164,7 +164,9 @@ pub(crate) async fn check(conn: &mut SqliteConnection) -> StoreResult<()> {
                 return Err(StoreError::SchemaAhead(message));
             }
             Some(known) if *known.checksum != **checksum => {
-                let message = format!("migration {version} was changed after it had been applied");
+                let message = format!(
+                    "migration {version} was changed after it had been applied; start the release that applied it"
+                );
                 return Err(StoreError::SchemaAhead(message));
             }
             Some(_) => ours += 1,

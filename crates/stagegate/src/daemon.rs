@@ -167,9 +167,7 @@ pub(crate) fn told(error: &StoreError, what: &str) -> Error {
                  start with `stagegate serve --migrate`"
             ),
         ),
-        StoreError::SchemaAhead(reason) => {
-            Error::new(Code::SchemaAhead, format!("{what}: {reason}; use a binary of that version or a newer one"))
-        }
+        StoreError::SchemaAhead(reason) => Error::new(Code::SchemaAhead, format!("{what}: {reason}")),
         StoreError::Corrupt { .. } => Error::new(Code::CorruptRow, format!("{what}: {error}")),
         StoreError::Full(_) => Error::new(Code::Unavailable, format!("{what}: {error}")),
         StoreError::Defect(_) => Error::new(Code::Internal, format!("{what}: {error}")),

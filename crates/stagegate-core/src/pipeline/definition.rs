@@ -458,7 +458,12 @@ impl From<Span> for String {
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        humantime::format_duration(self.0).fmt(f)
+        const DAY: Duration = Duration::from_hours(24);
+        // What is said in days stays so: a month of 30.44 days is nobody's word.
+        match u32::try_from(self.0.as_secs() / DAY.as_secs()) {
+            Ok(days) if days > 30 && DAY * days == self.0 => write!(f, "{days}d"),
+            _ => humantime::format_duration(self.0).fmt(f),
+        }
     }
 }
 

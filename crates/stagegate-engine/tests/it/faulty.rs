@@ -29,6 +29,8 @@ pub(crate) enum Fault {
     HoldAnswer,
     /// It happens when the fault is mended.
     Hang,
+    /// It never happens, and is never answered; once.
+    HangOnce,
 }
 
 /// One fault, at one call.
@@ -205,6 +207,10 @@ impl Faulty {
                 self.mend(method);
                 call.await?;
                 Err(lost())
+            }
+            Some(Fault::HangOnce) => {
+                self.mend(method);
+                std::future::pending().await
             }
             Some(Fault::HoldAnswer) => {
                 let answer = call.await;

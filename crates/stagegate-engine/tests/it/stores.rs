@@ -18,6 +18,7 @@ use stagegate_core::{
 use stagegate_engine::{Action, Engine, Submit, config::EngineConfig};
 use stagegate_telemetry::Metrics;
 use stagegate_testkit::provider::{FakeProvider, Reply, contains};
+use tokio::sync::watch;
 
 use crate::{
     bench::{self, Bench, assert_state, canonical, quick},
@@ -126,6 +127,26 @@ async fn a_replica_that_cannot_renew_stops_before_others_may_take_over_and_takes
         setup.bench.finish(run).await;
         assert_state(&setup.bench.detail(run).await.run, RunState::Succeeded);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_heartbeat_that_hangs_on_a_dead_connection_costs_no_run_its_owner() {
+    let setup = Setup::with(EngineConfig { lease_ttl: Span(Duration::from_secs(3)), ..quick() }).await;
+    let gate = watch::Sender::new(false);
+    setup.bench.provider.on(contains("stage-one")).respond(Reply::echo().when(gate.subscribe()));
+    let run = setup.bench.submit(&canonical(), json!({ "text": "hello" })).await;
+    setup.until_called("stage-one").await;
+    let replica = setup.bench.engine.replica();
+    for _ in 0..3 {
+        setup.faulty.set("heartbeat", Fault::HangOnce);
+        setup.faulty.next_call("heartbeat").await; // It hangs,
+        setup.faulty.next_call("heartbeat").await; // and is asked beside that,
+        setup.faulty.next_call("heartbeat").await; // and it goes on.
+    }
+    assert_eq!(setup.bench.engine.replica(), replica, "it is the same life");
+    gate.send_replace(true);
+    setup.bench.finish(run).await;
+    assert_eq!(setup.bench.provider.call_count(), 5, "nobody stopped it, and nothing was asked twice");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,14 +1,14 @@
 //! The pool's limits and numbers.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use sqlx::{Connection as _, Executor as _, PgConnection, Row as _};
-use stagegate_core::{Secret, Store as _, StoreError};
+use stagegate_core::{Secret, Store, StoreError, store::Committed};
 use stagegate_store_postgres::{PoolConfig, PoolStats, PostgresStore};
 use stagegate_telemetry::Metrics;
 use stagegate_testkit::{
     servers::TestDatabase,
-    store::fixtures::{run_id, tenant},
+    store::fixtures::{commit, live_replica, run_id, step, submit_leased, tenant},
 };
 
 use crate::ms;
@@ -58,6 +58,35 @@ async fn an_exhausted_pool_is_unavailable_and_counts_its_waiters() {
     let text = metrics.render().expect("renders");
     assert!(text.contains("stagegate_db_pool_connections{state=\"max\"} 1"), "{text}");
     assert!(metrics.pool_wait.get_sample_count() >= 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_that_wait_keep_no_replica_from_its_own_work() {
+    let config = PoolConfig { max_connections: 6, acquire_timeout: ms(30_000), ..PoolConfig::default() };
+    let (store, database) = crate::fresh(&config).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let mut lock = PgConnection::connect(database.url()).await.expect("connects");
+    lock.execute("BEGIN; LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE").await.expect("locks");
+    let readers: Vec<_> = (0..20)
+        .map(|_| {
+            let store = Arc::clone(&store);
+            tokio::spawn(async move { store.keys(None).await })
+        })
+        .collect();
+    let waiting =
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    let mut operator = PgConnection::connect(database.url()).await.expect("connects");
+    while sqlx::query_scalar::<_, i64>(waiting).fetch_one(&mut operator).await.expect("reads") < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let (run, lease) = submit_leased(&store, 1, live_replica(&store).await).await;
+    assert_eq!(commit(&store, &step(lease, 3)).await, Committed::Now);
+    assert_eq!(lease.run, run.id);
+    assert!(readers.iter().all(|reader| !reader.is_finished()), "they wait all this time");
+    drop(lock);
+    for reader in readers {
+        reader.await.expect("no panic").expect("answers");
+    }
 }
 
 #[tokio::test]

@@ -25,8 +25,8 @@ Examples:
   watch -n1 stagegate replicas              while a rollout goes on
   stagegate replicas --json | jq '.replicas[] | select(.alive)'
 
-A replica that is not alive has not renewed its lease in time (engine.lease_ttl): the others take its runs over, and it
-is forgotten after an hour.";
+A replica that is not alive has not renewed its lease in time (engine.lease_ttl): the others
+take its runs over, and it is forgotten after an hour.";
 
 /// Show the replicas, what they own, and what waits.
 #[derive(Debug, clap::Args)]

@@ -21,9 +21,10 @@ Examples:
   DATABASE_URL=postgres://… REDIS_URL=redis://… OPENAI_API_KEY=… \\
     stagegate serve --listen 0.0.0.0:8080 --migrate     production: as many replicas as you like
 
-API docs are at /docs, metrics at /metrics, probes at /healthz and /readyz. SIGTERM and SIGINT drain: no new work, what
-is under way may finish (engine.drain_grace), the rest is handed back; a second signal leaves at once. SIGTERM first
-serves on for http.drain_delay, not ready, so that no balancer sends anything to a closed door.
+API docs are at /docs, metrics at /metrics, probes at /healthz and /readyz. SIGTERM and SIGINT drain:
+no new work, what is under way may finish (engine.drain_grace), the rest is handed back; a second
+signal leaves at once. SIGTERM first serves on for http.drain_delay, not ready, so that no balancer
+sends anything to a closed door.
 
 Exit codes: 0 drained, 1 failed, 2 a mistake in the configuration.";
 

@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use stagegate_core::{Code, Error, Secret, Violation};
-use stagegate_engine::config::EngineConfig;
+use stagegate_engine::config::{EngineConfig, TenantLimits};
 use stagegate_http::config::HttpConfig;
 use stagegate_llm::{RedisConfig, config::LlmConfig};
 use stagegate_store_postgres::config::PoolConfig;
@@ -164,6 +164,12 @@ fn sanity(config: &Config, merged: &Merged, mistakes: &mut Vec<Violation>) {
     };
     let pool = &config.store.pool;
     refuse(&["engine", "max_runs"], config.engine.max_runs == 0, "must be at least 1");
+    let no_room = |limits: &TenantLimits| limits.max_runs == Some(0);
+    let never = "must be at least 1: with 0 its runs would be accepted and never start";
+    refuse(&["engine", "tenant_defaults", "max_runs"], no_room(&config.engine.tenant_defaults), never);
+    for (tenant, limits) in &config.engine.tenants {
+        refuse(&["engine", "tenants", tenant.as_str(), "max_runs"], no_room(limits), never);
+    }
     refuse(&["engine", "commit_batch_max"], config.engine.commit_batch_max == 0, "must be at least 1");
     refuse(&["engine", "lease_ttl"], config.engine.lease_ttl.0.as_millis() < 100, "must be at least 100ms");
     refuse(&["store", "pool", "max_connections"], pool.max_connections == 0, "must be at least 1");
