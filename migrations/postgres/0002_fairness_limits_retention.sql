@@ -38,6 +38,8 @@ ALTER TABLE checkpoints
 -- is a quarter of a second at a hundred thousand waiting runs; to keep it would cost each queued run a second entry.
 CREATE INDEX runs_waiting ON runs (tenant, lane, priority DESC, available_at, id) WHERE available_at IS NOT NULL;
 DROP INDEX runs_claimable;
+-- What is only claimed to be cancelled.
+CREATE INDEX runs_cancelled ON runs (available_at) WHERE available_at IS NOT NULL AND cancel_requested;
 -- What a replica owns, and how much of that counts towards which limit.
 CREATE INDEX runs_leased ON runs (owner, tenant, pipeline, key) WHERE owner IS NOT NULL;
 DROP INDEX runs_by_owner;
@@ -194,8 +196,9 @@ BEGIN
     RETURN coalesce(chosen, '{}');
 END $$;
 
--- A claim: declares replicas dead that are out of time, frees some of what the dead own, and takes runs for `me` from
--- at most `lanes_most` lanes after the given one.
+-- A claim: declares replicas dead that are out of time, frees some of what the dead own, and takes runs for `me`: those
+-- that are to be cancelled, whatever their limits, since they end at once; then others from at most `lanes_most` lanes
+-- after the given one.
 --
 -- Claims that take something wait for each other at an advisory lock, which ends with the transaction that this call
 -- is; what is counted is counted after it was got, so that no limit is ever exceeded. A caller that freezes in the
@@ -258,7 +261,18 @@ BEGIN
     IF NOT EXISTS (SELECT FROM replicas p WHERE p.id = me AND p.dead_at IS NULL AND p.expires_at > moment) THEN
         RETURN;
     END IF;
+    WITH taken AS (
+        UPDATE runs r SET owner = me, epoch = r.epoch + 1, available_at = NULL, signalled = r.pending > 0,
+                          leased_at = moment
+        WHERE r.id IN (
+            SELECT c.id FROM runs c WHERE c.available_at <= moment AND c.cancel_requested
+            ORDER BY c.available_at LIMIT most FOR UPDATE SKIP LOCKED
+        )
+        RETURNING r.id, r.epoch
+    )
+    SELECT coalesce(array_agg(t.id), '{}'), coalesce(array_agg(t.epoch), '{}') INTO ids, epochs FROM taken t;
     FOR look IN 1..8 LOOP
+        EXIT WHEN cardinality(ids) >= most;
         chosen := choose_runs_2(tenants, lanes, moment, passed_over, most - cardinality(ids), named, weights, maxima,
                                 other_weight, other_max);
         EXIT WHEN chosen = '{}';

@@ -5,6 +5,9 @@
 //! the highest priority, then the one that has waited longest. So a priority never reaches beyond its tenant, and a
 //! tenant with a hundred thousand waiting runs does not stand before another one's first. A run whose limit is used
 //! up is passed over, and waits without standing in anybody's way.
+//!
+//! A run that is to be cancelled is not weighed here: it does no work and ends at once, so that a store takes it before
+//! all others, and no limit keeps it.
 
 use std::collections::{BTreeMap, HashMap};
 

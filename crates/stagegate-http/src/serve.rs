@@ -3,9 +3,10 @@
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::Router;
+use hyper::server::conn::{http1, http2};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown, graceful::Watcher},
+    server::graceful::{GracefulShutdown, Watcher},
     service::TowerToHyperService,
 };
 use tokio::{
@@ -30,6 +31,8 @@ const H2_PING_TIMEOUT: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How much longer than a request the last connections may take when the shutdown begins.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(5);
+/// What a connection's task may hold; there is one for each event stream.
+const CONNECTION_MAX_BYTES: usize = 1024;
 /// The smallest buffer that hyper takes for a head.
 const HEAD_MIN_BYTES: usize = 8 * 1024;
 
@@ -52,10 +55,12 @@ pub(crate) async fn run(router: Router, listener: TcpListener, config: &HttpConf
             Ok((stream, peer)) => {
                 let (server, watcher) = (Arc::clone(&server), graceful.watcher());
                 let shutdown = shutdown.clone();
-                tokio::spawn(async move {
+                let work = async move {
                     let _held_until_the_end = permit;
                     server.connection(stream, peer, watcher, shutdown).await;
-                });
+                };
+                debug_assert!(std::mem::size_of_val(&work) <= CONNECTION_MAX_BYTES, "{}", std::mem::size_of_val(&work));
+                tokio::spawn(work);
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -72,23 +77,19 @@ pub(crate) async fn run(router: Router, listener: TcpListener, config: &HttpConf
 
 struct Server {
     service: TowerToHyperService<Router>,
-    http1: auto::Builder<TokioExecutor>,
-    http2: auto::Builder<TokioExecutor>,
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
     header_timeout: Duration,
     stall_limit: Duration,
 }
 
 impl Server {
     fn new(router: Router, config: &HttpConfig) -> Self {
-        let mut builder = auto::Builder::new(TokioExecutor::new());
         let head_max_bytes = config.head_max_bytes.max(HEAD_MIN_BYTES);
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(config.header_timeout.0)
-            .max_buf_size(head_max_bytes);
-        builder
-            .http2()
+        let mut http1 = http1::Builder::new();
+        http1.timer(TokioTimer::new()).header_read_timeout(config.header_timeout.0).max_buf_size(head_max_bytes);
+        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        http2
             .timer(TokioTimer::new())
             .max_concurrent_streams(H2_STREAMS_MAX)
             .max_header_list_size(u32::try_from(head_max_bytes).unwrap_or(u32::MAX))
@@ -96,8 +97,8 @@ impl Server {
             .keep_alive_timeout(H2_PING_TIMEOUT);
         Self {
             service: TowerToHyperService::new(router),
-            http1: builder.clone().http1_only(),
-            http2: builder.http2_only(),
+            http1,
+            http2,
             header_timeout: config.header_timeout.0,
             stall_limit: config.request_timeout.0,
         }
@@ -107,35 +108,51 @@ impl Server {
     async fn connection(&self, stream: TcpStream, peer: SocketAddr, watcher: Watcher, shutdown: CancellationToken) {
         // Small answers and events must not wait for more to send.
         let _ = stream.set_nodelay(true);
-        let (mut reader, writer) = stream.into_split();
         let begun = tokio::select! {
-            begun = timeout(self.header_timeout, first_bytes(&mut reader)) => begun,
+            begun = timeout(self.header_timeout, first_bytes(&stream)) => begun,
             () = shutdown.cancelled() => return,
         };
         let Ok(Ok(first)) = begun else {
             tracing::debug!(%peer, "a connection closed, or sent nothing in time");
             return;
         };
-        let builder = if first == H2_PREFACE { &self.http2 } else { &self.http1 };
+        let is_http2 = first == H2_PREFACE;
+        let (reader, writer) = stream.into_split();
         let writer = StallLimit::new(writer, self.stall_limit);
         let io = TokioIo::new(join(io::Cursor::new(first).chain(reader), writer));
         let service = self.service.clone();
-        let connection = builder.serve_connection(io, service).into_owned();
-        if let Err(error) = watcher.watch(connection).await {
+        let served = if is_http2 {
+            // Large, and rare beside the others: ten thousand event streams must not have room for it.
+            Box::pin(watcher.watch(self.http2.serve_connection(io, service))).await
+        } else {
+            watcher.watch(self.http1.serve_connection(io, service)).await
+        };
+        if let Err(error) = served {
             tracing::debug!(%peer, %error, "a connection broke");
         }
     }
 }
 
-/// Reads until it is known whether the connection begins as HTTP/2 does. Nothing read is lost, and whoever sends
-/// nothing runs into the time limit that stands around this.
-async fn first_bytes(reader: &mut (impl tokio::io::AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
-    let mut first = Vec::with_capacity(H2_PREFACE.len());
-    while first.len() < H2_PREFACE.len() && H2_PREFACE.starts_with(&first) {
-        let mut rest = reader.take((H2_PREFACE.len() - first.len()) as u64);
-        if rest.read_buf(&mut first).await? == 0 {
+/// Reads until it is known whether the connection begins as HTTP/2 does; what was read. Whoever sends nothing runs into
+/// the time limit that stands around this.
+///
+/// Nothing is taken of what can be told by a look: hyper's buffer for a connection would grow to twice its size over a
+/// first read of a few bytes.
+async fn first_bytes(stream: &TcpStream) -> io::Result<Vec<u8>> {
+    let mut first = Vec::new();
+    while first.len() < H2_PREFACE.len() {
+        let expected = &H2_PREFACE[first.len()..];
+        let mut seen = [0; H2_PREFACE.len()];
+        let length = stream.peek(&mut seen[..expected.len()]).await?;
+        if length == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        if !expected.starts_with(&seen[..length]) {
+            break;
+        }
+        // It is there, so that this waits for nothing.
+        let taken = stream.try_read(&mut seen[..length])?;
+        first.extend_from_slice(&seen[..taken]);
     }
     Ok(first)
 }

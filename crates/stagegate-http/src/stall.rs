@@ -11,33 +11,30 @@ use std::{
 
 use tokio::{
     io::AsyncWrite,
-    time::{Instant, Sleep, sleep},
+    time::{Sleep, sleep},
 };
 
 /// A writer that fails once it could write nothing for the limit.
 pub(crate) struct StallLimit<W> {
     inner: W,
     limit: Duration,
-    timer: Pin<Box<Sleep>>,
-    stalled: bool,
+    /// While it stalls.
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl<W: AsyncWrite + Unpin> StallLimit<W> {
     pub(crate) fn new(inner: W, limit: Duration) -> Self {
-        Self { inner, limit, timer: Box::pin(sleep(limit)), stalled: false }
+        Self { inner, limit, timer: None }
     }
 
     /// Passes on what came of an attempt to write; the clock runs from the first one that had to wait.
     fn watch<T>(&mut self, context: &mut Context<'_>, attempt: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if attempt.is_ready() {
-            self.stalled = false;
+            self.timer = None;
             return attempt;
         }
-        if !self.stalled {
-            self.stalled = true;
-            self.timer.as_mut().reset(Instant::now() + self.limit);
-        }
-        ready!(self.timer.as_mut().poll(context));
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.limit)));
+        ready!(timer.as_mut().poll(context));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }

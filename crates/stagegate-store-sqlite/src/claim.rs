@@ -46,6 +46,10 @@ pub(crate) const WAKE_DUE: &str = concat!(
     " ORDER BY wake_at LIMIT ?1)"
 );
 
+// cancelled: what ends as soon as it is claimed.
+pub(crate) const CANCELLED: &str = "SELECT id, epoch FROM runs INDEXED BY runs_cancelled \
+    WHERE ready_at IS NOT NULL AND cancel_requested = 1 ORDER BY ready_at LIMIT ?1";
+
 /// The lanes in which something waits: each is found by one look into the index, or two, from the one before it.
 macro_rules! lanes {
     () => {
@@ -116,10 +120,12 @@ async fn take(conn: &mut SqliteConnection, replica: ReplicaId, limit: u32, share
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     loop {
         let woken = sqlx::query(WAKE_DUE).bind(int(WAKE)).execute(&mut *conn).await.sql()?.rows_affected();
-        let leases = choose(conn, limit, shares).await?;
+        let mut leases = cancelled(conn, limit).await?;
+        own(conn, replica, &leases).await?;
+        let chosen = choose(conn, limit - leases.len(), shares).await?;
+        own(conn, replica, &chosen).await?;
+        leases.extend(chosen);
         if !leases.is_empty() {
-            let ids = id_list(leases.iter().map(|lease| lease.run.0));
-            sqlx::query(TAKE).bind(replica.0).bind(ids).execute(conn).await.sql()?;
             return Ok(leases);
         }
         // All that were woken must wait; those that are due behind them may not have to.
@@ -129,8 +135,30 @@ async fn take(conn: &mut SqliteConnection, replica: ReplicaId, limit: u32, share
     }
 }
 
+async fn own(conn: &mut SqliteConnection, replica: ReplicaId, leases: &[Lease]) -> StoreResult<()> {
+    if !leases.is_empty() {
+        let ids = id_list(leases.iter().map(|lease| lease.run.0));
+        sqlx::query(TAKE).bind(replica.0).bind(ids).execute(conn).await.sql()?;
+    }
+    Ok(())
+}
+
+/// What is to be cancelled, with the epochs that it is going to have.
+async fn cancelled(conn: &mut SqliteConnection, limit: usize) -> StoreResult<Vec<Lease>> {
+    let rows = sqlx::query(CANCELLED).bind(int(limit as u64)).fetch_all(conn).await.sql()?;
+    let lease = |row: &SqliteRow| {
+        let run = run_id(row, "runs", "id")?;
+        let epoch: i64 = Cells::new(row, "runs", || run.to_string()).get("epoch")?;
+        Ok(Lease { run, epoch: Epoch(epoch + 1) })
+    };
+    rows.iter().map(lease).collect()
+}
+
 /// What the rule takes, with the epochs that it is going to have.
 async fn choose(conn: &mut SqliteConnection, limit: usize, shares: &Shares) -> StoreResult<Vec<Lease>> {
+    if limit == 0 {
+        return Ok(Vec::new());
+    }
     let lanes: i64 = sqlx::query_scalar(COUNT_LANES).fetch_one(&mut *conn).await.sql()?;
     let Ok(lanes @ 1..) = usize::try_from(lanes) else { return Ok(Vec::new()) };
     // With many lanes a claim takes few runs of each.

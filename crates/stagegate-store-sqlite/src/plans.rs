@@ -30,17 +30,26 @@ const SMALL: [&str; 18] = [
     "new",
 ];
 /// Indexes that hold only what they are about: few runs, however many there are.
-const PARTIAL: [&str; 7] =
-    ["runs_lanes", "runs_due", "runs_leased", "runs_held", "runs_signalled", "runs_live", "runs_lost"];
+const PARTIAL: [&str; 8] = [
+    "runs_lanes",
+    "runs_cancelled",
+    "runs_due",
+    "runs_leased",
+    "runs_held",
+    "runs_signalled",
+    "runs_live",
+    "runs_lost",
+];
 
 /// What leases, claims, counts and removes.
-const LEASES: [&str; 30] = [
+const LEASES: [&str; 31] = [
     lease::SIGNALLED,
     lease::HAND_BACK_ALL,
     lease::OWNED,
     lease::RELEASE,
     claim::ANYTHING,
     claim::WAKE_DUE,
+    claim::CANCELLED,
     claim::COUNT_LANES,
     claim::CANDIDATES,
     claim::BY_TENANT,

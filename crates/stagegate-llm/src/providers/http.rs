@@ -5,8 +5,6 @@ use std::{fmt::Write, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::{Body as _, Frame};
 use reqwest::{
     Client, Method, Request, StatusCode,
     header::{ACCEPT, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, LOCATION, USER_AGENT},
@@ -17,7 +15,7 @@ use stagegate_core::{Clock, Code, Error, Secret, SystemClock, Usage, Violation};
 use url::Url;
 
 use super::{
-    plain::{Broken, Keeping, Plain},
+    plain::{self, Broken, Keeping, Plain},
     retry_after,
 };
 use crate::provider::{Limits, ProviderError};
@@ -151,36 +149,26 @@ impl Endpoint {
 
     /// Straight to the server.
     async fn post_plainly(&self, plain: &Plain, url: &Url, body: Vec<u8>) -> Result<Exchange, ProviderError> {
-        let mut request = hyper::Request::new(Full::new(Bytes::from(body)));
-        *request.method_mut() = Method::POST;
-        *request.uri_mut() =
-            url.path().parse().map_err(|_| error(Code::ProviderRejected, "the model's name makes no address"))?;
-        request.headers_mut().clone_from(&self.headers);
-        let (response, answering) = plain.send(request).await.map_err(|broken| match broken {
+        let message = plain::post(url.path(), &self.headers, body);
+        let mut answer = plain.send(message).await.map_err(|broken| match broken {
             Broken::Unconnected(cause) => self.broken(Stage::Connecting, &*cause),
             Broken::Unanswered(cause) => self.broken(Stage::Asking, &cause),
         })?;
-        let (head, mut pieces) = response.into_parts();
-        let mut body = self.gathering(head.status, pieces.size_hint().exact())?;
-        let reading = async {
-            while let Some(frame) = pieces.frame().await {
-                match frame.map(Frame::into_data) {
-                    Ok(Ok(chunk)) => {
-                        if !body.add(&chunk)? {
-                            break;
-                        }
-                    }
-                    Ok(Err(_trailers)) => {}
-                    Err(error) => {
-                        body.cut(|| self.broken(Stage::Reading, &error))?;
-                        break;
+        let (status, headers) = (answer.status, std::mem::take(&mut answer.headers));
+        let mut body = self.gathering(status, answer.announced())?;
+        loop {
+            match answer.piece().await {
+                Ok(Some(piece)) => {
+                    if body.add(&piece)? {
+                        continue;
                     }
                 }
+                Ok(None) => {}
+                Err(error) => body.cut(|| self.broken(Stage::Reading, &error))?,
             }
-            Ok(body.whole())
-        };
-        let body = answering.during(reading).await?;
-        Ok(Exchange { status: head.status, headers: head.headers, body })
+            answer.end();
+            return Ok(Exchange { status, headers, body: body.whole() });
+        }
     }
 
     /// An empty body of so many announced bytes, to be filled within the bound.
@@ -214,7 +202,8 @@ impl Endpoint {
         while let Some(source) = inner.source() {
             inner = source;
         }
-        let inner = if cause.source().is_some() { format!(": {inner}") } else { String::new() };
+        let inner =
+            if cause.source().is_some() || cause.is::<std::io::Error>() { format!(": {inner}") } else { String::new() };
         retryable(error(Code::ProviderUnreachable, self.clean(&format!("{what}{inner}"))))
     }
 

@@ -10,6 +10,7 @@ mod openai;
 mod plain;
 pub mod retry_after;
 pub mod sim;
+mod wire;
 
 use std::{collections::BTreeMap, sync::Arc};
 

@@ -66,8 +66,14 @@ impl State {
                 (row.ready_at, row.wake_at) = (Some(at), None);
             }
         }
-        let (candidates, used) = self.candidates();
-        let ready = choose(candidates, used, shares, limit as usize);
+        let mut cancelled: Vec<(i64, RunId)> = (self.runs.values())
+            .filter_map(|row| Some((row.ready_at.filter(|_| row.record.cancel_requested)?, row.record.id)))
+            .collect();
+        cancelled.sort_unstable();
+        let mut ready: Vec<RunId> = cancelled.into_iter().map(|(_, run)| run).take(limit as usize).collect();
+        let (mut candidates, used) = self.candidates();
+        candidates.retain(|candidate| !ready.contains(&candidate.run));
+        ready.extend(choose(candidates, used, shares, limit as usize - ready.len()));
         let mut leases = Vec::with_capacity(ready.len());
         for run in ready {
             let Some(row) = self.runs.get_mut(&run) else { continue };

@@ -19,6 +19,7 @@ use crate::support::{folder, open, open_dyn, raw};
 async fn make_old(conn: &mut SqliteConnection) {
     for sql in [
         "DROP INDEX runs_lanes",
+        "DROP INDEX runs_cancelled",
         "DROP INDEX runs_due",
         "DROP INDEX runs_leased",
         "DROP INDEX runs_held",

@@ -12,13 +12,13 @@ use std::{
 use stagegate_core::{
     PipelineName, ReplicaId, RunId, RunState, Store,
     fair::{Limits, Shares},
-    store::{Committed, Lease, NewRun},
+    store::{Committed, Lease, NewRun, SignalKind},
 };
 
 use super::{
     Subject,
     fixtures::{
-        beat, claim_out, commit, end, keyed, live_replica, new_run, of_tenant, park, pipeline, shares, submit,
+        beat, claim_out, commit, end, keyed, live_replica, new_run, of_tenant, park, pipeline, shares, signal, submit,
         submit_leased,
     },
 };
@@ -166,6 +166,25 @@ pub async fn every_lease_of_a_pipeline_counts(subject: Subject) {
     commit(store, &end(lease, 3, RunState::Succeeded)).await;
     assert_eq!(claim_out(store, owner, 10, &Shares::default()).await.len(), 1);
     assert_eq!(claim_out(store, owner, 10, &Shares::default()).await, []);
+}
+
+/// It does no work and ends at once.
+pub async fn what_is_to_be_cancelled_is_kept_by_no_limit(subject: Subject) {
+    let store = &subject.store;
+    let owner = live_replica(store).await;
+    let shares = shares(&[("acme", 1, Some(1))]);
+    let runs: Vec<NewRun> = (0..4).map(|ms| keyed(ms, "k", 1)).collect();
+    store.submit(&runs).await.expect("submit");
+    let first = claim_out(store, owner, 10, &shares).await;
+    assert_eq!(first.len(), 1, "the others wait");
+    let waiting: Vec<RunId> = runs.iter().map(|run| run.id).filter(|run| *run != first[0].run).collect();
+    for run in &waiting[1..] {
+        signal(store, *run, SignalKind::Cancel).await;
+    }
+    assert_eq!(store.claim(owner, 1, &shares).await.expect("claim").len(), 1, "no more than was asked for");
+    assert_eq!(claim_out(store, owner, 10, &shares).await.len(), 1);
+    let owned: Vec<RunId> = store.owned(owner).await.expect("owned").into_iter().map(|lease| lease.run).collect();
+    assert!(waiting[1..].iter().all(|run| owned.contains(run)) && !owned.contains(&waiting[0]), "{owned:?}");
 }
 
 /// What waits for its time, for a person, or for its turn has no lease and uses up nothing.

@@ -164,6 +164,7 @@ macro_rules! store_contract {
                 a_used_up_limit_holds_up_nobody_else
                 each_run_has_the_limit_that_it_was_accepted_with
                 every_lease_of_a_pipeline_counts
+                what_is_to_be_cancelled_is_kept_by_no_limit
                 what_only_waits_uses_up_nothing
                 limits_are_never_exceeded_however_many_claim_at_once
             }
