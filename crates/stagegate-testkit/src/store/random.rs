@@ -374,6 +374,7 @@ impl World {
             started_at: Some(at(self.now)),
             finished_at: ended.then(|| at(self.now)),
             output: (state == RunState::Succeeded).then(|| self.json()),
+            output_of: Vec::new(),
             consumed: Vec::new(),
             then,
         }
