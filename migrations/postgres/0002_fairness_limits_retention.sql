@@ -39,10 +39,12 @@ ALTER TABLE checkpoints
     ADD COLUMN attempt_body text;
 
 -- The compact form, which a replica of schema 1 cannot read. What most steps write is one row: a checkpoint that tells of
--- its attempt, of its stage (which has a row in `stages` only where there is more to tell) and of the step's events.
+-- its attempt, of its stage (which has a row in `stages` only where there is more to tell, and began with its attempt where
+-- `stage_started_at` tells nothing else) and of the step's events.
 -- `events` is a JSON array of their bodies, `null` for the one that tells of this checkpoint; they are of the time
 -- `created_at`, and `seq` is the last one's. A row of `events`, too, may hold such an array, of events of one time.
 ALTER TABLE checkpoints
+    ADD COLUMN stage_started_at timestamptz,
     ADD COLUMN seq bigint,
     ADD COLUMN events text;
 

@@ -63,13 +63,15 @@ pub(crate) struct Success {
     score: Option<f64>,
     model: Option<ModelRef>,
     origin: Origin,
+    /// When the stage began; its attempt starts a little later.
+    began_at: Time,
     started_at: Time,
     finished_at: Time,
     totals: Totals,
 }
 
 impl Success {
-    fn of(stage: &StageId, checkpoint: &Checkpoint, attempt: &Attempt) -> Self {
+    fn of(stage: &StageId, checkpoint: &Checkpoint, attempt: &Attempt, began_at: Option<Time>) -> Self {
         Self {
             stage: stage.clone(),
             attempt: checkpoint.attempt,
@@ -77,6 +79,7 @@ impl Success {
             score: checkpoint.score,
             model: checkpoint.model.clone(),
             origin: checkpoint.origin,
+            began_at: began_at.unwrap_or(attempt.started_at),
             started_at: attempt.started_at,
             finished_at: attempt.finished_at,
             totals: totals(&attempt.calls),
@@ -92,7 +95,8 @@ impl Success {
             score: read.get("s_score")?,
             model: read.maybe_word("s_model")?,
             origin: read.word("s_origin")?,
-            started_at: read.get("s_started_at")?,
+            began_at: read.get("s_started_at")?,
+            started_at: read.get("s_attempt_started_at")?,
             finished_at: read.get("s_finished_at")?,
             totals: totals(&read.json::<rows::Calls>("s_attempt_body")?.calls),
         })
@@ -108,7 +112,7 @@ impl Success {
             model: self.model,
             origin: Some(self.origin),
             totals: self.totals,
-            started_at: Some(self.started_at),
+            started_at: Some(self.began_at),
             finished_at: Some(self.finished_at),
             ..StageRecord::pending(self.stage)
         }
@@ -140,7 +144,8 @@ fn totals(calls: &[LedgerEntry]) -> Totals {
 /// What a stage of a plain step has, of which the attempts and checkpoints go together.
 fn success_of(commit: &Commit, at: usize) -> Option<Success> {
     let ((stage, checkpoint), (_, attempt)) = (commit.checkpoints.get(at)?, commit.attempts.get(at)?);
-    Some(Success::of(stage, checkpoint, attempt))
+    let began_at = commit.stages.iter().find(|record| record.id == *stage).and_then(|record| record.started_at);
+    Some(Success::of(stage, checkpoint, attempt, began_at))
 }
 
 /// Whether a stage of a plain step needs no row.
@@ -202,7 +207,7 @@ macro_rules! events_of {
             "(
     SELECT e.seq, e.at, e.body, NULL::text AS s_id, NULL::int4 AS s_attempt, NULL::text AS s_verdict,
            NULL::float8 AS s_score, NULL::text AS s_model, NULL::text AS s_origin, NULL::timestamptz AS s_started_at,
-           NULL::timestamptz AS s_finished_at, NULL::text AS s_attempt_body
+           NULL::timestamptz AS s_attempt_started_at, NULL::timestamptz AS s_finished_at, NULL::text AS s_attempt_body
     FROM events e WHERE e.run_id = ",
             $run,
             " AND e.seq > ",
@@ -212,7 +217,8 @@ macro_rules! events_of {
             "
 ) UNION ALL (
     SELECT c.seq, c.created_at, c.events, c.stage_id, c.attempt, c.verdict, c.score, c.model, c.origin,
-           c.attempt_started_at, coalesce(c.attempt_finished_at, c.created_at), c.attempt_body
+           coalesce(c.stage_started_at, c.attempt_started_at), c.attempt_started_at,
+           coalesce(c.attempt_finished_at, c.created_at), c.attempt_body
     FROM checkpoints c WHERE c.run_id = ",
             $run,
             " AND c.seq > ",
@@ -232,11 +238,12 @@ macro_rules! stages_of {
                 g.failure, g.started_at, g.finished_at,
                 ARRAY[g.input_tokens, g.cache_read_tokens, g.cache_write_tokens, g.output_tokens, g.reasoning_tokens,
                       g.usage_estimated::int, g.cost_nanos, g.saved_nanos, g.calls, g.hits, g.unpriced_calls] AS totals,
-                NULL::text AS attempt_body
+                NULL::timestamptz AS attempt_started_at, NULL::text AS attempt_body
          FROM stages g WHERE g.run_id = r.id
          UNION ALL
          SELECT k.stage_id, NULL, k.attempt, NULL, NULL, k.verdict, k.score, k.model, k.origin, NULL,
-                k.attempt_started_at, coalesce(k.attempt_finished_at, k.created_at), NULL, k.attempt_body
+                coalesce(k.stage_started_at, k.attempt_started_at), coalesce(k.attempt_finished_at, k.created_at), NULL,
+                k.attempt_started_at, k.attempt_body
          FROM checkpoints k WHERE k.run_id = r.id AND k.attempt_body IS NOT NULL AND (
              SELECT true FROM stages g WHERE g.run_id = k.run_id AND g.stage_id = k.stage_id
          ) IS NULL

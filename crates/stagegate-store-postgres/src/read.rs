@@ -232,6 +232,8 @@ pub(crate) async fn news(pool: &Pool, seen: &[(RunId, u64)], limit: u32) -> Stor
             None => news.push((run, told)),
         }
     }
-    news.iter_mut().for_each(|(_, events)| events.truncate(limit as usize));
+    for (_, events) in &mut news {
+        events.truncate(limit as usize);
+    }
     Ok(news)
 }

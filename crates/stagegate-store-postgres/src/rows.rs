@@ -34,7 +34,7 @@ macro_rules! stage_columns {
         "s.stage_id AS s_id, s.state AS s_state, s.attempt AS s_attempt, s.round_start AS s_round_start,
          s.not_before AS s_not_before, s.verdict AS s_verdict, s.score AS s_score, s.model AS s_model,
          s.origin AS s_origin, s.failure AS s_failure, s.started_at AS s_started_at, s.finished_at AS s_finished_at,
-         s.totals AS s_totals, s.attempt_body AS s_attempt_body"
+         s.totals AS s_totals, s.attempt_started_at AS s_attempt_started_at, s.attempt_body AS s_attempt_body"
     };
 }
 

@@ -50,9 +50,11 @@ impl<'a> Columns<'a> {
         self.runs.push(commit, &first)?;
         if plain && compact {
             self.push_borne(commit)?;
+            self.borne.push_began(commit);
         } else {
             self.events.push_all(run, &commit.events, compact)?;
             self.borne.push_none(commit.checkpoints.len());
+            self.borne.began.resize(self.borne.seqs.len(), None);
         }
         for (at, stage) in commit.stages.iter().enumerate() {
             let fresh = first.contains(stage);
@@ -266,21 +268,27 @@ impl TryColumns {
     }
 }
 
-/// Parameters $59 and $60 of the plain statements: the events that the checkpoints bear.
+/// Parameters $59 to $61 of the plain statements: the events that the checkpoints bear, and when their stages began.
 #[derive(Default)]
 struct BorneColumns {
     seqs: Vec<Option<i64>>,
     events: Vec<Option<String>>,
+    began: Vec<Option<Time>>,
 }
 
 impl BorneColumns {
+    fn push_began(&mut self, commit: &Commit) {
+        let began = |(of, _): &(StageId, _)| commit.stages.iter().find(|stage| stage.id == *of)?.started_at;
+        self.began.extend(commit.checkpoints.iter().map(began));
+    }
+
     fn push_none(&mut self, checkpoints: usize) {
         self.seqs.resize(self.seqs.len() + checkpoints, None);
         self.events.resize(self.events.len() + checkpoints, None);
     }
 
     fn bind(self, query: Statement<'_>) -> Statement<'_> {
-        query.bind(self.seqs).bind(self.events)
+        query.bind(self.seqs).bind(self.events).bind(self.began)
     }
 }
 

@@ -94,7 +94,7 @@ macro_rules! plain {
             "/* runs.commit */ ",
             fenced!(
                 "0",
-                "$61",
+                "$62",
                 " AND NOT (s.ends AND r.pending > 0) AND (
           SELECT true FROM stages g WHERE g.run_id = s.run_id AND g.stage_id = ANY (s.given::text[]) LIMIT 1
       ) IS NULL"
@@ -108,16 +108,18 @@ macro_rules! plain {
             ") given WHERE NOT fresh AND NOT there
 ), checkpoint AS (
     INSERT INTO checkpoints (run_id, tenant, stage_id, output, digest, attempt, verdict, score, model, origin, created_at,
-                             attempt_started_at, attempt_finished_at, attempt_verdict, attempt_body, seq, events)
+                             attempt_started_at, attempt_finished_at, attempt_verdict, attempt_body, seq, events,
+                             stage_started_at)
     SELECT run.id, run.tenant, t.stage_id, t.output, t.digest, t.attempt, t.verdict, t.score, t.model, t.origin,
            t.created_at, t.attempt_started_at, nullif(t.attempt_finished_at, t.created_at),
            nullif(t.attempt_verdict, t.verdict), t.attempt_body, t.seq,
-           t.events
+           t.events, nullif(t.stage_started_at, t.attempt_started_at)
     FROM unnest($35::uuid[], $36::text[], $37::text[], $38::text[], $39::int4[], $40::text[], $41::float8[], $42::text[],
                 $43::text[], $44::timestamptz[], $55::timestamptz[], $56::timestamptz[], $57::text[], $58::text[],
-                $59::int8[], $60::text[])
+                $59::int8[], $60::text[], $61::timestamptz[])
         AS t(run_id, stage_id, output, digest, attempt, verdict, score, model, origin, created_at,
-             attempt_started_at, attempt_finished_at, attempt_verdict, attempt_body, seq, events)
+             attempt_started_at, attempt_finished_at, attempt_verdict, attempt_body, seq, events,
+             stage_started_at)
     JOIN target run ON run.id = t.run_id
 )
 SELECT id FROM target"
@@ -130,7 +132,7 @@ SELECT id FROM target"
 pub const COMMIT_PLAIN: &str = plain!("");
 
 /// The same, where runs end with an output.
-pub const COMMIT_PLAIN_END: &str = plain!(outputs!("$62", "$63"));
+pub const COMMIT_PLAIN_END: &str = plain!(outputs!("$63", "$64"));
 
 /// Writes any steps.
 ///

@@ -77,11 +77,11 @@ async fn both_forms_answer_alike() {
 async fn while_a_replica_of_schema_1_lives_it_can_read_every_row() {
     let (store, mut connection, _database) = fresh().await;
     run(&mut connection, HEARTBEAT_OF_SCHEMA_1).await;
-    let mut story = Story::begin(&store, 1).await;
+    let mut tale = Story::begin(&store, 1).await;
     for _ in 0..STEPS {
-        story.advance(&store).await;
+        tale.advance(&store).await;
     }
-    story.check(&store).await;
+    tale.check(&store).await;
     assert_eq!(rows(&mut connection).await, (0, 8), "seven stages and an output");
     run(&mut connection, HEARTBEAT_OF_SCHEMA_1).await;
 }
@@ -94,11 +94,11 @@ async fn the_compact_form_is_written_once_the_last_of_schema_1_is_gone() {
         live_replica(&store).await;
         run(&mut connection, &format!("UPDATE replicas SET {gone} WHERE schema = 1")).await;
         live_replica(&store).await;
-        let mut story = Story::begin(&store, 1).await;
+        let mut tale = Story::begin(&store, 1).await;
         for _ in 0..STEPS {
-            story.advance(&store).await;
+            tale.advance(&store).await;
         }
-        story.check(&store).await;
+        tale.check(&store).await;
         let (compact, other) = rows(&mut connection).await;
         assert!(compact > 5, "{compact}");
         assert_eq!(other, 1, "of all stages the one that failed once");
@@ -117,17 +117,17 @@ async fn a_run_that_began_in_one_form_ends_in_the_other() {
     for switched in 0..=STEPS {
         let (store, mut connection, _database) = fresh().await;
         run(&mut connection, HEARTBEAT_OF_SCHEMA_1).await;
-        let mut story = Story::begin(&store, 1).await;
+        let mut tale = Story::begin(&store, 1).await;
         for step in 0..STEPS {
             if step == switched {
                 run(&mut connection, "UPDATE replicas SET dead_at = now() WHERE schema = 1").await;
                 live_replica(&store).await;
             }
-            story.advance(&store).await;
+            tale.advance(&store).await;
             if step + 1 < STEPS {
-                story.hand_over(&store).await;
+                tale.hand_over(&store).await;
             }
         }
-        story.check(&store).await;
+        tale.check(&store).await;
     }
 }

@@ -41,7 +41,7 @@ fn passed(of: &str, ms: i64, output: Value) -> (StageDetail, EventKind) {
     let origin = if of == "s2" { Origin::CacheShared } else { Origin::Provider };
     let attempt = Attempt {
         number: 1,
-        started_at: at(10),
+        started_at: at(11),
         finished_at: at(ms),
         verdict: Verdict::Passed,
         assessments: Vec::new(),
@@ -79,7 +79,7 @@ fn passed(of: &str, ms: i64, output: Value) -> (StageDetail, EventKind) {
         score: None,
         model: Some(model()),
         origin,
-        latency_ms: u64::try_from(ms - 10).expect("after its start"),
+        latency_ms: u64::try_from(ms - 11).expect("after its start"),
         totals,
     };
     (StageDetail { stage: record, checkpoint: Some(checkpoint), attempts: vec![attempt] }, event)
@@ -260,40 +260,40 @@ impl Story {
 /// Step by step: the run, each stage with its attempts and checkpoint, every event once, the default output.
 pub async fn what_passes_at_once_is_read_whole(subject: Subject) {
     let store = &subject.store;
-    let mut story = Story::begin(store, 1).await;
-    story.check(store).await;
+    let mut tale = Story::begin(store, 1).await;
+    tale.check(store).await;
     for _ in 0..STEPS {
-        story.advance(store).await;
-        story.check(store).await;
+        tale.advance(store).await;
+        tale.check(store).await;
     }
 }
 
 /// After each step.
 pub async fn whoever_takes_over_gets_what_passed_at_once(subject: Subject) {
     let store = &subject.store;
-    let mut story = Story::begin(store, 1).await;
+    let mut tale = Story::begin(store, 1).await;
     for _ in 1..STEPS {
-        story.advance(store).await;
-        story.hand_over(store).await;
-        story.check(store).await;
+        tale.advance(store).await;
+        tale.hand_over(store).await;
+        tale.check(store).await;
     }
-    story.advance(store).await;
-    story.check(store).await;
+    tale.advance(store).await;
+    tale.check(store).await;
 }
 
 /// Its outputs go with a purge, the rest stays; a delete leaves nothing.
 pub async fn what_passed_at_once_is_purged_and_deleted(subject: Subject) {
     let store = &subject.store;
-    let mut story = Story::begin(store, 1).await;
-    let (tenant, id) = (story.run.tenant.clone(), story.run.id);
+    let mut tale = Story::begin(store, 1).await;
+    let (tenant, id) = (tale.run.tenant.clone(), tale.run.id);
     for _ in 0..STEPS {
-        story.advance(store).await;
+        tale.advance(store).await;
     }
     assert_eq!(store.purge(&[id], at(90)).await.expect("purge"), 1);
     let purged = dump(store, &tenant, id).await;
     assert_eq!((purged.detail.input, purged.detail.output), (Value::Null, None));
-    assert_eq!(purged.events, story.events);
-    for (after, before) in purged.stages.iter().zip(story.stages.values()) {
+    assert_eq!(purged.events, tale.events);
+    for (after, before) in purged.stages.iter().zip(tale.stages.values()) {
         let of_digest = |detail: &StageDetail| detail.checkpoint.as_ref().map(|each| each.digest.clone());
         assert_eq!((&after.stage, &after.attempts), (&before.stage, &before.attempts));
         assert_eq!(of_digest(after), of_digest(before));
@@ -308,10 +308,10 @@ pub async fn what_passed_at_once_is_purged_and_deleted(subject: Subject) {
 /// It has passed, so there is nothing to decide.
 pub async fn what_passed_at_once_is_not_held(subject: Subject) {
     let store = &subject.store;
-    let mut story = Story::begin(store, 1).await;
-    story.advance(store).await;
+    let mut tale = Story::begin(store, 1).await;
+    tale.advance(store).await;
     for (of, state) in [("s1", Some(StageState::Succeeded)), ("s2", Some(StageState::Running)), ("s9", None)] {
-        let answer = signal(store, story.run.id, SignalKind::Approve { stage: stage(of) }).await;
+        let answer = signal(store, tale.run.id, SignalKind::Approve { stage: stage(of) }).await;
         assert_eq!(answer, Signalled::StageNotHeld(state), "{of}");
     }
 }
