@@ -15,6 +15,9 @@ INSERT INTO schema_compat VALUES (2, 1);
 -- of the times at which they started, in microseconds since 1970. The row of the run is written with each step anyway,
 -- so that a stage which succeeds at once costs one row, written once. Where a stage has a row, the row counts. A replica
 -- of schema 1 takes such a stage for one that was not started, and starts it.
+--
+-- `output_of` names the stages, with commas between, whose outputs make the run's: then `run_payloads` has no copy. It is
+-- part of the compact form.
 ALTER TABLE runs
     ADD COLUMN start_at timestamptz,
     ADD COLUMN leased_at timestamptz,
@@ -23,15 +26,59 @@ ALTER TABLE runs
     ADD COLUMN key_max integer,
     ADD COLUMN key text COLLATE "C",
     ADD COLUMN lane text COLLATE "C" NOT NULL DEFAULT '',
+    ADD COLUMN output_of text COLLATE "C",
     ADD COLUMN first_attempts jsonb;
 
 -- An attempt that became a checkpoint at once is told of beside it, and has no row in `attempts`. A replica of schema 1
--- does not show it; it needs only the attempts of stages that have no checkpoint.
+-- does not show it; it needs only the attempts of stages that have no checkpoint. It ended when the checkpoint was made,
+-- and its verdict is the checkpoint's, where nothing else is told.
 ALTER TABLE checkpoints
     ADD COLUMN attempt_started_at timestamptz,
     ADD COLUMN attempt_finished_at timestamptz,
     ADD COLUMN attempt_verdict text,
     ADD COLUMN attempt_body text;
+
+-- The compact form, which a replica of schema 1 cannot read. What most steps write is one row: a checkpoint that tells of
+-- its attempt, of its stage (which has a row in `stages` only where there is more to tell, and began with its attempt where
+-- `stage_started_at` tells nothing else) and of the step's events.
+-- `events` is a JSON array of their bodies, `null` for the one that tells of this checkpoint; they are of the time
+-- `created_at`, and `seq` is the last one's. A row of `events`, too, may hold such an array, of events of one time.
+ALTER TABLE checkpoints
+    ADD COLUMN stage_started_at timestamptz,
+    ADD COLUMN seq bigint,
+    ADD COLUMN events text;
+
+-- It is written once no replica that cannot read it is alive, and none is let in any more; then `compact` has a row.
+ALTER TABLE replicas ADD COLUMN schema integer NOT NULL DEFAULT 1;
+CREATE TABLE compact (since timestamptz NOT NULL);
+
+-- Whether the compact form may be written. Those of schema 1 that report themselves share the lock: who came before us is
+-- counted, who comes after us finds what we leave.
+CREATE FUNCTION compact_2() RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT FROM compact) THEN
+        RETURN true;
+    END IF;
+    IF NOT pg_try_advisory_xact_lock(7394116, 3) OR EXISTS (
+        SELECT FROM replicas p WHERE p.schema < 2 AND p.dead_at IS NULL AND p.expires_at > clock_timestamp()
+    ) THEN
+        RETURN false;
+    END IF;
+    INSERT INTO compact VALUES (clock_timestamp());
+    RETURN true;
+END $$;
+
+-- A replica of schema 1 that slept through all this is refused when it reports itself, and so does no work.
+CREATE FUNCTION refuse_schema_1_2() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(7394116, 3);
+    IF EXISTS (SELECT FROM compact) THEN
+        RAISE EXCEPTION 'this version cannot read what newer ones have written: start the newer one';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER refuse_schema_1 BEFORE INSERT ON replicas
+FOR EACH ROW WHEN (NEW.schema < 2) EXECUTE FUNCTION refuse_schema_1_2();
 
 -- Claims: lanes are found by skipping from one to the next, and each is read from its head. A run that is leased with
 -- its insert never enters it. The index of schema 1 goes: while replicas of schema 1 remain they sort the queue, which
@@ -334,7 +381,7 @@ BEGIN
     UPDATE run_payloads SET input = 'null', output = NULL WHERE run_id = ANY (locked);
     UPDATE checkpoints SET output = 'null' WHERE run_id = ANY (locked);
     UPDATE attempts SET output = NULL WHERE run_id = ANY (locked) AND output IS NOT NULL;
-    UPDATE runs SET purged_at = at WHERE id = ANY (locked);
+    UPDATE runs SET purged_at = at, output_of = NULL WHERE id = ANY (locked);
     RETURN coalesce(cardinality(locked), 0);
 END $$;
 

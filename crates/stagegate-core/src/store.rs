@@ -320,6 +320,9 @@ pub struct Commit {
     pub finished_at: Option<DateTime<Utc>>,
     /// The output, when it succeeds.
     pub output: Option<Value>,
+    /// Where that output is the default one, an object of the outputs of these stages in this order: a store may keep
+    /// their names instead of a copy. Else empty.
+    pub output_of: Vec<StageId>,
     /// Signals that this answers; they are removed.
     pub consumed: Vec<i64>,
     /// What becomes of the lease.

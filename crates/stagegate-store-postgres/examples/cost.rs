@@ -10,8 +10,8 @@ use std::{collections::BTreeMap, error::Error, process::Command, sync::Arc, time
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection, Row as _};
 use stagegate_core::{
-    Attempt, CallPurpose, Epoch, Event, EventKind, LedgerEntry, Origin, ReplicaId, RunState, Secret, StageState, Store,
-    Totals, Usage, Usd, Verdict,
+    Attempt, CallPurpose, Checkpoint, Epoch, Event, EventKind, LedgerEntry, Origin, ReplicaId, RunState, Secret,
+    StageState, Store, Totals, Usage, Usd, Verdict,
     store::{Commit, Disposition, Heartbeat, Lease, NewRun, StageRecord},
 };
 use stagegate_store_postgres::{PoolConfig, PostgresStore};
@@ -95,19 +95,21 @@ fn step(lease: Lease, done: usize, last_seq: u64, seed: u32) -> Commit {
         finished_at: Some(at(17)),
         ..running(ended)
     };
+    let passed = Checkpoint { verdict: Verdict::Passed, score: None, created_at: at(17), ..checkpoint(kilobyte(seed)) };
     Commit {
         lease,
         events,
         stages: std::iter::once(succeeded).chain(started.iter().map(|next| running(next))).collect(),
         attempts: vec![(stage(ended), attempt())],
-        checkpoints: vec![(stage(ended), checkpoint(kilobyte(seed)))],
+        checkpoints: vec![(stage(ended), passed)],
         state: if last { RunState::Succeeded } else { RunState::Running },
         stages_done: u32::try_from(done + 1).unwrap_or(0),
         totals: taken(u32::try_from(done + 1).unwrap_or(0)),
         failure: None,
         started_at: Some(at(5)),
         finished_at: last.then(|| at(17)),
-        output: last.then(|| kilobyte(seed + 1)),
+        output: last.then(|| json!({ "s4": kilobyte(seed), "s5": kilobyte(seed) })),
+        output_of: if last { vec![stage("s4"), stage("s5")] } else { Vec::new() },
         consumed: Vec::new(),
         then: if last { Disposition::End } else { Disposition::Keep },
     }

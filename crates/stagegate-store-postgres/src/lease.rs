@@ -18,17 +18,19 @@ use stagegate_core::{
 use uuid::Uuid;
 
 use crate::{
+    compact::{Gate, stages_of},
     error,
     first::FirstAttempts,
     pool::{Connection, Pool},
     rows::{self, Reader, attempt_columns, checkpoint_columns, run_columns, stage_columns},
 };
 
-/// Reports a replica alive, unless it was declared dead, and tells which of its runs have news.
+/// Reports a replica alive, unless it was declared dead, and tells which of its runs have news. It can read what schema 2
+/// has.
 pub const HEARTBEAT: &str = "/* replicas.heartbeat */
 WITH beat AS (
-    INSERT INTO replicas (id, name, version, draining, seen_at, expires_at)
-    VALUES ($1, $2, $3, $4, now(), now() + $5 * interval '1 millisecond')
+    INSERT INTO replicas (id, name, version, draining, seen_at, expires_at, schema)
+    VALUES ($1, $2, $3, $4, now(), now() + $5 * interval '1 millisecond', 2)
     ON CONFLICT (id) DO UPDATE
         SET draining = excluded.draining, seen_at = excluded.seen_at, expires_at = excluded.expires_at
         WHERE replicas.dead_at IS NULL
@@ -73,11 +75,13 @@ pub const LOAD: &str = concat!(
      FROM unnest($1::uuid[], $2::int8[]) AS l(run_id, epoch)
      JOIN runs r ON r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL
      JOIN run_payloads p ON p.run_id = r.id
-     LEFT JOIN stages s ON s.run_id = r.id
-     LEFT JOIN checkpoints c ON c.run_id = s.run_id AND c.stage_id = s.stage_id
+     LEFT JOIN ",
+    stages_of!(),
+    " ON true
+     LEFT JOIN checkpoints c ON c.run_id = r.id AND c.stage_id = s.stage_id
      LEFT JOIN LATERAL (
          SELECT * FROM attempts a
-         WHERE a.run_id = s.run_id AND a.stage_id = s.stage_id AND c.run_id IS NULL AND a.output IS NOT NULL
+         WHERE a.run_id = r.id AND a.stage_id = s.stage_id AND c.run_id IS NULL AND a.output IS NOT NULL
          ORDER BY a.number DESC LIMIT 1
      ) a ON true
      ORDER BY r.id, s.stage_id"
@@ -102,7 +106,7 @@ WITH gone AS (
 UPDATE runs SET owner = NULL, available_at = now()
 WHERE id IN (SELECT id FROM runs WHERE owner = $1 FOR UPDATE SKIP LOCKED)";
 
-pub(crate) async fn heartbeat(pool: &Pool, beat: &Heartbeat) -> StoreResult<Pulse> {
+pub(crate) async fn heartbeat(pool: &Pool, compact: &Gate, beat: &Heartbeat) -> StoreResult<Pulse> {
     let query = sqlx::query(HEARTBEAT)
         .bind(beat.replica.0)
         .bind(rows::printable(&beat.name))
@@ -111,6 +115,7 @@ pub(crate) async fn heartbeat(pool: &Pool, beat: &Heartbeat) -> StoreResult<Puls
         .bind(rows::millis(beat.ttl));
     let row = pool.acquire_for_pulse("replicas.heartbeat").await?.row("replicas.heartbeat", query).await?;
     let Some(row) = row else { return Ok(Pulse { alive: false, signalled: Vec::new() }) };
+    compact.look(pool).await?;
     let read = Reader::new(&row, "replicas", beat.replica.0);
     let signalled: Vec<Uuid> = read.get("signalled")?;
     Ok(Pulse { alive: read.get("alive")?, signalled: signalled.into_iter().map(RunId).collect() })

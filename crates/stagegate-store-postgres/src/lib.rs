@@ -5,6 +5,7 @@
 //! one round trip and one transaction.
 
 mod commit;
+mod compact;
 pub mod config;
 mod error;
 mod first;
@@ -47,12 +48,17 @@ use pool::Pool;
 pub struct PostgresStore {
     pool: Pool,
     turn: Arc<lease::Turn>,
+    compact: compact::Gate,
 }
 
 impl PostgresStore {
     /// Connects, so that a wrong address is told at once. Does not look at the schema.
     pub async fn connect(url: &Secret, pool: &PoolConfig, metrics: Metrics) -> StoreResult<Self> {
-        Ok(Self { pool: Pool::connect(url, pool, metrics).await?, turn: Arc::default() })
+        Ok(Self {
+            pool: Pool::connect(url, pool, metrics).await?,
+            turn: Arc::default(),
+            compact: compact::Gate::default(),
+        })
     }
 
     /// Applies the migrations that are missing. Safe when several replicas start at once.
@@ -116,7 +122,7 @@ impl Store for PostgresStore {
     }
 
     async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
-        submit::submit(&self.pool, runs).await
+        submit::submit(&self.pool, runs, self.compact.is_open()).await
     }
 
     async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
@@ -144,7 +150,7 @@ impl Store for PostgresStore {
     }
 
     async fn heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse> {
-        lease::heartbeat(&self.pool, beat).await
+        lease::heartbeat(&self.pool, &self.compact, beat).await
     }
 
     async fn claim(&self, replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>> {
@@ -164,7 +170,7 @@ impl Store for PostgresStore {
     }
 
     async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
-        commit::commit(&self.pool, commits).await
+        commit::commit(&self.pool, commits, self.compact.is_open()).await
     }
 
     async fn release(&self, leases: &[Lease]) -> StoreResult<()> {

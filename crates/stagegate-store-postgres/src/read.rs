@@ -1,12 +1,15 @@
 //! Reading runs for callers, always inside a tenant.
 
-use sqlx::{Postgres, QueryBuilder, postgres::PgRow};
+use std::collections::HashMap;
+
+use sqlx::{Postgres, QueryBuilder};
 use stagegate_core::{
-    Event, EventKind, RunId, RunState, StageId, StoreResult, TenantId,
+    Event, RunId, RunState, StageId, StoreResult, TenantId,
     store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
 };
 
 use crate::{
+    compact::{self, events_of, stages_of},
     first::FirstAttempts,
     pool::Pool,
     rows::{self, Reader, attempt_columns, checkpoint_columns, run_columns, stage_columns},
@@ -19,17 +22,25 @@ const PAGE_MAX: u32 = 200;
 pub const RUN_RECORD: &str =
     concat!("/* runs.record */ SELECT ", run_columns!(), " FROM runs r WHERE r.id = $1 AND r.tenant = $2");
 
-/// A run with its payloads, one row per stage; the payloads stand in the first.
+/// A run with its payloads, one row per stage; the payloads stand in the first. A default output is put together from
+/// those of its stages.
 pub const RUN: &str = concat!(
     "/* runs.read */ SELECT ",
     run_columns!(),
     ", ",
     stage_columns!(),
-    ", p.input, p.output, r.first_attempts::text AS first_attempts
+    ", r.first_attempts::text AS first_attempts,
+     CASE WHEN row_number() OVER (ORDER BY s.stage_id) = 1 THEN p.input END AS input,
+     CASE WHEN row_number() OVER (ORDER BY s.stage_id) = 1 THEN coalesce(p.output, (
+         SELECT '{' || string_agg(to_json(o.stage_id)::text || ':' || c.output, ',' ORDER BY o.n) || '}'
+         FROM unnest(string_to_array(r.output_of, ',')) WITH ORDINALITY AS o(stage_id, n)
+         JOIN checkpoints c ON c.run_id = r.id AND c.stage_id = o.stage_id
+     )) END AS output
      FROM runs r
-     LEFT JOIN stages s ON s.run_id = r.id
-     LEFT JOIN run_payloads p
-         ON p.run_id = r.id AND (s.stage_id IS NULL OR s.stage_id = (SELECT min(stage_id) FROM stages WHERE run_id = r.id))
+     LEFT JOIN run_payloads p ON p.run_id = r.id
+     LEFT JOIN ",
+    stages_of!(),
+    " ON true
      WHERE r.id = $1 AND r.tenant = $2
      ORDER BY s.stage_id"
 );
@@ -45,13 +56,16 @@ pub const STAGE: &str = concat!(
     ", CASE WHEN row_number() OVER (ORDER BY a.number) = 1 THEN c.output END AS c_output,
      r.first_attempts::text AS first_attempts
      FROM runs r
-     LEFT JOIN stages s ON s.run_id = r.id AND s.stage_id = $2
-     LEFT JOIN checkpoints c ON c.run_id = s.run_id AND c.stage_id = s.stage_id
+     LEFT JOIN ",
+    stages_of!(),
+    " ON s.stage_id = $2
+     LEFT JOIN checkpoints c ON c.run_id = r.id AND c.stage_id = s.stage_id
      LEFT JOIN LATERAL (
          SELECT number, started_at, finished_at, verdict, body, output FROM attempts
-         WHERE run_id = s.run_id AND stage_id = s.stage_id
+         WHERE run_id = r.id AND stage_id = s.stage_id
          UNION ALL
-         SELECT c.attempt, c.attempt_started_at, c.attempt_finished_at, c.attempt_verdict, c.attempt_body, NULL
+         SELECT c.attempt, c.attempt_started_at, coalesce(c.attempt_finished_at, c.created_at),
+                coalesce(c.attempt_verdict, c.verdict), c.attempt_body, NULL
          WHERE c.attempt_body IS NOT NULL
      ) a ON true
      WHERE r.id = $1 AND r.tenant = $3
@@ -59,8 +73,12 @@ pub const STAGE: &str = concat!(
 );
 
 /// Events after a seq.
-pub const EVENTS: &str = "/* events.read */
-SELECT seq, at, body FROM events WHERE run_id = $1 AND tenant = $2 AND seq > $3 ORDER BY seq LIMIT $4";
+pub const EVENTS: &str = concat!(
+    "/* events.read */
+SELECT e.* FROM runs r CROSS JOIN LATERAL (",
+    events_of!("r.id", "$3", "$4"),
+    ") e WHERE r.id = $1 AND r.tenant = $2 ORDER BY e.seq"
+);
 
 pub(crate) async fn run_record(pool: &Pool, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>> {
     let query = sqlx::query(RUN_RECORD).bind(id.0).bind(tenant.as_str());
@@ -176,16 +194,23 @@ pub(crate) async fn events(
 ) -> StoreResult<Vec<Event>> {
     let query = sqlx::query(EVENTS).bind(run.0).bind(tenant.as_str()).bind(rows::integer(after)).bind(i64::from(limit));
     let found = pool.acquire_as_guest("events.read").await?.rows("events.read", query).await?;
-    found.iter().map(|row| event(row, run)).collect()
+    let mut events = Vec::with_capacity(found.len());
+    for row in &found {
+        events.extend(compact::events(row, run, after)?);
+    }
+    events.truncate(limit as usize);
+    Ok(events)
 }
 
-/// The events of many runs: a probe each for those that have none.
-pub const NEWS: &str = "/* events.news */
-SELECT e.run_id, e.seq, e.at, e.body FROM unnest($1::uuid[], $2::int8[]) AS s(run_id, after)
-CROSS JOIN LATERAL (
-    SELECT run_id, seq, at, body FROM events e
-    WHERE e.run_id = s.run_id AND e.seq > s.after ORDER BY e.run_id, e.seq LIMIT $3
-) e";
+/// The events of many runs: a look at its row for each that has none.
+pub const NEWS: &str = concat!(
+    "/* events.news */
+SELECT w.run_id, e.* FROM unnest($1::uuid[], $2::int8[]) AS w(run_id, after)
+JOIN runs r ON r.id = w.run_id AND r.last_seq > w.after
+CROSS JOIN LATERAL (",
+    events_of!("r.id", "w.after", "$3"),
+    ") e"
+);
 
 pub(crate) async fn news(pool: &Pool, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
     if seen.is_empty() {
@@ -196,20 +221,19 @@ pub(crate) async fn news(pool: &Pool, seen: &[(RunId, u64)], limit: u32) -> Stor
         .bind(seen.iter().map(|(_, seq)| rows::integer(*seq)).collect::<Vec<_>>())
         .bind(i64::from(limit));
     let found = pool.acquire_as_guest("events.news").await?.rows("events.news", query).await?;
+    let after: HashMap<RunId, u64> = seen.iter().copied().collect();
     // The rows come run by run, each run's in order.
     let mut news: Vec<(RunId, Vec<Event>)> = Vec::new();
     for row in &found {
         let run = RunId(rows::id(row, "run_id", "events")?);
-        let event = event(row, run)?;
+        let told = compact::events(row, run, after.get(&run).copied().unwrap_or(0))?;
         match news.last_mut().filter(|(last, _)| *last == run) {
-            Some((_, events)) => events.push(event),
-            None => news.push((run, vec![event])),
+            Some((_, events)) => events.extend(told),
+            None => news.push((run, told)),
         }
     }
+    for (_, events) in &mut news {
+        events.truncate(limit as usize);
+    }
     Ok(news)
-}
-
-fn event(row: &PgRow, run: RunId) -> StoreResult<Event> {
-    let read = Reader::new(row, "events", run.0);
-    Ok(Event { seq: read.seq("seq")?, at: read.get("at")?, kind: read.json::<EventKind>("body")? })
 }

@@ -15,6 +15,8 @@ use stagegate_core::{
 };
 use uuid::Uuid;
 
+use crate::compact::Success;
+
 /// The columns of a run `r` that [`run`] reads.
 macro_rules! run_columns {
     () => {
@@ -26,14 +28,13 @@ macro_rules! run_columns {
     };
 }
 
-/// The columns of a stage `s` that [`stage`] reads.
+/// The columns of a stage `s` of [`stages_of`](crate::compact::stages_of) that [`stage`] reads.
 macro_rules! stage_columns {
     () => {
         "s.stage_id AS s_id, s.state AS s_state, s.attempt AS s_attempt, s.round_start AS s_round_start,
          s.not_before AS s_not_before, s.verdict AS s_verdict, s.score AS s_score, s.model AS s_model,
          s.origin AS s_origin, s.failure AS s_failure, s.started_at AS s_started_at, s.finished_at AS s_finished_at,
-         ARRAY[s.input_tokens, s.cache_read_tokens, s.cache_write_tokens, s.output_tokens, s.reasoning_tokens,
-               s.usage_estimated::int, s.cost_nanos, s.saved_nanos, s.calls, s.hits, s.unpriced_calls] AS s_totals"
+         s.totals AS s_totals, s.attempt_started_at AS s_attempt_started_at, s.attempt_body AS s_attempt_body"
     };
 }
 
@@ -178,6 +179,9 @@ pub(crate) fn stage(read: Reader<'_>) -> StoreResult<Option<StageRecord>> {
     if read.get::<Option<&str>>("s_id")?.is_none() {
         return Ok(None);
     }
+    if read.get::<Option<&str>>("s_attempt_body")?.is_some() {
+        return Success::read(&read.of("checkpoints")).map(|success| Some(success.record()));
+    }
     let state: &str = read.get("s_state")?;
     Ok(Some(StageRecord {
         id: read.parse("s_id")?,
@@ -234,6 +238,12 @@ struct StoredAttemptBody {
     calls: Vec<LedgerEntry>,
     #[serde(default)]
     failure: Option<Failure>,
+}
+
+/// What was called, of an attempt's `body`.
+#[derive(Deserialize)]
+pub(crate) struct Calls {
+    pub(crate) calls: Vec<LedgerEntry>,
 }
 
 /// An attempt, from [`attempt_columns`]; None where the join found none.

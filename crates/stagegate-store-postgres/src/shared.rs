@@ -5,6 +5,7 @@ use stagegate_core::{Event, StoreResult, store::StageRecord};
 use uuid::Uuid;
 
 use crate::{
+    compact,
     pool::Statement,
     rows::{self, Time},
 };
@@ -49,13 +50,17 @@ macro_rules! insert_stages {
     };
 }
 
-/// Inserts events of the runs in the statement's `target`, up to each run's `last_seq`.
+/// Inserts events of the runs in the statement's `target`; takes what else is asked of a row and its run.
 macro_rules! insert_events {
-    () => {
-        "INSERT INTO events (run_id, tenant, seq, at, body)
+    ($which:literal) => {
+        concat!(
+            "INSERT INTO events (run_id, tenant, seq, at, body)
          SELECT run.id, run.tenant, t.seq, t.at, t.body
-         FROM unnest($16::uuid[], $17::int8[], $18::timestamptz[], $19::text[]) AS t(run_id, seq, at, body)
-         JOIN target run ON run.id = t.run_id AND t.seq <= run.last_seq"
+         FROM unnest($16::uuid[], $17::int8[], $18::timestamptz[], $19::text[])
+             WITH ORDINALITY AS t(run_id, seq, at, body, i)
+         JOIN target run ON run.id = t.run_id",
+            $which
+        )
     };
 }
 
@@ -132,12 +137,28 @@ pub(crate) struct EventColumns {
 }
 
 impl EventColumns {
-    pub(crate) fn push(&mut self, run: Uuid, event: &Event) -> StoreResult<()> {
+    /// Events of one time, in one row that bears the last one's seq.
+    pub(crate) fn push(&mut self, run: Uuid, span: &[Event]) -> StoreResult<()> {
+        let Some(last) = span.last() else { return Ok(()) };
         self.runs.push(run);
-        self.seqs.push(rows::integer(event.seq));
-        self.times.push(event.at);
-        self.bodies.push(rows::lean(rows::to_json("an event", &event.kind)?));
+        self.seqs.push(rows::integer(last.seq));
+        self.times.push(last.at);
+        self.bodies.push(compact::body(span)?);
         Ok(())
+    }
+
+    /// How many rows there are.
+    pub(crate) fn len(&self) -> usize {
+        self.runs.len()
+    }
+
+    /// Events, each in a row of its own where the compact form is not written.
+    pub(crate) fn push_all(&mut self, run: Uuid, events: &[Event], compact: bool) -> StoreResult<()> {
+        if compact {
+            compact::spans(events).try_for_each(|span| self.push(run, span))
+        } else {
+            events.chunks(1).try_for_each(|event| self.push(run, event))
+        }
     }
 
     pub(crate) fn bind(self, query: Statement<'_>) -> Statement<'_> {

@@ -19,13 +19,17 @@ use crate::{
 const LOCK: &str = "/* signals.lock */
 SELECT state, owner, cancel_requested, purged_at IS NOT NULL AS purged FROM runs WHERE id = $1 AND tenant = $2 FOR NO KEY UPDATE";
 
-/// A stage's state, and whether a decision on it is pending. One in its first attempt may have no row.
+/// A stage's state, and whether a decision on it is pending. One in its first attempt may have no row, nor may one that
+/// has its checkpoint.
 const HELD: &str = "/* signals.held */
-SELECT coalesce(s.state, 'running') AS state, EXISTS (
+SELECT coalesce(s.state, c.state, 'running') AS state, EXISTS (
     SELECT FROM signals g WHERE g.run_id = $1 AND g.stage_id = $2
 ) AS decided
-FROM runs r LEFT JOIN stages s ON s.run_id = r.id AND s.stage_id = $2
-WHERE r.id = $1 AND (s.state IS NOT NULL OR r.first_attempts ? $2)";
+FROM runs r
+LEFT JOIN stages s ON s.run_id = r.id AND s.stage_id = $2
+LEFT JOIN (SELECT run_id, stage_id, 'succeeded' AS state FROM checkpoints WHERE attempt_body IS NOT NULL) c
+    ON c.run_id = r.id AND c.stage_id = $2
+WHERE r.id = $1 AND (s.state IS NOT NULL OR c.state IS NOT NULL OR r.first_attempts ? $2)";
 
 /// Leaves a signal on a locked run that is under way, and wakes it where it is parked.
 const LEAVE: &str = "/* signals.leave */

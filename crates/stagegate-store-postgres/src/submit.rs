@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use sqlx::Row as _;
 use stagegate_core::{
-    Epoch, EventKind, RunId, StoreError, StoreResult,
+    Epoch, Event, EventKind, RunId, StoreError, StoreResult,
     pipeline::{CacheMode, Labels},
     store::{IDEMPOTENCY_TTL, NewRun, Submitted},
 };
@@ -24,6 +24,7 @@ use crate::{
 ///   each other in a circle; a key that another transaction is just taking is waited for.
 /// - `made`: runs without an idempotency key, or whose key was claimed; not those that are there. A replica that is not alive gets
 ///   no lease: the run is queued, with only those of its events that tell of its acceptance.
+/// - `event`: a run that asks for a lease comes with the events of both outcomes; each row names the `last_seq` of its own.
 pub const SUBMIT: &str = concat!(
     "/* runs.submit */
 WITH new AS (
@@ -74,7 +75,7 @@ WITH new AS (
     ") given WHERE NOT fresh AND NOT there
 ), event AS (
     ",
-    insert_events!(),
+    insert_events!(" AND run.last_seq = ($44::int8[])[t.i]"),
     "
 )
 SELECT id, owner IS NOT NULL AS leased FROM made"
@@ -90,7 +91,7 @@ LEFT JOIN runs r ON r.id = n.id AND r.tenant = n.tenant
 LEFT JOIN idempotency_keys k ON k.tenant = n.tenant AND k.key = n.key
 ORDER BY n.ordinal";
 
-pub(crate) async fn submit(pool: &Pool, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
+pub(crate) async fn submit(pool: &Pool, runs: &[NewRun], compact: bool) -> StoreResult<Vec<Submitted>> {
     let mut answers: Vec<Option<Submitted>> = vec![None; runs.len()];
     if runs.is_empty() {
         return Ok(Vec::new());
@@ -101,7 +102,7 @@ pub(crate) async fn submit(pool: &Pool, runs: &[NewRun]) -> StoreResult<Vec<Subm
     while !waiting.is_empty() {
         let (round, later) = split(runs, &waiting);
         let batch: Vec<&NewRun> = round.iter().map(|index| &runs[*index]).collect();
-        let made = insert(&mut connection, &batch).await?;
+        let made = insert(&mut connection, &batch, compact).await?;
         for index in &round {
             let found = made.iter().find(|(id, _)| *id == runs[*index].id);
             answers[*index] = found.map(|(_, leased)| Submitted::Accepted(leased.then_some(Epoch(1))));
@@ -132,10 +133,10 @@ fn split(runs: &[NewRun], waiting: &[usize]) -> (Vec<usize>, Vec<usize>) {
     })
 }
 
-async fn insert(connection: &mut Connection, runs: &[&NewRun]) -> StoreResult<Vec<(RunId, bool)>> {
+async fn insert(connection: &mut Connection, runs: &[&NewRun], compact: bool) -> StoreResult<Vec<(RunId, bool)>> {
     let mut columns = Columns::default();
     for run in runs {
-        columns.push(run)?;
+        columns.push(run, compact)?;
     }
     let made = connection.rows("runs.submit", columns.query()).await?;
     let decoded = made.iter().map(|row| Ok((RunId(row.try_get("id")?), row.try_get("leased")?)));
@@ -195,10 +196,11 @@ struct Columns<'a> {
     key_maxima: Vec<Option<i32>>,
     lanes: Vec<String>,
     first_attempts: Vec<Option<String>>,
+    event_of: Vec<i64>,
 }
 
 impl<'a> Columns<'a> {
-    fn push(&mut self, run: &'a NewRun) -> StoreResult<()> {
+    fn push(&mut self, run: &'a NewRun, compact: bool) -> StoreResult<()> {
         let last_seq = rows::integer(run.events.len() as u64);
         let accepted = |kind: &EventKind| matches!(kind, EventKind::RunAccepted { .. });
         let acceptance = run.events.iter().take_while(|event| accepted(&event.kind)).count();
@@ -228,9 +230,17 @@ impl<'a> Columns<'a> {
         for stage in &run.stages {
             self.stages.push(run.id.0, stage, FirstAttempts::started_at(stage).is_some())?;
         }
-        for event in &run.events {
-            self.events.push(run.id.0, event)?;
+        self.push_events(run, &run.events, compact)?;
+        if run.lease_to.is_some() && acceptance < run.events.len() {
+            self.push_events(run, &run.events[..acceptance], compact)?;
         }
+        Ok(())
+    }
+
+    /// The events of one outcome.
+    fn push_events(&mut self, run: &NewRun, events: &[Event], compact: bool) -> StoreResult<()> {
+        self.events.push_all(run.id.0, events, compact)?;
+        self.event_of.resize(self.events.len(), rows::integer(events.len() as u64));
         Ok(())
     }
 
@@ -261,6 +271,7 @@ impl<'a> Columns<'a> {
             .bind(self.key_maxima)
             .bind(self.lanes)
             .bind(self.first_attempts)
+            .bind(self.event_of)
     }
 }
 

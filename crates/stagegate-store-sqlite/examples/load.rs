@@ -116,6 +116,7 @@ impl Load {
             started_at: Some(self.now),
             finished_at: last.then_some(self.now),
             output: last.then(|| json!({"text": self.text})),
+            output_of: Vec::new(),
             consumed: Vec::new(),
             then: if last { Disposition::End } else { Disposition::Keep },
         }

@@ -98,7 +98,7 @@ pub struct Audit {
     pub events: HashMap<Uuid, Vec<EventRow>>,
     /// The checkpoints.
     pub checkpoints: HashMap<Uuid, Vec<CheckpointRow>>,
-    /// How many rows of stages are in the state `succeeded`, by run.
+    /// How many stages are in the state `succeeded`, by run: by their row, or by a checkpoint that stands for it.
     pub stages_succeeded: HashMap<Uuid, i64>,
     /// The ledger's sums.
     pub ledger: HashMap<Uuid, LedgerSum>,
@@ -179,14 +179,10 @@ impl Auditor {
         .await?;
         let keys: Vec<(Vec<u8>, Uuid)> =
             sqlx::query_as("SELECT key, run_id FROM idempotency_keys").fetch_all(&mut *tx).await?;
-        let events: Vec<(Uuid, i64, DateTime<Utc>, String)> =
-            sqlx::query_as("SELECT run_id, seq, at, body FROM events ORDER BY run_id, seq").fetch_all(&mut *tx).await?;
+        let events: Vec<(Uuid, i64, DateTime<Utc>, String)> = sqlx::query_as(EVENTS).fetch_all(&mut *tx).await?;
         let checkpoints: Vec<CheckpointRow> =
             sqlx::query_as("SELECT run_id, stage_id, output FROM checkpoints").fetch_all(&mut *tx).await?;
-        let stages: Vec<(Uuid, i64)> =
-            sqlx::query_as("SELECT run_id, count(*) FROM stages WHERE state = 'succeeded' GROUP BY run_id")
-                .fetch_all(&mut *tx)
-                .await?;
+        let stages: Vec<(Uuid, i64)> = sqlx::query_as(STAGES_SUCCEEDED).fetch_all(&mut *tx).await?;
         let ledger: Vec<LedgerSum> = sqlx::query_as(LEDGER).fetch_all(&mut *tx).await?;
         let living: Vec<(Uuid, String)> =
             sqlx::query_as("SELECT id, name FROM replicas WHERE dead_at IS NULL AND expires_at > clock_timestamp()")
@@ -213,6 +209,30 @@ impl Auditor {
         Ok(audit)
     }
 }
+
+/// A row holds one event, or an array of events of which the last one has the row's number. A checkpoint's row may hold
+/// such an array too, in which null tells of that checkpoint.
+const EVENTS: &str = "
+    SELECT run_id, seq - json_array_length(bodies) + n, at,
+           (CASE WHEN json_typeof(body) = 'null'
+                 THEN json_build_object('type', 'stage.succeeded', 'stage', stage_id, 'attempt', attempt)
+                 ELSE body END)::text
+    FROM (
+        SELECT run_id, seq, at, NULL::text AS stage_id, NULL::integer AS attempt,
+               CASE WHEN body LIKE '[%' THEN body::json ELSE json_build_array(body::json) END AS bodies FROM events
+        UNION ALL
+        SELECT run_id, seq, created_at, stage_id, attempt, events::json FROM checkpoints WHERE events IS NOT NULL
+    ) AS told CROSS JOIN LATERAL json_array_elements(bodies) WITH ORDINALITY AS each(body, n)
+    ORDER BY 1, 2";
+
+/// A stage that passed at once has no row: the checkpoint tells of its attempt.
+const STAGES_SUCCEEDED: &str = "
+    SELECT run_id, count(*) FROM (
+        SELECT run_id FROM stages WHERE state = 'succeeded'
+        UNION ALL
+        SELECT c.run_id FROM checkpoints c WHERE c.attempt_body IS NOT NULL
+            AND NOT EXISTS (SELECT FROM stages s WHERE s.run_id = c.run_id AND s.stage_id = c.stage_id)
+    ) AS succeeded GROUP BY run_id";
 
 /// A reused answer reports the original's tokens; only what was paid is summed.
 const LEDGER: &str = "

@@ -372,6 +372,7 @@ impl Run {
         match self.pipeline.render_output(&self.render_context(&id)) {
             Ok(output) => {
                 self.draft.output = Some(output);
+                self.draft.output_of = self.pipeline.default_output_of();
                 self.finish(RunState::Succeeded, now);
             }
             Err(failure) => {

@@ -69,6 +69,7 @@ pub(super) struct Draft {
     pub(super) attempts: Vec<(StageId, Attempt)>,
     pub(super) checkpoints: Vec<(StageId, Checkpoint)>,
     pub(super) output: Option<Value>,
+    pub(super) output_of: Vec<StageId>,
     pub(super) consumed: Vec<i64>,
     pub(super) disposition: Disposition,
     pub(super) effects: Vec<Effect>,
@@ -82,6 +83,7 @@ impl Default for Draft {
             attempts: Vec::new(),
             checkpoints: Vec::new(),
             output: None,
+            output_of: Vec::new(),
             consumed: Vec::new(),
             disposition: Disposition::Keep,
             effects: Vec::new(),
@@ -116,6 +118,7 @@ impl Run {
             started_at: self.started_at,
             finished_at: self.finished_at,
             output: draft.output,
+            output_of: draft.output_of,
             consumed: draft.consumed,
             then: draft.disposition,
         };

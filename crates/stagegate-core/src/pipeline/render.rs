@@ -5,12 +5,12 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::{
-    Message, Pipeline, RenderContext, Rendered, Role,
+    Message, Pipeline, RenderContext, Rendered, Role, Stage,
     check::OutputNode,
     path::Path,
     template::{Template, Vars},
 };
-use crate::{Code, Failure, Violation, fair::Limits};
+use crate::{Code, Failure, StageId, Violation, fair::Limits};
 
 /// The most that the templates of an output mapping may give together, in bytes.
 const OUTPUT_MAX_BYTES: usize = 16 * 1024 * 1024;
@@ -93,7 +93,7 @@ impl Pipeline {
     /// The outputs of the last stages, by id.
     fn leaves(&self, context: &RenderContext<'_>) -> Result<Value, Failure> {
         let mut outputs = Map::new();
-        for (index, stage) in self.stages.iter().enumerate().filter(|(_, stage)| stage.dependents.is_empty()) {
+        for (index, stage) in self.last_stages() {
             let output: &Arc<Value> = context.outputs.get(index).and_then(Option::as_ref).ok_or_else(|| Failure {
                 code: Code::TemplateFailed,
                 message: format!("the run's output could not be made: stage `{}` has none yet", stage.id),
@@ -102,6 +102,19 @@ impl Pipeline {
             outputs.insert(stage.id.to_string(), output.as_ref().clone());
         }
         Ok(Value::Object(outputs))
+    }
+
+    /// The stages that nobody needs, by index.
+    fn last_stages(&self) -> impl Iterator<Item = (usize, &Stage)> {
+        self.stages.iter().enumerate().filter(|(_, stage)| stage.dependents.is_empty())
+    }
+
+    /// The stages whose outputs make a run's output, in its order, where the definition declares none; else empty.
+    pub fn default_output_of(&self) -> Vec<StageId> {
+        if self.compiled.output.is_some() {
+            return Vec::new();
+        }
+        self.last_stages().map(|(_, stage)| stage.id.clone()).collect()
     }
 
     fn failure(&self, stage: usize, what: &str, cause: &str) -> Failure {

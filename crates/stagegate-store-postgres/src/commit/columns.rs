@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::statements::LEDGER_NUMBERS;
 use crate::{
+    compact,
     first::FirstAttempts,
     pool::Statement,
     rows::{self, AttemptBody, Time},
@@ -24,6 +25,8 @@ pub(super) struct Columns<'a> {
     ledger: LedgerColumns<'a>,
     tries: TryColumns,
     attempts: AttemptColumns<'a>,
+    borne: BorneColumns,
+    output_of: Vec<Option<String>>,
     output_runs: Vec<Uuid>,
     outputs: Vec<String>,
     consumed_runs: Vec<Uuid>,
@@ -31,27 +34,34 @@ pub(super) struct Columns<'a> {
 }
 
 impl<'a> Columns<'a> {
-    /// With `plain`, each attempt goes with its checkpoint, and stages that need no row are left out.
-    pub(super) fn of(commits: &[&'a Commit], plain: bool) -> StoreResult<Self> {
+    /// With `plain`, each attempt goes with its checkpoint, and stages that need no row are left out. With `compact`, the
+    /// form of [`compact`](crate::compact) is written.
+    pub(super) fn of(commits: &[&'a Commit], plain: bool, compact: bool) -> StoreResult<Self> {
         let mut columns = Self::default();
         for commit in commits {
-            columns.push(commit, plain)?;
+            columns.push(commit, plain, compact)?;
         }
         Ok(columns)
     }
 
-    fn push(&mut self, commit: &'a Commit, plain: bool) -> StoreResult<()> {
+    fn push(&mut self, commit: &'a Commit, plain: bool, compact: bool) -> StoreResult<()> {
         let run = commit.lease.run.0;
         let first = FirstAttempts::of_step(commit);
         self.runs.push(commit, &first)?;
-        for event in &commit.events {
-            self.events.push(run, event)?;
+        if plain && compact {
+            self.push_borne(commit)?;
+            self.borne.push_began(commit);
+        } else {
+            self.events.push_all(run, &commit.events, compact)?;
+            self.borne.push_none(commit.checkpoints.len());
+            self.borne.began.resize(self.borne.seqs.len(), None);
         }
         for (at, stage) in commit.stages.iter().enumerate() {
             let fresh = first.contains(stage);
             // One statement can write a row once: of a row that is given twice the last one counts.
             let last = !commit.stages[at + 1..].iter().any(|later| later.id == stage.id);
-            if last && !(plain && fresh) {
+            let told = plain && (fresh || (compact && compact::tells_all(commit, stage)));
+            if last && !told {
                 self.stages.push(run, stage, fresh)?;
             }
         }
@@ -69,12 +79,32 @@ impl<'a> Columns<'a> {
         for (stage, checkpoint) in &commit.checkpoints {
             self.checkpoints.push(run, stage, checkpoint)?;
         }
-        if let Some(output) = &commit.output {
+        let by_name = compact && commit.output.is_some() && !commit.output_of.is_empty();
+        let names = || commit.output_of.iter().map(StageId::as_str).collect::<Vec<_>>().join(",");
+        self.output_of.push(by_name.then(names));
+        if let Some(output) = commit.output.as_ref().filter(|_| !by_name) {
             self.output_runs.push(run);
             self.outputs.push(rows::to_json("an output", output)?);
         }
         self.consumed_runs.extend(commit.consumed.iter().map(|_| run));
         self.consumed.extend(&commit.consumed);
+        Ok(())
+    }
+
+    /// The events of a plain step go with its checkpoints, as far as they can.
+    fn push_borne(&mut self, commit: &Commit) -> StoreResult<()> {
+        let run = commit.lease.run.0;
+        let from = self.borne.seqs.len();
+        self.borne.push_none(commit.checkpoints.len());
+        for span in compact::spans(&commit.events) {
+            let free = |index: usize| self.borne.seqs[from + index].is_none();
+            if let Some(index) = compact::bearer(commit, span, free) {
+                self.borne.seqs[from + index] = span.last().map(|event| rows::integer(event.seq));
+                self.borne.events[from + index] = Some(compact::borne(commit, index, span)?);
+            } else {
+                self.events.push(run, span)?;
+            }
+        }
         Ok(())
     }
 
@@ -86,7 +116,8 @@ impl<'a> Columns<'a> {
     pub(super) fn bind_plain(self, query: Statement<'a>) -> Statement<'a> {
         let outputs = self.has_outputs().then_some((self.output_runs, self.outputs));
         let query = self.runs.bind(self.events.bind(self.stages.bind(query)));
-        let query = self.tries.bind(self.ledger.bind(self.checkpoints.bind(query)));
+        let query = self.borne.bind(self.tries.bind(self.ledger.bind(self.checkpoints.bind(query))));
+        let query = query.bind(self.output_of);
         match outputs {
             Some((runs, outputs)) => query.bind(runs).bind(outputs),
             None => query,
@@ -96,7 +127,12 @@ impl<'a> Columns<'a> {
     pub(super) fn bind(self, query: Statement<'a>) -> Statement<'a> {
         let query = self.runs.bind(self.events.bind(self.stages.bind(query)));
         let query = self.attempts.bind(self.ledger.bind(self.checkpoints.bind(query)));
-        query.bind(self.output_runs).bind(self.outputs).bind(self.consumed_runs).bind(self.consumed)
+        query
+            .bind(self.output_runs)
+            .bind(self.outputs)
+            .bind(self.consumed_runs)
+            .bind(self.consumed)
+            .bind(self.output_of)
     }
 }
 
@@ -229,6 +265,30 @@ impl TryColumns {
 
     fn bind(self, query: Statement<'_>) -> Statement<'_> {
         query.bind(self.started).bind(self.finished).bind(self.verdicts).bind(self.bodies)
+    }
+}
+
+/// Parameters $59 to $61 of the plain statements: the events that the checkpoints bear, and when their stages began.
+#[derive(Default)]
+struct BorneColumns {
+    seqs: Vec<Option<i64>>,
+    events: Vec<Option<String>>,
+    began: Vec<Option<Time>>,
+}
+
+impl BorneColumns {
+    fn push_began(&mut self, commit: &Commit) {
+        let began = |(of, _): &(StageId, _)| commit.stages.iter().find(|stage| stage.id == *of)?.started_at;
+        self.began.extend(commit.checkpoints.iter().map(began));
+    }
+
+    fn push_none(&mut self, checkpoints: usize) {
+        self.seqs.resize(self.seqs.len() + checkpoints, None);
+        self.events.resize(self.events.len() + checkpoints, None);
+    }
+
+    fn bind(self, query: Statement<'_>) -> Statement<'_> {
+        query.bind(self.seqs).bind(self.events).bind(self.began)
     }
 }
 

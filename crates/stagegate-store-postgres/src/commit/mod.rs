@@ -23,7 +23,7 @@ use crate::{
     rows,
 };
 
-pub(crate) async fn commit(pool: &Pool, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
+pub(crate) async fn commit(pool: &Pool, commits: &[Commit], compact: bool) -> StoreResult<Vec<Committed>> {
     if commits.is_empty() {
         return Ok(Vec::new());
     }
@@ -34,8 +34,8 @@ pub(crate) async fn commit(pool: &Pool, commits: &[Commit]) -> StoreResult<Vec<C
     let all: Vec<&Commit> = commits.iter().collect();
     let mut written = HashSet::with_capacity(commits.len());
     // Read before a connection is asked for: what the caller must not write costs none.
-    let plain = if all.iter().all(|commit| is_plain(commit)) { Some(Columns::of(&all, true)?) } else { None };
-    let full = if plain.is_none() { Some(Columns::of(&all, false)?) } else { None };
+    let plain = if all.iter().all(|commit| is_plain(commit)) { Some(Columns::of(&all, true, compact)?) } else { None };
+    let full = if plain.is_none() { Some(Columns::of(&all, false, compact)?) } else { None };
     let mut connection = pool.acquire("runs.commit").await?;
     if let Some(columns) = plain {
         let sql = if columns.has_outputs() { COMMIT_PLAIN_END } else { COMMIT_PLAIN };
@@ -51,7 +51,7 @@ pub(crate) async fn commit(pool: &Pool, commits: &[Commit]) -> StoreResult<Vec<C
     };
     let refused = missing(&written);
     if !refused.is_empty() {
-        let columns = if let Some(columns) = full { columns } else { Columns::of(&refused, false)? };
+        let columns = if let Some(columns) = full { columns } else { Columns::of(&refused, false, compact)? };
         written.extend(write(&mut connection, columns.bind(sqlx::query(COMMIT))).await?);
     }
     let refused = missing(&written);
@@ -79,7 +79,8 @@ fn is_plain(commit: &Commit) -> bool {
         && commit.attempts.len() == commit.checkpoints.len()
         && commit.attempts.iter().zip(&commit.checkpoints).enumerate().all(|(at, ((of, attempt), (stage, checkpoint)))| {
             let again = commit.checkpoints[at + 1..].iter().any(|(later, _)| later == stage);
-            of == stage && attempt.number == checkpoint.attempt && attempt.output.is_none() && !again
+            let given = commit.stages.iter().any(|record| record.id == *stage && record.state == StageState::Succeeded);
+            given && of == stage && attempt.number == checkpoint.attempt && attempt.output.is_none() && !again
         })
 }
 

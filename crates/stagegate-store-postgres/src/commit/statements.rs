@@ -3,9 +3,10 @@
 use crate::shared::{insert_events, insert_stages, stages_given};
 
 /// The steps, and the fence: it updates a run only if the step's epoch is the run's, somebody owns it, and the step's
-/// events follow the last one. Takes how many signals a step answers, and what else the fence asks.
+/// events follow the last one. Takes how many signals a step answers, the parameter that names the stages of outputs, and
+/// what else the fence asks.
 macro_rules! fenced {
-    ($answered:literal, $fence:literal) => {
+    ($answered:literal, $output_of:literal, $fence:literal) => {
         concat!(
             "WITH step AS MATERIALIZED (
     SELECT t.*, ",
@@ -13,9 +14,12 @@ macro_rules! fenced {
             " AS answered
     FROM unnest(
         $20::uuid[], $21::int8[], $22::int8[], $23::int8[], $24::text[], $25::int4[], $26::text[], $27::timestamptz[],
-        $28::timestamptz[], $29::bool[], $30::bool[], $31::int8[], $33::text[], $34::text[]
+        $28::timestamptz[], $29::bool[], $30::bool[], $31::int8[], $33::text[], $34::text[],
+        ",
+            $output_of,
+            "::text[]
     ) WITH ORDINALITY AS t(run_id, epoch, first_seq, last_seq, state, stages_done, failure, started_at, finished_at,
-                           keeps, ends, delay_ms, first_attempts, given, i)
+                           keeps, ends, delay_ms, first_attempts, given, output_of, i)
 ), target AS (
     UPDATE runs r SET
         state = s.state, last_seq = s.last_seq, stages_done = s.stages_done, failure = s.failure,
@@ -34,6 +38,7 @@ macro_rules! fenced {
         END,
         pending = CASE WHEN s.ends THEN 0 ELSE greatest(0, r.pending - s.answered) END,
         signalled = r.signalled AND NOT s.ends,
+        output_of = s.output_of,
         first_attempts = nullif(coalesce(r.first_attempts - s.given::text[], '{}')
                                 || coalesce(s.first_attempts, '{}')::jsonb, '{}')
     FROM step s
@@ -43,7 +48,7 @@ macro_rules! fenced {
     RETURNING r.id, r.tenant, r.pipeline, r.version, r.last_seq, s.ends, true AS started
 ), event AS (
     ",
-            insert_events!(),
+            insert_events!(""),
             "
 ), entry AS (
     INSERT INTO ledger (run_id, tenant, pipeline, version, stage_id, attempt, at, purpose, provider, model, origin, error,
@@ -81,13 +86,15 @@ macro_rules! outputs {
     };
 }
 
-/// What plain steps have in common: stages without a row, each with its checkpoint, which tells of the attempt too.
+/// What plain steps have in common: stages without a row, each with its checkpoint, which tells of the attempt too, and
+/// may bear events.
 macro_rules! plain {
     ($outputs:expr) => {
         concat!(
             "/* runs.commit */ ",
             fenced!(
                 "0",
+                "$62",
                 " AND NOT (s.ends AND r.pending > 0) AND (
           SELECT true FROM stages g WHERE g.run_id = s.run_id AND g.stage_id = ANY (s.given::text[]) LIMIT 1
       ) IS NULL"
@@ -101,13 +108,18 @@ macro_rules! plain {
             ") given WHERE NOT fresh AND NOT there
 ), checkpoint AS (
     INSERT INTO checkpoints (run_id, tenant, stage_id, output, digest, attempt, verdict, score, model, origin, created_at,
-                             attempt_started_at, attempt_finished_at, attempt_verdict, attempt_body)
+                             attempt_started_at, attempt_finished_at, attempt_verdict, attempt_body, seq, events,
+                             stage_started_at)
     SELECT run.id, run.tenant, t.stage_id, t.output, t.digest, t.attempt, t.verdict, t.score, t.model, t.origin,
-           t.created_at, t.attempt_started_at, t.attempt_finished_at, t.attempt_verdict, t.attempt_body
+           t.created_at, t.attempt_started_at, nullif(t.attempt_finished_at, t.created_at),
+           nullif(t.attempt_verdict, t.verdict), t.attempt_body, t.seq,
+           t.events, nullif(t.stage_started_at, t.attempt_started_at)
     FROM unnest($35::uuid[], $36::text[], $37::text[], $38::text[], $39::int4[], $40::text[], $41::float8[], $42::text[],
-                $43::text[], $44::timestamptz[], $55::timestamptz[], $56::timestamptz[], $57::text[], $58::text[])
+                $43::text[], $44::timestamptz[], $55::timestamptz[], $56::timestamptz[], $57::text[], $58::text[],
+                $59::int8[], $60::text[], $61::timestamptz[])
         AS t(run_id, stage_id, output, digest, attempt, verdict, score, model, origin, created_at,
-             attempt_started_at, attempt_finished_at, attempt_verdict, attempt_body)
+             attempt_started_at, attempt_finished_at, attempt_verdict, attempt_body, seq, events,
+             stage_started_at)
     JOIN target run ON run.id = t.run_id
 )
 SELECT id FROM target"
@@ -120,7 +132,7 @@ SELECT id FROM target"
 pub const COMMIT_PLAIN: &str = plain!("");
 
 /// The same, where runs end with an output.
-pub const COMMIT_PLAIN_END: &str = plain!(outputs!("$59", "$60"));
+pub const COMMIT_PLAIN_END: &str = plain!(outputs!("$63", "$64"));
 
 /// Writes any steps.
 ///
@@ -139,6 +151,7 @@ pub const COMMIT: &str = concat!(
         JOIN signals g ON g.run_id = c.run_id AND g.id = c.id
         WHERE c.run_id = t.run_id
     )",
+        "$67",
         ""
     ),
     outputs!("$63", "$64"),

@@ -1,6 +1,7 @@
 //! The Postgres store on a real Postgres.
 
 mod claims;
+mod compact;
 mod contract;
 mod faults;
 mod plans;

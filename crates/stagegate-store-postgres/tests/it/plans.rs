@@ -1,6 +1,6 @@
 //! The hot statements find their rows by index, however many there are, and the hot updates stay on their page.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection, Row as _};
@@ -9,7 +9,10 @@ use stagegate_core::{
     store::{Committed, Lease, RunQuery},
 };
 use stagegate_store_postgres::{PoolConfig, statements};
-use stagegate_testkit::store::fixtures::{full_stage, leased_run, pipeline, replica, run_id, step, tenant};
+use stagegate_testkit::{
+    servers::{Postgres, TestDatabase},
+    store::fixtures::{full_stage, leased_run, pipeline, replica, run_id, step, tenant},
+};
 
 /// Tables that grow with the number of runs.
 const BIG: [&str; 7] = ["runs", "run_payloads", "stages", "attempts", "checkpoints", "events", "ledger"];
@@ -157,7 +160,11 @@ async fn hot_statements_find_their_rows_by_index() {
 
 #[tokio::test]
 async fn a_commit_that_keeps_its_lease_stays_on_its_page() {
-    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    // On a server of its own: a transaction in another database keeps old rows from making room.
+    let server = Arc::new(Postgres::private().await.expect("binaries"));
+    let database = TestDatabase::on(server.clone()).await.expect("creates");
+    let store = crate::connect(database.url(), &PoolConfig::default()).await;
+    store.migrate().await.expect("migrates");
     let owner = replica();
     let beat = stagegate_core::store::Heartbeat {
         replica: owner,

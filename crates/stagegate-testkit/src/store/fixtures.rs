@@ -146,6 +146,7 @@ pub fn step(lease: Lease, last_seq: u64) -> Commit {
         started_at: Some(at(5)),
         finished_at: None,
         output: None,
+        output_of: Vec::new(),
         consumed: Vec::new(),
         then: Disposition::Keep,
     }

@@ -30,6 +30,7 @@ pub mod leases;
 pub mod limits;
 pub mod news;
 pub mod pipelines;
+pub mod plain;
 pub mod random;
 pub mod reading;
 pub mod retention;
@@ -123,6 +124,13 @@ macro_rules! store_contract {
                 concurrent_commits_of_one_step_happen_once
                 any_text_and_number_comes_back_as_it_was
                 a_large_output_comes_back_as_it_was
+            }
+            plain {
+                what_passes_at_once_is_read_whole
+                whoever_takes_over_gets_what_passed_at_once
+                what_passed_at_once_is_purged_and_deleted
+                what_passed_at_once_is_not_held
+                what_was_not_begun_is_not_told
             }
             signals {
                 a_cancel_marks_the_run_once

@@ -2,7 +2,7 @@
 //! must hold the same.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     sync::Arc,
     time::Duration,
 };
@@ -24,6 +24,7 @@ use uuid::Uuid;
 use super::fixtures::{
     NASTY, at, beat, checkpoint, dump, failure, full_attempt, model, nasty_json, pipeline, stage, tenant, totals,
 };
+use super::plain::passing;
 
 const TENANTS: [&str; 3] = ["acme", "initech", "umbrella"];
 const PIPELINES: [&str; 3] = ["a", "b", "c"];
@@ -60,6 +61,8 @@ struct World {
     leases: Vec<Lease>,
     last_seqs: BTreeMap<RunId, u64>,
     attempts: BTreeMap<(RunId, StageId), u32>,
+    /// Stages that a commit told something of.
+    touched: BTreeSet<(RunId, StageId)>,
     /// The ids of a run's signals in each store, as last read.
     signals: BTreeMap<RunId, (Vec<i64>, Vec<i64>)>,
     /// The last commit, on the left and on the right.
@@ -102,6 +105,7 @@ impl World {
             leases: Vec::new(),
             last_seqs: BTreeMap::new(),
             attempts: BTreeMap::new(),
+            touched: BTreeSet::new(),
             signals: BTreeMap::new(),
             last_commit: None,
         }
@@ -335,6 +339,12 @@ impl World {
     fn random_step(&mut self, lease: Lease) -> Commit {
         let last_seq = self.last_seqs.get(&lease.run).copied().unwrap_or(0);
         let first = if self.rng.random_bool(0.95) { last_seq + 1 } else { self.rng.random_range(1..20) };
+        let untouched = STAGES.into_iter().find(|id| !self.touched.contains(&(lease.run, stage(id))));
+        if let Some(id) = untouched.filter(|_| self.rng.random_bool(0.3)) {
+            self.touched.insert((lease.run, stage(id)));
+            self.attempts.insert((lease.run, stage(id)), 1);
+            return passing(lease, first - 1, &[(id, self.now.max(10))], &[]);
+        }
         let count = self.rng.random_range(1..4);
         let events = (first..first + count).map(|seq| self.event(seq, EventKind::RunStarted)).collect();
         let mut stages = Vec::new();
@@ -345,6 +355,7 @@ impl World {
                 continue;
             }
             stages.push(self.stage_record(id));
+            self.touched.insert((lease.run, stage(id)));
             if self.rng.random_bool(0.5) {
                 let number = self.attempts.entry((lease.run, stage(id))).or_default();
                 *number += 1;
@@ -374,6 +385,7 @@ impl World {
             started_at: Some(at(self.now)),
             finished_at: ended.then(|| at(self.now)),
             output: (state == RunState::Succeeded).then(|| self.json()),
+            output_of: Vec::new(),
             consumed: Vec::new(),
             then,
         }

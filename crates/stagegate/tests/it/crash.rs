@@ -110,7 +110,11 @@ pub(crate) async fn written(stand: &Stand, run: &str) -> Value {
     let sql = "SELECT json_build_object(
         'checkpoints', (SELECT count(*) FROM checkpoints WHERE run_id = r.id),
         'stages', (SELECT count(DISTINCT stage_id) FROM checkpoints WHERE run_id = r.id),
-        'events', (SELECT count(*) FROM events WHERE run_id = r.id),
+        'events', (SELECT coalesce(sum(json_array_length(bodies)), 0) FROM (
+            SELECT CASE WHEN body LIKE '[%' THEN body::json ELSE json_build_array(body::json) END AS bodies
+            FROM events WHERE run_id = r.id
+            UNION ALL SELECT events::json FROM checkpoints WHERE run_id = r.id AND events IS NOT NULL
+        ) AS told),
         'last_seq', r.last_seq, 'epoch', r.epoch, 'state', r.state, 'owner', r.owner,
         'calls', (SELECT count(*) FROM ledger WHERE run_id = r.id),
         'attempts', (SELECT count(*) FROM attempts WHERE run_id = r.id))::text FROM runs r WHERE r.id = $1::uuid";
