@@ -156,7 +156,7 @@ impl Front {
     async fn do_submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
         let answers = self.world.store.submit(runs).await?;
         for (run, answer) in runs.iter().zip(&answers) {
-            self.world.book(|checks| checks.submitted(run, answer));
+            self.world.check(|checks| checks.submitted(run, answer));
             self.world.note_by(self.process, || format!("SUBMIT {}: {answer:?}", self.world.name_of(run.id)));
         }
         Ok(answers)

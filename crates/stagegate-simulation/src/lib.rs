@@ -51,4 +51,6 @@ pub enum Flaw {
     CacheForgets,
     /// A cancel is noted, but the owner's heartbeat does not tell of it.
     CancelIsSilent,
+    /// A claim takes whatever waits, however many run beside it.
+    LimitsIgnored,
 }

@@ -2,6 +2,7 @@
 //! never asks the store whether the store was right.
 
 mod calls;
+mod limits;
 mod runs;
 
 use std::{collections::BTreeMap, fmt};
@@ -27,6 +28,8 @@ pub enum Promise {
     TotalsAddUp,
     /// 7. Events are complete: gap-free, and every watcher sees each once, in order.
     EventsAreComplete,
+    /// 11. Slots are leases: no more live ones than a limit allows, over all replicas.
+    SlotsAreLeases,
 }
 
 impl fmt::Display for Promise {
@@ -40,6 +43,7 @@ impl fmt::Display for Promise {
             Self::CancelIsObeyed => "5, cancel is obeyed",
             Self::TotalsAddUp => "6, totals add up",
             Self::EventsAreComplete => "7, events are complete",
+            Self::SlotsAreLeases => "11, slots are leases",
         })
     }
 }

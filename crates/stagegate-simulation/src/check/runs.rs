@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use stagegate_core::{
     Epoch, Event, EventKind, ReplicaId, RunId, StageId, Totals,
+    fair::Limits,
     store::{
         Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, SignalKind, Signalled, Submitted,
     },
@@ -20,7 +21,8 @@ pub(super) struct Book {
     pub(super) cancel_at: Option<i64>,
     pub(super) checkpoints: BTreeSet<StageId>,
     pub(super) started: BTreeSet<StageId>,
-    holder: Option<(ReplicaId, Epoch)>,
+    pub(super) limits: Limits,
+    pub(super) holder: Option<(ReplicaId, Epoch)>,
     top_epoch: Epoch,
     last_seq: u64,
     /// The newest step whose author was told that it is durable.
@@ -31,10 +33,10 @@ pub(super) struct Book {
 }
 
 impl Checks {
-    pub(crate) fn submitted(&mut self, new: &NewRun, answer: &Submitted) {
-        let Submitted::Accepted(epoch) = answer else { return };
+    pub(crate) fn submitted(&mut self, new: &NewRun, answer: &Submitted) -> Checked {
+        let Submitted::Accepted(epoch) = answer else { return Ok(()) };
         if self.runs.contains_key(&new.id) {
-            return;
+            return Ok(());
         }
         let leased = epoch.is_some();
         let events = if leased || new.lease_to.is_none() { &new.events[..] } else { &new.events[..1] };
@@ -43,6 +45,7 @@ impl Checks {
         let mut book = Book {
             name,
             pipeline: new.pipeline.clone(),
+            limits: new.limits.clone(),
             cancel_at: None,
             checkpoints: BTreeSet::new(),
             started: BTreeSet::new(),
@@ -60,6 +63,7 @@ impl Checks {
         }
         self.tags.entry(tag).or_default().push(new.id);
         self.runs.insert(new.id, book);
+        if leased { self.has_slot(new.id) } else { Ok(()) }
     }
 
     pub(crate) fn claimed(&mut self, replica: ReplicaId, leases: &[Lease]) -> Checked {
@@ -70,15 +74,14 @@ impl Checks {
                     format!("{} was taken under epoch {}, not above {}", book.name, lease.epoch.0, book.top_epoch.0);
                 return self.broken(Promise::OneOwner, what);
             }
-            if let Some((holder, epoch)) = book.holder
-                && self.replicas.get(&holder).is_some_and(|until| *until > self.now_ms)
-            {
+            if let Some((_, epoch)) = book.holder.filter(|_| self.is_held(book)) {
                 let what = format!("{} was taken while the lease under epoch {} was alive", book.name, epoch.0);
                 return self.broken(Promise::OneOwner, what);
             }
             if let Some(book) = self.runs.get_mut(&lease.run) {
                 (book.holder, book.top_epoch) = (Some((replica, lease.epoch)), lease.epoch);
             }
+            self.has_slot(lease.run)?;
         }
         Ok(())
     }

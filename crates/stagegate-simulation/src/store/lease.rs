@@ -3,7 +3,7 @@
 use chrono::DateTime;
 use stagegate_core::{
     ReplicaId, RunId, RunState, StageState,
-    fair::{Candidate, InUse, Shares, choose},
+    fair::{Candidate, InUse, Limits, Shares, choose},
     store::{Heartbeat, Lease, NewSignal, Pulse, QueueStats, Signal, SignalKind, Signalled, Snapshot},
 };
 
@@ -66,7 +66,7 @@ impl State {
                 (row.ready_at, row.wake_at) = (Some(at), None);
             }
         }
-        let (candidates, used) = self.candidates();
+        let (candidates, used) = self.candidates(flaw);
         let ready = choose(candidates, used, shares, limit as usize);
         let mut leases = Vec::with_capacity(ready.len());
         for run in ready {
@@ -82,7 +82,7 @@ impl State {
     }
 
     /// What could be taken, and what is under way. Whoever is out of time has been declared dead.
-    fn candidates(&self) -> (Vec<Candidate>, InUse) {
+    fn candidates(&self, flaw: Flaw) -> (Vec<Candidate>, InUse) {
         let (mut candidates, mut used) = (Vec::new(), InUse::default());
         for row in self.runs.values() {
             let (tenant, pipeline, limits) = (&row.record.tenant, &row.record.pipeline, &row.limits);
@@ -91,7 +91,7 @@ impl State {
                     run: row.record.id,
                     tenant: tenant.clone(),
                     pipeline: pipeline.clone(),
-                    limits: limits.clone(),
+                    limits: if flaw == Flaw::LimitsIgnored { Limits::default() } else { limits.clone() },
                     priority: row.record.priority,
                     available_at: at,
                 });

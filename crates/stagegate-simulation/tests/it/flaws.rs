@@ -59,3 +59,8 @@ fn a_cache_that_forgets_is_caught() {
 fn a_cancel_that_no_heartbeat_tells_of_is_caught() {
     assert_eq!(caught(Flaw::CancelIsSilent), Promise::CancelIsObeyed);
 }
+
+#[test]
+fn a_claim_that_ignores_limits_is_caught() {
+    assert_eq!(caught(Flaw::LimitsIgnored), Promise::SlotsAreLeases);
+}
