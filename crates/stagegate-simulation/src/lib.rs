@@ -53,4 +53,8 @@ pub enum Flaw {
     CancelIsSilent,
     /// A claim takes whatever waits, however many run beside it.
     LimitsIgnored,
+    /// A claim takes what is not due yet.
+    StartIgnored,
+    /// A claim takes whoever has waited longest, whatever the priorities.
+    PriorityIgnored,
 }

@@ -2,8 +2,8 @@
 //! never asks the store whether the store was right.
 
 mod calls;
-mod limits;
 mod runs;
+mod turns;
 
 use std::{collections::BTreeMap, fmt};
 
@@ -30,6 +30,10 @@ pub enum Promise {
     EventsAreComplete,
     /// 11. Slots are leases: no more live ones than a limit allows, over all replicas.
     SlotsAreLeases,
+    /// A run that is to start later does not start before.
+    StartIsKept,
+    /// A claim passes over nobody of a higher priority who waits in the same lane.
+    PriorityIsKept,
 }
 
 impl fmt::Display for Promise {
@@ -44,6 +48,8 @@ impl fmt::Display for Promise {
             Self::TotalsAddUp => "6, totals add up",
             Self::EventsAreComplete => "7, events are complete",
             Self::SlotsAreLeases => "11, slots are leases",
+            Self::StartIsKept => "that a run starts when it is due",
+            Self::PriorityIsKept => "that priority goes first",
         })
     }
 }

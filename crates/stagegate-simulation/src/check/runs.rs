@@ -11,7 +11,7 @@ use stagegate_core::{
 };
 
 use super::{Checked, Checks, Promise};
-use crate::store::State;
+use crate::store::{EPOCH_MS, State};
 
 /// What is known of a run.
 #[derive(Debug)]
@@ -22,6 +22,11 @@ pub(super) struct Book {
     pub(super) checkpoints: BTreeSet<StageId>,
     pub(super) started: BTreeSet<StageId>,
     pub(super) limits: Limits,
+    pub(super) priority: i16,
+    /// Before this it does not start, in milliseconds of the world; None from a retry on, which begins at once.
+    pub(super) starts_at: Option<i64>,
+    /// From when on it can be claimed while nobody holds it, where that is known.
+    pub(super) claimable_at: Option<i64>,
     pub(super) holder: Option<(ReplicaId, Epoch)>,
     top_epoch: Epoch,
     last_seq: u64,
@@ -30,6 +35,13 @@ pub(super) struct Book {
     ended: bool,
     /// How far each watcher got.
     watchers: Vec<u64>,
+}
+
+impl Book {
+    /// Nobody has it any more; it can be claimed from now on.
+    fn hand_back(&mut self, now_ms: i64) {
+        (self.holder, self.claimable_at) = (None, Some(now_ms));
+    }
 }
 
 impl Checks {
@@ -42,10 +54,14 @@ impl Checks {
         let events = if leased || new.lease_to.is_none() { &new.events[..] } else { &new.events[..1] };
         let tag = new.input.get("tag").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
         let name = format!("run{}({tag})", self.runs.len() + 1);
+        let starts_at = new.start_at.map(|at| at.timestamp_millis() - EPOCH_MS);
         let mut book = Book {
             name,
             pipeline: new.pipeline.clone(),
             limits: new.limits.clone(),
+            priority: new.priority,
+            starts_at,
+            claimable_at: Some(starts_at.map_or(self.now_ms, |at| at.max(self.now_ms))),
             cancel_at: None,
             checkpoints: BTreeSet::new(),
             started: BTreeSet::new(),
@@ -63,10 +79,11 @@ impl Checks {
         }
         self.tags.entry(tag).or_default().push(new.id);
         self.runs.insert(new.id, book);
-        if leased { self.has_slot(new.id) } else { Ok(()) }
+        if leased { self.may_begin(new.id) } else { Ok(()) }
     }
 
     pub(crate) fn claimed(&mut self, replica: ReplicaId, leases: &[Lease]) -> Checked {
+        self.in_turn(leases)?;
         for lease in leases {
             let Some(book) = self.runs.get(&lease.run) else { continue };
             if lease.epoch <= book.top_epoch {
@@ -81,7 +98,7 @@ impl Checks {
             if let Some(book) = self.runs.get_mut(&lease.run) {
                 (book.holder, book.top_epoch) = (Some((replica, lease.epoch)), lease.epoch);
             }
-            self.has_slot(lease.run)?;
+            self.may_begin(lease.run)?;
         }
         Ok(())
     }
@@ -95,16 +112,18 @@ impl Checks {
 
     pub(crate) fn released(&mut self, leases: &[Lease]) {
         for lease in leases {
-            if let Some(book) = self.runs.get_mut(&lease.run) {
-                book.holder = book.holder.filter(|(_, epoch)| *epoch != lease.epoch);
+            if let Some(book) = self.runs.get_mut(&lease.run)
+                && book.holder.is_some_and(|(_, epoch)| epoch == lease.epoch)
+            {
+                book.hand_back(self.now_ms);
             }
         }
     }
 
     pub(crate) fn left(&mut self, replica: ReplicaId) {
         self.replicas.remove(&replica);
-        for book in self.runs.values_mut() {
-            book.holder = book.holder.filter(|(holder, _)| *holder != replica);
+        for book in self.runs.values_mut().filter(|book| book.holder.is_some_and(|(holder, _)| holder == replica)) {
+            book.hand_back(self.now_ms);
         }
     }
 
@@ -112,9 +131,14 @@ impl Checks {
         let now = self.now_ms;
         if let (Some(book), Signalled::Accepted { .. }) = (self.runs.get_mut(&signal.run), answer) {
             match signal.kind {
-                SignalKind::Cancel => _ = book.cancel_at.get_or_insert(now),
-                SignalKind::Retry { .. } => (book.cancel_at, book.holder) = (None, None),
-                _ => {}
+                SignalKind::Retry { .. } => {
+                    (book.cancel_at, book.starts_at) = (None, None);
+                    book.hand_back(now);
+                }
+                // A second one wakes nobody.
+                SignalKind::Cancel if book.cancel_at.is_some() => {}
+                SignalKind::Cancel => (book.cancel_at, book.claimable_at) = (Some(now), Some(now)),
+                SignalKind::Approve { .. } | SignalKind::Reject { .. } => book.claimable_at = Some(now),
             }
         }
     }
@@ -124,7 +148,7 @@ impl Checks {
         if answer != Committed::Now {
             return Ok(());
         }
-        let run = commit.lease.run;
+        let (run, now) = (commit.lease.run, self.now_ms);
         let Some(book) = self.runs.get(&run) else { return Ok(()) };
         let (name, first) = (book.name.clone(), commit.events.first().map_or(0, |event| event.seq));
         if first <= book.acknowledged && book.holder.is_some_and(|(_, epoch)| epoch == commit.lease.epoch) {
@@ -152,6 +176,10 @@ impl Checks {
             && commit.then != Disposition::Keep
         {
             book.holder = None;
+            book.claimable_at = match commit.then {
+                Disposition::Park(Some(delay)) => i64::try_from(delay.as_millis()).ok().map(|delay| now + delay),
+                _ => None,
+            };
         }
         Ok(())
     }
@@ -170,6 +198,9 @@ impl Checks {
             EventKind::RunRetried { .. } => book.ended = false,
             EventKind::StageStarted { stage, .. } => {
                 book.started.insert(stage.clone());
+                if let Some(book) = self.runs.get(&run) {
+                    self.is_due(book)?;
+                }
                 if let Some(need) = self.missing_need(run, stage) {
                     return self
                         .broken(Promise::Order, format!("{name}/{stage} started before {need} had its checkpoint"));

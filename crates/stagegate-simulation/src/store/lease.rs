@@ -58,8 +58,9 @@ impl State {
         if !self.replicas.get(&replica).is_some_and(|replica| replica.is_alive(now)) {
             return Vec::new();
         }
+        let is_due = |at: &i64| *at <= now || flaw == Flaw::StartIgnored;
         let mut due: Vec<(i64, RunId)> =
-            self.runs.values().filter_map(|row| Some((row.wake_at.filter(|at| *at <= now)?, row.record.id))).collect();
+            self.runs.values().filter_map(|row| Some((row.wake_at.filter(is_due)?, row.record.id))).collect();
         due.sort_unstable();
         for (at, run) in due.into_iter().take(WAKE_MAX) {
             if let Some(row) = self.runs.get_mut(&run) {
@@ -92,7 +93,7 @@ impl State {
                     tenant: tenant.clone(),
                     pipeline: pipeline.clone(),
                     limits: if flaw == Flaw::LimitsIgnored { Limits::default() } else { limits.clone() },
-                    priority: row.record.priority,
+                    priority: if flaw == Flaw::PriorityIgnored { 0 } else { row.record.priority },
                     available_at: at,
                 });
             } else if row.owner.is_some() {

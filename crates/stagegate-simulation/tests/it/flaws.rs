@@ -64,3 +64,13 @@ fn a_cancel_that_no_heartbeat_tells_of_is_caught() {
 fn a_claim_that_ignores_limits_is_caught() {
     assert_eq!(caught(Flaw::LimitsIgnored), Promise::SlotsAreLeases);
 }
+
+#[test]
+fn a_claim_before_the_start_is_caught() {
+    assert_eq!(caught(Flaw::StartIgnored), Promise::StartIsKept);
+}
+
+#[test]
+fn a_claim_that_ignores_priorities_is_caught() {
+    assert_eq!(caught(Flaw::PriorityIgnored), Promise::PriorityIsKept);
+}
