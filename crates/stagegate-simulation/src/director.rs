@@ -75,6 +75,8 @@ pub struct Counts {
     pub parks: u64,
     /// Processes that were killed.
     pub kills: u64,
+    /// Replicas that were declared dead while they lived.
+    pub lost: u64,
     /// Processes that were stopped for a while.
     pub pauses: u64,
     /// Processes that were asked to stop.
@@ -115,6 +117,7 @@ impl Counts {
             holds,
             parks,
             kills,
+            lost,
             pauses,
             drains,
             store_faults,
@@ -131,6 +134,7 @@ impl Counts {
         self.holds += holds;
         self.parks += parks;
         self.kills += kills;
+        self.lost += lost;
         self.pauses += pauses;
         self.drains += drains;
         self.store_faults += store_faults;
@@ -258,7 +262,14 @@ async fn start(world: Arc<World>, setup: Arc<Setup>, place: usize) {
             let inner = &mut *world.lock();
             let life = inner.processes.iter().filter(|process| process.place == place).count() + 1;
             let name = format!("r{}.{life}", place + 1);
-            inner.processes.push(Process { name, place, standing: Standing::Up, engine: None, unflushed: Vec::new() });
+            inner.processes.push(Process {
+                name,
+                place,
+                standing: Standing::Up,
+                engine: None,
+                replica: None,
+                unflushed: Vec::new(),
+            });
             (inner.processes.len() - 1, StdRng::seed_from_u64(inner.rng.random()))
         };
         world.note_by(process, || "starts".to_owned());

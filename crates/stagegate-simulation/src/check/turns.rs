@@ -16,7 +16,8 @@ impl Checks {
                 !is_taken(run)
                     && other.priority > book.priority
                     && lane(other) == lane(book)
-                    && self.waits_since(other).is_some_and(|at| at <= self.now_ms)
+                    && other.holder.is_none()
+                    && other.claimable_at.is_some_and(|at| at <= self.now_ms)
             });
             if let Some((_, other)) = passed_over {
                 let what = format!("{} was taken and {} passed over", book.name, other.name);
@@ -34,14 +35,6 @@ impl Checks {
                 self.broken(Promise::StartIsKept, what)
             }
             _ => Ok(()),
-        }
-    }
-
-    /// Since when a run can surely be claimed: also of those that a signal woke, only what the book knows for certain.
-    fn waits_since(&self, book: &Book) -> Option<i64> {
-        match book.holder {
-            Some((holder, _)) => self.replicas.get(&holder).copied().filter(|until| *until <= self.now_ms),
-            None => book.claimable_at,
         }
     }
 
