@@ -1,6 +1,7 @@
 //! One world from its seed to its end: owns what happens from outside, and when it is over.
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, LazyLock},
     time::Duration,
 };
@@ -26,6 +27,7 @@ use crate::{
     Flaw, Violation,
     cache::TierFront,
     front::Front,
+    panics,
     provider::Scripted,
     script::{self, Act, Made},
     watcher,
@@ -155,20 +157,31 @@ pub struct Outcome {
     pub counts: Counts,
 }
 
-/// Plays a seed.
+/// Plays a seed. A panic in it is a broken promise like any other.
 ///
 /// # Panics
 /// Where the machine gives no runtime.
 pub fn simulate(seed: u64, options: Options) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.unwrap_or_else(|error| panic!("no runtime: {error}"));
+    let world = runtime.block_on(async { World::new(seed, options) });
+    let listening = panics::listen(&world);
+    let played = catch_unwind(AssertUnwindSafe(|| {
+        runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = world.broken.notified() => {}
+                () = Box::pin(play(&world)) => {}
+            }
+        });
+    }));
+    drop(listening);
     runtime.block_on(async {
-        let world = World::new(seed, options);
-        tokio::select! {
-            biased;
-            () = world.broken.notified() => {}
-            () = Box::pin(play(&world)) => {}
+        if let Some(what) = world.panic.get() {
+            world.check(|checks| checks.panicked(what));
         }
+        // The hook has noted it.
+        drop(played);
         world.lock().processes.iter_mut().for_each(|process| process.engine = None);
         let (violation, mut counts) = {
             let inner = world.lock();

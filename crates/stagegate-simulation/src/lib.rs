@@ -11,12 +11,14 @@
 //!   arrive twice, or kill its replica.
 //! - `provider` answers, errs, limits, hangs.
 //! - `script` makes up pipelines and runs; `director` plays a seed to its end.
+//! - `panics` notices what is swallowed.
 //! - `check` watches every step against the promises of the design.
 
 mod cache;
 mod check;
 mod director;
 mod front;
+mod panics;
 mod provider;
 mod script;
 mod store;
@@ -57,4 +59,6 @@ pub enum Flaw {
     StartIgnored,
     /// A claim takes whoever has waited longest, whatever the priorities.
     PriorityIgnored,
+    /// The first call makes its driver panic; the engine catches that and goes on.
+    DriverPanics,
 }

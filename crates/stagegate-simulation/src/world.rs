@@ -2,7 +2,7 @@
 //! happens in one thread; the lock is there because the engine's traits ask for it.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -71,6 +71,8 @@ pub(crate) struct World {
     pub(crate) changed: Notify,
     /// A promise was broken.
     pub(crate) broken: Notify,
+    /// The first panic, in words.
+    pub(crate) panic: OnceLock<String>,
     /// A process died, and its place is empty.
     pub(crate) vacancy: Notify,
     began: Instant,
@@ -116,6 +118,7 @@ impl World {
             tier: Tier::new(options.flaw),
             changed: Notify::new(),
             broken: Notify::new(),
+            panic: OnceLock::new(),
             vacancy: Notify::new(),
             began: Instant::now(),
             inner: Mutex::new(inner),

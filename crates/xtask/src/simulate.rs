@@ -89,7 +89,7 @@ impl Simulate {
             return Ok(ExitCode::FAILURE);
         }
         for player in players {
-            player.join().map_err(|_| anyhow::anyhow!("a world panicked: the engine, or the simulation"))?;
+            player.join().map_err(|_| tally.panicked())?;
         }
         let failed = *tally.failed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(seed) = failed {
@@ -120,6 +120,13 @@ impl Tally {
                 *failed = Some(failed.map_or(seed, |other| other.min(seed)));
             }
         }
+    }
+
+    /// A panic in a world is a broken promise of its seed; one of the player itself leaves its seed behind.
+    fn panicked(&self) -> anyhow::Error {
+        let playing = self.playing.lock().unwrap_or_else(PoisonError::into_inner);
+        let seeds: Vec<String> = playing.keys().map(ToString::to_string).collect();
+        anyhow::anyhow!("a player panicked; what was being played: seed {}", seeds.join(", seed "))
     }
 
     /// Until all is played; or the seed that never will be.

@@ -34,6 +34,8 @@ pub enum Promise {
     StartIsKept,
     /// A claim passes over nobody of a higher priority who waits in the same lane.
     PriorityIsKept,
+    /// Nothing panics, whoever catches it.
+    NoPanic,
 }
 
 impl fmt::Display for Promise {
@@ -50,6 +52,7 @@ impl fmt::Display for Promise {
             Self::SlotsAreLeases => "11, slots are leases",
             Self::StartIsKept => "that a run starts when it is due",
             Self::PriorityIsKept => "that priority goes first",
+            Self::NoPanic => "that nothing panics",
         })
     }
 }
@@ -100,6 +103,11 @@ impl Checks {
     /// A run, as the history calls it.
     pub(crate) fn name(&self, run: RunId) -> String {
         self.runs.get(&run).map_or_else(|| run.to_string(), |book| book.name.clone())
+    }
+
+    /// Something panicked.
+    pub(crate) fn panicked(&self, what: &str) -> Checked {
+        self.broken(Promise::NoPanic, what)
     }
 
     /// The process could not hear for a moment.

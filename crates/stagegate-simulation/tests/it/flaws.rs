@@ -74,3 +74,8 @@ fn a_claim_before_the_start_is_caught() {
 fn a_claim_that_ignores_priorities_is_caught() {
     assert_eq!(caught(Flaw::PriorityIgnored), Promise::PriorityIsKept);
 }
+
+#[test]
+fn a_panic_that_the_engine_catches_is_caught() {
+    assert_eq!(caught(Flaw::DriverPanics), Promise::NoPanic);
+}
