@@ -11,9 +11,10 @@ use super::{
     load::Done,
     logs::{BadAnswer, Told},
     reconcile::Check,
-    takeover::{TakeOver, quantile},
+    takeover::TakeOver,
     world::{Seen, WindowKind},
 };
+use crate::quantile::nearest_rank;
 
 /// Warnings of the replicas that are told, the most frequent first.
 const WARNINGS_MAX: usize = 25;
@@ -103,8 +104,8 @@ impl Facts<'_> {
              p50 {:.3} s, p99 {:.3} s, longest {:.3} s. {} watchers saw {events} events over {connections} \
              connections. Actions taken: {}.\n\n| pipeline | state | runs |\n| --- | --- | --: |\n",
             submitted.len(),
-            quantile(&seconds, 50),
-            quantile(&seconds, 99),
+            nearest_rank(&seconds, 50),
+            nearest_rank(&seconds, 99),
             seconds.last().copied().unwrap_or(f64::NAN),
             self.done.watched.len(),
             listed(self.done.actions.iter().collect::<BTreeMap<_, _>>()),
@@ -141,7 +142,7 @@ impl Facts<'_> {
         );
         for (name, seconds) in self.take_over_seconds() {
             let of = |percent| {
-                if seconds.is_empty() { "-".to_owned() } else { format!("{:.2} s", quantile(&seconds, percent)) }
+                if seconds.is_empty() { "-".to_owned() } else { format!("{:.2} s", nearest_rank(&seconds, percent)) }
             };
             row(text, &[name, &seconds.len().to_string(), &of(50), &of(99), &of(100)]);
         }
@@ -203,7 +204,7 @@ impl Facts<'_> {
     /// As one JSON value.
     pub(crate) fn json(&self) -> Value {
         let take_over = |seconds: &[f64]| {
-            let of = |percent| Some(quantile(seconds, percent)).filter(|value| value.is_finite());
+            let of = |percent| Some(nearest_rank(seconds, percent)).filter(|value| value.is_finite());
             json!({ "runs": seconds.len(), "p50_s": of(50), "p99_s": of(99), "longest_s": of(100) })
         };
         let [(_, all), (_, alone)] = self.take_over_seconds();

@@ -37,9 +37,3 @@ pub(crate) fn measure(orphans: &[Orphans], windows: &[Window], audit: &Audit, ti
     measured.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     measured
 }
-
-/// The value below which `percent` of the sorted ones lie (nearest rank); NaN where there is none.
-pub(crate) fn quantile(sorted: &[f64], percent: usize) -> f64 {
-    let rank = (sorted.len() * percent).div_ceil(100).max(1);
-    sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
-}
