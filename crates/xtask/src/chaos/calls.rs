@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use stagegate_testkit::{
-    audit::Audit,
+    audit::{Audit, EventRow},
     storm::{Answer, Call, Fate},
 };
 
@@ -37,22 +37,41 @@ pub(crate) struct Paid {
 pub(crate) struct Known<'a> {
     pub(crate) timeline: &'a Timeline,
     pub(crate) windows: &'a [Window],
-    /// By key in the prompt: when its run was cancelled or expired, in seconds.
-    pub(crate) stopped_s: HashMap<String, Vec<f64>>,
+    /// By key in the prompt: what its run's events tell, and when, in seconds.
+    pub(crate) told: HashMap<String, Vec<(Told, f64)>>,
+}
+
+/// What an event tells of why a call may be repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// The run was cancelled, or expired.
+    Stopped,
+    /// Somebody tried it again.
+    Retried,
+    /// Another owner went on with it.
+    Resumed,
+}
+
+impl Told {
+    fn by(event: &EventRow) -> Option<Self> {
+        let state = event.body["state"].as_str().unwrap_or_default();
+        match event.kind.as_str() {
+            "run.finished" if matches!(state, "cancelled" | "expired") => Some(Self::Stopped),
+            "run.retried" => Some(Self::Retried),
+            "run.resumed" => Some(Self::Resumed),
+            _ => None,
+        }
+    }
 }
 
 impl<'a> Known<'a> {
     pub(crate) fn new(timeline: &'a Timeline, windows: &'a [Window], audit: &Audit) -> Self {
-        let mut stopped_s: HashMap<String, Vec<f64>> = HashMap::new();
-        for (key, run) in &audit.keys {
-            for event in audit.events.get(run).into_iter().flatten() {
-                let state = event.body["state"].as_str().unwrap_or_default();
-                if event.kind == "run.finished" && matches!(state, "cancelled" | "expired") {
-                    stopped_s.entry(key.clone()).or_default().push(timeline.of_wall(event.at));
-                }
-            }
-        }
-        Self { timeline, windows, stopped_s }
+        let events = |run| audit.events.get(run).into_iter().flatten();
+        let of_run = |run| {
+            events(run).filter_map(|event| Some((Told::by(event)?, timeline.of_wall(event.at)))).collect::<Vec<_>>()
+        };
+        let told = audit.keys.iter().map(|(key, run)| (key.clone(), of_run(run))).collect();
+        Self { timeline, windows, told }
     }
 
     /// Whether its receiver was interrupted while the call was under way or its answer on its way into the cache.
@@ -94,7 +113,13 @@ impl<'a> Known<'a> {
     fn run_stopped(&self, call: &Call) -> bool {
         let from_s = self.timeline.of(call.started) - 0.1;
         let to_s = call.ended.map_or(f64::INFINITY, |ended| self.timeline.of(ended) + IN_HAND_S);
-        self.stopped_s.get(&call.key).into_iter().flatten().any(|at| (from_s..=to_s).contains(at))
+        self.tells(&call.key, Told::Stopped, from_s, to_s)
+    }
+
+    /// Whether the events of this key's run tell this between the two times.
+    fn tells(&self, key: &str, what: Told, from_s: f64, to_s: f64) -> bool {
+        let mut told = self.told.get(key).into_iter().flatten();
+        told.any(|(told, at_s)| *told == what && (from_s..=to_s).contains(at_s))
     }
 }
 
@@ -132,13 +157,20 @@ pub(crate) fn reconcile(calls: &[Call], known: &Known<'_>) -> Paid {
 fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str> {
     let ended_s = before.ended.map_or_else(|| known.timeline.of(before.started), |ended| known.timeline.of(ended));
     let again_s = known.timeline.of(again.started);
+    let between = |what| known.tells(&before.key, what, ended_s, again_s);
     Some(match (before.answer, before.fate) {
         (Answer::Cut, _) => "the answer was cut on its way",
         (Answer::Garbled | Answer::Truncated, Fate::Delivered) => {
             "the answer could not be used (no JSON, or truncated)"
         }
         (Answer::Bad, Fate::Delivered) => "the answer failed its gate and was evicted",
-        (_, Fate::Delivered) if before.stage == HELD.1 => "the output was held, hence evicted, and the run was retried",
+        (_, Fate::Delivered) if before.stage == HELD.1 && between(Told::Retried) => {
+            "the output was held, hence evicted, and the run was retried"
+        }
+        // Whoever took it over has neither: the eviction comes before the commit that would have kept the output.
+        (_, Fate::Delivered) if before.stage == HELD.1 && between(Told::Resumed) => {
+            "the output was to be held, hence evicted, and its owner was lost before that was committed"
+        }
         _ if known.interrupted(before) => "its receiver was killed, frozen or fenced before the answer was cached",
         _ if known.run_stopped(before) => {
             "its run was cancelled or expired while the call was under way, and was retried"
@@ -198,13 +230,21 @@ mod tests {
     }
 
     fn check(first: (Answer, Fate), windows: &[Window]) -> Paid {
+        check_told("one", first, windows, &[])
+    }
+
+    fn check_told(stage: &str, first: (Answer, Fate), windows: &[Window], told: &[(Told, f64)]) -> Paid {
         let timeline = Timeline::begin();
         let start = Instant::now();
-        let calls = [
+        let mut calls = [
             call(first.0, first.1, "r1", 1_000, 1_100, start),
             call(Answer::Good, Fate::Delivered, "r2", 9_000, 9_100, start),
         ];
-        reconcile(&calls, &Known { timeline: &timeline, windows, stopped_s: HashMap::new() })
+        for call in &mut calls {
+            stage.clone_into(&mut call.stage);
+        }
+        let told = [("k".to_owned(), told.to_vec())].into();
+        reconcile(&calls, &Known { timeline: &timeline, windows, told })
     }
 
     fn window(kind: WindowKind, from_s: f64, to_s: f64) -> Window {
@@ -235,6 +275,13 @@ mod tests {
             let paid = check(first, &windows);
             assert_eq!((paid.findings.len(), paid.exceptions.values().sum::<u64>()), (0, 1), "{first:?}");
         }
+    }
+
+    #[test]
+    fn a_held_output_is_paid_again_only_after_a_retry_or_a_take_over() {
+        let held = |told: &[(Told, f64)]| check_told(HELD.1, (Answer::Good, Fate::Delivered), &[], told).findings.len();
+        assert_eq!((held(&[(Told::Retried, 5.0)]), held(&[(Told::Resumed, 5.0)])), (0, 0));
+        assert_eq!((held(&[]), held(&[(Told::Retried, 0.5), (Told::Stopped, 5.0), (Told::Retried, 9.5)])), (1, 1));
     }
 
     #[test]
