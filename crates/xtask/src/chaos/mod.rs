@@ -235,6 +235,7 @@ impl Running {
         let paid = calls::reconcile(&world.storm.calls(), &Known::new(&world.timeline, &windows, &audit));
         let take_overs = takeover::measure(&seen.orphans, &seen.windows, &audit, &world.timeline);
         let mut checks = reconcile::reconcile(&audit, &done, &paid, &read);
+        checks.push(takeover::kept(&seen.paused, &windows, world.plan.lease_ttl_s(), &audit, &world.timeline));
         checks.push(stops(&seen));
         checks.push(well_being(&told, &seen));
         checks.push(no_defects(&self.client));

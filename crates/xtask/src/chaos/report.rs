@@ -11,7 +11,7 @@ use super::{
     load::Done,
     logs::{BadAnswer, Told},
     reconcile::Check,
-    takeover::TakeOver,
+    takeover::TakeOvers,
     world::{Seen, WindowKind},
 };
 use crate::quantile::nearest_rank;
@@ -27,7 +27,7 @@ pub(crate) struct Facts<'a> {
     pub(crate) seen: &'a Seen,
     pub(crate) done: &'a Done,
     pub(crate) paid: &'a Paid,
-    pub(crate) take_overs: &'a [TakeOver],
+    pub(crate) take_overs: &'a TakeOvers,
     pub(crate) told: &'a Told,
     pub(crate) bad_answers: &'a BTreeMap<BadAnswer, u64>,
     pub(crate) sent_again: u64,
@@ -49,8 +49,9 @@ impl Facts<'_> {
 
     /// Seconds of take-overs: all, and those that nothing else disturbed.
     fn take_over_seconds(&self) -> [(&'static str, Vec<f64>); 2] {
-        let all = self.take_overs.iter().map(|one| one.seconds).collect();
-        let alone = self.take_overs.iter().filter(|one| one.undisturbed).map(|one| one.seconds).collect();
+        let taken = &self.take_overs.taken;
+        let all = taken.iter().map(|one| one.seconds).collect();
+        let alone = taken.iter().filter(|one| one.undisturbed).map(|one| one.seconds).collect();
         [("all", all), ("with no other fault about", alone)]
     }
 
@@ -146,6 +147,10 @@ impl Facts<'_> {
             };
             row(text, &[name, &seconds.len().to_string(), &of(50), &of(99), &of(100)]);
         }
+        let TakeOvers { taken, not_taken } = self.take_overs;
+        let owned = taken.len() as u64 + not_taken.values().sum::<u64>();
+        let _ = writeln!(text, "\n{} of {owned} owned runs were taken over. The others:", taken.len());
+        let _ = writeln!(text, "{}.", listed(not_taken.iter().collect()));
     }
 
     fn faults_part(&self, text: &mut String) {
@@ -230,6 +235,7 @@ impl Facts<'_> {
             "exceptions": self.paid.exceptions,
             "take_over": take_over(&all),
             "take_over_undisturbed": take_over(&alone),
+            "not_taken_over": self.take_overs.not_taken,
             "fences": self.told.fences.len(),
             "interruptions": faults.iter().filter(|w| matches!(w.kind, WindowKind::Interrupted(_))).count(),
             "faults": faults,
