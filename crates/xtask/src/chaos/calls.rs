@@ -74,39 +74,32 @@ impl<'a> Known<'a> {
         Self { timeline, windows, told }
     }
 
-    /// Whether its receiver was interrupted while the call was under way or its answer on its way into the cache.
-    fn interrupted(&self, call: &Call) -> bool {
+    /// Whether something was the case with its receiver while the call was under way or its answer on its way into the
+    /// cache.
+    fn befell(&self, call: &Call, kind: fn(usize) -> WindowKind) -> bool {
         let from_s = self.timeline.of(call.started);
         let to_s = call.ended.map_or(f64::INFINITY, |ended| self.timeline.of(ended) + IN_HAND_S);
-        self.windows.iter().any(|window| {
-            let about =
-                matches!(window.kind, WindowKind::Interrupted(index) if call.caller == format!("r{}", index + 1));
-            about && window.from_s <= to_s && window.to_s >= from_s
-        })
+        self.overlaps(of_caller(&call.caller, kind), from_s, to_s)
+    }
+
+    fn overlaps(&self, kind: Option<WindowKind>, from_s: f64, to_s: f64) -> bool {
+        self.windows.iter().any(|window| Some(window.kind) == kind && window.from_s <= to_s && window.to_s >= from_s)
     }
 
     /// Whether the shared cache was away from all, or lost what it had, from one time to another.
     fn cache_away(&self, from_s: f64, to_s: f64) -> bool {
-        let away = |window: &&Window| window.kind == WindowKind::CacheAway(None);
-        self.windows.iter().filter(away).any(|window| window.from_s <= to_s && window.to_s >= from_s)
+        self.overlaps(Some(WindowKind::CacheAway(None)), from_s, to_s)
     }
 
     /// Whether this caller says of itself that the shared cache did not answer it around that time.
     fn cache_silent(&self, caller: &str, at_s: f64) -> bool {
-        self.windows.iter().any(|window| {
-            let about =
-                matches!(window.kind, WindowKind::CacheAway(Some(index)) if caller == format!("r{}", index + 1));
-            about && window.from_s <= at_s && window.to_s >= at_s
-        })
+        self.overlaps(of_caller(caller, |index| WindowKind::CacheAway(Some(index))), at_s, at_s)
     }
 
     /// Whether this call was begun by a replica that had been frozen past its lease, before it noticed.
     fn woken(&self, call: &Call) -> bool {
         let at_s = self.timeline.of(call.started);
-        self.windows.iter().any(|window| {
-            let about = matches!(window.kind, WindowKind::Woken(index) if call.caller == format!("r{}", index + 1));
-            about && window.from_s <= at_s && window.to_s >= at_s
-        })
+        self.overlaps(of_caller(&call.caller, WindowKind::Woken), at_s, at_s)
     }
 
     /// Whether the call's run was stopped while it was under way.
@@ -121,6 +114,12 @@ impl<'a> Known<'a> {
         let mut told = self.told.get(key).into_iter().flatten();
         told.any(|(told, at_s)| *told == what && (from_s..=to_s).contains(at_s))
     }
+}
+
+/// What a window about this caller, `r1` and so on, is.
+fn of_caller(caller: &str, kind: fn(usize) -> WindowKind) -> Option<WindowKind> {
+    let nth: usize = caller.strip_prefix('r')?.parse().ok()?;
+    Some(kind(nth.checked_sub(1)?))
 }
 
 /// Goes through the books.
@@ -171,7 +170,12 @@ fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str
         (_, Fate::Delivered) if before.stage == HELD.1 && between(Told::Resumed) => {
             "the output was to be held, hence evicted, and its owner was lost before that was committed"
         }
-        _ if known.interrupted(before) => "its receiver was killed, frozen or fenced before the answer was cached",
+        _ if known.befell(before, WindowKind::Interrupted) => {
+            "its receiver was killed, frozen or fenced before the answer was cached"
+        }
+        _ if known.befell(before, WindowKind::Still) => {
+            "its receiver had stood still until it was killed, frozen or fenced"
+        }
         _ if known.run_stopped(before) => {
             "its run was cancelled or expired while the call was under way, and was retried"
         }
@@ -270,6 +274,7 @@ mod tests {
             ((Answer::Truncated, Fate::Delivered), vec![]),
             ((Answer::Good, Fate::Delivered), vec![window(WindowKind::Interrupted(0), 1.2, 5.0)]),
             ((Answer::Good, Fate::Abandoned), vec![window(WindowKind::Interrupted(0), 0.9, 5.0)]),
+            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::Still(0), 1.5, 3.0)]),
             ((Answer::Good, Fate::Delivered), vec![window(WindowKind::CacheAway(None), 4.0, 5.0)]),
         ] {
             let paid = check(first, &windows);

@@ -13,8 +13,6 @@ use super::{
 
 /// The breaker before a shared cache that failed stays open so long, and an answer that is on its way takes a moment.
 const CACHE_AFTERMATH_S: f64 = 7.0;
-/// What was received so shortly before the end of its receiver may not have been used yet.
-const BEFORE_S: f64 = 0.5;
 /// A short freeze, as a share of the TTL. Before it a heartbeat may be a third old, after it the next one takes a moment,
 /// and the fence is at 0.7.
 const SHORT_MAX_TTL: f64 = 0.25;
@@ -128,7 +126,7 @@ async fn of_replica(world: &World, fault: Fault) -> anyhow::Result<()> {
     }
     // A frozen one begins to read what it received when it goes on, and is fenced a moment later.
     let after_s = if fault.kind == Kind::Kill { 0.0 } else { 1.5 };
-    world.window(&what, WindowKind::Interrupted(index), from_s - BEFORE_S, to_s + after_s);
+    world.window(&what, WindowKind::Interrupted(index), from_s, to_s + after_s);
     if fault.kind == Kind::Freeze {
         world.window(&format!("{}: wakes", replica.name()), WindowKind::Woken(index), to_s - 0.1, to_s + 1.0);
     }

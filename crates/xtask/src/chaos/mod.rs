@@ -230,7 +230,8 @@ impl Running {
         let audit = world.auditor().await?.read().await?;
         let told = logs::replicas(world)?;
         let seen = std::mem::take(&mut *world.seen());
-        let mut windows = told.since_last_sign(&seen.windows);
+        let mut windows = told.stood_still(&seen.windows);
+        windows.extend_from_slice(&seen.windows);
         windows.extend(told.fences.iter().chain(&told.cache_silences).cloned());
         let paid = calls::reconcile(&world.storm.calls(), &Known::new(&world.timeline, &windows, &audit));
         let take_overs = takeover::measure(&seen.orphans, &seen.windows, &audit, &world.timeline);

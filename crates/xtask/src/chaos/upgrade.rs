@@ -145,7 +145,7 @@ async fn stop_for_good(world: &Arc<World>, index: usize, signal: &str) -> anyhow
         world.seen().stops.push((replica.name().to_owned(), from_s, to_s - from_s, status));
     }
     let kind = if signal == "KILL" { WindowKind::Interrupted(index) } else { WindowKind::Other };
-    world.window(&what, kind, from_s - 0.5, to_s);
+    world.window(&what, kind, from_s, to_s);
     let mut owners: Vec<(Uuid, Option<String>)> = orphans.runs.iter().map(|run| (*run, None)).collect();
     let mut auditor = world.auditor().await?;
     for _ in 0..LOOKS {

@@ -64,6 +64,8 @@ pub(crate) struct Window {
 pub(crate) enum WindowKind {
     /// This replica could not use what it received.
     Interrupted(usize),
+    /// This replica had given no sign of life since, when it was interrupted: it may not have read what it received.
+    Still(usize),
     /// This replica was frozen for less than its fence: it could use what it received when it went on.
     Paused(usize),
     /// This replica was frozen past its lease and has just woken, not knowing it yet.
