@@ -31,6 +31,9 @@ pub(crate) struct Paid {
     /// Delivered, parseable answers by the key in their prompt: what the ledger can at most have booked as answered.
     pub(crate) answered: HashMap<String, u64>,
     pub(crate) findings: Vec<String>,
+    /// Calls that were refused for good, and those that were made again all the same.
+    pub(crate) refused: u64,
+    pub(crate) asked_again: Vec<String>,
 }
 
 /// What the reasons are looked up in.
@@ -126,7 +129,15 @@ fn of_caller(caller: &str, kind: fn(usize) -> WindowKind) -> Option<WindowKind> 
 pub(crate) fn reconcile(calls: &[Call], known: &Known<'_>) -> Paid {
     let mut paid = Paid::default();
     let mut requests: HashMap<u64, Vec<&Call>> = HashMap::new();
+    let mut refused: HashMap<u64, &Call> = HashMap::new();
     for call in calls {
+        if let Some(before) = refused.remove(&call.fingerprint).filter(|before| !may_ask_again(before, call, known)) {
+            paid.asked_again.push(repeated(before, call, "asked", known.timeline));
+        }
+        if call.answer.is_final() {
+            paid.refused += 1;
+            refused.insert(call.fingerprint, call);
+        }
         let row = paid.by_answer.entry(call.answer).or_default();
         row.0 += 1;
         row.1 += u64::from(call.fate == Fate::Abandoned);
@@ -134,7 +145,7 @@ pub(crate) fn reconcile(calls: &[Call], known: &Known<'_>) -> Paid {
             continue;
         }
         requests.entry(call.fingerprint).or_default().push(call);
-        if call.fate == Fate::Delivered && matches!(call.answer, Answer::Good | Answer::Slow | Answer::Bad) {
+        if call.fate == Fate::Delivered && (call.answer.is_usable() || call.answer == Answer::Bad) {
             *paid.answered.entry(call.key.clone()).or_default() += 1;
         }
     }
@@ -146,7 +157,7 @@ pub(crate) fn reconcile(calls: &[Call], known: &Known<'_>) -> Paid {
             let (before, again) = (pair[0], pair[1]);
             match reason(before, again, known) {
                 Some(reason) => *paid.exceptions.entry(reason).or_default() += 1,
-                None => paid.findings.push(unexplained(before, again, known.timeline)),
+                None => paid.findings.push(repeated(before, again, "paid", known.timeline)),
             }
         }
     }
@@ -159,8 +170,11 @@ fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str
     let between = |what| known.tells(&before.key, what, ended_s, again_s);
     Some(match (before.answer, before.fate) {
         (Answer::Cut, _) => "the answer was cut on its way",
-        (Answer::Garbled | Answer::Truncated, Fate::Delivered) => {
-            "the answer could not be used (no JSON, or truncated)"
+        (Answer::Garbled | Answer::Truncated | Answer::Empty, Fate::Delivered) => {
+            "the answer could not be used (no JSON, truncated, or empty)"
+        }
+        (Answer::Refused, Fate::Delivered) if may_ask_again(before, again, known) => {
+            "the model refused, and the run was retried or taken over"
         }
         (Answer::Bad, Fate::Delivered) => "the answer failed its gate and was evicted",
         (_, Fate::Delivered) if before.stage == HELD.1 && between(Told::Retried) => {
@@ -192,7 +206,18 @@ fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str
     })
 }
 
-fn unexplained(before: &Call, again: &Call, timeline: &Timeline) -> String {
+/// Whether a request that was refused for good may be sent again: somebody asked for it, or whoever knew is gone.
+fn may_ask_again(before: &Call, again: &Call, known: &Known<'_>) -> bool {
+    let again_s = known.timeline.of(again.started);
+    let Some(ended_s) = before.ended.map(|ended| known.timeline.of(ended)).filter(|at_s| *at_s <= again_s) else {
+        return true;
+    };
+    before.fate != Fate::Delivered
+        || [Told::Retried, Told::Resumed].iter().any(|told| known.tells(&before.key, *told, ended_s, again_s))
+        || known.woken(again)
+}
+
+fn repeated(before: &Call, again: &Call, how: &str, timeline: &Timeline) -> String {
     let told = |call: &Call| {
         format!(
             "by {} from {:.3} to {:.3} s ({}, {:?})",
@@ -204,7 +229,7 @@ fn unexplained(before: &Call, again: &Call, timeline: &Timeline) -> String {
         )
     };
     format!(
-        "key {} stage {}: request {:016x} was paid again without a reason: {}, then {}",
+        "key {} stage {}: request {:016x} was {how} again without a reason: {}, then {}",
         before.key,
         before.stage,
         before.fingerprint,
@@ -287,6 +312,17 @@ mod tests {
         let held = |told: &[(Told, f64)]| check_told(HELD.1, (Answer::Good, Fate::Delivered), &[], told).findings.len();
         assert_eq!((held(&[(Told::Retried, 5.0)]), held(&[(Told::Resumed, 5.0)])), (0, 0));
         assert_eq!((held(&[]), held(&[(Told::Retried, 0.5), (Told::Stopped, 5.0), (Told::Retried, 9.5)])), (1, 1));
+    }
+
+    #[test]
+    fn what_was_refused_for_good_is_asked_again_only_by_somebody() {
+        let again = |answer, told: &[(Told, f64)]| {
+            let paid = check_told("frail", (answer, Fate::Delivered), &[], told);
+            (paid.asked_again.len(), paid.findings.len())
+        };
+        assert_eq!((again(Answer::Quota, &[]), again(Answer::Refused, &[])), ((1, 0), (1, 1)));
+        let retried = [(Told::Retried, 5.0)];
+        assert_eq!((again(Answer::Quota, &retried), again(Answer::Refused, &retried)), ((0, 0), (0, 0)));
     }
 
     #[test]
