@@ -77,8 +77,8 @@ fn disturbed(windows: &[Window], orphans: &Orphans, to_s: f64) -> bool {
 }
 
 /// Who stood still for less than its fence keeps its runs. Judged are those that another owner went on with before the
-/// replica had been awake for a TTL; not where the store or that replica met another fault (an end in order hands back,
-/// too), and not where it says itself that it was fenced: then the machine stood still for longer than we asked for.
+/// replica had been awake for a TTL, or the store or that replica met another fault (an end in order hands back, too);
+/// not where one was about in the TTL before, and not from when on it says itself that it was fenced: then the machine stood still for longer than we asked for.
 pub(crate) fn kept(
     paused: &[(Orphans, f64)],
     windows: &[Window],
@@ -88,14 +88,14 @@ pub(crate) fn kept(
 ) -> Check {
     let mut check = Check::new("who is frozen for less than the fence keeps its runs");
     for (owned, awake_s) in paused {
-        let (from_s, until_s) = (owned.at_s - ttl_s, awake_s + ttl_s);
         let replica = owned.what.split_inclusive(':').next().unwrap_or_default();
-        let other = |window: &Window| {
+        let matters = |window: &&Window| {
             let of_it = window.what.starts_with(replica) && !matches!(window.kind, WindowKind::CacheAway(_));
-            let matters = window.kind == WindowKind::StoreAway || of_it && window.what != owned.what;
-            matters && window.from_s < until_s && window.to_s > from_s
+            window.kind == WindowKind::StoreAway || of_it && window.what != owned.what
         };
-        if windows.iter().any(other) {
+        let others = windows.iter().filter(matters).filter(|window| window.to_s > owned.at_s - ttl_s);
+        let until_s = others.map(|window| window.from_s).fold(awake_s + ttl_s, f64::min);
+        if until_s <= owned.at_s {
             continue;
         }
         for run in &owned.runs {
