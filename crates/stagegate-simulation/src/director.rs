@@ -1,6 +1,7 @@
 //! One world from its seed to its end: owns what happens from outside, and when it is over.
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, LazyLock},
     time::Duration,
 };
@@ -26,6 +27,7 @@ use crate::{
     Flaw, Violation,
     cache::TierFront,
     front::Front,
+    panics,
     provider::Scripted,
     script::{self, Act, Made},
     watcher,
@@ -75,6 +77,8 @@ pub struct Counts {
     pub parks: u64,
     /// Processes that were killed.
     pub kills: u64,
+    /// Replicas that were declared dead while they lived.
+    pub lost: u64,
     /// Processes that were stopped for a while.
     pub pauses: u64,
     /// Processes that were asked to stop.
@@ -115,6 +119,7 @@ impl Counts {
             holds,
             parks,
             kills,
+            lost,
             pauses,
             drains,
             store_faults,
@@ -131,6 +136,7 @@ impl Counts {
         self.holds += holds;
         self.parks += parks;
         self.kills += kills;
+        self.lost += lost;
         self.pauses += pauses;
         self.drains += drains;
         self.store_faults += store_faults;
@@ -151,20 +157,31 @@ pub struct Outcome {
     pub counts: Counts,
 }
 
-/// Plays a seed.
+/// Plays a seed. A panic in it is a broken promise like any other.
 ///
 /// # Panics
 /// Where the machine gives no runtime.
 pub fn simulate(seed: u64, options: Options) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.unwrap_or_else(|error| panic!("no runtime: {error}"));
+    let world = runtime.block_on(async { World::new(seed, options) });
+    let listening = panics::listen(&world);
+    let played = catch_unwind(AssertUnwindSafe(|| {
+        runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = world.broken.notified() => {}
+                () = Box::pin(play(&world)) => {}
+            }
+        });
+    }));
+    drop(listening);
     runtime.block_on(async {
-        let world = World::new(seed, options);
-        tokio::select! {
-            biased;
-            () = world.broken.notified() => {}
-            () = Box::pin(play(&world)) => {}
+        if let Some(what) = world.panic.get() {
+            world.check(|checks| checks.panicked(what));
         }
+        // The hook has noted it.
+        drop(played);
         world.lock().processes.iter_mut().for_each(|process| process.engine = None);
         let (violation, mut counts) = {
             let inner = world.lock();
@@ -258,7 +275,14 @@ async fn start(world: Arc<World>, setup: Arc<Setup>, place: usize) {
             let inner = &mut *world.lock();
             let life = inner.processes.iter().filter(|process| process.place == place).count() + 1;
             let name = format!("r{}.{life}", place + 1);
-            inner.processes.push(Process { name, place, standing: Standing::Up, engine: None, unflushed: Vec::new() });
+            inner.processes.push(Process {
+                name,
+                place,
+                standing: Standing::Up,
+                engine: None,
+                replica: None,
+                unflushed: Vec::new(),
+            });
             (inner.processes.len() - 1, StdRng::seed_from_u64(inner.rng.random()))
         };
         world.note_by(process, || "starts".to_owned());

@@ -1,5 +1,5 @@
 //! How one process reaches the store: owns the faults of that way. A call may fail before or after it happened, be
-//! late, arrive a second time, or be the last that its process ever makes. Records each step for the checks.
+//! late, arrive a second time, cost its process the leases, or be the last that it ever makes. Records each step for the checks.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -35,6 +35,9 @@ struct Fate {
     fails_after: bool,
     kills_before: bool,
     kills_after: bool,
+    /// The leases of its process are gone before it happens, or before its answer is heard.
+    lost_before: bool,
+    lost_after: bool,
     /// Should its process stop or die meanwhile, it arrives all the same.
     on_the_wire: bool,
     again_after: Option<Duration>,
@@ -59,6 +62,8 @@ impl Front {
             fails_after: false,
             kills_before: false,
             kills_after: false,
+            lost_before: false,
+            lost_after: false,
             on_the_wire: false,
             again_after: None,
         };
@@ -83,6 +88,9 @@ impl Front {
         let kills = rng.random_bool(weather.kill);
         fate.kills_before = kills && rng.random_bool(0.5);
         fate.kills_after = kills && !fate.kills_before;
+        let lost = bad && rng.random_bool(weather.lose);
+        fate.lost_before = lost && rng.random_bool(0.5);
+        fate.lost_after = lost && !fate.lost_before;
         fate.on_the_wire = rng.random_bool(0.5);
         if rng.random_bool(weather.duplicate) {
             fate.again_after = Some(Duration::from_millis(rng.random_range(1..DUPLICATE_MS)));
@@ -107,6 +115,9 @@ impl Front {
         if !(fate.on_the_wire && self.world.standing(self.process) != Standing::Up) {
             self.world.gate(self.process).await;
         }
+        if fate.lost_before {
+            self.world.lose_lease(self.process, &format!("before {method}"));
+        }
         if fate.fails_before {
             self.world.note_by(self.process, || format!("{method} fails before it happened"));
             return Err(StoreError::Unavailable(format!("simulated, before {method}")));
@@ -116,6 +127,9 @@ impl Front {
 
     /// The way back.
     async fn end<T>(&self, method: &'static str, fate: Fate, answer: StoreResult<T>) -> StoreResult<T> {
+        if fate.lost_after {
+            self.world.lose_lease(self.process, &format!("after {method}"));
+        }
         if fate.kills_after || fate.kills_before {
             self.world.kill(self.process);
         }
@@ -156,7 +170,7 @@ impl Front {
     async fn do_submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
         let answers = self.world.store.submit(runs).await?;
         for (run, answer) in runs.iter().zip(&answers) {
-            self.world.book(|checks| checks.submitted(run, answer));
+            self.world.check(|checks| checks.submitted(run, answer));
             self.world.note_by(self.process, || format!("SUBMIT {}: {answer:?}", self.world.name_of(run.id)));
         }
         Ok(answers)
@@ -241,6 +255,7 @@ impl Front {
     }
 
     async fn slow_heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse> {
+        self.world.lock().processes[self.process].replica = Some(beat.replica);
         let fate = self.begin("heartbeat").await?;
         let pulse = self.do_heartbeat(beat).await;
         let copy = beat.clone();

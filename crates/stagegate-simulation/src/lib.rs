@@ -11,12 +11,14 @@
 //!   arrive twice, or kill its replica.
 //! - `provider` answers, errs, limits, hangs.
 //! - `script` makes up pipelines and runs; `director` plays a seed to its end.
+//! - `panics` notices what is swallowed.
 //! - `check` watches every step against the promises of the design.
 
 mod cache;
 mod check;
 mod director;
 mod front;
+mod panics;
 mod provider;
 mod script;
 mod store;
@@ -51,4 +53,12 @@ pub enum Flaw {
     CacheForgets,
     /// A cancel is noted, but the owner's heartbeat does not tell of it.
     CancelIsSilent,
+    /// A claim takes whatever waits, however many run beside it.
+    LimitsIgnored,
+    /// A claim takes what is not due yet.
+    StartIgnored,
+    /// A claim takes whoever has waited longest, whatever the priorities.
+    PriorityIgnored,
+    /// The first call makes its driver panic; the engine catches that and goes on.
+    DriverPanics,
 }

@@ -12,7 +12,7 @@ use rand::Rng;
 use stagegate_core::{Code, Usage, pipeline::OutputFormat};
 use stagegate_llm::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
 
-use crate::world::World;
+use crate::{Flaw, world::World};
 
 /// What an answer of a stage says that passes its gate.
 pub(crate) const GOOD: &str = "GOOD";
@@ -111,6 +111,7 @@ impl Provider for Scripted {
         let digest = digest(&request);
         world.note_by(self.process, || format!("CALL {call}: {tag}/{stage}"));
         world.check(|checks| checks.call_starts(self.process, call, digest, &tag, &stage));
+        assert!(world.store.flaw != Flaw::DriverPanics || call > 1, "the first call panics on purpose");
         let mut under_way = UnderWay { world, process: self.process, call, over: false };
         let (fate, latency) = self.fate();
         if fate == Fate::Hangs {

@@ -39,6 +39,8 @@ pub(crate) fn pipeline(rng: &mut StdRng, n: usize) -> Made {
     }
     if rng.random_bool(0.15) {
         definition["concurrency"] = json!({ "max_runs": rng.random_range(1..3) });
+    } else if rng.random_bool(0.05) {
+        definition["concurrency"] = json!({ "key": "input.tag" });
     }
     let name = PipelineName::new(name).unwrap_or_else(|error| unreachable!("{error}"));
     Made { name, source: definition.to_string(), needs }

@@ -2,13 +2,13 @@
 //! happens in one thread; the lock is there because the engine's traits ask for it.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
 use chrono::{DateTime, Utc};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
-use stagegate_core::{Clock, RunId};
+use stagegate_core::{Clock, ReplicaId, RunId};
 use stagegate_engine::Engine;
 use tokio::{sync::Notify, time::Instant};
 
@@ -39,6 +39,8 @@ pub(crate) struct Process {
     pub(crate) place: usize,
     pub(crate) standing: Standing,
     pub(crate) engine: Option<Engine>,
+    /// Its present life, as its last heartbeat said.
+    pub(crate) replica: Option<ReplicaId>,
     /// What it wrote a moment ago, and what was there before: lost with it where the flush is not awaited.
     pub(crate) unflushed: Vec<(i64, RunId, Row)>,
 }
@@ -52,6 +54,8 @@ pub(crate) struct Weather {
     pub(crate) delay: f64,
     pub(crate) duplicate: f64,
     pub(crate) kill: f64,
+    /// Its leases are declared lost under a replica that makes a call.
+    pub(crate) lose: f64,
     pub(crate) cache: f64,
     pub(crate) provider: f64,
     /// How many times longer than usual the provider takes.
@@ -67,6 +71,8 @@ pub(crate) struct World {
     pub(crate) changed: Notify,
     /// A promise was broken.
     pub(crate) broken: Notify,
+    /// The first panic, in words.
+    pub(crate) panic: OnceLock<String>,
     /// A process died, and its place is empty.
     pub(crate) vacancy: Notify,
     began: Instant,
@@ -112,6 +118,7 @@ impl World {
             tier: Tier::new(options.flaw),
             changed: Notify::new(),
             broken: Notify::new(),
+            panic: OnceLock::new(),
             vacancy: Notify::new(),
             began: Instant::now(),
             inner: Mutex::new(inner),
@@ -236,13 +243,28 @@ impl World {
         }
     }
 
-    /// Where the flush is not awaited: what was acknowledged in the last moment was not on the disk.
+    /// Where the flush is not awaited: what was acknowledged in the last moment was not on the disk. A later claim was, and
+    /// with it what came before.
     fn lose(&self, now: i64, lost: Vec<(i64, RunId, Row)>) {
         for (at, run, before) in lost.into_iter().rev() {
             if now - at <= UNFLUSHED_MS {
-                self.store.with(|state, _| state.runs.insert(run, before));
+                self.store.with(|state, _| {
+                    if let Some(row) = state.runs.get_mut(&run).filter(|row| row.epoch == before.epoch) {
+                        *row = before;
+                    }
+                });
             }
         }
+    }
+
+    /// Declares a process dead while it lives, as if its heartbeat had come too late: others may have its runs at once, and
+    /// it learns of that from its next heartbeat, or by being fenced.
+    pub(crate) fn lose_lease(&self, process: usize, when: &str) {
+        let Some(replica) = self.lock().processes[process].replica else { return };
+        self.store.with(|state, now| state.leave(replica, now));
+        self.lock().counts.lost += 1;
+        self.note_by(process, || format!("LEASE LOST {when}"));
+        self.book(|checks| checks.left(replica));
     }
 
     /// Stops a process for a while, as SIGSTOP and SIGCONT do.
@@ -306,6 +328,7 @@ fn weather(rng: &mut StdRng) -> Weather {
         delay: of(0.02, 0.1),
         duplicate: of(0.05, 0.3),
         kill: of(0.003, 0.02),
+        lose: of(0.005, 0.03),
         cache: of(0.02, 0.2),
         provider: of(0.3, 0.8),
         slowness: 1,
@@ -313,7 +336,7 @@ fn weather(rng: &mut StdRng) -> Weather {
     weather.slowness = [1, 1, 5].choose(rng).copied().unwrap_or(1);
     if rng.random_bool(0.4) {
         weather.only = METHODS.choose(rng).copied();
-        (weather.fail, weather.delay) = (0.25, 0.25);
+        (weather.fail, weather.delay, weather.lose) = (0.25, 0.25, 0.3);
     }
     weather
 }

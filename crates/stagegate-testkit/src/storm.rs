@@ -2,8 +2,8 @@
 //! was charged and what of it arrived. It speaks the OpenAI protocol under `/<caller>/v1/chat/completions`, so that each
 //! replica is known by its base URL.
 //!
-//! A prompt begins with `key=<key> stage=<stage>`; `gate` in the stage's name has some answers fail a gate, `json`
-//! as the format asked for gets JSON. The same request fails in the same way with the same seed, whoever asks and
+//! A prompt begins with `key=<key> stage=<stage>`; `gate` in the stage's name has some answers fail a gate, `frail` has
+//! some calls refused for good, `json` as the format asked for gets JSON. The same request fails in the same way with the same seed, whoever asks and
 //! whenever.
 
 use std::{
@@ -46,12 +46,22 @@ pub enum Answer {
     Truncated,
     /// 200 with a body that is no JSON.
     Garbled,
+    /// A whole answer that says nothing.
+    Empty,
+    /// A good answer that does not tell what it took.
+    NoUsage,
+    /// 200 with an error in place of an answer; asked again, it may go well.
+    ErrorInside,
+    /// A refusal in the model's own words; asked again, it refuses again.
+    Refused,
     /// The connection breaks in the middle of a good answer.
     Cut,
     /// 429 with a Retry-After short enough to be waited out in memory.
     LimitedShort,
     /// 429 with a Retry-After long enough to park.
     LimitedLong,
+    /// 429 that no waiting helps against: there is no quota left.
+    Quota,
     /// 500.
     Failed,
     /// 529: overloaded.
@@ -71,9 +81,14 @@ impl Answer {
             Self::Bad => "fails its gate",
             Self::Truncated => "truncated",
             Self::Garbled => "no JSON",
+            Self::Empty => "empty",
+            Self::NoUsage => "good, without usage",
+            Self::ErrorInside => "200 with an error inside",
+            Self::Refused => "refusal",
             Self::Cut => "cut halfway",
             Self::LimitedShort => "429, short",
             Self::LimitedLong => "429, long",
+            Self::Quota => "429, no quota",
             Self::Failed => "500",
             Self::Overloaded => "529",
             Self::Closed => "closed without a byte",
@@ -83,12 +98,19 @@ impl Answer {
 
     /// Whether a real provider would charge for it: it produced an answer, whether or not that could be used.
     pub fn is_charged(self) -> bool {
-        matches!(self, Self::Good | Self::Slow | Self::Bad | Self::Truncated | Self::Garbled | Self::Cut)
+        let produced =
+            matches!(self, Self::Bad | Self::Truncated | Self::Garbled | Self::Empty | Self::Refused | Self::Cut);
+        produced || self.is_usable()
     }
 
     /// Whether the whole answer, received, is one that can be reused.
     pub fn is_usable(self) -> bool {
-        matches!(self, Self::Good | Self::Slow)
+        matches!(self, Self::Good | Self::Slow | Self::NoUsage)
+    }
+
+    /// Whether the same request must not be sent again by itself.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Quota | Self::Refused)
     }
 }
 
@@ -131,6 +153,8 @@ pub struct Call {
 pub struct Mix {
     /// In order; what is left of the thousand is good.
     pub faults: Vec<(Answer, u32)>,
+    /// The same for stages that may fail for good, before the others.
+    pub lasting: Vec<(Answer, u32)>,
     /// Answers of stages with a gate that fail it, in thousandths of the good ones.
     pub bad: u32,
     /// The time of a usual answer: from, to.
@@ -155,7 +179,11 @@ impl Default for Mix {
                 (Answer::Garbled, 12),
                 (Answer::Truncated, 12),
                 (Answer::Hang, 6),
+                (Answer::Empty, 10),
+                (Answer::NoUsage, 20),
+                (Answer::ErrorInside, 12),
             ],
+            lasting: vec![(Answer::Quota, 30), (Answer::Refused, 30)],
             bad: 350,
             latency: (Duration::from_millis(20), Duration::from_millis(400)),
             slow: (Duration::from_millis(600), Duration::from_millis(1500)),
@@ -167,7 +195,7 @@ impl Default for Mix {
 impl Mix {
     /// Nothing goes wrong.
     pub fn calm() -> Self {
-        Self { faults: Vec::new(), bad: 0, ..Self::default() }
+        Self { faults: Vec::new(), lasting: Vec::new(), bad: 0, ..Self::default() }
     }
 }
 
@@ -288,7 +316,7 @@ async fn serve(shared: Arc<Shared>, request: Request<hyper::body::Incoming>) -> 
             line.delivered = true;
             Err(Closed)
         }
-        Answer::Failed | Answer::Overloaded | Answer::LimitedShort | Answer::LimitedLong => {
+        Answer::Failed | Answer::Overloaded | Answer::LimitedShort | Answer::LimitedLong | Answer::Quota => {
             line.delivered = true;
             refuse(planned.answer, planned.retry_after_s)
         }
@@ -331,7 +359,7 @@ fn book(shared: &Arc<Shared>, caller: String, bytes: &[u8], asked: &Value) -> (P
     let nth = *book.asked.entry(fingerprint).and_modify(|n| *n += 1).or_insert(0);
     let stage = word("stage=");
     let mut rng = StdRng::seed_from_u64(shared.seed ^ fingerprint ^ (u64::from(nth) << 48));
-    let planned = plan(&book, &mut rng, nth, stage.contains("gate"));
+    let planned = plan(&book, &mut rng, nth, &stage);
     let call = Call {
         caller,
         fingerprint,
@@ -348,12 +376,13 @@ fn book(shared: &Arc<Shared>, caller: String, bytes: &[u8], asked: &Value) -> (P
     (planned, call, Line { shared: Arc::clone(shared), index, delivered: false })
 }
 
-fn plan(book: &Book, rng: &mut StdRng, nth: u32, gated: bool) -> Planned {
+fn plan(book: &Book, rng: &mut StdRng, nth: u32, stage: &str) -> Planned {
     let mix = &book.mix;
     let mut drawn = rng.random_range(0..1000_u32);
     let mut answer = Answer::Good;
     if nth < FAULTY_ASKS {
-        for (fault, share) in &mix.faults {
+        let lasting = mix.lasting.iter().filter(|_| stage.contains("frail"));
+        for (fault, share) in lasting.chain(&mix.faults) {
             if drawn < *share {
                 answer = *fault;
                 break;
@@ -361,7 +390,7 @@ fn plan(book: &Book, rng: &mut StdRng, nth: u32, gated: bool) -> Planned {
             drawn -= *share;
         }
     }
-    if answer == Answer::Good && gated && rng.random_range(0..1000_u32) < mix.bad {
+    if answer == Answer::Good && stage.contains("gate") && rng.random_range(0..1000_u32) < mix.bad {
         answer = Answer::Bad;
     }
     let (from, to) = if answer == Answer::Slow { mix.slow } else { mix.latency };
@@ -375,10 +404,11 @@ fn refuse(answer: Answer, retry_after_s: u32) -> Result<Response<Body>, Closed> 
     let (status, kind) = match answer {
         Answer::Failed => (500, "server_error"),
         Answer::Overloaded => (529, "overloaded_error"),
+        Answer::Quota => (429, "insufficient_quota"),
         _ => (429, "rate_limit_exceeded"),
     };
     let mut response = Response::builder().status(status).header("content-type", "application/json");
-    if status == 429 {
+    if matches!(answer, Answer::LimitedShort | Answer::LimitedLong) {
         response = response.header("retry-after", retry_after_s);
     }
     let body = json!({ "error": { "message": "not now", "type": kind, "code": kind } });
@@ -390,6 +420,9 @@ fn completion(call: &Call, answer: Answer, asked: &Value) -> String {
     if answer == Answer::Garbled {
         return "<html>504 Gateway Timeout</html>".to_owned();
     }
+    if answer == Answer::ErrorInside {
+        return json!({ "error": { "message": "no capacity", "type": "server_error", "code": 503 } }).to_string();
+    }
     let mark = format!("stage {} of {} answers {:016x}. ", call.stage, call.key, call.fingerprint);
     let word = if answer == Answer::Bad { BAD_WORD } else { "well" };
     let text = if asked.get("response_format").is_some_and(|format| !format.is_null()) {
@@ -397,19 +430,29 @@ fn completion(call: &Call, answer: Answer, asked: &Value) -> String {
     } else {
         format!("{mark}{word}. {}", FILLER.repeat(6))
     };
+    let (content, refusal) = match answer {
+        Answer::Empty => (Some(String::new()), None),
+        Answer::Refused => (None, Some("I will not help with that.")),
+        _ => (Some(text), None),
+    };
     let finish = if answer == Answer::Truncated { "length" } else { "stop" };
-    json!({
+    let mut body = json!({
         "id": format!("chatcmpl-{:016x}-{}", call.fingerprint, call.nth),
         "object": "chat.completion",
         "created": 1_700_000_000,
         "model": asked["model"],
         "choices": [{
             "index": 0,
-            "message": { "role": "assistant", "content": text, "refusal": null },
+            "message": { "role": "assistant", "content": content, "refusal": refusal },
             "logprobs": null,
             "finish_reason": finish,
         }],
         "usage": { "prompt_tokens": USAGE.0, "completion_tokens": USAGE.1, "total_tokens": USAGE.0 + USAGE.1 },
-    })
-    .to_string()
+    });
+    if answer == Answer::NoUsage
+        && let Some(body) = body.as_object_mut()
+    {
+        body.remove("usage");
+    }
+    body.to_string()
 }

@@ -5,6 +5,7 @@ mod bench;
 mod chaos;
 mod coverage;
 mod daemon;
+mod quantile;
 mod schemathesis;
 mod simulate;
 mod system;

@@ -3,6 +3,7 @@
 
 mod calls;
 mod runs;
+mod turns;
 
 use std::{collections::BTreeMap, fmt};
 
@@ -27,6 +28,14 @@ pub enum Promise {
     TotalsAddUp,
     /// 7. Events are complete: gap-free, and every watcher sees each once, in order.
     EventsAreComplete,
+    /// 11. Slots are leases: no more live ones than a limit allows, over all replicas.
+    SlotsAreLeases,
+    /// A run that is to start later does not start before.
+    StartIsKept,
+    /// A claim passes over nobody of a higher priority who waits in the same lane.
+    PriorityIsKept,
+    /// Nothing panics, whoever catches it.
+    NoPanic,
 }
 
 impl fmt::Display for Promise {
@@ -40,6 +49,10 @@ impl fmt::Display for Promise {
             Self::CancelIsObeyed => "5, cancel is obeyed",
             Self::TotalsAddUp => "6, totals add up",
             Self::EventsAreComplete => "7, events are complete",
+            Self::SlotsAreLeases => "11, slots are leases",
+            Self::StartIsKept => "that a run starts when it is due",
+            Self::PriorityIsKept => "that priority goes first",
+            Self::NoPanic => "that nothing panics",
         })
     }
 }
@@ -90,6 +103,11 @@ impl Checks {
     /// A run, as the history calls it.
     pub(crate) fn name(&self, run: RunId) -> String {
         self.runs.get(&run).map_or_else(|| run.to_string(), |book| book.name.clone())
+    }
+
+    /// Something panicked.
+    pub(crate) fn panicked(&self, what: &str) -> Checked {
+        self.broken(Promise::NoPanic, what)
     }
 
     /// The process could not hear for a moment.

@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use stagegate_core::{
     Epoch, Event, EventKind, ReplicaId, RunId, StageId, Totals,
+    fair::Limits,
     store::{
         Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, SignalKind, Signalled, Submitted,
     },
 };
 
 use super::{Checked, Checks, Promise};
-use crate::store::State;
+use crate::store::{EPOCH_MS, State};
 
 /// What is known of a run.
 #[derive(Debug)]
@@ -20,7 +21,13 @@ pub(super) struct Book {
     pub(super) cancel_at: Option<i64>,
     pub(super) checkpoints: BTreeSet<StageId>,
     pub(super) started: BTreeSet<StageId>,
-    holder: Option<(ReplicaId, Epoch)>,
+    pub(super) limits: Limits,
+    pub(super) priority: i16,
+    /// Before this it does not start, in milliseconds of the world; None from a retry on, which begins at once.
+    pub(super) starts_at: Option<i64>,
+    /// From when on it can be claimed while nobody holds it, where that is known.
+    pub(super) claimable_at: Option<i64>,
+    pub(super) holder: Option<(ReplicaId, Epoch)>,
     top_epoch: Epoch,
     last_seq: u64,
     /// The newest step whose author was told that it is durable.
@@ -30,19 +37,31 @@ pub(super) struct Book {
     watchers: Vec<u64>,
 }
 
+impl Book {
+    /// Nobody has it any more; it can be claimed from now on.
+    fn hand_back(&mut self, now_ms: i64) {
+        (self.holder, self.claimable_at) = (None, Some(now_ms));
+    }
+}
+
 impl Checks {
-    pub(crate) fn submitted(&mut self, new: &NewRun, answer: &Submitted) {
-        let Submitted::Accepted(epoch) = answer else { return };
+    pub(crate) fn submitted(&mut self, new: &NewRun, answer: &Submitted) -> Checked {
+        let Submitted::Accepted(epoch) = answer else { return Ok(()) };
         if self.runs.contains_key(&new.id) {
-            return;
+            return Ok(());
         }
         let leased = epoch.is_some();
         let events = if leased || new.lease_to.is_none() { &new.events[..] } else { &new.events[..1] };
         let tag = new.input.get("tag").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
         let name = format!("run{}({tag})", self.runs.len() + 1);
+        let starts_at = new.start_at.map(|at| at.timestamp_millis() - EPOCH_MS);
         let mut book = Book {
             name,
             pipeline: new.pipeline.clone(),
+            limits: new.limits.clone(),
+            priority: new.priority,
+            starts_at,
+            claimable_at: Some(starts_at.map_or(self.now_ms, |at| at.max(self.now_ms))),
             cancel_at: None,
             checkpoints: BTreeSet::new(),
             started: BTreeSet::new(),
@@ -60,9 +79,11 @@ impl Checks {
         }
         self.tags.entry(tag).or_default().push(new.id);
         self.runs.insert(new.id, book);
+        if leased { self.may_begin(new.id) } else { Ok(()) }
     }
 
     pub(crate) fn claimed(&mut self, replica: ReplicaId, leases: &[Lease]) -> Checked {
+        self.in_turn(leases)?;
         for lease in leases {
             let Some(book) = self.runs.get(&lease.run) else { continue };
             if lease.epoch <= book.top_epoch {
@@ -70,15 +91,14 @@ impl Checks {
                     format!("{} was taken under epoch {}, not above {}", book.name, lease.epoch.0, book.top_epoch.0);
                 return self.broken(Promise::OneOwner, what);
             }
-            if let Some((holder, epoch)) = book.holder
-                && self.replicas.get(&holder).is_some_and(|until| *until > self.now_ms)
-            {
+            if let Some((_, epoch)) = book.holder.filter(|_| self.is_held(book)) {
                 let what = format!("{} was taken while the lease under epoch {} was alive", book.name, epoch.0);
                 return self.broken(Promise::OneOwner, what);
             }
             if let Some(book) = self.runs.get_mut(&lease.run) {
                 (book.holder, book.top_epoch) = (Some((replica, lease.epoch)), lease.epoch);
             }
+            self.may_begin(lease.run)?;
         }
         Ok(())
     }
@@ -92,16 +112,18 @@ impl Checks {
 
     pub(crate) fn released(&mut self, leases: &[Lease]) {
         for lease in leases {
-            if let Some(book) = self.runs.get_mut(&lease.run) {
-                book.holder = book.holder.filter(|(_, epoch)| *epoch != lease.epoch);
+            if let Some(book) = self.runs.get_mut(&lease.run)
+                && book.holder.is_some_and(|(_, epoch)| epoch == lease.epoch)
+            {
+                book.hand_back(self.now_ms);
             }
         }
     }
 
     pub(crate) fn left(&mut self, replica: ReplicaId) {
         self.replicas.remove(&replica);
-        for book in self.runs.values_mut() {
-            book.holder = book.holder.filter(|(holder, _)| *holder != replica);
+        for book in self.runs.values_mut().filter(|book| book.holder.is_some_and(|(holder, _)| holder == replica)) {
+            book.hand_back(self.now_ms);
         }
     }
 
@@ -109,9 +131,14 @@ impl Checks {
         let now = self.now_ms;
         if let (Some(book), Signalled::Accepted { .. }) = (self.runs.get_mut(&signal.run), answer) {
             match signal.kind {
-                SignalKind::Cancel => _ = book.cancel_at.get_or_insert(now),
-                SignalKind::Retry { .. } => (book.cancel_at, book.holder) = (None, None),
-                _ => {}
+                SignalKind::Retry { .. } => {
+                    (book.cancel_at, book.starts_at) = (None, None);
+                    book.hand_back(now);
+                }
+                // A second one wakes nobody.
+                SignalKind::Cancel if book.cancel_at.is_some() => {}
+                SignalKind::Cancel => (book.cancel_at, book.claimable_at) = (Some(now), Some(now)),
+                SignalKind::Approve { .. } | SignalKind::Reject { .. } => book.claimable_at = Some(now),
             }
         }
     }
@@ -121,7 +148,7 @@ impl Checks {
         if answer != Committed::Now {
             return Ok(());
         }
-        let run = commit.lease.run;
+        let (run, now) = (commit.lease.run, self.now_ms);
         let Some(book) = self.runs.get(&run) else { return Ok(()) };
         let (name, first) = (book.name.clone(), commit.events.first().map_or(0, |event| event.seq));
         if first <= book.acknowledged && book.holder.is_some_and(|(_, epoch)| epoch == commit.lease.epoch) {
@@ -149,6 +176,10 @@ impl Checks {
             && commit.then != Disposition::Keep
         {
             book.holder = None;
+            book.claimable_at = match commit.then {
+                Disposition::Park(Some(delay)) => i64::try_from(delay.as_millis()).ok().map(|delay| now + delay),
+                _ => None,
+            };
         }
         Ok(())
     }
@@ -167,6 +198,9 @@ impl Checks {
             EventKind::RunRetried { .. } => book.ended = false,
             EventKind::StageStarted { stage, .. } => {
                 book.started.insert(stage.clone());
+                if let Some(book) = self.runs.get(&run) {
+                    self.is_due(book)?;
+                }
                 if let Some(need) = self.missing_need(run, stage) {
                     return self
                         .broken(Promise::Order, format!("{name}/{stage} started before {need} had its checkpoint"));

@@ -3,7 +3,7 @@
 use chrono::DateTime;
 use stagegate_core::{
     ReplicaId, RunId, RunState, StageState,
-    fair::{Candidate, InUse, Shares, choose},
+    fair::{Candidate, InUse, Limits, Shares, choose},
     store::{Heartbeat, Lease, NewSignal, Pulse, QueueStats, Signal, SignalKind, Signalled, Snapshot},
 };
 
@@ -58,8 +58,9 @@ impl State {
         if !self.replicas.get(&replica).is_some_and(|replica| replica.is_alive(now)) {
             return Vec::new();
         }
+        let is_due = |at: &i64| *at <= now || flaw == Flaw::StartIgnored;
         let mut due: Vec<(i64, RunId)> =
-            self.runs.values().filter_map(|row| Some((row.wake_at.filter(|at| *at <= now)?, row.record.id))).collect();
+            self.runs.values().filter_map(|row| Some((row.wake_at.filter(is_due)?, row.record.id))).collect();
         due.sort_unstable();
         for (at, run) in due.into_iter().take(WAKE_MAX) {
             if let Some(row) = self.runs.get_mut(&run) {
@@ -71,7 +72,7 @@ impl State {
             .collect();
         cancelled.sort_unstable();
         let mut ready: Vec<RunId> = cancelled.into_iter().map(|(_, run)| run).take(limit as usize).collect();
-        let (mut candidates, used) = self.candidates();
+        let (mut candidates, used) = self.candidates(flaw);
         candidates.retain(|candidate| !ready.contains(&candidate.run));
         ready.extend(choose(candidates, used, shares, limit as usize - ready.len()));
         let mut leases = Vec::with_capacity(ready.len());
@@ -88,7 +89,7 @@ impl State {
     }
 
     /// What could be taken, and what is under way. Whoever is out of time has been declared dead.
-    fn candidates(&self) -> (Vec<Candidate>, InUse) {
+    fn candidates(&self, flaw: Flaw) -> (Vec<Candidate>, InUse) {
         let (mut candidates, mut used) = (Vec::new(), InUse::default());
         for row in self.runs.values() {
             let (tenant, pipeline, limits) = (&row.record.tenant, &row.record.pipeline, &row.limits);
@@ -97,8 +98,8 @@ impl State {
                     run: row.record.id,
                     tenant: tenant.clone(),
                     pipeline: pipeline.clone(),
-                    limits: limits.clone(),
-                    priority: row.record.priority,
+                    limits: if flaw == Flaw::LimitsIgnored { Limits::default() } else { limits.clone() },
+                    priority: if flaw == Flaw::PriorityIgnored { 0 } else { row.record.priority },
                     available_at: at,
                 });
             } else if row.owner.is_some() {

@@ -59,3 +59,23 @@ fn a_cache_that_forgets_is_caught() {
 fn a_cancel_that_no_heartbeat_tells_of_is_caught() {
     assert_eq!(caught(Flaw::CancelIsSilent), Promise::CancelIsObeyed);
 }
+
+#[test]
+fn a_claim_that_ignores_limits_is_caught() {
+    assert_eq!(caught(Flaw::LimitsIgnored), Promise::SlotsAreLeases);
+}
+
+#[test]
+fn a_claim_before_the_start_is_caught() {
+    assert_eq!(caught(Flaw::StartIgnored), Promise::StartIsKept);
+}
+
+#[test]
+fn a_claim_that_ignores_priorities_is_caught() {
+    assert_eq!(caught(Flaw::PriorityIgnored), Promise::PriorityIsKept);
+}
+
+#[test]
+fn a_panic_that_the_engine_catches_is_caught() {
+    assert_eq!(caught(Flaw::DriverPanics), Promise::NoPanic);
+}

@@ -33,6 +33,21 @@ fn two_threads_do_not_disturb_each_other() {
 }
 
 #[test]
+fn a_lease_is_lost_at_every_call_that_an_engine_lives_by() {
+    let record = Options { record: true, ..Options::default() };
+    let mut missed = vec!["submit", "commit", "claim", "load", "heartbeat", "signals", "signal", "release", "owned"];
+    for seed in 1..=400 {
+        if missed.is_empty() {
+            break;
+        }
+        let history = simulate(seed, record).history;
+        let lost = |method: &str| history.iter().any(|line| line.contains("LEASE LOST") && line.ends_with(method));
+        missed.retain(|method| !lost(&format!(" {method}")));
+    }
+    assert_eq!(missed, Vec::<&str>::new());
+}
+
+#[test]
 fn every_promise_is_kept() {
     for seed in 10_001..=10_060 {
         let outcome = simulate(seed, Options::default());

@@ -58,10 +58,15 @@ async fn an_answer_depends_on_the_request_alone() {
 async fn each_fault_is_on_the_wire_as_it_is_called() {
     for (fault, status) in [
         (Answer::LimitedShort, "HTTP/1.1 429"),
+        (Answer::Quota, "HTTP/1.1 429"),
         (Answer::Failed, "HTTP/1.1 500"),
         (Answer::Overloaded, "HTTP/1.1 529"),
         (Answer::Garbled, "HTTP/1.1 200"),
         (Answer::Truncated, "HTTP/1.1 200"),
+        (Answer::Empty, "HTTP/1.1 200"),
+        (Answer::NoUsage, "HTTP/1.1 200"),
+        (Answer::ErrorInside, "HTTP/1.1 200"),
+        (Answer::Refused, "HTTP/1.1 200"),
         (Answer::Closed, ""),
     ] {
         let storm = Storm::start(1, only(fault)).await.expect("starts");
@@ -70,6 +75,18 @@ async fn each_fault_is_on_the_wire_as_it_is_called() {
         assert_eq!(text.is_empty(), status.is_empty(), "{fault:?}");
         assert_eq!(storm.calls()[0].answer, fault);
     }
+}
+
+#[tokio::test]
+async fn only_frail_stages_are_refused_for_good() {
+    let mix = Mix { lasting: vec![(Answer::Quota, 500), (Answer::Refused, 500)], ..only(Answer::Good) };
+    let storm = Storm::start(1, mix).await.expect("starts");
+    for key in 0..10 {
+        for stage in ["one", "frail"] {
+            answer(&storm, &format!("key=k{key} stage={stage}")).await;
+        }
+    }
+    assert!(storm.calls().iter().all(|call| call.answer.is_final() == (call.stage == "frail")));
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! What was measured: owns quantiles, medians over rounds, the table and the JSON line of a cell. Measures nothing.
+//! What was measured: owns medians over rounds, the table and the JSON line of a cell. Measures nothing.
 
 use std::{collections::BTreeMap, io::Write as _, path::PathBuf, time::Duration};
 
@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::machine::Machine;
-use crate::system::target_dir;
+use crate::{quantile::nearest_rank, system::target_dir};
 
 /// What a figure should come to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -183,8 +183,7 @@ impl Times {
             self.ms.sort_by(f64::total_cmp);
             self.is_sorted = true;
         }
-        let rank = (self.ms.len() * percent).div_ceil(100).max(1);
-        self.ms.get(rank - 1).copied().unwrap_or(f64::NAN)
+        nearest_rank(&self.ms, percent)
     }
 }
 

@@ -37,6 +37,15 @@ use crate::{
 
 /// Measure what the product can do, beside what the machine can do.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask bench engine --store postgres     one cell on one store
+  cargo xtask bench read --rounds 1 --seconds 5 a quick look instead of a measurement
+  cargo xtask bench --write-docs                all of it, into docs/benchmarks.md
+
+It needs the binaries of Postgres and Redis, prlimit, and many open files: it raises its own limit where it may (as \
+root); where it may not, `sse` wants fewer watchers (--watched).
+
+Exit codes: 0 where everything was measured, whatever came of it; 1 where something could not be; 2 for wrong options.")]
 pub(crate) struct Bench {
     /// What to measure; everything where nothing is named
     #[arg(value_enum)]

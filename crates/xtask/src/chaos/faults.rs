@@ -13,8 +13,9 @@ use super::{
 
 /// The breaker before a shared cache that failed stays open so long, and an answer that is on its way takes a moment.
 const CACHE_AFTERMATH_S: f64 = 7.0;
-/// What was received so shortly before the end of its receiver may not have been used yet.
-const BEFORE_S: f64 = 0.5;
+/// A short freeze, as a share of the TTL. Before it a heartbeat may be a third old, after it the next one takes a moment,
+/// and the fence is at 0.7.
+const SHORT_MAX_TTL: f64 = 0.25;
 /// How long a replica may take until it is ready again.
 const BACK_LIMIT: Duration = Duration::from_mins(1);
 /// The pause between two replicas of a rolling restart: until the balancer has seen that the last one is back.
@@ -88,8 +89,7 @@ async fn of_replica(world: &World, fault: Fault) -> anyhow::Result<()> {
     if fault.kind == Kind::Term {
         return terminate(world, index).await;
     }
-    #[expect(clippy::cast_precision_loss, reason = "a TTL is a few thousand milliseconds")]
-    let ttl_s = world.plan.lease_ttl_ms as f64 / 1000.0;
+    let ttl_s = world.plan.lease_ttl_s();
     let what = format!("{}: {}", replica.name(), fault.kind.name());
     let orphans = world.orphans(&what, index).await;
     world.timeline.say(&what);
@@ -107,7 +107,7 @@ async fn of_replica(world: &World, fault: Fault) -> anyhow::Result<()> {
         }
         Kind::FreezeShortly => {
             replica.program()?.freeze()?;
-            sleep(between(fault, 0.1, ttl_s * 0.5)).await;
+            sleep(between(fault, 0.1, ttl_s * SHORT_MAX_TTL)).await;
             replica.program()?.thaw();
         }
         _ => {
@@ -118,15 +118,19 @@ async fn of_replica(world: &World, fault: Fault) -> anyhow::Result<()> {
     }
     let to_s = world.timeline.now_s();
     world.timeline.say(&format!("{what}: over"));
+    if fault.kind == Kind::FreezeShortly {
+        world.window(&what, WindowKind::Paused(index), from_s, to_s);
+        let paused = orphans.map(|orphans| (Orphans { at_s: from_s, ..orphans }, to_s));
+        world.seen().paused.extend(paused);
+        return Ok(());
+    }
     // A frozen one begins to read what it received when it goes on, and is fenced a moment later.
     let after_s = if fault.kind == Kind::Kill { 0.0 } else { 1.5 };
-    world.window(&what, WindowKind::Interrupted(index), from_s - BEFORE_S, to_s + after_s);
+    world.window(&what, WindowKind::Interrupted(index), from_s, to_s + after_s);
     if fault.kind == Kind::Freeze {
         world.window(&format!("{}: wakes", replica.name()), WindowKind::Woken(index), to_s - 0.1, to_s + 1.0);
     }
-    if let Some(orphans) = orphans.filter(|_| fault.kind != Kind::FreezeShortly) {
-        world.seen().orphans.push(Orphans { at_s: from_s, ..orphans });
-    }
+    world.seen().orphans.extend(orphans.map(|orphans| Orphans { at_s: from_s, ..orphans }));
     Ok(())
 }
 

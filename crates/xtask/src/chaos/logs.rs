@@ -18,11 +18,10 @@ const CACHE_FAILED: &str = "the shared cache failed";
 const CACHE_SPARED: &str = "the shared cache is spared";
 /// How long it goes on without it.
 const CACHE_SPARED_S: f64 = 6.0;
-/// An answer that came so long before may be lost with it.
-const BEFORE_S: f64 = 1.0;
+/// How long around a line what it tells may have been the case.
 const AFTER_S: f64 = 0.5;
 /// The longest time without a line that counts as standing still.
-const STILL_MAX_S: f64 = 5.0;
+const STILL_MAX_S: f64 = 2.0;
 
 /// What the replicas' logs tell.
 #[derive(Debug, Default)]
@@ -68,7 +67,7 @@ fn read(told: &mut Told, line: &Value, index: usize, name: &str, timeline: &Time
             let (from_s, to_s, kind) = (at_s - AFTER_S, at_s + lasts_s, WindowKind::CacheAway(Some(index)));
             told.cache_silences.push(Window { what, from_s, to_s, kind });
         } else if ABANDONS.iter().any(|word| message.contains(word)) {
-            let (from_s, to_s, kind) = (at_s - BEFORE_S, at_s + AFTER_S, WindowKind::Interrupted(index));
+            let (from_s, to_s, kind) = (at_s, at_s + AFTER_S, WindowKind::Interrupted(index));
             told.fences.push(Window { what, from_s, to_s, kind });
         }
     }
@@ -80,17 +79,17 @@ fn read(told: &mut Told, line: &Value, index: usize, name: &str, timeline: &Time
 }
 
 impl Told {
-    /// The windows of interruptions from the last sign of life on: on a machine that is short of processors a replica
-    /// can have stood still for a while when its end comes, and has not read what was delivered meanwhile.
-    pub(crate) fn since_last_sign(&self, windows: &[Window]) -> Vec<Window> {
-        let widened = |window: &Window| {
-            let WindowKind::Interrupted(index) = window.kind else { return window.clone() };
-            let last =
-                self.alive_s.get(index).and_then(|alive| alive.iter().rfind(|at| **at < window.from_s + AFTER_S));
-            let from_s = last.map_or(window.from_s, |last| last.max(window.from_s - STILL_MAX_S).min(window.from_s));
-            Window { from_s, ..window.clone() }
+    /// From the last sign of life until each interruption: on a machine that is short of processors a replica can have
+    /// stood still for a while when its end comes, and has not read what was delivered meanwhile.
+    pub(crate) fn stood_still(&self, windows: &[Window]) -> Vec<Window> {
+        let before = |window: &Window| {
+            let WindowKind::Interrupted(index) = window.kind else { return None };
+            let last_s = self.alive_s.get(index)?.iter().rfind(|at| **at < window.from_s + AFTER_S)?;
+            let (from_s, to_s) = (last_s.max(window.from_s - STILL_MAX_S), window.from_s);
+            let still = Window { from_s, to_s, kind: WindowKind::Still(index), what: window.what.clone() };
+            (from_s < to_s).then_some(still)
         };
-        windows.iter().map(widened).collect()
+        windows.iter().filter_map(before).collect()
     }
 }
 
@@ -153,14 +152,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_interruption_begins_with_the_last_sign_of_life() {
-        let told = Told { alive_s: vec![vec![1.0, 7.0, 9.9], vec![1.0, 7.5], vec![1.0]], ..Told::default() };
+    fn who_is_interrupted_stood_still_since_its_last_sign_of_life() {
+        let told = Told { alive_s: vec![vec![1.0, 7.0, 9.9], vec![1.0, 8.5], vec![1.0]], ..Told::default() };
         let window =
             |index| Window { what: String::new(), from_s: 9.5, to_s: 12.0, kind: WindowKind::Interrupted(index) };
-        let from = |index| told.since_last_sign(&[window(index)])[0].from_s;
-        for (index, expected) in [9.5, 7.5, 4.5].into_iter().enumerate() {
-            assert!((from(index) - expected).abs() < 1e-9, "{index}: {}", from(index));
-        }
+        let still = |index| told.stood_still(&[window(index)]).first().map(|still| (still.from_s, still.to_s));
+        assert_eq!([still(0), still(1), still(2)], [None, Some((8.5, 9.5)), Some((9.5 - STILL_MAX_S, 9.5))]);
     }
 
     #[test]

@@ -57,7 +57,22 @@ const WATCHERS_LIMIT_S: f64 = 15.0;
 const READS: usize = 16;
 
 /// Break the built binary in every way that can be staged, and reconcile
+///
+/// Starts Postgres, Redis, HAProxy, a failing provider and three replicas on free ports of loopback, and takes them down
+/// however it ends. How to read the report: docs/durability.md.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask chaos                                one minute of faults, seed 1
+  cargo xtask chaos --minutes 3 --seed 7           other faults, and more of them
+  cargo xtask chaos --only rolling --minutes 0.5   nothing but rolling restarts
+  cargo xtask chaos --minutes 10 --rate 60 --profile release --report /tmp/chaos.md
+
+It needs the binaries of Postgres and Redis, and HAProxy, which it installs where it may (apt-get, as root). A full disk \
+is staged only as root, with a small tmpfs; elsewhere the report says that it was not run. Many submits a second take \
+many open files: raise their limit (ulimit -n).
+
+Exit codes: 0 where nothing was found; 1 where the reconciliation found something, or it could not be run; 2 for wrong \
+options; 130 and 143 where it was interrupted or terminated.")]
 pub(crate) struct Chaos {
     /// How long faults happen, in minutes; starting, settling and reconciling come on top
     #[arg(long, default_value_t = 1.0)]
@@ -230,11 +245,13 @@ impl Running {
         let audit = world.auditor().await?.read().await?;
         let told = logs::replicas(world)?;
         let seen = std::mem::take(&mut *world.seen());
-        let mut windows = told.since_last_sign(&seen.windows);
+        let mut windows = told.stood_still(&seen.windows);
+        windows.extend_from_slice(&seen.windows);
         windows.extend(told.fences.iter().chain(&told.cache_silences).cloned());
         let paid = calls::reconcile(&world.storm.calls(), &Known::new(&world.timeline, &windows, &audit));
         let take_overs = takeover::measure(&seen.orphans, &seen.windows, &audit, &world.timeline);
         let mut checks = reconcile::reconcile(&audit, &done, &paid, &read);
+        checks.push(takeover::kept(&seen.paused, &windows, world.plan.lease_ttl_s(), &audit, &world.timeline));
         checks.push(stops(&seen));
         checks.push(well_being(&told, &seen));
         checks.push(no_defects(&self.client));

@@ -12,7 +12,8 @@ pub(crate) struct Spec {
 }
 
 /// The canonical DAG is `canonical`; `uncached` is the same with the cache off, so that answers are kept for their run
-/// alone; `gated` has a gate that sends some answers back; `held` waits for a person; `fragile` fails at the first error.
+/// alone; `gated` has a gate that sends some answers back; `held` waits for a person; `fragile` fails at the first error, and
+/// is the one whose calls are also refused for good.
 pub(crate) const PIPELINES: [Spec; 5] = [
     Spec {
         name: "canonical",
@@ -87,15 +88,15 @@ stages:
     Spec {
         name: "fragile",
         share: 13,
-        stages: &[("one", &[]), ("two", &["one"])],
+        stages: &[("frail", &[]), ("frail_after", &["frail"])],
         definition: r#"
 name: fragile
 input: { type: object, required: [key], properties: { key: { type: string } } }
 deadline: 30m
 defaults: { model: storm/m, timeout: 5s, retry: { max_attempts: 1 } }
 stages:
-  - { id: one, prompt: "key={{ input.key }} stage=one begin" }
-  - { id: two, needs: [one], prompt: "key={{ input.key }} stage=two after {{ stages.one.output }}" }
+  - { id: frail, prompt: "key={{ input.key }} stage=frail begin" }
+  - { id: frail_after, needs: [frail], prompt: "key={{ input.key }} stage=frail_after after {{ stages.frail.output }}" }
 "#,
     },
 ];

@@ -57,6 +57,7 @@ pub(crate) fn reconcile(audit: &Audit, done: &Done, paid: &Paid, read: &HashMap<
         booked(audit, paid),
         leases(audit),
         bought(paid),
+        refused(paid),
     ]
 }
 
@@ -330,6 +331,16 @@ fn bought(paid: &Paid) -> Check {
     check
 }
 
+/// What no repetition can mend is not repeated until somebody asks for it.
+fn refused(paid: &Paid) -> Check {
+    let mut check = Check::new("what was refused for good was not asked again by itself");
+    check.looked_at = paid.refused;
+    for finding in &paid.asked_again {
+        check.find(finding.clone());
+    }
+    check
+}
+
 /// How many runs ended how.
 pub(crate) fn states(audit: &Audit) -> BTreeMap<(String, String), u64> {
     let mut states = BTreeMap::new();
@@ -351,10 +362,10 @@ mod tests {
     const EVENTS: [(&str, &str); 7] = [
         ("run.accepted", ""),
         ("run.started", ""),
-        ("stage.started", "one"),
-        ("stage.succeeded", "one"),
-        ("stage.started", "two"),
-        ("stage.succeeded", "two"),
+        ("stage.started", "frail"),
+        ("stage.succeeded", "frail"),
+        ("stage.started", "frail_after"),
+        ("stage.succeeded", "frail_after"),
         ("run.finished", ""),
     ];
 
@@ -409,7 +420,7 @@ mod tests {
                 runs: [(id, run)].into(),
                 keys: [("k".to_owned(), id)].into(),
                 events: [(id, EVENTS.iter().enumerate().map(event).collect())].into(),
-                checkpoints: [(id, vec![checkpoint("one"), checkpoint("two")])].into(),
+                checkpoints: [(id, vec![checkpoint("frail"), checkpoint("frail_after")])].into(),
                 stages_succeeded: [(id, 2)].into(),
                 ledger: [(id, ledger)].into(),
                 living: HashMap::new(),
@@ -488,11 +499,12 @@ mod tests {
         });
         found("its own run", |world| {
             let kept = world.audit.checkpoints.values_mut().next().expect("one");
-            kept[1].output = "\"stage two of another answers 1\"".into();
+            kept[1].output = "\"stage frail_after of another answers 1\"".into();
         });
         found("add up", |world| world.run().cost_nanos = 9);
         found("books no answer", |world| world.paid.answered.clear());
         found("no lease", |world| world.run().owner = Some(Uuid::from_u128(9)));
         found("calls paid", |world| world.paid.findings.push("paid again".into()));
+        found("refused for good", |world| world.paid.asked_again.push("asked again".into()));
     }
 }

@@ -11,9 +11,10 @@ use super::{
     load::Done,
     logs::{BadAnswer, Told},
     reconcile::Check,
-    takeover::{TakeOver, quantile},
+    takeover::TakeOvers,
     world::{Seen, WindowKind},
 };
+use crate::quantile::nearest_rank;
 
 /// Warnings of the replicas that are told, the most frequent first.
 const WARNINGS_MAX: usize = 25;
@@ -26,7 +27,7 @@ pub(crate) struct Facts<'a> {
     pub(crate) seen: &'a Seen,
     pub(crate) done: &'a Done,
     pub(crate) paid: &'a Paid,
-    pub(crate) take_overs: &'a [TakeOver],
+    pub(crate) take_overs: &'a TakeOvers,
     pub(crate) told: &'a Told,
     pub(crate) bad_answers: &'a BTreeMap<BadAnswer, u64>,
     pub(crate) sent_again: u64,
@@ -48,8 +49,9 @@ impl Facts<'_> {
 
     /// Seconds of take-overs: all, and those that nothing else disturbed.
     fn take_over_seconds(&self) -> [(&'static str, Vec<f64>); 2] {
-        let all = self.take_overs.iter().map(|one| one.seconds).collect();
-        let alone = self.take_overs.iter().filter(|one| one.undisturbed).map(|one| one.seconds).collect();
+        let taken = &self.take_overs.taken;
+        let all = taken.iter().map(|one| one.seconds).collect();
+        let alone = taken.iter().filter(|one| one.undisturbed).map(|one| one.seconds).collect();
         [("all", all), ("with no other fault about", alone)]
     }
 
@@ -103,8 +105,8 @@ impl Facts<'_> {
              p50 {:.3} s, p99 {:.3} s, longest {:.3} s. {} watchers saw {events} events over {connections} \
              connections. Actions taken: {}.\n\n| pipeline | state | runs |\n| --- | --- | --: |\n",
             submitted.len(),
-            quantile(&seconds, 50),
-            quantile(&seconds, 99),
+            nearest_rank(&seconds, 50),
+            nearest_rank(&seconds, 99),
             seconds.last().copied().unwrap_or(f64::NAN),
             self.done.watched.len(),
             listed(self.done.actions.iter().collect::<BTreeMap<_, _>>()),
@@ -141,10 +143,14 @@ impl Facts<'_> {
         );
         for (name, seconds) in self.take_over_seconds() {
             let of = |percent| {
-                if seconds.is_empty() { "-".to_owned() } else { format!("{:.2} s", quantile(&seconds, percent)) }
+                if seconds.is_empty() { "-".to_owned() } else { format!("{:.2} s", nearest_rank(&seconds, percent)) }
             };
             row(text, &[name, &seconds.len().to_string(), &of(50), &of(99), &of(100)]);
         }
+        let TakeOvers { taken, not_taken } = self.take_overs;
+        let owned = taken.len() as u64 + not_taken.values().sum::<u64>();
+        let _ = writeln!(text, "\n{} of {owned} owned runs were taken over. The others:", taken.len());
+        let _ = writeln!(text, "{}.", listed(not_taken.iter().collect()));
     }
 
     fn faults_part(&self, text: &mut String) {
@@ -203,7 +209,7 @@ impl Facts<'_> {
     /// As one JSON value.
     pub(crate) fn json(&self) -> Value {
         let take_over = |seconds: &[f64]| {
-            let of = |percent| Some(quantile(seconds, percent)).filter(|value| value.is_finite());
+            let of = |percent| Some(nearest_rank(seconds, percent)).filter(|value| value.is_finite());
             json!({ "runs": seconds.len(), "p50_s": of(50), "p99_s": of(99), "longest_s": of(100) })
         };
         let [(_, all), (_, alone)] = self.take_over_seconds();
@@ -229,6 +235,7 @@ impl Facts<'_> {
             "exceptions": self.paid.exceptions,
             "take_over": take_over(&all),
             "take_over_undisturbed": take_over(&alone),
+            "not_taken_over": self.take_overs.not_taken,
             "fences": self.told.fences.len(),
             "interruptions": faults.iter().filter(|w| matches!(w.kind, WindowKind::Interrupted(_))).count(),
             "faults": faults,

@@ -27,7 +27,19 @@ const LOOKS: u32 = 80;
 const LOOK_PAUSE: Duration = Duration::from_millis(150);
 
 /// Run the previous binary and this one side by side while the schema is migrated, and reconcile
+///
+/// The previous binary is built in a worktree under target/upgrade, from what was compiled of the dependencies already,
+/// and kept there.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask upgrade                 from before the newest migration
+  cargo xtask upgrade --from v0.1.0   from another revision
+
+It needs git with the history (no shallow clone), the binaries of Postgres and Redis, and HAProxy, which it installs \
+where it may (apt-get, as root).
+
+Exit codes: 0 where nothing was found; 1 where the reconciliation found something, no run was seen to cross from one \
+version to the other, or it could not be run; 2 for wrong options; 130 and 143 where it was interrupted or terminated.")]
 pub(crate) struct Upgrade {
     /// The previous revision; default: the parent of the commit that added the newest migration
     #[arg(long, value_name = "REV")]
@@ -145,7 +157,7 @@ async fn stop_for_good(world: &Arc<World>, index: usize, signal: &str) -> anyhow
         world.seen().stops.push((replica.name().to_owned(), from_s, to_s - from_s, status));
     }
     let kind = if signal == "KILL" { WindowKind::Interrupted(index) } else { WindowKind::Other };
-    world.window(&what, kind, from_s - 0.5, to_s);
+    world.window(&what, kind, from_s, to_s);
     let mut owners: Vec<(Uuid, Option<String>)> = orphans.runs.iter().map(|run| (*run, None)).collect();
     let mut auditor = world.auditor().await?;
     for _ in 0..LOOKS {

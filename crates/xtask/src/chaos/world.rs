@@ -43,6 +43,13 @@ pub(crate) struct Plan {
     pub(crate) disk_bytes: Option<u64>,
 }
 
+impl Plan {
+    /// How long a lease lasts, in seconds.
+    pub(crate) fn lease_ttl_s(&self) -> f64 {
+        Duration::from_millis(self.lease_ttl_ms).as_secs_f64()
+    }
+}
+
 /// A span of time in which something named was the case.
 #[derive(Debug, Clone, serde::Serialize)]
 pub(crate) struct Window {
@@ -57,6 +64,10 @@ pub(crate) struct Window {
 pub(crate) enum WindowKind {
     /// This replica could not use what it received.
     Interrupted(usize),
+    /// This replica had given no sign of life since, when it was interrupted: it may not have read what it received.
+    Still(usize),
+    /// This replica was frozen for less than its fence: it could use what it received when it went on.
+    Paused(usize),
     /// This replica was frozen past its lease and has just woken, not knowing it yet.
     Woken(usize),
     /// The shared cache was away from this replica, or from all, or lost what it had.
@@ -67,7 +78,7 @@ pub(crate) enum WindowKind {
     Other,
 }
 
-/// Runs whose owner was taken away.
+/// Runs whose owner was taken away, or only stood still.
 #[derive(Debug, Clone)]
 pub(crate) struct Orphans {
     pub(crate) what: String,
@@ -80,6 +91,8 @@ pub(crate) struct Orphans {
 pub(crate) struct Seen {
     pub(crate) windows: Vec<Window>,
     pub(crate) orphans: Vec<Orphans>,
+    /// What replicas owned that were frozen for less than their fence, and until when they were.
+    pub(crate) paused: Vec<(Orphans, f64)>,
     /// SIGTERMs: the replica, when, the seconds it took, and its exit status.
     pub(crate) stops: Vec<(String, f64, f64, Option<i32>)>,
     /// What broke a promise on the way.
