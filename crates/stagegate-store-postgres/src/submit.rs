@@ -81,6 +81,9 @@ WITH new AS (
 SELECT id, owner IS NOT NULL AS leased FROM made"
 );
 
+/// How often what can be inserted after all is tried again, beyond one round for each run of a batch.
+const ROUNDS_MORE: usize = 3;
+
 /// What became of runs that were not inserted: they are there, or their key names another run.
 const SUBMITTED: &str = "/* runs.submitted */
 SELECT r.id IS NOT NULL AS there, coalesce(r.owner = n.lease_to, false) AS leased, r.epoch, k.run_id AS existing,
@@ -97,10 +100,14 @@ pub(crate) async fn submit(pool: &Pool, runs: &[NewRun], compact: bool) -> Store
         return Ok(Vec::new());
     }
     let mut connection = pool.acquire("runs.submit").await?;
-    // One statement cannot meet one id or key twice. What repeats inside the batch goes in a later round.
+    // One statement cannot meet one id or key twice. What repeats inside the batch goes in a later round; so does what
+    // met a key that was gone when it was looked up.
     let mut waiting: Vec<usize> = (0..runs.len()).collect();
-    while !waiting.is_empty() {
-        let (round, later) = split(runs, &waiting);
+    for _ in 0..runs.len() + ROUNDS_MORE {
+        if waiting.is_empty() {
+            break;
+        }
+        let (round, mut later) = split(runs, &waiting);
         let batch: Vec<&NewRun> = round.iter().map(|index| &runs[*index]).collect();
         let made = insert(&mut connection, &batch, compact).await?;
         for index in &round {
@@ -111,12 +118,15 @@ pub(crate) async fn submit(pool: &Pool, runs: &[NewRun], compact: bool) -> Store
         if !open.is_empty() {
             let batch: Vec<&NewRun> = open.iter().map(|index| &runs[*index]).collect();
             for (index, answer) in open.into_iter().zip(look_up(&mut connection, &batch).await?) {
-                answers[index] = Some(answer);
+                match answer {
+                    Some(answer) => answers[index] = Some(answer),
+                    None => later.push(index),
+                }
             }
         }
         waiting = later;
     }
-    let missing = || StoreError::Defect("runs.submit: a run was left without an answer".into());
+    let missing = || StoreError::Defect("runs.submit: the run's id is another tenant's".into());
     answers.into_iter().map(|answer| answer.ok_or_else(missing)).collect()
 }
 
@@ -143,7 +153,8 @@ async fn insert(connection: &mut Connection, runs: &[&NewRun], compact: bool) ->
     decoded.collect::<Result<_, _>>().map_err(|failure: sqlx::Error| error::statement("runs.submit", &failure))
 }
 
-async fn look_up(connection: &mut Connection, runs: &[&NewRun]) -> StoreResult<Vec<Submitted>> {
+/// None where neither the run nor its key is there: the key's run was deleted meanwhile.
+async fn look_up(connection: &mut Connection, runs: &[&NewRun]) -> StoreResult<Vec<Option<Submitted>>> {
     let key = |run: &NewRun| run.idempotency.as_ref().map(|idempotency| idempotency.key.as_bytes().to_vec());
     let digest = |run: &NewRun| run.idempotency.as_ref().map(|idempotency| idempotency.digest.to_vec());
     let query = sqlx::query(SUBMITTED)
@@ -163,9 +174,7 @@ async fn look_up(connection: &mut Connection, runs: &[&NewRun]) -> StoreResult<V
         let same: bool = row.try_get("same")?;
         Ok(existing.map(RunId).map(|id| if same { Submitted::Existing(id) } else { Submitted::Conflict(id) }))
     };
-    let decode = |row| answer(row).map_err(|failure| error::statement("runs.submitted", &failure));
-    let foreign = || StoreError::Defect("runs.submit: the run's id is another tenant's".into());
-    found.iter().map(|row| decode(row)?.ok_or_else(foreign)).collect()
+    found.iter().map(answer).collect::<Result<_, _>>().map_err(|failure| error::statement("runs.submitted", &failure))
 }
 
 /// The parameters of [`SUBMIT`], in its order.

@@ -89,9 +89,13 @@ impl<'a> Known<'a> {
         self.windows.iter().any(|window| Some(window.kind) == kind && window.from_s <= to_s && window.to_s >= from_s)
     }
 
-    /// Whether the shared cache was away from all, or lost what it had, from one time to another.
-    fn cache_away(&self, from_s: f64, to_s: f64) -> bool {
-        self.overlaps(Some(WindowKind::CacheAway(None)), from_s, to_s)
+    /// Whether the shared cache was away from all when an answer was to be written, or when it was looked for; or lost
+    /// what it had in between.
+    fn cache_failed(&self, written_s: f64, looked_for_s: f64) -> bool {
+        let away = |from_s, to_s| self.overlaps(Some(WindowKind::CacheAway(None)), from_s, to_s);
+        away(written_s - 0.1, written_s + IN_HAND_S)
+            || away(looked_for_s - IN_HAND_S, looked_for_s)
+            || self.overlaps(Some(WindowKind::CacheLost), written_s - 0.1, looked_for_s)
     }
 
     /// Whether this caller says of itself that the shared cache did not answer it around that time.
@@ -193,8 +197,8 @@ fn reason(before: &Call, again: &Call, known: &Known<'_>) -> Option<&'static str
         _ if known.run_stopped(before) => {
             "its run was cancelled or expired while the call was under way, and was retried"
         }
-        (_, Fate::Delivered) if known.cache_away(ended_s - 0.1, again_s) => {
-            "Redis was away, or lost it, between the two"
+        (_, Fate::Delivered) if known.cache_failed(ended_s, again_s) => {
+            "Redis was away when it was to be written or looked for, or lost it in between"
         }
         (_, Fate::Delivered)
             if known.cache_silent(&before.caller, ended_s) || known.cache_silent(&again.caller, again_s) =>
@@ -287,8 +291,10 @@ mod tests {
         // Another replica's end, or one that came too late to matter, is no reason.
         let others = [window(WindowKind::Interrupted(1), 0.5, 5.0), window(WindowKind::Interrupted(0), 3.0, 5.0)];
         assert_eq!(check((Answer::Good, Fate::Delivered), &others).findings.len(), 1);
-        let early = [window(WindowKind::CacheAway(None), 0.1, 0.5)];
-        assert_eq!(check((Answer::Good, Fate::Delivered), &early).findings.len(), 1);
+        // Nor is a cache that was away, and lost nothing, before it was needed or in between.
+        for away in [window(WindowKind::CacheAway(None), 0.1, 0.5), window(WindowKind::CacheAway(None), 4.0, 5.0)] {
+            assert_eq!(check((Answer::Good, Fate::Delivered), &[away]).findings.len(), 1);
+        }
     }
 
     #[test]
@@ -300,7 +306,9 @@ mod tests {
             ((Answer::Good, Fate::Delivered), vec![window(WindowKind::Interrupted(0), 1.2, 5.0)]),
             ((Answer::Good, Fate::Abandoned), vec![window(WindowKind::Interrupted(0), 0.9, 5.0)]),
             ((Answer::Good, Fate::Delivered), vec![window(WindowKind::Still(0), 1.5, 3.0)]),
-            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::CacheAway(None), 4.0, 5.0)]),
+            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::CacheLost, 4.0, 5.0)]),
+            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::CacheAway(None), 1.5, 5.0)]),
+            ((Answer::Good, Fate::Delivered), vec![window(WindowKind::CacheAway(None), 4.0, 12.0)]),
         ] {
             let paid = check(first, &windows);
             assert_eq!((paid.findings.len(), paid.exceptions.values().sum::<u64>()), (0, 1), "{first:?}");

@@ -216,5 +216,8 @@ async fn of_redis(world: &World, fault: Fault) -> anyhow::Result<()> {
     }
     let to_s = world.timeline.now_s();
     world.window(fault.kind.name(), WindowKind::CacheAway(None), from_s, to_s + CACHE_AFTERMATH_S);
+    if matches!(fault.kind, Kind::RedisKill | Kind::RedisFlush) {
+        world.window(fault.kind.name(), WindowKind::CacheLost, from_s, to_s);
+    }
     Ok(())
 }

@@ -130,7 +130,7 @@ fn wrong_events(run: &RunRow, events: &[EventRow]) -> Option<String> {
             return Some(format!("event {} stands where {expected} belongs", event.seq));
         }
     }
-    let (first, last) = (events.first()?, events.last()?);
+    let (Some(first), Some(last)) = (events.first(), events.last()) else { return Some("it has no events".to_owned()) };
     if i64::try_from(events.len()).ok()? != run.last_seq {
         return Some(format!("{} events, but last_seq is {}", events.len(), run.last_seq));
     }
@@ -208,6 +208,13 @@ fn watchers(audit: &Audit, watched: &[Watched]) -> Check {
                 check.find(format!("run {}: was shown {kind} as event {seq}, which is not kept so", watcher.run));
                 break;
             }
+        }
+        let last = watcher.events.last().map(|(_, kind, _)| kind.as_str());
+        if watcher.finished && last != Some("run.finished") {
+            check.find(format!(
+                "run {}: its watcher was told of the end, and saw {last:?} as the last event",
+                watcher.run
+            ));
         }
         if !watcher.finished {
             check.find(format!(
@@ -491,6 +498,8 @@ mod tests {
         found("watchers", |world| drop(world.done.watched[0].events.remove(2)));
         found("watchers", |world| world.done.watched[0].events[2].1 = "stage.held".into());
         found("watchers", |world| world.done.watched[0].finished = false);
+        found("watchers", |world| drop(world.done.watched[0].events.pop()));
+        found("gap-free", |world| world.events().clear());
         found("checkpoint", |world| world.audit.checkpoints.clear());
         found("checkpoint", |world| {
             let kept = world.audit.checkpoints.values_mut().next().expect("one");

@@ -90,7 +90,8 @@ pub(crate) fn kept(
     for (owned, awake_s) in paused {
         let replica = owned.what.split_inclusive(':').next().unwrap_or_default();
         let matters = |window: &&Window| {
-            let of_it = window.what.starts_with(replica) && !matches!(window.kind, WindowKind::CacheAway(_));
+            let of_it = window.what.starts_with(replica)
+                && !matches!(window.kind, WindowKind::CacheAway(_) | WindowKind::CacheLost);
             window.kind == WindowKind::StoreAway || of_it && window.what != owned.what
         };
         let others = windows.iter().filter(matters).filter(|window| window.to_s > owned.at_s - ttl_s);

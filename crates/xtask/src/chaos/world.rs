@@ -70,8 +70,10 @@ pub(crate) enum WindowKind {
     Paused(usize),
     /// This replica was frozen past its lease and has just woken, not knowing it yet.
     Woken(usize),
-    /// The shared cache was away from this replica, or from all, or lost what it had.
+    /// The shared cache was away from this replica, or from all.
     CacheAway(Option<usize>),
+    /// The shared cache lost what it had.
+    CacheLost,
     /// The store did not answer, or broke off.
     StoreAway,
     /// Something else, for the report.
