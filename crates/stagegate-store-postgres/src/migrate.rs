@@ -1,13 +1,22 @@
 //! The schema: owns the embedded migrations, and the answer to whether the database fits this binary.
 
+use std::time::Duration;
+
 use sqlx::{
     Row as _,
+    error::DatabaseError,
     migrate::{MigrateError, Migrator},
     postgres::PgRow,
 };
 use stagegate_core::{StoreError, StoreResult};
 
 use crate::{error, pool::Pool};
+
+/// How long a migration waits for a lock. Whoever wants the table next waits behind it, heartbeats too: it must not be
+/// long beside a lease.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often it is tried: about ten minutes.
+const LOCK_TRIES: u32 = 150;
 
 /// Every migration, embedded in the binary.
 static MIGRATIONS: Migrator = sqlx::migrate!("../../migrations/postgres");
@@ -24,8 +33,18 @@ pub(crate) async fn migrate(pool: &Pool) -> StoreResult<()> {
     foreign(pool).await?;
     let mut migrator = Migrator { migrations: MIGRATIONS.migrations.clone(), ..Migrator::DEFAULT };
     migrator.set_ignore_missing(true);
-    let patient = pool.patient();
-    let result = migrator.run(&patient).await;
+    let patient = pool.patient(LOCK_TIMEOUT);
+    let mut tries = 1;
+    let result = loop {
+        match migrator.run(&patient).await {
+            Err(failure) if is_locked_out(&failure) && tries < LOCK_TRIES => {
+                tracing::warn!(tries, "a migration waits for a table that somebody else uses; it is tried again");
+                tokio::time::sleep(LOCK_TIMEOUT).await;
+                tries += 1;
+            }
+            result => break result,
+        }
+    };
     patient.close().await;
     result.map_err(|failure| match failure {
         MigrateError::Execute(failure) => error::statement("migrate", &failure),
@@ -98,6 +117,12 @@ async fn foreign(pool: &Pool) -> StoreResult<Vec<Applied>> {
         Some(version) => Err(unknown(version)),
         None => Ok(applied),
     }
+}
+
+/// Whether a lock was not to be had in time.
+fn is_locked_out(failure: &MigrateError) -> bool {
+    let (MigrateError::Execute(failure) | MigrateError::ExecuteMigration(failure, _)) = failure else { return false };
+    failure.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == "55P03")
 }
 
 /// Whether the database has every migration of this binary, unchanged, and no other that does not suit it.

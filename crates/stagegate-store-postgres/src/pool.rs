@@ -111,10 +111,12 @@ impl Pool {
         Ok(pool)
     }
 
-    /// A pool of one connection without a statement timeout, for what may take long. To be closed by its user.
-    pub(crate) fn patient(&self) -> PgPool {
+    /// A pool of one connection without a statement timeout, for what may take long once it has its locks. To be closed
+    /// by its user.
+    pub(crate) fn patient(&self, lock_timeout: Duration) -> PgPool {
         let options = PgPoolOptions::new().max_connections(1).acquire_timeout(self.acquire_timeout);
-        options.connect_lazy_with(self.options.as_ref().clone())
+        let session = self.options.as_ref().clone().options([("lock_timeout", lock_timeout.as_millis())]);
+        options.connect_lazy_with(session)
     }
 
     /// A connection for the replica's own work, for the statement that is named in errors.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use http::Method;
 use serde_json::{Value, json};
+use stagegate_core::{Clock as _, SystemClock};
 use stagegate_http::config::{AuthMode, HttpConfig};
 
 use crate::app::{HELD, Options, PIPELINE, TestApp, parse_sse, spawn_app};
@@ -260,7 +261,7 @@ async fn a_delayed_run_waits_with_its_priority_until_its_time() {
         "pipeline": "two-steps", "input": { "brief": "b" }, "priority": -7, "start_at": "2126-01-01T00:00:00Z",
     });
     app.post("/v1/runs", &body).await.is_problem(422, "SG0212");
-    let tomorrow = chrono::Utc::now() + chrono::TimeDelta::days(1);
+    let tomorrow = SystemClock.now() + chrono::TimeDelta::days(1);
     let mut body = body;
     body["start_at"] = json!(tomorrow);
     let answer = app.post("/v1/runs", &body).await;

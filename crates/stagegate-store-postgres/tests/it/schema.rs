@@ -1,6 +1,6 @@
 //! Migrations, and a database that does not fit.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 use stagegate_core::{Store, StoreError};
@@ -28,6 +28,31 @@ async fn replicas_that_start_at_once_migrate_once() {
         task.await.expect("no panic");
     }
     crate::connect(&url, &PoolConfig::default()).await.migrate().await.expect("migrating again changes nothing");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_that_cannot_have_its_lock_lets_others_pass_and_comes_again() {
+    let database = TestDatabase::fresh().await;
+    let mut holder = PgConnection::connect(database.url()).await.expect("connects");
+    let mut first = sqlx::migrate!("../../migrations/postgres");
+    first.migrations.to_mut().retain(|migration| migration.version == 1);
+    first.run(&mut holder).await.expect("schema 1");
+    holder.execute("BEGIN; LOCK TABLE runs IN ACCESS SHARE MODE").await.expect("as a dump does");
+    let store = crate::connect(database.url(), &PoolConfig::default()).await;
+    let migrating = tokio::spawn(async move { store.migrate().await });
+    // Twice: it came again.
+    let mut operator = PgConnection::connect(database.url()).await.expect("connects");
+    let waiting =
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    for _ in 0..2 {
+        for wanted in [1_i64, 0] {
+            while sqlx::query_scalar::<_, i64>(waiting).fetch_one(&mut operator).await.expect("reads") != wanted {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    }
+    holder.execute("COMMIT").await.expect("lets go");
+    migrating.await.expect("no panic").expect("migrates");
 }
 
 #[tokio::test]

@@ -183,8 +183,8 @@ pub async fn what_is_to_be_cancelled_is_kept_by_no_limit(subject: Subject) {
     }
     assert_eq!(store.claim(owner, 1, &shares).await.expect("claim").len(), 1, "no more than was asked for");
     assert_eq!(claim_out(store, owner, 10, &shares).await.len(), 1);
-    let owned: Vec<RunId> = store.owned(owner).await.expect("owned").into_iter().map(|lease| lease.run).collect();
-    assert!(waiting[1..].iter().all(|run| owned.contains(run)) && !owned.contains(&waiting[0]), "{owned:?}");
+    let taken: Vec<RunId> = store.owned(owner).await.expect("owned").into_iter().map(|lease| lease.run).collect();
+    assert!(waiting[1..].iter().all(|run| taken.contains(run)) && !taken.contains(&waiting[0]), "{taken:?}");
 }
 
 /// What waits for its time, for a person, or for its turn has no lease and uses up nothing.

@@ -19,7 +19,7 @@ use tokio::{net::TcpListener, process::Child};
 use uuid::Uuid;
 
 use super::{
-    figures::Figures,
+    figures::{Figures, Times},
     load::{self, Outcome, closed_loop, open_loop},
     provider::{end_with_parent, helper},
     rig::Rig,
@@ -28,6 +28,10 @@ use super::{
 
 /// The body of a raw row, in bytes: what an answer has.
 const ROW_BYTES: usize = 1024;
+/// Requests and commits that are measured alone.
+const ALONE: u32 = 40;
+/// As long as the slow provider takes: what comes after it meets a machine that has gone idle.
+const SILENCE: Duration = Duration::from_millis(50);
 /// Rows of the larger commits.
 const BATCH: usize = 64;
 /// Writers of single rows: enough that they share the disk's flushes.
@@ -83,6 +87,20 @@ impl Echo {
         closed_loop(&mut connections, 0, u64::MAX, &stop, shot).await.clean()
     }
 
+    /// POSTs of a kilobyte one after another, each after such a pause.
+    async fn alone(&self, pause: Duration) -> anyhow::Result<Times> {
+        let request = wire::post("/", "text/plain", &"x".repeat(ROW_BYTES));
+        let mut connection = Connection::open(self.address).await?;
+        let mut times = Times::default();
+        for _ in 0..ALONE {
+            tokio::time::sleep(pause).await;
+            let started = Instant::now();
+            connection.call(&request).await?;
+            times.add(started.elapsed());
+        }
+        Ok(times)
+    }
+
     /// Requests at a rate: GETs of a kilobyte, or POSTs.
     pub(crate) async fn at_rate(&self, rate: f64, time: Duration, is_post: bool) -> anyhow::Result<Outcome> {
         let body = "x".repeat(ROW_BYTES);
@@ -97,6 +115,19 @@ impl Echo {
 pub(crate) async fn measure(rig: &Rig, echo: &Echo, time: Duration, figures: &mut Figures) -> anyhow::Result<()> {
     let echoed = echo.saturate(time).await?;
     figures.push("limit_echo_per_s", "limit: bare axum echo, requests/s", echoed.per_second());
+    figures.push(
+        "limit_echo_p50_ms",
+        "limit: bare echo alone, p50, ms",
+        echo.alone(Duration::ZERO).await?.quantile(50),
+    );
+    let silent = echo.alone(SILENCE).await?.quantile(50);
+    figures.push("limit_echo_silent_p50_ms", "limit: bare echo after 50 ms of silence, p50, ms", silent);
+    if let Some(server) = &rig.postgres {
+        let commit = commits_alone(server.url(), Duration::ZERO).await?.quantile(50);
+        figures.push("limit_commit_p50_ms", "limit: raw commit alone, p50, ms", commit);
+        let silent = commits_alone(server.url(), SILENCE).await?.quantile(50);
+        figures.push("limit_commit_silent_p50_ms", "limit: raw commit after 50 ms of silence, p50, ms", silent);
+    }
     let (single, batched) = if rig.postgres.is_some() {
         let (single, _) = postgres(rig, SINGLES, 1, time).await?;
         let (batched, cpu_us) = postgres(rig, BATCHERS, BATCH, time).await?;
@@ -112,6 +143,22 @@ pub(crate) async fn measure(rig: &Rig, echo: &Echo, time: Duration, figures: &mu
 
 const INSERT: &str = "INSERT INTO raw (run_id, stage_id, body)
     SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[])";
+
+/// Raw commits of a kilobyte one after another, each after such a pause.
+async fn commits_alone(url: &str, pause: Duration) -> anyhow::Result<Times> {
+    let mut connection = PgConnection::connect(url).await?;
+    sqlx::query("CREATE TABLE IF NOT EXISTS alone (body text)").execute(&mut connection).await?;
+    let body = "x".repeat(ROW_BYTES);
+    let mut times = Times::default();
+    for _ in 0..ALONE {
+        tokio::time::sleep(pause).await;
+        let started = Instant::now();
+        sqlx::query("INSERT INTO alone VALUES ($1)").bind(&body).execute(&mut connection).await?;
+        times.add(started.elapsed());
+    }
+    let _ = connection.close().await;
+    Ok(times)
+}
 
 /// Rows a second, and Postgres' CPU a row in microseconds.
 async fn postgres(rig: &Rig, writers: usize, rows: usize, time: Duration) -> anyhow::Result<(f64, f64)> {
