@@ -32,7 +32,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How much longer than a request the last connections may take when the shutdown begins.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(5);
 /// What a connection's task may hold; there is one for each event stream.
-const CONNECTION_MAX_BYTES: usize = 1024;
+const CONNECTION_MAX_BYTES: usize = 1536;
 /// The smallest buffer that hyper takes for a head.
 const HEAD_MIN_BYTES: usize = 8 * 1024;
 
