@@ -86,7 +86,7 @@ FOR EACH ROW WHEN (NEW.schema < 2) EXECUTE FUNCTION refuse_schema_1_2();
 CREATE INDEX runs_waiting ON runs (tenant, lane, priority DESC, available_at, id) WHERE available_at IS NOT NULL;
 DROP INDEX runs_claimable;
 -- What is only claimed to be cancelled.
-CREATE INDEX runs_cancelled ON runs (available_at) WHERE available_at IS NOT NULL AND cancel_requested;
+CREATE INDEX runs_cancelled ON runs (id) WHERE available_at IS NOT NULL AND cancel_requested;
 -- What a replica owns, and how much of that counts towards which limit.
 CREATE INDEX runs_leased ON runs (owner, tenant, pipeline, key) WHERE owner IS NOT NULL;
 DROP INDEX runs_by_owner;
@@ -313,11 +313,12 @@ BEGIN
                           leased_at = moment
         WHERE r.id IN (
             SELECT c.id FROM runs c WHERE c.available_at <= moment AND c.cancel_requested
-            ORDER BY c.available_at LIMIT most FOR UPDATE SKIP LOCKED
+            ORDER BY c.id LIMIT most FOR UPDATE SKIP LOCKED
         )
         RETURNING r.id, r.epoch
     )
-    SELECT coalesce(array_agg(t.id), '{}'), coalesce(array_agg(t.epoch), '{}') INTO ids, epochs FROM taken t;
+    SELECT coalesce(array_agg(t.id ORDER BY t.id), '{}'), coalesce(array_agg(t.epoch ORDER BY t.id), '{}')
+    INTO ids, epochs FROM taken t;
     FOR look IN 1..8 LOOP
         EXIT WHEN cardinality(ids) >= most;
         chosen := choose_runs_2(tenants, lanes, moment, passed_over, most - cardinality(ids), named, weights, maxima,

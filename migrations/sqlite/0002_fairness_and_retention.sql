@@ -27,7 +27,7 @@ ALTER TABLE runs ADD COLUMN lane TEXT NOT NULL DEFAULT '';
 DROP INDEX runs_ready;
 CREATE INDEX runs_lanes ON runs (tenant, lane, priority DESC, ready_at, id, pipeline) WHERE ready_at IS NOT NULL;
 -- What is only claimed to be cancelled.
-CREATE INDEX runs_cancelled ON runs (ready_at) WHERE ready_at IS NOT NULL AND cancel_requested = 1;
+CREATE INDEX runs_cancelled ON runs (id) WHERE ready_at IS NOT NULL AND cancel_requested = 1;
 -- What is due, and what waits for its time.
 DROP INDEX runs_wake;
 CREATE INDEX runs_due ON runs (wake_at, tenant, pipeline) WHERE wake_at IS NOT NULL;

@@ -48,7 +48,7 @@ pub(crate) const WAKE_DUE: &str = concat!(
 
 // cancelled: what ends as soon as it is claimed.
 pub(crate) const CANCELLED: &str = "SELECT id, epoch FROM runs INDEXED BY runs_cancelled \
-    WHERE ready_at IS NOT NULL AND cancel_requested = 1 ORDER BY ready_at LIMIT ?1";
+    WHERE ready_at IS NOT NULL AND cancel_requested = 1 ORDER BY id LIMIT ?1";
 
 /// The lanes in which something waits: each is found by one look into the index, or two, from the one before it.
 macro_rules! lanes {

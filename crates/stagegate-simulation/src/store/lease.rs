@@ -67,11 +67,9 @@ impl State {
                 (row.ready_at, row.wake_at) = (Some(at), None);
             }
         }
-        let mut cancelled: Vec<(i64, RunId)> = (self.runs.values())
-            .filter_map(|row| Some((row.ready_at.filter(|_| row.record.cancel_requested)?, row.record.id)))
-            .collect();
-        cancelled.sort_unstable();
-        let mut ready: Vec<RunId> = cancelled.into_iter().map(|(_, run)| run).take(limit as usize).collect();
+        // In the order of their ids.
+        let cancelled = self.runs.values().filter(|row| row.ready_at.is_some() && row.record.cancel_requested);
+        let mut ready: Vec<RunId> = cancelled.map(|row| row.record.id).take(limit as usize).collect();
         let (mut candidates, used) = self.candidates(flaw);
         candidates.retain(|candidate| !ready.contains(&candidate.run));
         ready.extend(choose(candidates, used, shares, limit as usize - ready.len()));
