@@ -70,8 +70,11 @@ impl State {
         // In the order of their ids.
         let cancelled = self.runs.values().filter(|row| row.ready_at.is_some() && row.record.cancel_requested);
         let mut ready: Vec<RunId> = cancelled.map(|row| row.record.id).take(limit as usize).collect();
-        let (mut candidates, used) = self.candidates(flaw);
-        candidates.retain(|candidate| !ready.contains(&candidate.run));
+        let (candidates, mut used) = self.candidates(flaw);
+        let (taken, candidates): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|each| ready.contains(&each.run));
+        for each in &taken {
+            used.add(&each.tenant, &each.pipeline, each.limits.key.as_ref().map(|(key, _)| key.as_str()));
+        }
         ready.extend(choose(candidates, used, shares, limit as usize - ready.len()));
         let mut leases = Vec::with_capacity(ready.len());
         for run in ready {
