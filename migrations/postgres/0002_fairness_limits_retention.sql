@@ -1,6 +1,9 @@
 -- Fairness, limits, delayed starts, retention; and less to write for each run. Same-numbered as the one in
 -- migrations/sqlite. It only expands: replicas of schema 1 go on working beside it with the statements that they have.
 
+-- In the order in which heartbeats and claims lock them, so that they and this wait for each other and nobody for ever.
+LOCK TABLE replicas, runs, checkpoints, run_payloads, ledger IN ACCESS EXCLUSIVE MODE;
+
 -- From here on each migration says which is the oldest schema whose binaries still work beside it.
 CREATE TABLE schema_compat (
     migration bigint PRIMARY KEY,
@@ -59,8 +62,16 @@ BEGIN
     IF EXISTS (SELECT FROM compact) THEN
         RETURN true;
     END IF;
-    IF NOT pg_try_advisory_xact_lock(7394116, 3) OR EXISTS (
-        SELECT FROM replicas p WHERE p.schema < 2 AND p.dead_at IS NULL AND p.expires_at > clock_timestamp()
+    -- A statement of its own: what the next one sees must be later than the lock.
+    IF NOT pg_try_advisory_xact_lock(7394116, 3) THEN
+        RETURN false;
+    END IF;
+    IF EXISTS (
+        SELECT FROM replicas p WHERE p.schema < 2 AND (
+            p.dead_at IS NULL AND p.expires_at > clock_timestamp()
+            -- One that vanished without its farewell may wake, and answer readers before it is refused.
+            OR coalesce(p.dead_at >= p.expires_at, true) AND p.seen_at > clock_timestamp() - interval '10 minutes'
+        )
     ) THEN
         RETURN false;
     END IF;
@@ -313,7 +324,8 @@ BEGIN
                           leased_at = moment
         WHERE r.id IN (
             SELECT c.id FROM runs c WHERE c.available_at <= moment AND c.cancel_requested
-            ORDER BY c.id LIMIT most FOR UPDATE SKIP LOCKED
+            -- At most half: they must not keep others' runs from their turn.
+            ORDER BY c.id LIMIT (most + 1) / 2 FOR UPDATE SKIP LOCKED
         )
         RETURNING r.id, r.epoch
     )

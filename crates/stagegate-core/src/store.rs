@@ -413,7 +413,7 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     async fn heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse>;
 
     /// Takes up to `limit` runs that can go on: queued, due, or left by replicas that are dead. Those that are to be
-    /// cancelled come first, by their ids, whatever their limits; the others in the order and within the limits of
+    /// cancelled come first, by their ids, whatever their limits, up to half of `limit`; the others in the order and within the limits of
     /// [`crate::fair`], counted over the leases of live replicas, never beyond them however many claim at once. May take
     /// fewer than there are; a claim that takes none leaves none that could be taken. Each gets a higher
     /// epoch. Takes nothing for a replica that is not alive.

@@ -4,7 +4,7 @@
 //! The depths are counted by the store, at most every second and never on the path of a submit; what this replica has
 //! queued since is added, and what it has claimed is taken off. A run that was being inserted while the store counted may
 //! be in the count or not: it is taken to be, so that nobody is refused for a run that was counted twice. So a limit can
-//! be overstepped by what all replicas accept within that second.
+//! be overstepped by what all replicas accept between two counts.
 
 use std::{
     collections::HashMap,
@@ -89,10 +89,13 @@ impl Known {
         self.since_begun = Depths::default();
     }
 
-    /// None where it could not be counted: what is known stays.
+    /// None where it could not be counted: what is known stays, as if nobody had counted.
     fn end_count(&mut self, depths: Option<Vec<(TenantId, u64)>>) {
+        let Some(depths) = depths else {
+            self.borders -= 1;
+            return;
+        };
         self.borders += 1;
-        let Some(depths) = depths else { return };
         self.counted = Depths::default();
         for (tenant, depth) in depths {
             self.counted.add(&tenant, i64::try_from(depth).unwrap_or(i64::MAX / 2));
@@ -232,10 +235,14 @@ mod tests {
     #[test]
     fn a_count_that_failed_changes_nothing() {
         let (mut known, busy) = (Known::default(), busy());
+        let before = Admitted(known.borders);
         known.begin_count();
         known.queued(&busy, Admitted(known.borders));
+        let during = Admitted(known.borders);
         known.end_count(None);
-        known.queued(&busy, Admitted(known.borders));
-        assert_eq!(known.depth(&busy), 2);
+        for admitted in [before, during, Admitted(known.borders)] {
+            known.queued(&busy, admitted);
+        }
+        assert_eq!(known.depth(&busy), 4);
     }
 }

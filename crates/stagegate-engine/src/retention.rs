@@ -9,7 +9,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use stagegate_core::{
-    Error, PipelineName, RunId, RunState, TenantId,
+    Error, PipelineName, RunId, RunState, StoreError, TenantId,
     pipeline::{Retention, Span},
     store::Kept,
 };
@@ -20,6 +20,8 @@ use crate::shared::Shared;
 const PAGE: u32 = 500;
 /// Runs removed in one transaction.
 const BATCH: usize = 100;
+/// Runs of a page that may fail on their own before the round is given up.
+const FAILED_MAX: u32 = 8;
 /// The pause after a page: a walk must not be felt.
 const PAUSE: Duration = Duration::from_millis(50);
 /// Nothing younger than this is looked at.
@@ -80,9 +82,10 @@ async fn round(shared: &Shared) -> Result<(u64, u64), Error> {
 }
 
 /// Removes what is due of these runs, a batch at a time. One that fails though the database answers is halved: it may be
-/// more than a statement's time allows. A run that fails alone is left to the next round, and holds up no other.
+/// more than a statement's time allows. A run that fails alone is left to the next round, and holds up no other; where
+/// many do, something else is wrong.
 async fn remove(shared: &Shared, runs: &[RunId], what: Due, now: DateTime<Utc>) -> Result<u64, Error> {
-    let mut removed = 0;
+    let (mut removed, mut failed) = (0, 0);
     let mut parts: Vec<&[RunId]> = runs.chunks(BATCH).rev().collect();
     while let Some(part) = parts.pop() {
         let done = match what {
@@ -96,8 +99,11 @@ async fn remove(shared: &Shared, runs: &[RunId], what: Due, now: DateTime<Utc>) 
                 shared.metrics.retention_removed.with_label_values(&[kind]).inc_by(gone);
                 removed += gone;
             }
+            Err(error) if shared.drain.is_cancelled() || failed == FAILED_MAX => return Err(error.into()),
+            Err(error @ StoreError::Full(_)) => return Err(error.into()),
             Err(error) if error.is_retryable() && shared.store.ping().await.is_err() => return Err(error.into()),
             Err(error) if part.len() == 1 => {
+                failed += 1;
                 tracing::error!(run_id = %part[0], %error, "what is too old of this run could not be removed");
             }
             Err(error) => {

@@ -87,9 +87,7 @@ pub(crate) enum Ended {
 }
 
 type AttemptFuture = BoxFuture<'static, (usize, u32, DateTime<Utc>, Attempted)>;
-/// None where they cannot be read. Their mark may be cleared then, so that no heartbeat tells of them again: whoever takes
-/// the run next reads them all.
-type SignalsFuture = BoxFuture<'static, Option<Vec<Signal>>>;
+type SignalsFuture = BoxFuture<'static, Vec<Signal>>;
 
 /// A run, and what is under way for it.
 pub(crate) struct Driver {
@@ -122,8 +120,8 @@ impl Driver {
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
     /// already durable.
     pub(crate) async fn drive(&mut self, first: Vec<Effect>) -> Ended {
-        if let Some(ended) = self.hear_first().await {
-            return ended;
+        if !self.hear_first().await {
+            return Ended::HandBack;
         }
         self.perform(first).await;
         let handle = Arc::clone(&self.handle);
@@ -170,7 +168,6 @@ impl Driver {
                 }
                 signals = read(&mut reading), if reading.is_some() => {
                     reading = None;
-                    let Some(signals) = signals else { return Ended::Broken };
                     self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
                 }
                 Some((stage, attempt, started_at, attempted)) = self.attempts.next() => {
@@ -184,11 +181,11 @@ impl Driver {
         }
     }
 
-    /// What was asked while the insert was under way is heard before anything starts. Returns how the driver ends where
-    /// it cannot be, or the life in which the run was leased has ended meanwhile.
-    async fn hear_first(&mut self) -> Option<Ended> {
+    /// What was asked while the insert was under way is heard before anything starts. False where the life in which the
+    /// run was leased ended meanwhile.
+    async fn hear_first(&mut self) -> bool {
         if !self.handle.take_signalled() {
-            return None;
+            return true;
         }
         let (handle, mut signals) = (Arc::clone(&self.handle), self.signals());
         while !handle.is_stopped() {
@@ -196,13 +193,12 @@ impl Driver {
                 biased;
                 () = handle.woken.notified() => {}
                 signals = &mut signals => {
-                    let Some(signals) = signals else { return Some(Ended::Broken) };
                     self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
-                    return None;
+                    return true;
                 }
             }
         }
-        Some(Ended::HandBack)
+        false
     }
 
     fn begin_commit(&mut self) -> Option<Committing> {
@@ -375,14 +371,14 @@ impl Driver {
         async move {
             loop {
                 match store.signals(&[lease]).await {
-                    Ok(mut found) => return Some(found.pop().map(|(_, signals)| signals).unwrap_or_default()),
+                    Ok(mut found) => return found.pop().map(|(_, signals)| signals).unwrap_or_default(),
                     Err(error) if error.is_retryable() => {
                         tracing::warn!(%error, "the signals of this run could not be read; they are read again");
                         tokio::time::sleep(SIGNALS_RETRY).await;
                     }
                     Err(error) => {
-                        tracing::error!(%error, "the signals of this run cannot be read; the run is tried again later");
-                        return None;
+                        tracing::error!(%error, "the signals of this run cannot be read");
+                        return Vec::new();
                     }
                 }
             }
@@ -391,7 +387,7 @@ impl Driver {
     }
 }
 
-async fn read(reading: &mut Option<SignalsFuture>) -> Option<Vec<Signal>> {
+async fn read(reading: &mut Option<SignalsFuture>) -> Vec<Signal> {
     match reading {
         Some(reading) => reading.await,
         None => std::future::pending().await,

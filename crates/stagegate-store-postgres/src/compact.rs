@@ -24,7 +24,7 @@ use stagegate_core::{
 };
 
 use crate::{
-    pool::Pool,
+    pool::Connection,
     rows::{self, Reader, Time},
 };
 
@@ -42,11 +42,11 @@ impl Gate {
     }
 
     /// Asks the database, unless it is known.
-    pub(crate) async fn look(&self, pool: &Pool) -> StoreResult<()> {
+    pub(crate) async fn look(&self, connection: &mut Connection) -> StoreResult<()> {
         if self.is_open() {
             return Ok(());
         }
-        let row = pool.acquire("replicas.compact").await?.row("replicas.compact", sqlx::query(COMPACT)).await?;
+        let row = connection.row("replicas.compact", sqlx::query(COMPACT)).await?;
         let missing = || StoreError::Defect("replicas.compact: no answer".into());
         let open = Reader::new(&row.ok_or_else(missing)?, "compact", uuid::Uuid::nil()).get("compact")?;
         self.0.store(open, Ordering::Relaxed);

@@ -113,9 +113,13 @@ pub(crate) async fn heartbeat(pool: &Pool, compact: &Gate, beat: &Heartbeat) -> 
         .bind(rows::printable(&beat.version))
         .bind(beat.draining)
         .bind(rows::millis(beat.ttl));
-    let row = pool.acquire_for_pulse("replicas.heartbeat").await?.row("replicas.heartbeat", query).await?;
+    let mut connection = pool.acquire_for_pulse("replicas.heartbeat").await?;
+    let row = connection.row("replicas.heartbeat", query).await?;
     let Some(row) = row else { return Ok(Pulse { alive: false, signalled: Vec::new() }) };
-    compact.look(pool).await?;
+    if let Err(error) = compact.look(&mut connection).await {
+        // The lease is renewed all the same; the next heartbeat looks again.
+        tracing::warn!(%error, "whether every replica reads the compact form could not be found out");
+    }
     let read = Reader::new(&row, "replicas", beat.replica.0);
     let signalled: Vec<Uuid> = read.get("signalled")?;
     Ok(Pulse { alive: read.get("alive")?, signalled: signalled.into_iter().map(RunId).collect() })

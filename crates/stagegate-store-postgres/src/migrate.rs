@@ -119,10 +119,10 @@ async fn foreign(pool: &Pool) -> StoreResult<Vec<Applied>> {
     }
 }
 
-/// Whether a lock was not to be had in time.
+/// Whether a lock was not to be had in time, or not at all for somebody who waited for one of ours.
 fn is_locked_out(failure: &MigrateError) -> bool {
     let (MigrateError::Execute(failure) | MigrateError::ExecuteMigration(failure, _)) = failure else { return false };
-    failure.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == "55P03")
+    failure.as_database_error().and_then(DatabaseError::code).is_some_and(|code| code == "55P03" || code == "40P01")
 }
 
 /// Whether the database has every migration of this binary, unchanged, and no other that does not suit it.

@@ -87,7 +87,7 @@ pub(crate) async fn get(
     number: Option<u32>,
 ) -> StoreResult<Option<PipelineVersion>> {
     let query = sqlx::query(GET).bind(tenant.as_str()).bind(name.as_str()).bind(number.map(rows::small));
-    let row = pool.acquire_as_guest("pipelines.get").await?.row("pipelines.get", query).await?;
+    let row = pool.acquire("pipelines.get").await?.row("pipelines.get", query).await?;
     row.as_ref().map(version).transpose()
 }
 

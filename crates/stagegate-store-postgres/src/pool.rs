@@ -121,36 +121,36 @@ impl Pool {
 
     /// A connection for the replica's own work, for the statement that is named in errors.
     pub(crate) async fn acquire(&self, name: &'static str) -> StoreResult<Connection> {
-        self.waiting(name, self.inner.acquire(), None).await
+        self.waiting(name, async { Ok((self.inner.acquire().await?, None)) }).await
     }
 
     /// The same for what the API asks.
     pub(crate) async fn acquire_as_guest(&self, name: &'static str) -> StoreResult<Connection> {
-        let waiting = Waiting::new(&self.metrics);
-        let room = tokio::time::timeout(self.acquire_timeout, Arc::clone(&self.guests).acquire_owned()).await;
-        drop(waiting);
-        let Ok(Ok(room)) = room else { return Err(error::connecting(name, &sqlx::Error::PoolTimedOut)) };
-        self.waiting(name, self.inner.acquire(), Some(room)).await
+        let acquiring = async {
+            let room = Arc::clone(&self.guests).acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
+            Ok((self.inner.acquire().await?, Some(room)))
+        };
+        self.waiting(name, acquiring).await
     }
 
     /// The same for heartbeats.
     pub(crate) async fn acquire_for_pulse(&self, name: &'static str) -> StoreResult<Connection> {
-        self.waiting(name, self.pulse.acquire(), None).await
+        self.waiting(name, async { Ok((self.pulse.acquire().await?, None)) }).await
     }
 
     async fn waiting(
         &self,
         name: &'static str,
-        acquiring: impl Future<Output = Result<PoolConnection<Postgres>, sqlx::Error>>,
-        room: Option<OwnedSemaphorePermit>,
+        acquiring: impl Future<Output = Result<(PoolConnection<Postgres>, Option<OwnedSemaphorePermit>), sqlx::Error>>,
     ) -> StoreResult<Connection> {
         let waiting = Waiting::new(&self.metrics);
         let started = Instant::now();
-        let acquired = acquiring.await;
+        let acquired = tokio::time::timeout(self.acquire_timeout, acquiring).await;
         self.metrics.pool_wait.observe(started.elapsed().as_secs_f64());
         drop(waiting);
         self.observe();
-        let inner = acquired.map_err(|failure| error::connecting(name, &failure))?;
+        let acquired = acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+        let (inner, room) = acquired.map_err(|failure| error::connecting(name, &failure))?;
         Ok(Connection { inner, limit: self.statement_limit, under_way: false, in_transaction: false, _room: room })
     }
 

@@ -120,7 +120,8 @@ async fn take(conn: &mut SqliteConnection, replica: ReplicaId, limit: u32, share
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     loop {
         let woken = sqlx::query(WAKE_DUE).bind(int(WAKE)).execute(&mut *conn).await.sql()?.rows_affected();
-        let mut leases = cancelled(conn, limit).await?;
+        // At most half: they must not keep others' runs from their turn.
+        let mut leases = cancelled(conn, limit.div_ceil(2)).await?;
         own(conn, replica, &leases).await?;
         let chosen = choose(conn, limit - leases.len(), shares).await?;
         own(conn, replica, &chosen).await?;

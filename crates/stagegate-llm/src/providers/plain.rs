@@ -471,6 +471,8 @@ mod tests {
             "transfer-encoding: chunked\r\n\r\n3\r\nYes\r\n",
             "transfer-encoding: chunked\r\n\r\n2\r\nYes\r\n0\r\n\r\n",
             "transfer-encoding: chunked\r\n\r\nYes",
+            "transfer-encoding: chunked\r\n\r\n2\r\nYe\r\n\r\n\r\n",
+            "transfer-encoding: chunked\r\n\r\n2\r\nYe\r\n;x=y\r\n\r\n",
         ];
         for body in bodies {
             let whole: &'static str = format!("HTTP/1.1 200 OK\r\n{body}").leak();

@@ -106,6 +106,10 @@ fn names(headers: &HeaderMap, name: HeaderName, word: &str) -> bool {
 
 /// The size that a chunk begins with and the length of that line; None where more of it is to come.
 pub(super) fn chunk(bytes: &[u8]) -> io::Result<Option<(u64, usize)>> {
+    // httparse takes a line without digits for a size of 0, which would be the end.
+    if bytes.first().is_some_and(|byte| !byte.is_ascii_hexdigit()) {
+        return Err(malformed("a chunk of the answer has no size"));
+    }
     match httparse::parse_chunk_size(bytes) {
         Ok(httparse::Status::Complete((length, size))) => Ok(Some((size, length))),
         Ok(httparse::Status::Partial) => part(bytes),
@@ -125,7 +129,7 @@ pub(super) fn chunk_end(bytes: &[u8]) -> io::Result<Option<((), usize)>> {
 /// Whether the line after the last chunk is the empty one, and its length; None where more of it is to come.
 pub(super) fn trailer(bytes: &[u8]) -> io::Result<Option<(bool, usize)>> {
     match bytes.iter().position(|byte| *byte == b'\n') {
-        Some(end) => Ok(Some((bytes[..end].trim_ascii().is_empty(), end + 1))),
+        Some(end) => Ok(Some((matches!(bytes[..end], [] | [b'\r']), end + 1))),
         None => part(bytes),
     }
 }

@@ -67,9 +67,9 @@ impl State {
                 (row.ready_at, row.wake_at) = (Some(at), None);
             }
         }
-        // In the order of their ids.
+        // In the order of their ids, and at most half.
         let cancelled = self.runs.values().filter(|row| row.ready_at.is_some() && row.record.cancel_requested);
-        let mut ready: Vec<RunId> = cancelled.map(|row| row.record.id).take(limit as usize).collect();
+        let mut ready: Vec<RunId> = cancelled.map(|row| row.record.id).take(limit.div_ceil(2) as usize).collect();
         let (candidates, mut used) = self.candidates(flaw);
         let (taken, candidates): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|each| ready.contains(&each.run));
         for each in &taken {

@@ -90,7 +90,9 @@ pub(crate) fn kept(
     for (owned, awake_s) in paused {
         let replica = owned.what.split_inclusive(':').next().unwrap_or_default();
         let matters = |window: &&Window| {
+            // That it stopped its own work is no excuse: a short freeze is no reason to.
             let of_it = window.what.starts_with(replica)
+                && !window.what.contains("stops its own work")
                 && !matches!(window.kind, WindowKind::CacheAway(_) | WindowKind::CacheLost);
             window.kind == WindowKind::StoreAway || of_it && window.what != owned.what
         };
