@@ -37,7 +37,7 @@ pub struct EngineConfig {
     #[schemars(with = "BTreeMap<String, TenantLimits>")]
     pub tenants: BTreeMap<TenantId, TenantLimits>,
     /// How long runs and their inputs and outputs are kept after their end, unless their pipeline says otherwise.
-    /// State it as long as you may need them: what is removed is gone. What is left out is kept for ever.
+    /// State it as long as you may need them: what is removed is gone. Without `payloads` they are kept as long as their run.
     pub retention: Retention,
     /// How often one of the replicas looks for what is too old.
     pub retention_every: Span,

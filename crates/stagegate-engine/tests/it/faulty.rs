@@ -162,8 +162,12 @@ impl Faulty {
 
     /// Waits until it is called again.
     pub(crate) async fn next_call(&self, method: &'static str) {
-        let before = self.calls(method);
-        while self.calls(method) == before {
+        self.call_after(method, self.calls(method)).await;
+    }
+
+    /// Waits until it was called more than so many times: of what may be called before one begins to wait.
+    pub(crate) async fn call_after(&self, method: &'static str, calls: usize) {
+        while self.calls(method) <= calls {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

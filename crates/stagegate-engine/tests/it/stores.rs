@@ -314,8 +314,9 @@ async fn a_cancel_whose_commit_hangs_calls_no_judge() {
     let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
     setup.until_called("stage-one").await;
     setup.faulty.set("commit", Fault::Hang);
+    let before = setup.faulty.calls("commit");
     setup.bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
-    setup.faulty.next_call("commit").await;
+    setup.faulty.call_after("commit", before).await;
     tokio::time::sleep(Duration::from_millis(1_500)).await; // The answer would come, which nothing shows from outside.
     setup.faulty.mend("commit");
     setup.bench.finish(run).await;
@@ -328,9 +329,10 @@ async fn an_expired_run_waits_for_its_commit_in_peace() {
     let setup = Setup::start().await;
     setup.bench.provider.on(contains("stage-one")).respond(Reply::hang());
     let source = canonical().replace("\"name\":", "\"deadline\":\"400ms\",\"name\":");
+    let before = setup.faulty.calls("commit");
     let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
     setup.faulty.set("commit", Fault::Hang);
-    setup.faulty.next_call("commit").await;
+    setup.faulty.call_after("commit", before).await;
     setup.expires_in_peace(run).await;
 }
 
