@@ -12,7 +12,7 @@ use super::{
     logs::{BadAnswer, Told},
     reconcile::Check,
     takeover::TakeOvers,
-    world::{Seen, WindowKind},
+    world::{Seen, Window, WindowKind},
 };
 use crate::quantile::nearest_rank;
 
@@ -155,7 +155,9 @@ impl Facts<'_> {
 
     fn faults_part(&self, text: &mut String) {
         text.push_str("\n## Faults\n\n| from | until | what |\n| --: | --: | --- |\n");
-        let mut windows: Vec<_> = self.seen.windows.iter().collect();
+        // What the cache lost stands there already, as the fault that it was.
+        let is_told = |window: &&Window| window.kind != WindowKind::CacheLost;
+        let mut windows: Vec<_> = self.seen.windows.iter().filter(is_told).collect();
         windows.sort_by(|a, b| a.from_s.total_cmp(&b.from_s));
         for window in windows {
             row(text, &[&format!("{:.1} s", window.from_s), &format!("{:.1} s", window.to_s), &window.what]);
@@ -220,8 +222,7 @@ impl Facts<'_> {
             .iter()
             .map(|(bad, n)| json!({ "status": bad.status, "why": bad.why, "request": bad.request, "times": n }))
             .collect();
-        let faults: Vec<&super::world::Window> =
-            self.seen.windows.iter().filter(|window| !window.what.is_empty()).collect();
+        let faults: Vec<&Window> = self.seen.windows.iter().filter(|window| !window.what.is_empty()).collect();
         json!({
             "title": self.title,
             "passed": self.passed(),
