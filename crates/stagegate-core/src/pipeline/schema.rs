@@ -183,6 +183,11 @@ fn union(
             );
             return say(false, path.clone(), wrong(message, &mend));
         }
+        (Some("Concurrency"), Value::Object(_)) => {
+            let mend =
+                "write `max_runs`, or `key` (an expression over the input, without braces: `input.customer`), or both";
+            return say(false, path.clone(), wrong("limits nothing".to_owned(), mend));
+        }
         _ => {
             let words = place.words();
             let near = value.as_str().and_then(|text| nearest(text, words.iter().copied()));

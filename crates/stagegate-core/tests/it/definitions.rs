@@ -33,6 +33,16 @@ output: \"{{ stages['second-one'].output }}\"
 ";
 
 #[test]
+fn limits_that_limit_nothing_say_what_to_write() {
+    for nothing in ["concurrency: {}", "concurrency: { max_runs_per_key: 1 }"] {
+        let found = mistakes(&GOOD.replace("defaults:", &format!("{nothing}\ndefaults:")));
+        let of_it = found.iter().find(|violation| violation.message.contains("limits nothing"));
+        let mend = of_it.and_then(|violation| violation.mend.as_deref()).unwrap_or_default();
+        assert!(mend.contains("`max_runs`") && mend.contains("`key`"), "{found:?}");
+    }
+}
+
+#[test]
 fn a_key_that_no_schema_declares_is_refused_where_it_is_named() {
     let typed = GOOD
         .replace("    output: json", "    output: { schema: { type: object, properties: { ok: { type: boolean } } } }");
