@@ -88,7 +88,8 @@ async fn while_a_replica_of_schema_1_lives_it_can_read_every_row() {
 
 #[tokio::test]
 async fn the_compact_form_is_written_once_the_last_of_schema_1_is_gone() {
-    for gone in ["dead_at = now()", "expires_at = now() - interval '1 second'"] {
+    let long_ago = "expires_at = now() - interval '1 second', seen_at = now() - interval '11 minutes'";
+    for gone in ["dead_at = now()", long_ago] {
         let (store, mut connection, database) = fresh().await;
         run(&mut connection, HEARTBEAT_OF_SCHEMA_1).await;
         live_replica(&store).await;
@@ -109,6 +110,23 @@ async fn the_compact_form_is_written_once_the_last_of_schema_1_is_gone() {
         let other = crate::connect(database.url(), &PoolConfig::default()).await;
         Story::begin(&(Arc::new(other) as Arc<dyn Store>), 2).await;
         assert!(rows(&mut connection).await.0 > compact, "its first row");
+    }
+}
+
+/// It may wake, and answer readers before it is refused.
+#[tokio::test]
+async fn one_of_schema_1_that_vanished_a_moment_ago_is_waited_for() {
+    for vanished in ["expires_at = now()", "expires_at = now(), dead_at = now() + interval '1 second'"] {
+        let (store, mut connection, _database) = fresh().await;
+        run(&mut connection, HEARTBEAT_OF_SCHEMA_1).await;
+        run(&mut connection, &format!("UPDATE replicas SET {vanished} WHERE schema = 1")).await;
+        live_replica(&store).await;
+        let mut tale = Story::begin(&store, 1).await;
+        for _ in 0..STEPS {
+            tale.advance(&store).await;
+        }
+        tale.check(&store).await;
+        assert_eq!(rows(&mut connection).await.0, 0);
     }
 }
 
