@@ -68,16 +68,29 @@ SELECT tenant, sum(number)::int8 AS number FROM (
 ) waiting
 GROUP BY tenant ORDER BY tenant";
 
-/// Every replica, the living first, and what it owns of one tenant or of all.
-pub const REPLICAS: &str = "/* replicas.list */
+/// Every replica, the living first, and what it owns; to be completed by whose runs are counted.
+macro_rules! replicas {
+    ($tenant:literal) => {
+        concat!(
+            "/* replicas.list */
 SELECT p.id, p.name, p.version, p.draining, p.started_at, p.dead_at IS NULL AND p.expires_at > now() AS alive,
        greatest(0, extract(epoch FROM now() - p.seen_at) * 1000)::int8 AS age_ms, o.runs,
        CASE WHEN o.since IS NOT NULL THEN greatest(0, extract(epoch FROM now() - o.since) * 1000)::int8 END AS oldest_ms
 FROM replicas p CROSS JOIN LATERAL (
-    SELECT count(*) AS runs, min(r.leased_at) AS since FROM runs r
-    WHERE r.owner = p.id AND ($1::text IS NULL OR r.tenant = $1)
+    SELECT count(*) AS runs, min(r.leased_at) AS since FROM runs r WHERE r.owner = p.id",
+            $tenant,
+            "
 ) o
-ORDER BY alive DESC, p.name, p.started_at, p.id";
+ORDER BY alive DESC, p.name, p.started_at, p.id"
+        )
+    };
+}
+
+/// What each replica owns of all tenants.
+const REPLICAS: &str = replicas!("");
+
+/// What each replica owns of one tenant. A statement of its own: a plan that serves all tenants too reads what all own.
+pub const REPLICAS_OF: &str = replicas!(" AND r.tenant = $1");
 
 pub(crate) async fn queue(pool: &Pool) -> StoreResult<QueueStats> {
     let row = pool.acquire_as_guest("runs.queue").await?.row("runs.queue", sqlx::query(QUEUE)).await?;
@@ -121,7 +134,10 @@ pub(crate) async fn depths(pool: &Pool) -> StoreResult<Vec<(TenantId, u64)>> {
 }
 
 pub(crate) async fn replicas(pool: &Pool, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
-    let query = sqlx::query(REPLICAS).bind(tenant.map(TenantId::as_str));
+    let query = match tenant {
+        Some(tenant) => sqlx::query(REPLICAS_OF).bind(tenant.as_str()),
+        None => sqlx::query(REPLICAS),
+    };
     let found = pool.acquire_as_guest("replicas.list").await?.rows("replicas.list", query).await?;
     found.iter().map(replica).collect()
 }

@@ -21,10 +21,15 @@ ON CONFLICT (id) DO NOTHING";
 const BY_HASH: &str = "/* keys.by_hash */
 SELECT id, tenant, role, name, created_at, expires_at, revoked_at FROM api_keys WHERE hash = $1";
 
-/// The keys of a tenant, or of all, oldest first.
+/// The keys of a tenant, oldest first. A statement of its own: a plan that serves all tenants too reads all of them.
+pub const LIST_OF: &str = "/* keys.list */
+SELECT id, tenant, role, name, created_at, expires_at, revoked_at FROM api_keys
+WHERE tenant = $1
+ORDER BY tenant, created_at, id";
+
+/// The keys of all tenants, each tenant's oldest first.
 const LIST: &str = "/* keys.list */
 SELECT id, tenant, role, name, created_at, expires_at, revoked_at FROM api_keys
-WHERE $1::text IS NULL OR tenant = $1
 ORDER BY tenant, created_at, id";
 
 /// The first revocation counts.
@@ -52,7 +57,10 @@ pub(crate) async fn by_hash(pool: &Pool, hash: &[u8; 32]) -> StoreResult<Option<
 }
 
 pub(crate) async fn list(pool: &Pool, tenant: Option<&TenantId>) -> StoreResult<Vec<ApiKey>> {
-    let query = sqlx::query(LIST).bind(tenant.map(TenantId::as_str));
+    let query = match tenant {
+        Some(tenant) => sqlx::query(LIST_OF).bind(tenant.as_str()),
+        None => sqlx::query(LIST),
+    };
     pool.acquire_as_guest("keys.list").await?.rows("keys.list", query).await?.iter().map(key).collect()
 }
 

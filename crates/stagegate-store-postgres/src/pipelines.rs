@@ -43,14 +43,14 @@ FROM pipelines p JOIN pipeline_versions v USING (tenant, name)
 WHERE p.tenant = $1 AND p.name = $2 AND v.version = coalesce($3, p.latest)";
 
 /// The newest version of each pipeline, by name.
-const LIST: &str = "/* pipelines.list */
+pub const LIST: &str = "/* pipelines.list */
 SELECT v.name, v.version, v.digest, v.created_at, v.definition
 FROM pipelines p JOIN pipeline_versions v ON v.tenant = p.tenant AND v.name = p.name AND v.version = p.latest
 WHERE p.tenant = $1 AND p.name > $2
 ORDER BY p.name LIMIT $3";
 
 /// The versions of a pipeline, newest first.
-const VERSIONS: &str = "/* pipelines.versions */
+pub const VERSIONS: &str = "/* pipelines.versions */
 SELECT name, version, digest, created_at, definition FROM pipeline_versions
 WHERE tenant = $1 AND name = $2 AND version < $3
 ORDER BY version DESC LIMIT $4";

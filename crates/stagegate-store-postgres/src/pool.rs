@@ -37,6 +37,8 @@ const PULSE: u32 = 2;
 pub const SESSION: &[(&str, &str)] = &[
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),
+    // An index has the order of a list. Half of the order, and a sort of what one tenant has, is no substitute.
+    ("enable_incremental_sort", "off"),
     ("jit", "off"),
     // What is counted after a lock is counted anew only so.
     ("default_transaction_isolation", "read committed"),

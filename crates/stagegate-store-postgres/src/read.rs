@@ -7,6 +7,7 @@ use stagegate_core::{
     Event, RunId, RunState, StageId, StoreResult, TenantId,
     store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
 };
+use uuid::Uuid;
 
 use crate::{
     compact::{self, events_of, stages_of},
@@ -112,29 +113,50 @@ pub(crate) async fn runs(pool: &Pool, query: &RunQuery) -> StoreResult<Vec<RunRe
 }
 
 /// The statement of a list. Only constants are pushed; every value is bound.
+///
+/// A page costs its tenant's rows, however many others have. So the order begins with the tenant, and the tenant is
+/// told as a range: of `tenant = $1` the planner knows that it does not matter for the order, and where one tenant has
+/// most of the runs it would walk over the primary key, through everybody's. Only the indexes that begin with the tenant
+/// have this order, and both ends of the range are places in them. A filter that no index has stands in a CASE, of which
+/// the planner expects nothing: where it expects that few rows are left, it reads and sorts the whole range.
 pub(crate) fn list(query: &RunQuery) -> StoreResult<QueryBuilder<Postgres>> {
-    let mut sql = QueryBuilder::new(concat!(
-        "/* runs.list */ SELECT * FROM (SELECT ",
-        run_columns!(),
-        " FROM runs r WHERE r.tenant = "
-    ));
-    sql.push_bind(query.tenant.as_str());
-    if let Some(pipeline) = &query.pipeline {
-        sql.push(" AND r.pipeline = ").push_bind(pipeline.as_str());
-    }
+    let mut sql = QueryBuilder::new(concat!("/* runs.list */ SELECT * FROM (SELECT ", run_columns!(), " FROM runs r "));
+    let tenant = query.tenant.as_str();
+    // No run has this id, and it stands after all others.
+    let before = query.before.map_or(Uuid::max(), |before| before.0);
+    let few = partial_index(&query.states);
+    let order = match &query.pipeline {
+        // Unless an index of few states is there: what it holds of a tenant is less than what a pipeline has.
+        Some(pipeline) if few.is_empty() => {
+            let pipeline = pipeline.as_str();
+            sql.push("WHERE (r.tenant, r.pipeline) >= (").push_bind(tenant).push(", ").push_bind(pipeline);
+            sql.push(") AND (r.tenant, r.pipeline, r.id) < (").push_bind(tenant).push(", ").push_bind(pipeline);
+            "r.tenant DESC, r.pipeline DESC, r.id DESC"
+        }
+        other => {
+            sql.push("WHERE r.tenant >= ").push_bind(tenant);
+            if let Some(pipeline) = other {
+                sql.push(" AND CASE WHEN r.pipeline = ").push_bind(pipeline.as_str()).push(" THEN true ELSE false END");
+            }
+            sql.push(" AND (r.tenant, r.id) < (").push_bind(tenant);
+            "r.tenant DESC, r.id DESC"
+        }
+    };
+    sql.push(", ").push_bind(before).push(")");
     if let Some(version) = query.version {
-        sql.push(" AND r.version = ").push_bind(rows::small(version));
+        sql.push(" AND CASE WHEN r.version = ").push_bind(rows::small(version)).push(" THEN true ELSE false END");
     }
     if !query.states.is_empty() {
         let states: Vec<&str> = query.states.iter().map(|state| state.as_str()).collect();
-        sql.push(" AND r.state = ANY(").push_bind(states).push(")");
-        sql.push(partial_index(&query.states));
+        sql.push(" AND r.state = ANY(").push_bind(states).push(")").push(few);
     }
     if !query.labels.is_empty() {
-        let labels =
+        let mut labels =
             query.labels.iter().map(|label| rows::to_json("a label", &label)).collect::<StoreResult<Vec<_>>>()?;
-        // The second half names the partial index.
-        sql.push(" AND r.labels @> ").push_bind(labels).push(" AND r.labels <> '{}'");
+        // As the index has it: the tenant is one more of them, which no label looks like. The last part names the index.
+        labels.push(tenant.to_owned());
+        sql.push(" AND array_append(r.labels, r.tenant) COLLATE \"C\" @> ").push_bind(labels);
+        sql.push(" AND r.labels <> '{}'");
     }
     if let Some(from) = query.created_from {
         sql.push(" AND r.created_at >= ").push_bind(from);
@@ -142,17 +164,16 @@ pub(crate) fn list(query: &RunQuery) -> StoreResult<QueryBuilder<Postgres>> {
     if let Some(before) = query.created_before {
         sql.push(" AND r.created_at < ").push_bind(before);
     }
-    if let Some(before) = query.before {
-        sql.push(" AND r.id < ").push_bind(before.0);
-    }
     // The planner sees the constant, and so that a page is short; the caller's limit is within it.
-    sql.push(" ORDER BY r.id DESC LIMIT 200) page LIMIT ").push_bind(i64::from(query.limit.min(PAGE_MAX)));
+    sql.push(" ORDER BY ").push(order).push(" LIMIT 200) page LIMIT ").push_bind(i64::from(query.limit.min(PAGE_MAX)));
     Ok(sql)
 }
 
 /// The condition of the partial index that covers these states, if one does.
 fn partial_index(states: &[RunState]) -> &'static str {
-    if states.iter().all(|state| !state.is_terminal()) {
+    if states.is_empty() {
+        ""
+    } else if states.iter().all(|state| !state.is_terminal()) {
         " AND r.state IN ('queued', 'running', 'waiting')"
     } else if states.iter().all(|state| state.is_terminal() && *state != RunState::Succeeded) {
         " AND r.state IN ('failed', 'cancelled', 'expired')"

@@ -42,48 +42,76 @@ pub(crate) const QUEUE: &str = concat!(
      FROM clock, ready, due, orphaned, owned, parked, held"
 );
 
-// backlog: the same by tenant and pipeline, of one tenant or of all.
-pub(crate) const BACKLOG: &str = concat!(
-    clock!(),
-    "parts (tenant, pipeline, queued, waiting, running, since) AS (\
-     SELECT tenant, pipeline, count(*), 0, 0, min(ready_at) FROM runs INDEXED BY runs_lanes \
-     WHERE ready_at IS NOT NULL AND (?1 IS NULL OR tenant = ?1) GROUP BY tenant, pipeline \
-     UNION ALL SELECT tenant, pipeline, sum(wake_at <= now), sum(wake_at > now), 0, \
-     min(CASE WHEN wake_at <= now THEN wake_at END) FROM clock CROSS JOIN runs INDEXED BY runs_due \
-     WHERE wake_at IS NOT NULL AND (?1 IS NULL OR tenant = ?1) GROUP BY tenant, pipeline \
-     UNION ALL SELECT tenant, pipeline, sum(expires_at <= now), 0, sum(expires_at > now), \
-     min(CASE WHEN expires_at <= now THEN expires_at END) FROM clock CROSS JOIN replicas \
-     CROSS JOIN runs INDEXED BY runs_leased ON runs.owner = replicas.id \
-     WHERE ?1 IS NULL OR tenant = ?1 GROUP BY tenant, pipeline \
-     UNION ALL SELECT tenant, pipeline, 0, count(*), 0, NULL FROM runs INDEXED BY runs_held WHERE ",
-    held!(),
-    " AND (?1 IS NULL OR tenant = ?1) GROUP BY tenant, pipeline) \
-     SELECT tenant, pipeline, sum(queued) AS queued, sum(waiting) AS waiting, sum(running) AS running, \
-     max(0, now - coalesce(min(since), now)) AS oldest_queued_ms \
-     FROM clock CROSS JOIN parts GROUP BY tenant, pipeline ORDER BY tenant, pipeline"
-);
+/// The same by tenant and pipeline; to be completed by whose runs are counted.
+macro_rules! backlog {
+    ($tenant:literal) => {
+        concat!(
+            clock!(),
+            "parts (tenant, pipeline, queued, waiting, running, since) AS (\
+             SELECT tenant, pipeline, count(*), 0, 0, min(ready_at) FROM runs INDEXED BY runs_lanes \
+             WHERE ready_at IS NOT NULL",
+            $tenant,
+            " GROUP BY tenant, pipeline \
+             UNION ALL SELECT tenant, pipeline, sum(wake_at <= now), sum(wake_at > now), 0, \
+             min(CASE WHEN wake_at <= now THEN wake_at END) FROM clock CROSS JOIN runs INDEXED BY runs_parked \
+             WHERE wake_at IS NOT NULL",
+            $tenant,
+            " GROUP BY tenant, pipeline \
+             UNION ALL SELECT tenant, pipeline, sum(expires_at <= now), 0, sum(expires_at > now), \
+             min(CASE WHEN expires_at <= now THEN expires_at END) FROM clock CROSS JOIN replicas \
+             CROSS JOIN runs INDEXED BY runs_leased ON runs.owner = replicas.id",
+            $tenant,
+            " GROUP BY tenant, pipeline \
+             UNION ALL SELECT tenant, pipeline, 0, count(*), 0, NULL FROM runs INDEXED BY runs_held WHERE ",
+            held!(),
+            $tenant,
+            " GROUP BY tenant, pipeline) \
+             SELECT tenant, pipeline, sum(queued) AS queued, sum(waiting) AS waiting, sum(running) AS running, \
+             max(0, now - coalesce(min(since), now)) AS oldest_queued_ms \
+             FROM clock CROSS JOIN parts GROUP BY tenant, pipeline ORDER BY tenant, pipeline"
+        )
+    };
+}
+
+// backlog
+pub(crate) const BACKLOG: &str = backlog!("");
+
+// backlog-of: of one tenant. What serves all tenants too reads the runs of all.
+pub(crate) const BACKLOG_OF: &str = backlog!(" AND tenant = ?1");
 
 // depths
 pub(crate) const DEPTHS: &str = concat!(
     clock!(),
     "parts (tenant, n) AS (\
      SELECT tenant, count(*) FROM runs INDEXED BY runs_lanes WHERE ready_at IS NOT NULL GROUP BY tenant \
-     UNION ALL SELECT tenant, count(*) FROM runs INDEXED BY runs_due WHERE wake_at IS NOT NULL GROUP BY tenant \
+     UNION ALL SELECT tenant, count(*) FROM runs INDEXED BY runs_parked WHERE wake_at IS NOT NULL GROUP BY tenant \
      UNION ALL SELECT tenant, count(*) FROM clock CROSS JOIN replicas CROSS JOIN runs INDEXED BY runs_leased \
      ON runs.owner = replicas.id WHERE expires_at <= now GROUP BY tenant) \
      SELECT tenant, sum(n) AS n FROM parts GROUP BY tenant ORDER BY tenant"
 );
 
+/// Every replica and what it owns; to be completed by whose runs are counted.
+macro_rules! replicas {
+    ($tenant:literal) => {
+        concat!(
+            clock!(),
+            "leased AS (SELECT owner, count(*) AS n, min(leased_at) AS since FROM replicas AS owners \
+             CROSS JOIN runs INDEXED BY runs_leased ON runs.owner = owners.id",
+            $tenant,
+            " GROUP BY owner) \
+             SELECT id, name, version, draining, entered_at, dead_at IS NULL AND expires_at > now AS alive, \
+             max(0, now - beat_at) AS age, coalesce(leased.n, 0) AS runs, max(0, now - leased.since) AS oldest \
+             FROM clock CROSS JOIN replicas LEFT JOIN leased ON leased.owner = replicas.id \
+             ORDER BY alive DESC, entered_at, id"
+        )
+    };
+}
+
 // replicas
-pub(crate) const REPLICAS: &str = concat!(
-    clock!(),
-    "leased AS (SELECT owner, count(*) AS n, min(leased_at) AS since FROM runs INDEXED BY runs_leased \
-     WHERE owner IS NOT NULL AND (?1 IS NULL OR tenant = ?1) GROUP BY owner) \
-     SELECT id, name, version, draining, entered_at, dead_at IS NULL AND expires_at > now AS alive, \
-     max(0, now - beat_at) AS age, coalesce(leased.n, 0) AS runs, max(0, now - leased.since) AS oldest \
-     FROM clock CROSS JOIN replicas LEFT JOIN leased ON leased.owner = replicas.id \
-     ORDER BY alive DESC, entered_at, id"
-);
+pub(crate) const REPLICAS: &str = replicas!("");
+
+// replicas-of: what they own of one tenant.
+pub(crate) const REPLICAS_OF: &str = replicas!(" AND tenant = ?1");
 
 fn count(n: i64) -> u64 {
     u64::try_from(n).unwrap_or(0)
@@ -100,8 +128,11 @@ pub(crate) async fn queue(db: &Db) -> StoreResult<QueueStats> {
 }
 
 pub(crate) async fn backlog(db: &Db, tenant: Option<&TenantId>) -> StoreResult<Vec<Backlog>> {
-    let rows =
-        sqlx::query(BACKLOG).bind(tenant.map(TenantId::as_str)).fetch_all(db.read().await?.conn()).await.sql()?;
+    let query = match tenant {
+        Some(tenant) => sqlx::query(BACKLOG_OF).bind(tenant.as_str()),
+        None => sqlx::query(BACKLOG),
+    };
+    let rows = query.fetch_all(db.read().await?.conn()).await.sql()?;
     let backlog = |row| {
         let cells = Cells::new(row, "runs", || "a backlog".to_owned());
         Ok(Backlog {
@@ -126,8 +157,11 @@ pub(crate) async fn depths(db: &Db) -> StoreResult<Vec<(TenantId, u64)>> {
 }
 
 pub(crate) async fn replicas(db: &Db, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
-    let rows =
-        sqlx::query(REPLICAS).bind(tenant.map(TenantId::as_str)).fetch_all(db.read().await?.conn()).await.sql()?;
+    let query = match tenant {
+        Some(tenant) => sqlx::query(REPLICAS_OF).bind(tenant.as_str()),
+        None => sqlx::query(REPLICAS),
+    };
+    let rows = query.fetch_all(db.read().await?.conn()).await.sql()?;
     let replica = |row| {
         let id = ReplicaId(Cells::new(row, "replicas", || "unknown".to_owned()).get("id")?);
         let cells = Cells::new(row, "replicas", || id.0.to_string());

@@ -7,6 +7,7 @@ mod faults;
 mod plans;
 mod pool;
 mod schema;
+mod skew;
 
 use std::{sync::Arc, time::Duration};
 

@@ -115,7 +115,7 @@ fn hot() -> BTreeMap<&'static str, (String, &'static str)> {
         ("queue", statements::QUEUE, "runs_active"),
         ("backlog", statements::BACKLOG_OF, "runs_active"),
         ("depths", statements::DEPTHS, "runs_waiting"),
-        ("replicas", statements::REPLICAS, "runs_leased"),
+        ("replicas", statements::REPLICAS_OF, "runs_leased"),
         ("news", statements::NEWS, "events_pkey"),
         ("kept", statements::KEPT, "runs_pkey"),
     ]
