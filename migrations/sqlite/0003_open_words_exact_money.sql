@@ -6,3 +6,5 @@ INSERT INTO schema_compat VALUES (3, 2);
 
 -- What waits for its time, by tenant: what one tenant asks of it costs that tenant's rows.
 CREATE INDEX runs_parked ON runs (tenant, pipeline, wake_at) WHERE wake_at IS NOT NULL;
+
+-- ---- Capabilities: nothing here. One process uses the file at a time, and what it can do is common. ---------------------

@@ -127,6 +127,8 @@ codes! {
     Purged = "SG0211", 409, "The run's input and outputs were removed";
     /// A start that is too far off, or past the run's deadline.
     InvalidStart = "SG0212", 422, "The start time is not possible";
+    /// A replica of an older release still runs, which would not understand it.
+    OlderReplica = "SG0213", 409, "A replica of an older release would not understand this";
 
     // Why a run ended without success
     /// The gate failed and no attempt was left.

@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod cache;
+pub mod capability;
 pub mod clock;
 pub mod decide;
 pub mod error;
@@ -17,7 +18,9 @@ pub mod run;
 pub mod secret;
 pub mod store;
 pub mod usage;
+pub mod word;
 
+pub use capability::{Capabilities, Capability};
 pub use clock::{Clock, SystemClock};
 pub use error::{Code, Error, Violation};
 pub use event::{Event, EventKind};
@@ -30,3 +33,4 @@ pub use run::{
 pub use secret::Secret;
 pub use store::{Store, StoreError, StoreResult};
 pub use usage::{Usage, Usd};
+pub use word::Word;

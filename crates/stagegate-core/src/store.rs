@@ -22,8 +22,8 @@ pub use records::{Backlog, Kept, QueueStats, ReplicaRecord, RunDetail, RunQuery,
 
 pub use crate::access::{ApiKey, NewApiKey, Role};
 use crate::{
-    Attempt, Checkpoint, Epoch, Event, Failure, KeyId, PipelineName, ReplicaId, RunId, RunState, StageId, StageState,
-    TenantId, Totals,
+    Attempt, Capabilities, Checkpoint, Epoch, Event, Failure, KeyId, PipelineName, ReplicaId, RunId, RunState, StageId,
+    StageState, TenantId, Totals,
     fair::{Limits, Shares},
     pipeline::{CacheMode, Labels},
 };
@@ -189,15 +189,21 @@ pub struct Heartbeat {
     pub draining: bool,
     /// How long it counts as alive after this.
     pub ttl: Duration,
+    /// What it can read and do.
+    pub capabilities: Capabilities,
+    /// How long a capability that settles must have been common before it does: so long the previous release may return.
+    pub way_back: Duration,
 }
 
 /// What a heartbeat found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pulse {
     /// False where the replica had been declared dead: its leases are gone, it must stop its work and take a new id.
     pub alive: bool,
     /// Runs of this replica that have signals.
     pub signalled: Vec<RunId>,
+    /// What every live replica can read and do; see [`Capabilities::common`].
+    pub common: Capabilities,
 }
 
 /// A replica's exclusive right to execute a run.

@@ -41,6 +41,9 @@ pub struct EngineConfig {
     pub retention: Retention,
     /// How often one of the replicas looks for what is too old.
     pub retention_every: Span,
+    /// How long after the last replica of the previous release was seen this release writes nothing that the previous one
+    /// cannot read. So long you can go back to it; after that the database refuses its replicas.
+    pub way_back: Span,
 }
 
 /// What one tenant may have.
@@ -94,6 +97,7 @@ impl Default for EngineConfig {
             tenants: BTreeMap::new(),
             retention: default_retention(),
             retention_every: Span(Duration::from_mins(15)),
+            way_back: Span(Duration::from_hours(1)),
         }
     }
 }

@@ -29,7 +29,7 @@ use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::Value;
 use stagegate_core::{
-    Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId, Violation,
+    Capability, Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId, Violation,
     hint::Hints,
     store::{NewSignal, NewVersion, PipelineVersion, RunRecord, SignalKind, Signalled},
 };
@@ -100,7 +100,8 @@ impl Engine {
         let shared = Shared::new(config, store, llm, metrics, clock, rng, steps, submits, pipelines, replica, hints);
         let shared = Arc::new(shared);
         let entered = Instant::now();
-        shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
+        let pulse = shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
+        shared.learn_common(pulse.common);
         let stop = CancellationToken::new();
         background.spawn(replica::beat(Arc::clone(&shared), entered, stop.clone()));
         background.spawn(replica::claim(Arc::clone(&shared)));
@@ -243,6 +244,11 @@ impl Engine {
         after: u64,
     ) -> BoxStream<'static, Result<Arc<EventBatch>, Error>> {
         follow::watch(Arc::clone(&self.shared.store), &self.shared.hub, tenant, run, after)
+    }
+
+    /// Whether every live replica understands it, as the last heartbeat told. Only then it may be asked of a run.
+    pub fn common(&self, capability: Capability) -> bool {
+        self.shared.common(capability)
     }
 
     /// What a tenant may have.

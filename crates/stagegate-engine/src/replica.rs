@@ -9,7 +9,7 @@ use std::{
 use chrono::{DateTime, Utc};
 use futures::future::BoxFuture;
 use stagegate_core::{
-    Code, Error, Pipeline, ReplicaId, RunId, Store, StoreResult,
+    Capabilities, Code, Error, Pipeline, ReplicaId, RunId, Store, StoreResult,
     decide::{Run, Stimulus},
     store::{Heartbeat, Lease, Pulse, Signal, Snapshot},
 };
@@ -42,6 +42,8 @@ pub(crate) fn heartbeat(shared: &Shared, draining: bool) -> Heartbeat {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         draining,
         ttl: shared.config.lease_ttl.0,
+        capabilities: Capabilities::own(),
+        way_back: shared.config.way_back.0,
     }
 }
 
@@ -89,6 +91,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
         match ask(&*shared.store, &beat, patience).await {
             Some((asked, Ok(pulse))) if pulse.alive => {
                 (renewed, next) = (asked, asked + every);
+                shared.learn_common(pulse.common);
                 shared.renewed(renewed + fence_after);
                 if shared.life().is_none() {
                     shared.begin_life(beat.replica);

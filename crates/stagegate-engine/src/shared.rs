@@ -16,7 +16,7 @@ use rand::{
     rngs::StdRng,
 };
 use stagegate_core::{
-    Clock, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
+    Capabilities, Capability, Clock, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId,
     decide::{Effect, Run},
     fair::{Limits, Shares},
     hint::Hints,
@@ -101,6 +101,8 @@ pub(crate) struct Shared {
     /// Runs of ours that are asked something and have no driver yet: it is told when it begins.
     untold: Mutex<BTreeSet<RunId>>,
     pipelines: Pipelines,
+    /// What every live replica can read and do, as the last heartbeat told.
+    common: Mutex<Capabilities>,
 }
 
 impl Drop for Shared {
@@ -149,6 +151,7 @@ impl Shared {
             fence_at: Mutex::default(),
             untold: Mutex::default(),
             pipelines,
+            common: Mutex::default(),
         }
     }
 
@@ -200,6 +203,16 @@ impl Shared {
             && limits.is_empty()
             && self.shares.of(tenant).max_runs.is_none()
             && !self.backlog.load(Ordering::Relaxed)
+    }
+
+    /// A heartbeat told what every live replica can read and do.
+    pub(crate) fn learn_common(&self, common: Capabilities) {
+        *self.common.lock().unwrap_or_else(PoisonError::into_inner) = common;
+    }
+
+    /// Whether every live replica understands it: only then is anything of it written.
+    pub(crate) fn common(&self, capability: Capability) -> bool {
+        self.common.lock().unwrap_or_else(PoisonError::into_inner).common(capability)
     }
 
     /// A heartbeat succeeded: the leases count until then.

@@ -222,7 +222,15 @@ async fn main() -> Outcome<()> {
     store.migrate().await?;
     let owner = replica();
     let ttl = std::time::Duration::from_hours(1);
-    let beat = Heartbeat { replica: owner, name: "host".into(), version: "1".into(), draining: false, ttl };
+    let beat = Heartbeat {
+        replica: owner,
+        name: "host".into(),
+        version: "1".into(),
+        draining: false,
+        ttl,
+        capabilities: stagegate_core::Capabilities::own(),
+        way_back: std::time::Duration::ZERO,
+    };
     store.heartbeat(&beat).await?;
     play(&store, owner, batch * 8, batch, width).await?;
 

@@ -18,21 +18,15 @@ use std::sync::{
 
 use sqlx::postgres::PgRow;
 use stagegate_core::{
-    Attempt, Checkpoint, Event, EventKind, LedgerEntry, ModelRef, Origin, RunId, StageId, StageState, StoreError,
-    StoreResult, Totals, Verdict,
+    Attempt, Capabilities, Capability, Checkpoint, Event, EventKind, LedgerEntry, ModelRef, Origin, RunId, StageId,
+    StageState, StoreResult, Totals, Verdict,
     store::{Commit, StageRecord},
 };
 
-use crate::{
-    pool::Connection,
-    rows::{self, Reader, Time},
-};
+use crate::rows::{self, Reader, Time};
 
-/// Whether the compact form is written; the function is migration 0002's.
-const COMPACT: &str = "/* replicas.compact */ SELECT compact_2() AS compact";
-
-/// Whether the compact form is written. Off until a heartbeat has found that everybody can read it; never off again,
-/// for the database lets nobody of schema 1 in from then on.
+/// Whether the compact form is written. Off until a heartbeat has found that [`Capability::CompactRows`] is common; never
+/// off again, because that capability settles: the database lets no replica of schema 1 in from then on.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Gate(Arc<AtomicBool>);
 
@@ -41,16 +35,11 @@ impl Gate {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Asks the database, unless it is known.
-    pub(crate) async fn look(&self, connection: &mut Connection) -> StoreResult<()> {
-        if self.is_open() {
-            return Ok(());
+    /// Takes note of a heartbeat's answer.
+    pub(crate) fn learn(&self, common: &Capabilities) {
+        if common.common(Capability::CompactRows) {
+            self.0.store(true, Ordering::Relaxed);
         }
-        let row = connection.row("replicas.compact", sqlx::query(COMPACT)).await?;
-        let missing = || StoreError::Defect("replicas.compact: no answer".into());
-        let open = Reader::new(&row.ok_or_else(missing)?, "compact", uuid::Uuid::nil()).get("compact")?;
-        self.0.store(open, Ordering::Relaxed);
-        Ok(())
     }
 }
 

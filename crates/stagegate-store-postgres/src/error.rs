@@ -39,6 +39,8 @@ pub(crate) fn connecting(name: &'static str, error: &sqlx::Error) -> StoreError 
 fn refused(name: &'static str, error: &dyn DatabaseError) -> StoreError {
     let code = error.code().unwrap_or_default();
     match code.as_ref() {
+        // refused by the trigger of migration 0003: newer replicas write what this one cannot read
+        "SG503" => StoreError::SchemaAhead(error.message().to_owned()),
         // disk_full
         "53100" => StoreError::Full(format!("{name}: {}", error.message())),
         // We slept inside a transaction for so long that the server ended it, and the session with it.

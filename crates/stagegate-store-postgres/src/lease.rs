@@ -11,7 +11,7 @@ use std::{
 
 use sqlx::{Row as _, postgres::PgRow};
 use stagegate_core::{
-    Epoch, ReplicaId, RunId, StoreError, StoreResult, TenantId,
+    Capabilities, Capability, Epoch, ReplicaId, RunId, StoreError, StoreResult, TenantId,
     fair::{Share, Shares},
     store::{Heartbeat, Lease, Pulse, Snapshot},
 };
@@ -25,19 +25,20 @@ use crate::{
     rows::{self, Reader, attempt_columns, checkpoint_columns, run_columns, stage_columns},
 };
 
-/// Reports a replica alive, unless it was declared dead, and tells which of its runs have news. It can read what schema 2
-/// has.
+/// Reports a replica alive, unless it was declared dead, and tells which of its runs have news and which capabilities are
+/// common. A replica that lacks what is settled is refused (migration 0003).
 pub const HEARTBEAT: &str = "/* replicas.heartbeat */
 WITH beat AS (
-    INSERT INTO replicas (id, name, version, draining, seen_at, expires_at, schema)
-    VALUES ($1, $2, $3, $4, now(), now() + $5 * interval '1 millisecond', 2)
+    INSERT INTO replicas (id, name, version, draining, seen_at, expires_at, schema, capabilities)
+    VALUES ($1, $2, $3, $4, now(), now() + $5 * interval '1 millisecond', 3, $6)
     ON CONFLICT (id) DO UPDATE
         SET draining = excluded.draining, seen_at = excluded.seen_at, expires_at = excluded.expires_at
         WHERE replicas.dead_at IS NULL
     RETURNING id
 )
 SELECT EXISTS (SELECT FROM beat) AS alive,
-       ARRAY(SELECT r.id FROM runs r JOIN beat ON beat.id = r.owner WHERE r.signalled ORDER BY r.id) AS signalled";
+       ARRAY(SELECT r.id FROM runs r JOIN beat ON beat.id = r.owner WHERE r.signalled ORDER BY r.id) AS signalled,
+       common_capabilities_3($1, $6, $7, $8 * interval '1 millisecond') AS common";
 
 /// Takes runs that can go on: one look at some of the lanes. What it does is told at the function (migration 0002).
 pub const CLAIM: &str = "/* runs.claim */
@@ -112,17 +113,18 @@ pub(crate) async fn heartbeat(pool: &Pool, compact: &Gate, beat: &Heartbeat) -> 
         .bind(rows::printable(&beat.name))
         .bind(rows::printable(&beat.version))
         .bind(beat.draining)
-        .bind(rows::millis(beat.ttl));
+        .bind(rows::millis(beat.ttl))
+        .bind(beat.capabilities.words().collect::<Vec<_>>())
+        .bind(Capability::ALL.iter().filter(|one| one.settles()).map(Capability::as_str).collect::<Vec<_>>())
+        .bind(rows::millis(beat.way_back));
     let mut connection = pool.acquire_for_pulse("replicas.heartbeat").await?;
     let row = connection.row("replicas.heartbeat", query).await?;
-    let Some(row) = row else { return Ok(Pulse { alive: false, signalled: Vec::new() }) };
-    if let Err(error) = compact.look(&mut connection).await {
-        // The lease is renewed all the same; the next heartbeat looks again.
-        tracing::warn!(%error, "whether every replica reads the compact form could not be found out");
-    }
+    let Some(row) = row else { return Ok(Pulse::default()) };
     let read = Reader::new(&row, "replicas", beat.replica.0);
-    let signalled: Vec<Uuid> = read.get("signalled")?;
-    Ok(Pulse { alive: read.get("alive")?, signalled: signalled.into_iter().map(RunId).collect() })
+    let (signalled, common): (Vec<Uuid>, Vec<String>) = (read.get("signalled")?, read.get("common")?);
+    let common = Capabilities::of_words(common.iter().map(String::as_str));
+    compact.learn(&common);
+    Ok(Pulse { alive: read.get("alive")?, signalled: signalled.into_iter().map(RunId).collect(), common })
 }
 
 /// Where the next look at the lanes begins; only a hint, so that all lanes get their turn where they are too many for one

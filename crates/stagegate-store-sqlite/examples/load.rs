@@ -239,7 +239,15 @@ async fn main() -> Result<(), Failure> {
         with_puts: arguments.get(3).is_some_and(|word| word == "puts"),
     });
     let ttl = Duration::from_hours(1);
-    let beat = Heartbeat { replica, name: "load".to_owned(), version: "0".to_owned(), draining: false, ttl };
+    let beat = Heartbeat {
+        replica,
+        name: "load".to_owned(),
+        version: "0".to_owned(),
+        draining: false,
+        ttl,
+        capabilities: stagegate_core::Capabilities::own(),
+        way_back: Duration::ZERO,
+    };
     load.store.heartbeat(&beat).await?;
     let next = Arc::new(AtomicUsize::new(0));
     let since = Instant::now();

@@ -89,7 +89,8 @@ pub(crate) async fn heartbeat(db: &Db, beat: &Heartbeat) -> StoreResult<Pulse> {
         signalled.extend(runs.into_iter().map(RunId));
     }
     tx.commit().await?;
-    Ok(Pulse { alive: alive.is_some(), signalled })
+    // One process uses the file: what it can do is common.
+    Ok(Pulse { alive: alive.is_some(), signalled, common: beat.capabilities.clone() })
 }
 
 /// Declares dead the replicas that are out of time; their runs are ready.

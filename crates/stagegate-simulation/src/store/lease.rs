@@ -20,7 +20,7 @@ impl State {
         let ttl = i64::try_from(beat.ttl.as_millis()).unwrap_or(i64::MAX);
         let known = self.replicas.get(&beat.replica);
         if known.is_some_and(|replica| replica.dead_at.is_some()) {
-            return Pulse { alive: false, signalled: Vec::new() };
+            return Pulse::default();
         }
         let fresh = ReplicaRow {
             name: beat.name.clone(),
@@ -30,11 +30,14 @@ impl State {
             beat_at: now,
             expires_at: now.saturating_add(ttl),
             dead_at: None,
+            capabilities: beat.capabilities.clone(),
         };
         self.replicas.insert(beat.replica, fresh);
         let marked = self.owned_rows(beat.replica).filter(|row| row.signalled && flaw != Flaw::CancelIsSilent);
         let signalled = marked.map(|row| row.record.id).collect();
-        Pulse { alive: true, signalled }
+        let live = self.replicas.values().filter(|replica| replica.is_alive(now));
+        let common = live.fold(beat.capabilities.clone(), |common, replica| common.and(&replica.capabilities));
+        Pulse { alive: true, signalled, common }
     }
 
     fn owned_rows(&self, replica: ReplicaId) -> impl Iterator<Item = &Row> {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, btree_map::Entry};
 
 use stagegate_core::{
-    Attempt, Checkpoint, Epoch, Event, PipelineName, ReplicaId, RunId, StageId, TenantId,
+    Attempt, Capabilities, Checkpoint, Epoch, Event, PipelineName, ReplicaId, RunId, StageId, TenantId,
     fair::Limits,
     store::{ApiKey, Lease, NewRun, PipelineVersion, RunRecord, Signal, StageRecord},
 };
@@ -137,6 +137,7 @@ pub(crate) struct ReplicaRow {
     pub(crate) beat_at: i64,
     pub(crate) expires_at: i64,
     pub(crate) dead_at: Option<i64>,
+    pub(crate) capabilities: Capabilities,
 }
 
 impl ReplicaRow {

@@ -34,7 +34,9 @@ const ROWS: &str = "SELECT (SELECT count(*) FROM checkpoints WHERE seq IS NOT NU
 
 async fn fresh() -> (Arc<dyn Store>, PgConnection, TestDatabase) {
     let (store, database) = crate::fresh(&PoolConfig::default()).await;
-    let connection = PgConnection::connect(database.url()).await.expect("connects");
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    // As a database that older replicas have used before.
+    run(&mut connection, "DELETE FROM capabilities").await;
     (Arc::new(store), connection, database)
 }
 

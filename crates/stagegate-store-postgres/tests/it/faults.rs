@@ -248,6 +248,8 @@ async fn what_is_shown_to_people_may_hold_anything() {
         version: NASTY.to_owned(),
         draining: true,
         ttl: Duration::from_mins(1),
+        capabilities: stagegate_core::Capabilities::own(),
+        way_back: Duration::ZERO,
     };
     assert!(store.heartbeat(&beat).await.expect("beats").alive);
     let mut run = new_run(1);

@@ -1,5 +1,6 @@
 //! The Postgres store on a real Postgres.
 
+mod capabilities;
 mod claims;
 mod compact;
 mod contract;

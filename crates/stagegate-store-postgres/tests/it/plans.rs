@@ -172,6 +172,8 @@ async fn a_commit_that_keeps_its_lease_stays_on_its_page() {
         version: "1".to_owned(),
         draining: false,
         ttl: std::time::Duration::from_mins(1),
+        capabilities: stagegate_core::Capabilities::own(),
+        way_back: std::time::Duration::ZERO,
     };
     store.heartbeat(&beat).await.expect("alive");
     let runs: Vec<_> = (0..50).map(|n| leased_run(n, owner)).collect();

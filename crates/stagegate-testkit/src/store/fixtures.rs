@@ -283,7 +283,15 @@ pub async fn alive(store: &Arc<dyn Store>, replica: ReplicaId) {
 
 /// Reports a replica alive for so long.
 pub async fn beat(store: &Arc<dyn Store>, replica: ReplicaId, ttl: Duration) -> stagegate_core::store::Pulse {
-    let beat = Heartbeat { replica, name: "host".to_owned(), version: "0.1.0".to_owned(), draining: false, ttl };
+    let beat = Heartbeat {
+        replica,
+        name: "host".to_owned(),
+        version: "0.1.0".to_owned(),
+        draining: false,
+        ttl,
+        capabilities: stagegate_core::Capabilities::own(),
+        way_back: Duration::ZERO,
+    };
     store.heartbeat(&beat).await.expect("heartbeat")
 }
 

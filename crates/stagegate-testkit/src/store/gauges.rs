@@ -167,6 +167,8 @@ pub async fn replicas_are_listed_alive_draining_and_dead(subject: Subject) {
         version: version.to_owned(),
         draining: draining_now,
         ttl: Duration::from_mins(1),
+        capabilities: stagegate_core::Capabilities::own(),
+        way_back: Duration::ZERO,
     };
     store.heartbeat(&report("1.2.3", false)).await.expect("heartbeat");
     let first = find(&replicas(store, None).await, draining);

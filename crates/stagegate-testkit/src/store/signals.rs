@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use stagegate_core::{
     Epoch, RunId, RunState, StageState, Store,
-    store::{Commit, Committed, Lease, NewSignal, Pulse, SignalKind, Signalled, StageRecord},
+    store::{Commit, Committed, Lease, NewSignal, SignalKind, Signalled, StageRecord},
 };
 
 use super::{
@@ -92,17 +92,16 @@ pub async fn a_heartbeat_tells_of_each_signal_until_it_is_read(subject: Subject)
     let (run, lease) = submit_leased(store, 1, owner).await;
     let (_, quiet) = submit_leased(store, 2, owner).await;
     commit(store, &hold(lease, 3, &["s1"])).await;
-    let told = |signalled: &[RunId]| Pulse { alive: true, signalled: signalled.to_vec() };
-    assert_eq!(beat(store, owner, MINUTE).await, told(&[]));
+    assert_eq!(beat(store, owner, MINUTE).await.signalled, []);
     signal(store, run.id, SignalKind::Cancel).await;
-    assert_eq!(beat(store, other, MINUTE).await, told(&[]));
-    assert_eq!(beat(store, owner, MINUTE).await, told(&[run.id]));
-    assert_eq!(beat(store, owner, MINUTE).await, told(&[run.id]), "told until it is read");
+    assert_eq!(beat(store, other, MINUTE).await.signalled, []);
+    assert_eq!(beat(store, owner, MINUTE).await.signalled, [run.id]);
+    assert_eq!(beat(store, owner, MINUTE).await.signalled, [run.id], "told until it is read");
     assert_eq!(kinds(store, lease).await.len(), 1);
     assert_eq!(kinds(store, quiet).await, []);
-    assert_eq!(beat(store, owner, MINUTE).await, told(&[]));
+    assert_eq!(beat(store, owner, MINUTE).await.signalled, []);
     signal(store, run.id, approve("s1")).await;
-    assert_eq!(beat(store, owner, MINUTE).await, told(&[run.id]), "a later one marks it anew");
+    assert_eq!(beat(store, owner, MINUTE).await.signalled, [run.id], "a later one marks it anew");
     assert_eq!(kinds(store, lease).await, [SignalKind::Cancel, approve("s1")]);
 }
 

@@ -1,0 +1,99 @@
+//! Capabilities: what a replica can read and do, told with its heartbeat. Owns their words, and the rule by which one may
+//! be used.
+//!
+//! A replica writes a new word, column or form of rows only while [`Capabilities::common`] says that every live replica
+//! understands it. The answer to each heartbeat brings the common ones.
+//!
+//! There are two kinds:
+//! - One that *settles*: replicas without it cannot even carry what it writes. Once it is common (for as long as
+//!   `engine.way_back` says) it is settled in the database: it stays common for good, and the database refuses the
+//!   heartbeats of replicas that lack it.
+//! - All others: a replica with [`Capability::OpenVocabulary`] carries what they write unread. They are common as long as
+//!   every live replica tells them. An older replica that joins ends that at the others' next heartbeats; what was
+//!   written before stays, and the older replica carries it.
+
+use std::collections::BTreeSet;
+
+use crate::word::open_words;
+
+open_words! {
+    /// What a replica can read and do.
+    pub enum Capability {
+        /// Reads the compact form of rows. What schema 2 brought. Settles.
+        CompactRows = "compact_rows",
+        /// Carries unknown words and fields of events, codes, states and signals. What schema 3 brought. Settles.
+        OpenVocabulary = "open_vocabulary",
+    }
+}
+
+impl Capability {
+    /// Whether replicas without it are shut out once it was common.
+    pub fn settles(self) -> bool {
+        matches!(self, Self::CompactRows | Self::OpenVocabulary)
+    }
+}
+
+/// A set of capabilities.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Capabilities(BTreeSet<Capability>);
+
+impl Capabilities {
+    /// Those of this release.
+    pub fn own() -> Self {
+        Capability::ALL.iter().copied().collect()
+    }
+
+    /// From stored words. Those of newer releases are kept; what is no word is left out.
+    pub fn of_words<'a>(words: impl IntoIterator<Item = &'a str>) -> Self {
+        words.into_iter().filter_map(Capability::parse).collect()
+    }
+
+    /// As stored.
+    pub fn words(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(Capability::as_str)
+    }
+
+    /// Whether it is among them.
+    pub fn contains(&self, capability: Capability) -> bool {
+        self.0.contains(&capability)
+    }
+
+    /// Those that are in both.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        self.0.intersection(&other.0).copied().collect()
+    }
+
+    /// Whether it may be used, where these are the answer of a heartbeat. Until the vocabulary is open, replicas may return that cannot
+    /// carry what the others write.
+    pub fn common(&self, capability: Capability) -> bool {
+        self.contains(capability) && (capability.settles() || self.contains(Capability::OpenVocabulary))
+    }
+}
+
+impl FromIterator<Capability> for Capabilities {
+    fn from_iter<I: IntoIterator<Item = Capability>>(capabilities: I) -> Self {
+        Self(capabilities.into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capability_needs_an_open_vocabulary_unless_it_settles() {
+        let later = Capability::parse("later").expect("a word");
+        let without: Capabilities = [later, Capability::CompactRows].into_iter().collect();
+        assert!(without.common(Capability::CompactRows) && !without.common(later));
+        let with: Capabilities = [later, Capability::OpenVocabulary].into_iter().collect();
+        assert!(with.common(later) && !with.common(Capability::CompactRows));
+    }
+
+    #[test]
+    fn words_of_newer_releases_are_kept_and_what_is_no_word_is_left_out() {
+        let told = Capabilities::of_words(["compact_rows", "of_the_future", "no word"]);
+        assert_eq!(told.words().collect::<Vec<_>>(), ["compact_rows", "of_the_future"]);
+        assert_eq!(told.and(&Capabilities::own()).words().collect::<Vec<_>>(), ["compact_rows"]);
+    }
+}
