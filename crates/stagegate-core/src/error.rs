@@ -65,6 +65,8 @@ codes! {
     Forbidden = "SG0011", 403, "Not allowed for this key";
     /// The draining replica takes no new work.
     Draining = "SG0012", 503, "This replica is shutting down";
+    /// The connection is beyond the listener's limit, where only probes are answered.
+    TooManyConnections = "SG0013", 503, "Too many connections";
 
     // Definitions
     /// A definition has mistakes; each is listed as a violation with its own code.

@@ -22,12 +22,20 @@ pub struct HttpConfig {
     pub json_max_depth: usize,
     /// The longest wait for an answer to begin, and the longest time that a client may read nothing of it.
     pub request_timeout: Span,
-    /// How long a client may take to send its headers.
+    /// How long a client may take to send a head that it has begun, and to begin its first one.
     pub header_timeout: Span,
+    /// How long a connection may stay open without a request. Keep it above what your balancer keeps connections for
+    /// (60 s, mostly): else a request can meet a connection that is just being closed.
+    pub keepalive_timeout: Span,
     /// The largest head of a request, in bytes.
     pub head_max_bytes: usize,
-    /// Connections at once.
+    /// Connections at once. Probes have 64 places beyond it; anything else is answered 503 there.
     pub max_connections: usize,
+    /// Connections of one address at once (IPv6: of one /64 network). Left out: three quarters of `max_connections`,
+    /// for all may come from one proxy; set it lower where clients connect by themselves.
+    #[schemars(range(min = 1))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connections_per_peer: Option<usize>,
     /// Event streams at once.
     pub max_event_streams: usize,
     /// The pause between two keep-alive comments of an event stream.
@@ -47,12 +55,21 @@ impl Default for HttpConfig {
             json_max_depth: 64,
             request_timeout: Span(Duration::from_secs(30)),
             header_timeout: Span(Duration::from_secs(10)),
+            keepalive_timeout: Span(Duration::from_secs(75)),
             head_max_bytes: 32 * 1024,
             max_connections: 20_000,
+            max_connections_per_peer: None,
             max_event_streams: 15_000,
             sse_keep_alive: Span(Duration::from_secs(15)),
             drain_delay: None,
         }
+    }
+}
+
+impl HttpConfig {
+    /// Connections of one peer at once.
+    pub(crate) fn max_connections_per_peer(&self) -> usize {
+        self.max_connections_per_peer.unwrap_or((self.max_connections - self.max_connections / 4).max(1))
     }
 }
 

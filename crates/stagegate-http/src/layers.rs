@@ -10,8 +10,8 @@ use axum::{
 };
 use futures::FutureExt;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method,
-    header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS},
+    HeaderMap, HeaderName, HeaderValue, Method, Version,
+    header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, HOST, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS},
 };
 use stagegate_core::{Code, Error};
 use stagegate_telemetry::Metrics;
@@ -20,6 +20,7 @@ use tracing::Instrument as _;
 
 use crate::{
     problem::{self, Problem},
+    serve::OnReservedPlace,
     state::Shared,
 };
 
@@ -184,7 +185,37 @@ pub(crate) async fn secure_headers(request: Request, next: Next) -> Response {
     response
 }
 
-/// Layer 7: the time until the head of the answer. The body of an event stream comes after that.
+/// Layer 6: refuses what did not come as HTTP asks for it, and what came over a connection beyond the limit. Probes are
+/// answered however they ask.
+pub(crate) async fn guard_listener(request: Request, next: Next) -> Result<Response, Problem> {
+    if !is_probe(request.uri().path()) {
+        if request.extensions().get::<OnReservedPlace>().is_some() {
+            let detail = "Too many connections are open; only probes are answered on those beyond the limit.";
+            return Err(Error::new(Code::TooManyConnections, detail).retry_after(Duration::from_secs(1)).into());
+        }
+        check_host(&request).map_err(|detail| Problem::new(Code::InvalidRequest, detail))?;
+    }
+    Ok(next.run(request).await)
+}
+
+/// HTTP/1.1 has exactly one `Host` (RFC 9112, 3.2); HTTP/1.0 and HTTP/2 at most one. Proxies that disagree about which of
+/// two is meant can be played off against each other.
+fn check_host(request: &Request) -> Result<(), &'static str> {
+    let mut hosts = request.headers().get_all(HOST).iter();
+    match (hosts.next(), hosts.next()) {
+        (Some(_), Some(_)) => Err("There is more than one `Host` header; send one."),
+        (None, _) if request.version() == Version::HTTP_11 => Err("There is no `Host` header; HTTP/1.1 asks for one."),
+        // One without a name is what a target without an authority asks for.
+        (Some(host), None) if !host.is_empty() && !is_authority(host) => Err("`Host` is not a host and port."),
+        _ => Ok(()),
+    }
+}
+
+fn is_authority(host: &HeaderValue) -> bool {
+    host.to_str().is_ok_and(|host| !host.contains('@') && host.parse::<http::uri::Authority>().is_ok())
+}
+
+/// Layer 8: the time until the head of the answer. The body of an event stream comes after that.
 pub(crate) async fn limit_time(
     State(shared): State<Shared>,
     request: Request,
@@ -198,7 +229,7 @@ pub(crate) async fn limit_time(
     tokio::time::timeout(limit, next.run(request)).await.map_err(late)
 }
 
-/// Layer 8: requests under way at once. Nobody queues: who comes too many is told so at once.
+/// Layer 9: requests under way at once. Nobody queues: who comes too many is told so at once.
 pub(crate) async fn limit_load(
     State(shared): State<Shared>,
     request: Request,

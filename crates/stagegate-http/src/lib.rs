@@ -16,7 +16,6 @@ mod router;
 mod routes;
 mod serve;
 mod sse;
-mod stall;
 mod state;
 mod views;
 
@@ -41,6 +40,9 @@ pub struct App {
     pub config: HttpConfig,
     /// True for a daemon on SQLite: `auth = "auto"` is then open on loopback.
     pub embedded: bool,
+    /// Where requests of the API are handled, when [`serve`] is called on a runtime that is for connections and probes
+    /// alone. None: all on the same.
+    pub handlers: Option<tokio::runtime::Handle>,
 }
 
 /// Whether anybody who reaches the listener may call, as the default tenant. Fails with [`Code::OpenListener`] where
@@ -79,7 +81,8 @@ pub async fn serve(
             stop.cancel();
         }
     });
-    serve::run(router::build(app, open, stop.clone()), listener, &config, stop).await;
+    let handlers = app.handlers.clone();
+    serve::run(router::build(app, open, stop.clone()), handlers, listener, &config, stop).await;
     stopper.abort();
     Ok(())
 }

@@ -148,7 +148,7 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
             (401, "No valid API key (SG0010)."),
             (408, "It took too long (SG0006)."),
             (429, "Too much at once (SG0007, SG0209)."),
-            (503, "A dependency is away (SG0009), or the replica is shutting down (SG0012)."),
+            (503, "A dependency is away (SG0009), the replica is shutting down (SG0012), or too many connections are open (SG0013)."),
         ]);
         operation["security"] = if open { json!([]) } else { json!([{ "bearer": [] }, { "apiKey": [] }]) };
     } else {

@@ -9,13 +9,14 @@
 //!    log line and the metrics of each request; whatever problem comes out is written, logged and counted here, once.
 //! 4. **Catch panic**: a panic is a problem like any other (SG0008); it stands inside of 2 and 3 so that it has its id.
 //! 5. **Compression**: gzip; never of event streams.
-//! 6. **Guard of an open daemon**: `Host` and `Origin` must be of this machine.
+//! 6. **Guard of the listener**: one `Host`, and nothing but probes over a connection beyond the limit (SG0013).
+//! 7. **Guard of an open daemon**: `Host` and `Origin` must be of this machine.
 //!
 //! And around the API alone, so that probes answer under any load:
 //!
-//! 7. **Time**: until the head of the answer (SG0006).
-//! 8. **Load**: requests under way at once (SG0007).
-//! 9. **Authentication**: who calls (SG0010). The role is checked by the route's own [`crate::context::Context`].
+//! 8. **Time**: until the head of the answer (SG0006).
+//! 9. **Load**: requests under way at once (SG0007).
+//! 10. **Authentication**: who calls (SG0010). The role is checked by the route's own [`crate::context::Context`].
 //!
 //! Inside, a route's extractors limit the body, its depth, and event streams. Around all of this, [`crate::serve`]
 //! limits connections, heads and how slowly they may come.
@@ -84,6 +85,7 @@ pub(crate) fn build(app: App, open: bool, shutdown: CancellationToken) -> Router
         .merge(probes)
         .merge(docs::ui())
         .layer(middleware::from_fn_with_state(shared.clone(), auth::guard_open))
+        .layer(middleware::from_fn(layers::guard_listener))
         .layer(CompressionLayer::new())
         .layer(middleware::from_fn_with_state(shared.clone(), layers::observe))
         .layer(middleware::from_fn(layers::secure_headers))

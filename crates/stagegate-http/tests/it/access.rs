@@ -182,7 +182,7 @@ async fn an_open_listener_beyond_loopback_is_refused() {
     let app = spawn_app().await;
     let listener = TcpListener::bind("0.0.0.0:0").await.expect("a port");
     let config = HttpConfig { auth: AuthMode::Open, ..HttpConfig::default() };
-    let open = App { engine: app.engine.clone(), metrics: Metrics::new(), config, embedded: true };
+    let open = App { engine: app.engine.clone(), metrics: Metrics::new(), config, embedded: true, handlers: None };
     let refused = stagegate_http::serve(open, listener, std::future::pending()).await.expect_err("refused");
     assert_eq!(refused.code, Code::OpenListener);
     assert!(refused.detail.contains("http.auth") && refused.detail.contains("keys create"), "{}", refused.detail);

@@ -159,7 +159,7 @@ impl TestApp {
         let engine = engine.await.expect("an engine");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        let app = App { engine: engine.clone(), metrics, config: options.http, embedded: true };
+        let app = App { engine: engine.clone(), metrics, config: options.http, embedded: true, handlers: None };
         let (stop, stopped) = oneshot::channel::<()>();
         let server = tokio::spawn(async move {
             let until = async { drop(stopped.await) };

@@ -11,6 +11,28 @@ use tokio::{
 
 use crate::app::{Options, PIPELINE, TestApp, spawn_app};
 
+fn keys() -> HttpConfig {
+    HttpConfig { auth: AuthMode::Keys, ..HttpConfig::default() }
+}
+
+async fn spawn(http: HttpConfig) -> TestApp {
+    TestApp::spawn(Options { http, ..Options::default() }).await
+}
+
+/// A connection of HTTP/2 whose streams begin with this window.
+async fn http_2(app: &TestApp, window: u32) -> h2::client::SendRequest<bytes::Bytes> {
+    let stream = TcpStream::connect(app.address).await.expect("a connection");
+    let (client, connection) =
+        h2::client::Builder::new().initial_window_size(window).handshake(stream).await.expect("a handshake");
+    tokio::spawn(connection);
+    client
+}
+
+fn get(app: &TestApp, path: &str) -> http::Request<()> {
+    let request = http::Request::get(app.url(path)).header("authorization", format!("Bearer {}", app.viewer));
+    request.body(()).expect("a request")
+}
+
 async fn impatient() -> TestApp {
     let header_timeout = Span(Duration::from_millis(300));
     let http = HttpConfig { auth: AuthMode::Keys, header_timeout, head_max_bytes: 8 * 1024, ..HttpConfig::default() };
@@ -97,4 +119,134 @@ async fn whoever_reads_nothing_is_cut_off() {
     while writer.write_all(requests.as_bytes()).await.is_ok() {}
     let mut answers = Vec::new();
     let _ = reader.read_to_end(&mut answers).await;
+}
+
+#[tokio::test]
+async fn probes_are_answered_though_idle_connections_hold_every_place() {
+    let app = spawn(HttpConfig { max_connections: 4, max_connections_per_peer: Some(4), ..keys() }).await;
+    let mut idle = Vec::new();
+    for _ in 0..200 {
+        idle.push(http_2(&app, 65_535).await);
+    }
+    for path in ["/healthz", "/readyz", "/health", "/metrics"] {
+        let answer = exchange(&app, format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+        let mut client = http_2(&app, 65_535).await;
+        let (response, _) = client.send_request(get(&app, path), true).expect("sent");
+        assert_eq!(response.await.expect("an answer").status(), 200, "{path}");
+    }
+    let refused = exchange(&app, b"GET /v1/runs HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("SG0013"), "{refused}");
+    assert!(refused.contains("retry-after") && refused.contains("connection: close"), "{refused}");
+}
+
+#[tokio::test]
+async fn one_address_does_not_take_every_place() {
+    let app = spawn(HttpConfig { max_connections: 4, ..keys() }).await;
+    let mut idle = Vec::new();
+    for _ in 0..3 {
+        idle.push(http_2(&app, 65_535).await.ready().await.expect("ready"));
+    }
+    let refused = exchange(&app, b"GET /v1/runs HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(refused.contains("SG0013"), "three quarters of the places are taken by this address: {refused}");
+}
+
+#[tokio::test]
+async fn a_connection_of_http_2_that_asks_nothing_is_closed() {
+    let short = Span(Duration::from_millis(300));
+    let app = spawn(HttpConfig { header_timeout: short, keepalive_timeout: short, ..keys() }).await;
+    for asks_once in [false, true] {
+        let stream = TcpStream::connect(app.address).await.expect("a connection");
+        let (mut client, connection) = h2::client::handshake(stream).await.expect("a handshake");
+        let connection = tokio::spawn(connection);
+        if asks_once {
+            let (response, _) = client.send_request(get(&app, "/healthz"), true).expect("sent");
+            assert_eq!(response.await.expect("an answer").status(), 200);
+        }
+        // It answers pings all the while. A test that hangs here has found that this suffices.
+        let _ = connection.await.expect("no panic");
+    }
+}
+
+#[tokio::test]
+async fn keep_alive_and_heads_have_a_time_limit_each() {
+    let (short, long) = (Span(Duration::from_millis(300)), Span(Duration::from_hours(1)));
+    let whole = "GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n";
+    let app = spawn(HttpConfig { header_timeout: long, keepalive_timeout: short, ..keys() }).await;
+    let answers = exchange(&app, whole.repeat(2).as_bytes()).await;
+    assert_eq!(answers.matches("200 OK").count(), 2, "idle after two: {answers}");
+    let app = spawn(HttpConfig { header_timeout: short, keepalive_timeout: long, ..keys() }).await;
+    let mut stream = TcpStream::connect(app.address).await.expect("a connection");
+    stream.write_all(whole.as_bytes()).await.expect("sent");
+    let mut answer = vec![0; 12];
+    stream.read_exact(&mut answer).await.expect("an answer");
+    stream.write_all(b"GET /healthz HTTP/1.1\r\n").await.expect("sent");
+    stream.read_to_end(&mut answer).await.expect("it ends by itself");
+}
+
+#[tokio::test]
+async fn unread_answers_of_http_2_are_given_up_one_by_one() {
+    let app = spawn(HttpConfig { request_timeout: Span(Duration::from_millis(500)), ..keys() }).await;
+    // No window at all, one that takes a part, and one that takes all but the end.
+    let length = app.get("/openapi.json").await.text.len();
+    for window in [0, 20_000, u32::try_from(length).expect("small") - 1] {
+        let mut client = http_2(&app, window).await;
+        let mut unread = Vec::new();
+        for _ in 0..20 {
+            client = client.ready().await.expect("ready");
+            let (response, _) = client.send_request(get(&app, "/openapi.json"), true).expect("sent");
+            unread.push(response.await.expect("its head needs no window").into_body());
+        }
+        for body in &mut unread {
+            let reason = loop {
+                match body.data().await.expect("no clean end") {
+                    Ok(_) => {}
+                    Err(error) => break error.reason(),
+                }
+            };
+            assert!(reason.is_some(), "the stream alone is reset");
+        }
+        client = client.ready().await.expect("the connection goes on");
+        let (response, _) = client.send_request(get(&app, "/v1/runs/none"), true).expect("sent");
+        assert_eq!(response.await.expect("an answer").status(), 404);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_is_read_slowly_over_http_2_is_whole() {
+    let app = spawn(keys()).await;
+    let expected = app.get("/openapi.json").await.text;
+    let mut client = http_2(&app, 1_000).await;
+    let (response, _) = client.send_request(get(&app, "/openapi.json"), true).expect("sent");
+    let mut body = response.await.expect("an answer").into_body();
+    let mut read = Vec::new();
+    while let Some(piece) = body.data().await {
+        let piece = piece.expect("a piece");
+        body.flow_control().release_capacity(piece.len()).expect("more");
+        read.extend_from_slice(&piece);
+    }
+    assert_eq!(String::from_utf8(read).expect("text"), expected);
+}
+
+#[tokio::test]
+async fn a_request_has_one_host_and_probes_need_none() {
+    let app = spawn_app().await;
+    let key = format!("authorization: Bearer {}\r\nconnection: close\r\n", app.viewer);
+    for (version, hosts, status) in [
+        ("1.1", "host: x\r\n", 200),
+        ("1.1", "host: x:80\r\n", 200),
+        ("1.1", "", 400),
+        ("1.1", "host: x\r\nhost: x\r\n", 400),
+        ("1.1", "host: x\r\nHost: y\r\n", 400),
+        ("1.1", "host: a b\r\n", 400),
+        ("1.1", "host: me@x\r\n", 400),
+        ("1.0", "", 200),
+        ("1.0", "host: x\r\nhost: y\r\n", 400),
+    ] {
+        let answer = exchange(&app, format!("GET /v1/runs HTTP/{version}\r\n{hosts}{key}\r\n").as_bytes()).await;
+        assert_eq!(answer.split(' ').nth(1), Some(status.to_string().as_str()), "{version} {hosts:?}: {answer}");
+        assert!(answer.contains("x-request-id"), "{answer}");
+        let probe = exchange(&app, format!("GET /healthz HTTP/{version}\r\n{hosts}{key}\r\n").as_bytes()).await;
+        assert!(probe.contains("200 OK"), "{version} {hosts:?}: {probe}");
+    }
 }

@@ -87,6 +87,7 @@ impl Demo {
             metrics: daemon.metrics.clone(),
             config: HttpConfig { listen: address, auth: AuthMode::Open, ..HttpConfig::default() },
             embedded: true,
+            handlers: None,
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let server = tokio::spawn(stagegate_http::serve(app, listener, async move {

@@ -269,10 +269,12 @@ fn exit_code(state: RunState) -> u8 {
 /// same one.
 const SAME_SIGNAL: Duration = Duration::from_millis(300);
 
-/// SIGINT and SIGTERM, from the start, so that none is lost.
+/// SIGINT and SIGTERM, from the start, so that none is lost. A hang-up ends nothing: a daemon outlives the terminal that it
+/// was started from.
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Signal,
     last: Option<tokio::time::Instant>,
 }
 
@@ -285,6 +287,7 @@ impl Signals {
         Ok(Self {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
             last: None,
         })
     }
@@ -295,6 +298,10 @@ impl Signals {
             let code = tokio::select! {
                 _ = self.interrupt.recv() => 130,
                 _ = self.terminate.recv() => 143,
+                _ = self.hangup.recv() => {
+                    tracing::warn!("SIGHUP: a reload is not supported; restart to read the configuration anew");
+                    continue;
+                }
             };
             if self.last.is_none_or(|last| last.elapsed() > SAME_SIGNAL) {
                 self.last = Some(tokio::time::Instant::now());

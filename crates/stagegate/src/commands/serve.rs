@@ -81,6 +81,7 @@ async fn serve(config: Config, daemon: Daemon, listener: TcpListener, signals: &
         metrics: daemon.metrics.clone(),
         config: config.http,
         embedded: daemon.embedded,
+        handlers: None,
     };
     let (stop, stopped) = oneshot::channel::<()>();
     let mut server = tokio::spawn(stagegate_http::serve(app, listener, async move {

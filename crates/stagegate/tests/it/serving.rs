@@ -92,6 +92,17 @@ async fn what_is_under_way_at_sigterm_goes_on_at_the_next_start() {
     assert_eq!(provider.calls_where(&contains("FIRST")).len(), 1, "what was checkpointed is not bought again");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hang_up_ends_no_daemon() {
+    let place = Place::new();
+    let daemon = place.serve(&[], &[]).await;
+    daemon.signal("HUP");
+    // Signals of a process come in no order: the second ends it, and the first was met before.
+    assert_eq!(Api::new(&daemon.base, None).status("/healthz").await, 200);
+    let (code, log) = daemon.end("TERM");
+    assert_eq!(code, 0, "{log:#?}");
+}
+
 #[test]
 fn a_taken_port_is_told_with_what_to_do() {
     let place = Place::new();

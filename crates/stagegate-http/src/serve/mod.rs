@@ -1,0 +1,242 @@
+//! The listener's side: owns connections, from their acceptance to their end. Knows nothing of routes but which of them
+//! are probes.
+
+mod activity;
+mod answer;
+mod dispatch;
+mod places;
+mod socket;
+
+use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime::Handle,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::config::HttpConfig;
+use activity::{Activity, Due, Limits};
+use answer::Executor;
+use dispatch::{Dispatch, Service};
+use places::{Place, Places};
+use socket::Socket;
+
+pub(crate) use dispatch::OnReservedPlace;
+pub(crate) use places::Peer;
+
+/// What an HTTP/2 connection begins with; anything else is HTTP/1.
+const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Requests at once on one HTTP/2 connection.
+const H2_STREAMS_MAX: u32 = 256;
+/// How often an HTTP/2 connection is asked whether it is still there, and how long it may take to say so.
+const H2_PING_INTERVAL: Duration = Duration::from_secs(30);
+/// See [`H2_PING_INTERVAL`].
+const H2_PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause after a connection could not be accepted (too many open files, mostly).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a connection that was told to end, and has nothing under way, may take to do so.
+const CLOSE_GRACE: Duration = Duration::from_secs(1);
+/// The longest that a connection on a reserved place may take to ask.
+const RESERVED_LIMIT: Duration = Duration::from_secs(2);
+/// How much longer than a request the last connections may take when the shutdown begins.
+const SHUTDOWN_SLACK: Duration = Duration::from_secs(5);
+/// What a connection's task may hold; there is one for each event stream.
+const CONNECTION_MAX_BYTES: usize = 1792;
+/// The smallest buffer that hyper takes for a head.
+const HEAD_MIN_BYTES: usize = 8 * 1024;
+
+/// Accepts until the shutdown begins, then waits for what is under way. Requests of the API are handled on `handlers`.
+pub(crate) async fn run(
+    router: Router,
+    handlers: Option<Handle>,
+    listener: TcpListener,
+    config: &HttpConfig,
+    shutdown: CancellationToken,
+) {
+    let server = Arc::new(Server::new(Dispatch { router, handlers }, config));
+    let places = Places::new(config.max_connections, config.max_connections_per_peer());
+    let connections = TaskTracker::new();
+    while !shutdown.is_cancelled() {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = shutdown.cancelled() => break,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let place = places.take(Peer::of(peer.ip()));
+                let (server, shutdown) = (Arc::clone(&server), shutdown.clone());
+                let work = async move { server.connection(stream, peer, place, shutdown).await };
+                debug_assert!(std::mem::size_of_val(&work) <= CONNECTION_MAX_BYTES, "{}", std::mem::size_of_val(&work));
+                connections.spawn(work);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    connections.close();
+    let left = connections.len();
+    if timeout(config.request_timeout.0 + SHUTDOWN_SLACK, connections.wait()).await.is_err() {
+        tracing::warn!(connections = left, "connections were still busy when the time for them was over");
+    }
+}
+
+struct Server {
+    dispatch: Arc<Dispatch>,
+    http1: http1::Builder,
+    http2: http2::Builder<Executor>,
+    limits: Limits,
+    stall_limit: Duration,
+}
+
+/// How a connection came to its end.
+enum End {
+    Served,
+    Broke(hyper::Error),
+    /// Its head did not come in time.
+    LateHead,
+    /// It asked nothing for too long, or its place was given to another.
+    Closed,
+}
+
+impl Server {
+    fn new(dispatch: Dispatch, config: &HttpConfig) -> Self {
+        let head_max_bytes = config.head_max_bytes.max(HEAD_MIN_BYTES);
+        let mut http1 = http1::Builder::new();
+        // Heads and idle times are ours: hyper has one time limit for both.
+        http1.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(head_max_bytes);
+        let mut http2 = http2::Builder::new(Executor { limit: config.request_timeout.0 });
+        http2
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(H2_STREAMS_MAX)
+            .max_header_list_size(u32::try_from(head_max_bytes).unwrap_or(u32::MAX))
+            .keep_alive_interval(H2_PING_INTERVAL)
+            .keep_alive_timeout(H2_PING_TIMEOUT);
+        Self {
+            dispatch: Arc::new(dispatch),
+            http1,
+            http2,
+            limits: Limits { head: config.header_timeout.0, idle: config.keepalive_timeout.0 },
+            stall_limit: config.request_timeout.0,
+        }
+    }
+
+    /// Serves one connection to its end.
+    async fn connection(&self, stream: TcpStream, peer: SocketAddr, place: Place, shutdown: CancellationToken) {
+        // Small answers and events must not wait for more to send.
+        let _ = stream.set_nodelay(true);
+        let limits = if place.is_reserved() { self.limits.for_a_reserved_place() } else { self.limits };
+        let activity = Activity::new();
+        let begun = tokio::select! {
+            begun = timeout(limits.head, first_bytes(&stream)) => begun,
+            () = place.given_away() => return,
+            () = shutdown.cancelled() => return,
+        };
+        let Ok(Ok(first)) = begun else {
+            tracing::debug!(%peer, "a connection closed, or sent nothing in time");
+            return;
+        };
+        let service = Service {
+            dispatch: Arc::clone(&self.dispatch),
+            activity: Arc::clone(&activity),
+            peer: peer.ip(),
+            is_reserved: place.is_reserved(),
+        };
+        let watch = Watch { activity: &activity, limits, place: &place, shutdown: &shutdown };
+        let end = if first == H2_PREFACE {
+            let io = TokioIo::new(Socket::new(stream, first, activity.clone(), false, self.stall_limit));
+            // Large, and rare beside the others: ten thousand event streams must not have room for it.
+            let mut connection = Box::pin(self.http2.serve_connection(io, service));
+            watch.drive(connection.as_mut(), http2::Connection::graceful_shutdown).await
+        } else {
+            let io = TokioIo::new(Socket::new(stream, first, activity.clone(), true, self.stall_limit));
+            let mut connection = self.http1.serve_connection(io, service);
+            watch.drive(Pin::new(&mut connection), http1::Connection::graceful_shutdown).await
+        };
+        match end {
+            End::Served => {}
+            End::Broke(error) => tracing::debug!(%peer, %error, "a connection broke"),
+            End::LateHead => tracing::debug!(%peer, "a head did not come in time"),
+            End::Closed => tracing::debug!(%peer, "a connection asked nothing for too long, or had to give way"),
+        }
+    }
+}
+
+impl Limits {
+    fn for_a_reserved_place(self) -> Self {
+        Self { head: self.head.min(RESERVED_LIMIT), idle: self.idle.min(CLOSE_GRACE) }
+    }
+}
+
+/// What decides that a connection ends, beside itself.
+struct Watch<'a> {
+    activity: &'a Activity,
+    limits: Limits,
+    place: &'a Place,
+    shutdown: &'a CancellationToken,
+}
+
+impl Watch<'_> {
+    /// Drives a connection until it ends by itself, breaks a limit, or is told to end and has nothing under way.
+    async fn drive<C>(&self, mut connection: Pin<&mut C>, tell_to_end: impl Fn(Pin<&mut C>)) -> End
+    where
+        C: Future<Output = Result<(), hyper::Error>>,
+    {
+        let mut limits = self.limits;
+        let mut ends = false;
+        let mut check = Instant::now();
+        loop {
+            tokio::select! {
+                biased;
+                served = connection.as_mut() => return served.map_or_else(End::Broke, |()| End::Served),
+                () = self.shutdown.cancelled(), if !ends => {}
+                () = self.place.given_away() => return End::Closed,
+                () = sleep_until(check) => match self.activity.due(Instant::now(), limits) {
+                    Due::At(next) => {
+                        check = next;
+                        continue;
+                    }
+                    Due::Head => return End::LateHead,
+                    Due::Idle if ends => return End::Closed,
+                    Due::Idle => {}
+                },
+            }
+            // It is told, and has a moment to say goodbye in. What is under way goes on.
+            ends = true;
+            tell_to_end(connection.as_mut());
+            limits.idle = CLOSE_GRACE;
+            check = Instant::now() + CLOSE_GRACE;
+        }
+    }
+}
+
+/// Reads until it is known whether the connection begins as HTTP/2 does; what was read. A client that sends nothing
+/// runs into the time limit that stands around this.
+///
+/// Nothing is taken of what can be told by a look: hyper's buffer for a connection would grow to twice its size over a
+/// first read of a few bytes.
+async fn first_bytes(stream: &TcpStream) -> io::Result<Vec<u8>> {
+    let mut first = Vec::new();
+    while first.len() < H2_PREFACE.len() {
+        let expected = &H2_PREFACE[first.len()..];
+        let mut seen = [0; H2_PREFACE.len()];
+        let length = stream.peek(&mut seen[..expected.len()]).await?;
+        if length == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if !expected.starts_with(&seen[..length]) {
+            break;
+        }
+        // It is there, so that this waits for nothing.
+        let taken = stream.try_read(&mut seen[..length])?;
+        first.extend_from_slice(&seen[..taken]);
+    }
+    Ok(first)
+}

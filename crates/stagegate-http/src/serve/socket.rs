@@ -1,0 +1,114 @@
+//! A connection's bytes: owns the limit on slow readers, and what is put back after a look at the first bytes.
+//!
+//! A connection whose other side takes nothing for too long is closed, so that neither an event stream nor a large
+//! answer can be held open for ever by a client that does not read it.
+
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::{Sleep, sleep},
+};
+
+use super::activity::Activity;
+
+/// A connection, as hyper reads and writes it.
+pub(crate) struct Socket {
+    stream: TcpStream,
+    /// What was read already.
+    first: Vec<u8>,
+    activity: Arc<Activity>,
+    /// Whether bytes that come between two requests begin a head.
+    tells_heads: bool,
+    stall_limit: Duration,
+    /// While nothing can be written.
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl Socket {
+    pub(crate) fn new(
+        stream: TcpStream,
+        first: Vec<u8>,
+        activity: Arc<Activity>,
+        tells_heads: bool,
+        stall_limit: Duration,
+    ) -> Self {
+        Self { stream, first, activity, tells_heads, stall_limit, stalled: None }
+    }
+
+    /// Passes on what came of an attempt to write; the clock runs from the first one that had to wait.
+    fn watch<T>(&mut self, context: &mut Context<'_>, attempt: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if attempt.is_ready() {
+            if self.stalled.take().is_some() {
+                self.activity.blocked(false);
+            }
+            return attempt;
+        }
+        let (limit, activity) = (self.stall_limit, &self.activity);
+        let timer = self.stalled.get_or_insert_with(|| {
+            activity.blocked(true);
+            Box::pin(sleep(limit))
+        });
+        ready!(timer.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.first.is_empty() {
+            let length = self.first.len().min(buffer.remaining());
+            buffer.put_slice(&self.first[..length]);
+            self.first.drain(..length);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        if self.tells_heads && buffer.filled().len() > before {
+            self.activity.bytes();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let attempt = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.watch(context, attempt)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let attempt = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.watch(context, attempt)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let attempt = Pin::new(&mut self.stream).poll_flush(context);
+        self.watch(context, attempt)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let attempt = Pin::new(&mut self.stream).poll_shutdown(context);
+        self.watch(context, attempt)
+    }
+}
