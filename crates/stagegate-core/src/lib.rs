@@ -13,6 +13,7 @@ pub mod event;
 pub mod fair;
 pub mod hint;
 pub mod ids;
+pub mod json;
 pub mod pipeline;
 pub mod run;
 pub mod secret;
@@ -25,6 +26,7 @@ pub use clock::{Clock, SystemClock};
 pub use error::{Code, Error, Violation};
 pub use event::{Event, EventKind};
 pub use ids::{Epoch, InvalidId, KeyId, ModelRef, PipelineName, ReplicaId, RunId, StageId, TenantId};
+pub use json::Json;
 pub use pipeline::Pipeline;
 pub use run::{
     Assessment, Attempt, CallPurpose, Checkpoint, Evaluator, Failure, LedgerEntry, Origin, RunState, StageState,

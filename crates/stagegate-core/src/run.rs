@@ -3,10 +3,9 @@
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::ToSchema;
 
-use crate::{Code, ModelRef, StageId, Usage, Usd};
+use crate::{Code, Json, ModelRef, StageId, Usage, Usd};
 
 /// Where a run stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -286,7 +285,8 @@ pub struct Attempt {
     pub calls: Vec<LedgerEntry>,
     /// The output, where there was one that did not become the checkpoint.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub output: Option<Value>,
+    #[schema(value_type = Option<Value>)]
+    pub output: Option<Json>,
     /// Why it failed, where it did.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub failure: Option<Failure>,
@@ -303,7 +303,8 @@ impl Attempt {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Checkpoint {
     /// The output: a string, or JSON where the stage says so.
-    pub output: Value,
+    #[schema(value_type = Value)]
+    pub output: Json,
     /// BLAKE3 of the output's canonical JSON, hex.
     pub digest: String,
     /// The attempt that produced it.

@@ -22,8 +22,8 @@ pub use records::{Backlog, Kept, QueueStats, ReplicaRecord, RunDetail, RunQuery,
 
 pub use crate::access::{ApiKey, NewApiKey, Role};
 use crate::{
-    Attempt, Capabilities, Checkpoint, Epoch, Event, Failure, KeyId, PipelineName, ReplicaId, RunId, RunState, StageId,
-    StageState, TenantId, Totals,
+    Attempt, Capabilities, Checkpoint, Epoch, Event, Failure, Json, KeyId, PipelineName, ReplicaId, RunId, RunState,
+    StageId, StageState, TenantId, Totals,
     fair::{Limits, Shares},
     pipeline::{CacheMode, Labels},
 };
@@ -123,7 +123,7 @@ pub struct NewRun {
     /// How many stages it has.
     pub stages_total: u32,
     /// The input.
-    pub input: Value,
+    pub input: Json,
     /// Overrides the stages' cache mode.
     pub cache_mode: Option<CacheMode>,
     /// Higher goes first.
@@ -223,7 +223,7 @@ pub struct Snapshot {
     /// The run.
     pub run: RunRecord,
     /// The input.
-    pub input: Value,
+    pub input: Json,
     /// The stages that have a row.
     pub stages: Vec<StageRecord>,
     /// The checkpoints.
@@ -325,7 +325,7 @@ pub struct Commit {
     /// When it reached a terminal state.
     pub finished_at: Option<DateTime<Utc>>,
     /// The output, when it succeeds.
-    pub output: Option<Value>,
+    pub output: Option<Json>,
     /// Where that output is the default one, an object of the outputs of these stages in this order: a store may keep
     /// their names instead of a copy. Else empty.
     pub output_of: Vec<StageId>,

@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
     Error, Verdict,
     decide::{AttemptResult, Effect, Outcome, Run, Stimulus},
-    pipeline::Work,
+    pipeline::{Part, Seen, Work},
     store::{Committed, Disposition, Signal},
 };
 use stagegate_llm::Reply;
@@ -292,7 +292,7 @@ impl Driver {
             pipeline: Arc::clone(run.pipeline()),
             version: run.version(),
             run: run.lease().run,
-            input: Arc::clone(run.input()),
+            input: run.input().clone(),
             outputs: Arc::clone(run.outputs()),
             stage,
             critique: run.critique(stage),
@@ -331,9 +331,12 @@ impl Driver {
         }
         let context = self.context(stage, self.shared.clock.now());
         let Work::Model(work) = &context.stage().work else { return };
-        let run_id = context.run.to_string();
-        let render = self.run.render_context(&run_id);
-        if let Ok(first) = kinds::request(&context.pipeline, stage, work, &render, None) {
+        let first = {
+            let run_id = context.run.to_string();
+            let seen = Seen::parse(&context.pipeline, Part::Work(stage), &context.input, &context.outputs);
+            kinds::request(&context.pipeline, stage, work, &seen.context(&run_id), None)
+        };
+        if let Ok(first) = first {
             let call = context.call_context(&work.cache);
             self.shared.llm.remember(&call, &first, &reply).await;
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Code, Error, RunId, RunState, Totals,
+    Code, Error, Json, RunId, RunState, Totals,
     decide::Accept,
     pipeline::SPAN_MAX,
     store::{NewRun, RunRecord, Submitted},
@@ -47,7 +47,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         tenant: tenant.clone(),
         pipeline,
         version,
-        input,
+        input: Json::from(input),
         cache_mode,
         priority,
         labels,

@@ -5,7 +5,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
 use stagegate_core::{
-    Attempt, Checkpoint, Failure, ModelRef, Origin, Pipeline, PipelineName, RunId, RunState, StageId, StageState,
+    Attempt, Checkpoint, Failure, Json, ModelRef, Origin, Pipeline, PipelineName, RunId, RunState, StageId, StageState,
     TenantId, Totals, Verdict,
     pipeline::{CacheMode, Labels},
     store::{PipelineVersion, RunRecord, StageRecord},
@@ -269,9 +269,11 @@ pub(crate) struct RunDetailView {
     /// The stages in topological order, those that have not begun included.
     pub(crate) stages: Vec<StageView>,
     /// The input.
-    pub(crate) input: Value,
+    #[schema(value_type = Value)]
+    pub(crate) input: Json,
     /// The output; null until the run succeeded.
-    pub(crate) output: Value,
+    #[schema(value_type = Value)]
+    pub(crate) output: Json,
 }
 
 /// A stage of a run, without its payloads.

@@ -108,7 +108,7 @@ fn step(lease: Lease, done: usize, last_seq: u64, seed: u32) -> Commit {
         failure: None,
         started_at: Some(at(5)),
         finished_at: last.then(|| at(17)),
-        output: last.then(|| json!({ "s4": kilobyte(seed), "s5": kilobyte(seed) })),
+        output: last.then(|| json!({ "s4": kilobyte(seed), "s5": kilobyte(seed) }).into()),
         output_of: if last { vec![stage("s4"), stage("s5")] } else { Vec::new() },
         consumed: Vec::new(),
         then: if last { Disposition::End } else { Disposition::Keep },
@@ -145,7 +145,8 @@ async fn play(store: &PostgresStore, owner: ReplicaId, runs: i64, batch: i64, wi
     let mut cohorts: Vec<Cohort> = Vec::new();
     while begun < runs || !cohorts.is_empty() {
         if cohorts.len() < width && begun < runs {
-            let new = |n| NewRun { stages_total: 5, input: json!({ "brief": kilobyte(7) }), ..leased_run(n, owner) };
+            let new =
+                |n| NewRun { stages_total: 5, input: json!({ "brief": kilobyte(7) }).into(), ..leased_run(n, owner) };
             cohorts.push(Cohort { runs: (begun..begun + batch).map(new).collect(), done: 0, last_seq: 0 });
             begun += batch;
         }

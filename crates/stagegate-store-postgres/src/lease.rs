@@ -245,7 +245,7 @@ pub(crate) async fn load(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<Snaps
             snapshots.push(Snapshot {
                 lease: Lease { run: RunId(id), epoch: Epoch(read.get("epoch")?) },
                 run: rows::run(row)?,
-                input: Reader::new(row, "run_payloads", id).json("input")?,
+                input: Reader::new(row, "run_payloads", id).payload("input")?,
                 stages: Vec::new(),
                 checkpoints: Vec::new(),
                 last_attempts: Vec::new(),

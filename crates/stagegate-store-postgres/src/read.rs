@@ -99,8 +99,8 @@ pub(crate) async fn run(pool: &Pool, tenant: &TenantId, id: RunId) -> StoreResul
     stages.extend(started);
     Ok(Some(RunDetail {
         run: rows::run(first)?,
-        input: payloads.json("input")?,
-        output: payloads.maybe_json("output")?,
+        input: payloads.payload("input")?,
+        output: payloads.maybe_payload("output")?,
         stages,
     }))
 }

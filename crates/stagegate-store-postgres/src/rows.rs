@@ -6,10 +6,9 @@ use std::{fmt::Display, str::FromStr};
 use chrono::{DateTime, Utc};
 use serde::de::{DeserializeOwned, IntoDeserializer as _};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use sqlx::{Decode, Postgres, Row as _, Type, postgres::PgRow};
 use stagegate_core::{
-    Assessment, Attempt, Checkpoint, Failure, LedgerEntry, RunState, StageState, StoreError, StoreResult, Totals,
+    Assessment, Attempt, Checkpoint, Failure, Json, LedgerEntry, RunState, StageState, StoreError, StoreResult, Totals,
     Usage, Usd,
     store::{RunRecord, StageRecord},
 };
@@ -125,6 +124,17 @@ impl<'r> Reader<'r> {
         let Some(text) = self.get::<Option<&str>>(column)? else { return Ok(None) };
         serde_json::from_str(text).map(Some).map_err(|error| self.corrupt(column, json_problem(&error)))
     }
+
+    /// A payload, which stays text.
+    pub(crate) fn payload(&self, column: &'static str) -> StoreResult<Json> {
+        self.maybe_payload(column)?.ok_or_else(|| self.corrupt(column, "missing"))
+    }
+
+    /// A payload, or NULL.
+    pub(crate) fn maybe_payload(&self, column: &'static str) -> StoreResult<Option<Json>> {
+        let Some(text) = self.get::<Option<&str>>(column)? else { return Ok(None) };
+        Json::from_text(text).map(Some).map_err(|error| self.corrupt(column, json_problem(&error)))
+    }
 }
 
 /// What is wrong with a document, without quoting it.
@@ -205,7 +215,7 @@ pub(crate) fn checkpoint(read: Reader<'_>) -> StoreResult<Option<Checkpoint>> {
     let read = read.of("checkpoints");
     let Some(digest) = read.get("c_digest")? else { return Ok(None) };
     Ok(Some(Checkpoint {
-        output: read.json("c_output")?,
+        output: read.payload("c_output")?,
         digest,
         attempt: read.number("c_attempt")?,
         verdict: read.word("c_verdict")?,
@@ -260,7 +270,7 @@ pub(crate) fn attempt(read: Reader<'_>) -> StoreResult<Option<Attempt>> {
         verdict: read.word("a_verdict")?,
         assessments: body.assessments,
         calls: body.calls,
-        output: read.maybe_json::<Value>("a_output")?,
+        output: read.maybe_payload("a_output")?,
         failure: body.failure,
     }))
 }

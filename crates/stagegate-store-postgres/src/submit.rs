@@ -196,7 +196,7 @@ struct Columns<'a> {
     lease_to: Vec<Option<Uuid>>,
     last_seqs: Vec<i64>,
     queued_seqs: Vec<i64>,
-    inputs: Vec<String>,
+    inputs: Vec<&'a str>,
     keys: Vec<Option<&'a [u8]>>,
     digests: Vec<Option<&'a [u8]>>,
     starts: Vec<Option<Time>>,
@@ -227,7 +227,7 @@ impl<'a> Columns<'a> {
         self.lease_to.push(run.lease_to.map(|replica| replica.0));
         self.last_seqs.push(last_seq);
         self.queued_seqs.push(if run.lease_to.is_some() { rows::integer(acceptance as u64) } else { last_seq });
-        self.inputs.push(rows::to_json("an input", &run.input)?);
+        self.inputs.push(run.input.as_str());
         self.keys.push(run.idempotency.as_ref().map(|idempotency| idempotency.key.as_bytes()));
         self.digests.push(run.idempotency.as_ref().map(|idempotency| &idempotency.digest[..]));
         self.starts.push(run.start_at);

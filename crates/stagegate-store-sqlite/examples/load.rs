@@ -52,7 +52,7 @@ impl Load {
             pipeline: self.pipeline.clone(),
             version: 1,
             stages_total: 5,
-            input: json!({"brief": self.text}),
+            input: json!({"brief": self.text}).into(),
             cache_mode: None,
             priority: 0,
             labels: [].into(),
@@ -115,7 +115,7 @@ impl Load {
             failure: None,
             started_at: Some(self.now),
             finished_at: last.then_some(self.now),
-            output: last.then(|| json!({"text": self.text})),
+            output: last.then(|| json!({"text": self.text}).into()),
             output_of: Vec::new(),
             consumed: Vec::new(),
             then: if last { Disposition::End } else { Disposition::Keep },
@@ -157,7 +157,7 @@ impl Load {
 
     fn checkpoint(&self) -> Checkpoint {
         Checkpoint {
-            output: json!({"text": self.text}),
+            output: json!({"text": self.text}).into(),
             digest: "ab".repeat(32),
             attempt: 1,
             verdict: Verdict::Accepted,

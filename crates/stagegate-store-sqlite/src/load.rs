@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sqlx::{SqliteConnection, sqlite::SqliteRow};
 use stagegate_core::{
-    Attempt, LedgerEntry, RunId, StageId, StoreResult,
+    Attempt, Json, LedgerEntry, RunId, StageId, StoreResult,
     store::{Lease, Snapshot},
 };
 
@@ -79,7 +79,7 @@ pub(crate) async fn load(db: &Db, leases: &[Lease]) -> StoreResult<Vec<Snapshot>
             found.push(Snapshot {
                 lease: *lease,
                 run,
-                input: serde_json::Value::Null,
+                input: Json::null(),
                 stages: Vec::new(),
                 checkpoints: Vec::new(),
                 last_attempts: Vec::new(),
@@ -99,7 +99,7 @@ async fn fill(conn: &mut SqliteConnection, found: &mut [Snapshot], index: &HashM
     for row in all(conn, INPUTS, ids.clone()).await? {
         let run = records::run_id(&row, "run_payloads", "run_id")?;
         if let Some(at) = index.get(&run) {
-            found[*at].input = Cells::new(&row, "run_payloads", || run.to_string()).json("body")?;
+            found[*at].input = Cells::new(&row, "run_payloads", || run.to_string()).payload("body")?;
         }
     }
     for row in all(conn, STAGES, ids.clone()).await? {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 use stagegate_core::{
-    Attempt, Event, LedgerEntry, RunId, RunState, StageId, StoreResult, TenantId,
+    Attempt, Event, Json, LedgerEntry, RunId, RunState, StageId, StoreResult, TenantId,
     store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
 };
 
@@ -42,12 +42,12 @@ async fn find(conn: &mut SqliteConnection, tenant: &TenantId, id: RunId) -> Stor
 pub(crate) async fn run(db: &Db, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
     let mut snapshot = db.snapshot().await?;
     let Some(run) = find(snapshot.conn(), tenant, id).await? else { return Ok(None) };
-    let mut detail = RunDetail { run, input: serde_json::Value::Null, output: None, stages: Vec::new() };
+    let mut detail = RunDetail { run, input: Json::null(), output: None, stages: Vec::new() };
     for row in sqlx::query(PAYLOADS).bind(id.0).fetch_all(snapshot.conn()).await.sql()? {
         let cells = Cells::new(&row, "run_payloads", || id.to_string());
         match cells.get("kind")? {
-            "input" => detail.input = cells.json("body")?,
-            _ => detail.output = Some(cells.json("body")?),
+            "input" => detail.input = cells.payload("body")?,
+            _ => detail.output = Some(cells.payload("body")?),
         }
     }
     // run-stages

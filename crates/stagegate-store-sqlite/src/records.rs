@@ -135,7 +135,7 @@ pub(crate) fn attempt(row: &SqliteRow) -> StoreResult<(RunId, StageId, Attempt)>
         verdict: cells.word("verdict")?,
         assessments: cells.json("assessments")?,
         calls: Vec::new(),
-        output: cells.opt_json("output")?,
+        output: cells.opt_payload("output")?,
         failure: cells.opt_json("failure")?,
     };
     Ok((run, stage, attempt))
@@ -166,7 +166,7 @@ pub(crate) fn checkpoint(row: &SqliteRow) -> StoreResult<(RunId, StageId, Checkp
     let (run, stage) = stage_key(row, "checkpoints")?;
     let cells = Cells::new(row, "checkpoints", || format!("{run}/{stage}"));
     let checkpoint = Checkpoint {
-        output: cells.json("output")?,
+        output: cells.payload("output")?,
         digest: cells.get("digest")?,
         attempt: cells.number("attempt")?,
         verdict: cells.word("verdict")?,

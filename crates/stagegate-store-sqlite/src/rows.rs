@@ -9,7 +9,7 @@ use serde::{
     de::{DeserializeOwned, IntoDeserializer, value::StrDeserializer},
 };
 use sqlx::{Decode, Row, Sqlite, Type, sqlite::SqliteRow};
-use stagegate_core::{StoreError, StoreResult, Totals, Usage, Usd, store::Lease};
+use stagegate_core::{Json, StoreError, StoreResult, Totals, Usage, Usd, store::Lease};
 use uuid::Uuid;
 
 /// The database's clock, in milliseconds.
@@ -175,6 +175,17 @@ impl<'r, K: Fn() -> String> Cells<'r, K> {
     /// JSON.
     pub(crate) fn json<T: DeserializeOwned>(&self, column: &'static str) -> StoreResult<T> {
         serde_json::from_str(self.get(column)?).map_err(|error| self.corrupt(column, error))
+    }
+
+    /// A payload, which stays text.
+    pub(crate) fn payload(&self, column: &'static str) -> StoreResult<Json> {
+        Json::from_text(self.get(column)?).map_err(|error| self.corrupt(column, error))
+    }
+
+    /// A payload that may be missing.
+    pub(crate) fn opt_payload(&self, column: &'static str) -> StoreResult<Option<Json>> {
+        let stored: Option<&str> = self.get(column)?;
+        stored.map(|text| Json::from_text(text).map_err(|error| self.corrupt(column, error))).transpose()
     }
 
     /// JSON that may be missing.

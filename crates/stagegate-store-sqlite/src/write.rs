@@ -3,7 +3,7 @@
 
 use sqlx::SqliteConnection;
 use stagegate_core::{
-    Attempt, Checkpoint, Code, Event, LedgerEntry, Origin, RunId, StageId, StoreResult, Verdict,
+    Attempt, Checkpoint, Code, Event, Json, LedgerEntry, Origin, RunId, StageId, StoreResult, Verdict,
     store::{Commit, StageRecord},
 };
 
@@ -117,13 +117,10 @@ pub(crate) async fn stages<'a>(
 pub(crate) async fn payloads<'a>(
     conn: &mut SqliteConnection,
     kind: &'static str,
-    of: impl IntoIterator<Item = (Of<'a>, &'a serde_json::Value)>,
+    of: impl IntoIterator<Item = (Of<'a>, &'a Json)>,
 ) -> StoreResult<()> {
-    let mut rows = Vec::new();
-    for (of, body) in of {
-        rows.push((of, json(body)?));
-    }
-    let bind = |row: &mut crate::bulk::Row, (of, body): &(Of<'_>, String)| {
+    let rows: Vec<_> = of.into_iter().collect();
+    let bind = |row: &mut crate::bulk::Row, (of, body): &(Of<'_>, &Json)| {
         row.add(of.run.0).add(kind).add(of.tenant).add(body.as_str());
     };
     PAYLOADS.execute(conn, &rows, bind).await.map(drop)
@@ -139,7 +136,7 @@ pub(crate) async fn attempts<'a>(
         stage: &'a StageId,
         attempt: &'a Attempt,
         assessments: String,
-        output: Option<String>,
+        output: Option<&'a str>,
         failure: Option<String>,
     }
     let (mut rows, mut calls) = (Vec::new(), Vec::new());
@@ -150,7 +147,7 @@ pub(crate) async fn attempts<'a>(
                 stage,
                 attempt,
                 assessments: json(&attempt.assessments)?,
-                output: opt_json(attempt.output.as_ref())?,
+                output: attempt.output.as_ref().map(Json::as_str),
                 failure: opt_json(attempt.failure.as_ref())?,
             });
             let numbered = (1_i64..).zip(&attempt.calls);
@@ -160,7 +157,7 @@ pub(crate) async fn attempts<'a>(
     let bind = |row: &mut crate::bulk::Row, each: &Row<'_>| {
         row.add(each.of.run.0).add(each.stage.as_str()).add(each.attempt.number).add(each.of.tenant);
         row.add(ms(each.attempt.started_at)).add(ms(each.attempt.finished_at)).add(each.attempt.verdict.as_str());
-        row.add(each.assessments.as_str()).add(each.output.as_deref()).add(each.failure.as_deref());
+        row.add(each.assessments.as_str()).add(each.output).add(each.failure.as_deref());
     };
     ATTEMPTS.execute(conn, &rows, bind).await?;
     ledger(conn, &calls).await
@@ -194,16 +191,14 @@ pub(crate) async fn checkpoints<'a>(
     conn: &mut SqliteConnection,
     of: impl IntoIterator<Item = (Of<'a>, &'a [(StageId, Checkpoint)])>,
 ) -> StoreResult<()> {
-    let mut rows = Vec::new();
-    for (of, checkpoints) in of {
-        for (stage, checkpoint) in checkpoints {
-            rows.push((of, stage, checkpoint, json(&checkpoint.output)?));
-        }
-    }
-    let bind = |row: &mut crate::bulk::Row, (of, stage, point, output): &(Of<'_>, &StageId, &Checkpoint, String)| {
+    let each = |(of, checkpoints): (Of<'a>, &'a [(StageId, Checkpoint)])| {
+        checkpoints.iter().map(move |(stage, checkpoint)| (of, stage, checkpoint))
+    };
+    let rows: Vec<_> = of.into_iter().flat_map(each).collect();
+    let bind = |row: &mut crate::bulk::Row, (of, stage, point): &(Of<'_>, &StageId, &Checkpoint)| {
         row.add(of.run.0).add(stage.as_str()).add(of.tenant).add(point.attempt).add(point.verdict.as_str());
         row.add(point.score).add(point.model.as_ref().map(ToString::to_string)).add(point.origin.as_str());
-        row.add(point.digest.as_str()).add(ms(point.created_at)).add(output.as_str());
+        row.add(point.digest.as_str()).add(ms(point.created_at)).add(point.output.as_str());
     };
     CHECKPOINTS.execute(conn, &rows, bind).await.map(drop)
 }

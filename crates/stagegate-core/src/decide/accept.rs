@@ -3,11 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use serde_json::Value;
 
 use super::{Draft, Effect, Run, StageRun, Stimulus};
 use crate::{
-    Epoch, Event, EventKind, Pipeline, ReplicaId, RunId, RunState, TenantId, Totals,
+    Epoch, Event, EventKind, Json, Pipeline, ReplicaId, RunId, RunState, TenantId, Totals,
     fair::Limits,
     pipeline::{CacheMode, Labels},
     store::{Idempotency, Lease, NewRun, StageRecord},
@@ -25,7 +24,7 @@ pub struct Accept {
     /// The version that it is pinned to.
     pub version: u32,
     /// The input.
-    pub input: Value,
+    pub input: Json,
     /// Overrides the stages' cache mode.
     pub cache_mode: Option<CacheMode>,
     /// Higher goes first.
@@ -100,7 +99,7 @@ fn leased(new: &NewRun, pipeline: Arc<Pipeline>, park_after: Duration) -> Run {
         lease: Lease { run: new.id, epoch: FIRST_EPOCH },
         tenant: new.tenant.clone(),
         version: new.version,
-        input: Arc::new(new.input.clone()),
+        input: new.input.clone(),
         cache_mode: new.cache_mode,
         created_at: new.created_at,
         deadline_at: new.deadline_at,

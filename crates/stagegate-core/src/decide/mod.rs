@@ -13,16 +13,15 @@ mod tests;
 use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
 
 pub use accept::Accept;
 pub use step::{Effect, Step};
 
 use crate::{
-    Assessment, Attempt, Checkpoint, Code, EventKind, Failure, LedgerEntry, ModelRef, Origin, Pipeline, RunState,
+    Assessment, Attempt, Checkpoint, Code, EventKind, Failure, Json, LedgerEntry, ModelRef, Origin, Pipeline, RunState,
     StageState, TenantId, Totals, Verdict,
     decide::step::Draft,
-    pipeline::{CacheMode, RenderContext},
+    pipeline::{CacheMode, Part, Seen},
     store::{Disposition, Lease, Signal, SignalKind, Snapshot, StageRecord},
 };
 
@@ -68,7 +67,7 @@ pub enum AttemptResult {
     /// An output, measured.
     Output {
         /// The output.
-        output: Value,
+        output: Json,
         /// False where it cannot be a checkpoint whatever the gate says: no JSON, or not of the stage's schema.
         usable: bool,
         /// What was measured.
@@ -95,7 +94,7 @@ pub enum AttemptResult {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Critique {
     /// The answer.
-    pub output: Value,
+    pub output: Json,
     /// What was wrong with it.
     pub reasons: Vec<String>,
 }
@@ -107,7 +106,7 @@ pub struct Run {
     tenant: TenantId,
     pipeline: Arc<Pipeline>,
     version: u32,
-    input: Arc<Value>,
+    input: Json,
     cache_mode: Option<CacheMode>,
     created_at: DateTime<Utc>,
     deadline_at: DateTime<Utc>,
@@ -123,7 +122,7 @@ pub struct Run {
     /// The newest signal that was taken in. Until its commit is durable it can be read again.
     last_signal: i64,
     /// By stage index; shared with the attempts that render from it.
-    outputs: Arc<Vec<Option<Arc<Value>>>>,
+    outputs: Arc<Vec<Option<Json>>>,
     draft: Draft,
 }
 
@@ -142,7 +141,7 @@ impl Run {
         let mut outputs = vec![None; pipeline.stages.len()];
         for (id, checkpoint) in checkpoints {
             if let Some(index) = pipeline.stage_index(id.as_str()) {
-                outputs[index] = Some(Arc::new(checkpoint.output));
+                outputs[index] = Some(checkpoint.output);
             }
         }
         let mut states: Vec<StageRun> = pipeline
@@ -164,7 +163,7 @@ impl Run {
             lease,
             tenant: run.tenant,
             version: run.version,
-            input: Arc::new(input),
+            input,
             cache_mode: run.cache_mode,
             created_at: run.created_at,
             deadline_at: run.deadline_at,
@@ -369,9 +368,10 @@ impl Run {
 
     fn succeed(&mut self, now: DateTime<Utc>) {
         let id = self.lease.run.to_string();
-        match self.pipeline.render_output(&self.render_context(&id)) {
+        let seen = Seen::parse(&self.pipeline, Part::Output, &self.input, &self.outputs);
+        match self.pipeline.render_output(&seen.context(&id)) {
             Ok(output) => {
-                self.draft.output = Some(output);
+                self.draft.output = Some(output.into());
                 self.draft.output_of = self.pipeline.default_output_of();
                 self.finish(RunState::Succeeded, now);
             }
@@ -399,11 +399,6 @@ impl Run {
         self.stages.iter().filter(|stage| stage.record.state == StageState::Succeeded).count()
     }
 
-    /// What templates see; `run_id` is the run's id as text.
-    pub fn render_context<'a>(&'a self, run_id: &'a str) -> RenderContext<'a> {
-        RenderContext { run_id, input: &self.input, outputs: &self.outputs }
-    }
-
     /// The lease that every write carries.
     pub fn lease(&self) -> Lease {
         self.lease
@@ -425,12 +420,12 @@ impl Run {
     }
 
     /// The input.
-    pub fn input(&self) -> &Arc<Value> {
+    pub fn input(&self) -> &Json {
         &self.input
     }
 
     /// The outputs that are there, by stage index.
-    pub fn outputs(&self) -> &Arc<Vec<Option<Arc<Value>>>> {
+    pub fn outputs(&self) -> &Arc<Vec<Option<Json>>> {
         &self.outputs
     }
 
@@ -488,6 +483,6 @@ impl Run {
 
     fn set_output(&mut self, stage: usize, checkpoint: &Checkpoint) {
         // Attempts under way hold the old vector; they do not see outputs that they do not need.
-        Arc::make_mut(&mut self.outputs)[stage] = Some(Arc::new(checkpoint.output.clone()));
+        Arc::make_mut(&mut self.outputs)[stage] = Some(checkpoint.output.clone());
     }
 }

@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use serde_json::Value;
 
 use super::{AttemptResult, Effect, Outcome, Run};
 use crate::{
-    Assessment, Attempt, Checkpoint, Code, Evaluator, EventKind, Failure, ModelRef, Origin, StageId, StageState,
+    Assessment, Attempt, Checkpoint, Code, Evaluator, EventKind, Failure, Json, ModelRef, Origin, StageId, StageState,
     Totals, Verdict,
     pipeline::{OnExhausted, OnFail, Stage},
 };
@@ -238,9 +237,10 @@ impl Run {
     pub(super) fn approve(&mut self, stage: &StageId, now: DateTime<Utc>) {
         let Some((index, held)) = self.take_held(stage) else { return };
         let record = &self.stages[index].record;
+        let output = held.output.clone().unwrap_or_else(Json::null);
         let checkpoint = Checkpoint {
-            output: held.output.clone().unwrap_or(Value::Null),
-            digest: output_digest(held.output.as_ref().unwrap_or(&Value::Null)),
+            digest: output_digest(&output),
+            output,
             attempt: held.number,
             verdict: Verdict::Approved,
             score: held.score(),
@@ -293,7 +293,7 @@ impl Run {
 
 /// An output on its way through the gate.
 struct Judged {
-    output: Value,
+    output: Json,
     usable: bool,
     model: Option<ModelRef>,
     origin: Origin,
@@ -343,6 +343,6 @@ fn reasons(assessments: &[Assessment]) -> String {
 }
 
 /// BLAKE3 of the output's JSON, hex.
-fn output_digest(output: &Value) -> String {
-    blake3::hash(output.to_string().as_bytes()).to_hex().to_string()
+fn output_digest(output: &Json) -> String {
+    blake3::hash(output.as_str().as_bytes()).to_hex().to_string()
 }

@@ -3,11 +3,10 @@
 use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
 
 use super::Run;
 use crate::{
-    Attempt, Checkpoint, Event, StageId, Verdict,
+    Attempt, Checkpoint, Event, Json, StageId, Verdict,
     store::{Commit, Disposition},
 };
 
@@ -68,7 +67,7 @@ pub(super) struct Draft {
     pub(super) touched: BTreeSet<usize>,
     pub(super) attempts: Vec<(StageId, Attempt)>,
     pub(super) checkpoints: Vec<(StageId, Checkpoint)>,
-    pub(super) output: Option<Value>,
+    pub(super) output: Option<Json>,
     pub(super) output_of: Vec<StageId>,
     pub(super) consumed: Vec<i64>,
     pub(super) disposition: Disposition,

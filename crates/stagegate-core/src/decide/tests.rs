@@ -51,7 +51,7 @@ fn begin(source: &str) -> (NewRun, Run, Vec<Effect>) {
         tenant: TenantId::default(),
         pipeline: pipeline(source),
         version: 1,
-        input: json!({}),
+        input: json!({}).into(),
         cache_mode: None,
         priority: 0,
         labels: crate::pipeline::Labels::new(),
@@ -82,7 +82,7 @@ fn assessment(passed: bool) -> Assessment {
 
 fn output(passed: bool, usable: bool) -> Outcome {
     let result = AttemptResult::Output {
-        output: json!("an answer"),
+        output: json!("an answer").into(),
         usable,
         assessments: vec![assessment(passed)],
         model: None,
@@ -150,7 +150,7 @@ fn one_commit_a_stage_and_the_last_one_ends_the_run() {
     let step = attempted(&mut run, 3, 1, output(true, true));
     assert_eq!(names(&step.commit), ["stage.succeeded", "run.finished"]);
     assert_eq!((step.commit.state, step.commit.then), (RunState::Succeeded, Disposition::End));
-    assert_eq!(step.commit.output, Some(json!({ "four": "an answer", "five": "an answer" })));
+    assert_eq!(step.commit.output, Some(json!({ "four": "an answer", "five": "an answer" }).into()));
 }
 
 #[test]

@@ -66,6 +66,16 @@ pub(super) enum OutputNode {
 }
 
 impl OutputNode {
+    /// Shows each template.
+    pub(super) fn each_template(&self, each: &mut impl FnMut(&Template)) {
+        match self {
+            Self::Plain(_) => {}
+            Self::Template(template) => each(template),
+            Self::List(items) => items.iter().for_each(|item| item.each_template(each)),
+            Self::Map(map) => map.iter().for_each(|(_, inner)| inner.each_template(each)),
+        }
+    }
+
     fn templates(&self) -> usize {
         match self {
             Self::Plain(_) => 0,

@@ -141,6 +141,27 @@ pub struct RenderContext<'a> {
     pub outputs: &'a [Option<Arc<Value>>],
 }
 
+/// A part of a pipeline that is rendered at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The messages or the transform of a stage.
+    Work(usize),
+    /// The checks of a stage's gate.
+    Checks(usize),
+    /// The rubric of a stage's judge.
+    Rubric(usize),
+    /// The output of the run.
+    Output,
+}
+
+/// What a part names of an input and of outputs, parsed; what it does not name is left out. Parsed values are large: this
+/// is dropped as soon as the part is rendered.
+#[derive(Debug)]
+pub struct Seen {
+    input: Value,
+    outputs: Vec<Option<Arc<Value>>>,
+}
+
 /// A rendered stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rendered {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::{
-    Message, Pipeline, RenderContext, Rendered, Role, Stage,
-    check::OutputNode,
+    Message, Part, Pipeline, RenderContext, Rendered, Role, Seen, Stage,
+    check::{CompiledCheck, OutputNode},
     path::Path,
     template::{Template, Vars},
 };
-use crate::{Code, Failure, StageId, Violation, fair::Limits};
+use crate::{Code, Failure, Json, StageId, Violation, fair::Limits};
 
 /// The most that the templates of an output mapping may give together, in bytes.
 const OUTPUT_MAX_BYTES: usize = 16 * 1024 * 1024;
@@ -19,7 +19,69 @@ const KEY_MAX_BYTES: usize = 256;
 /// What a value counts beside its text, in bytes.
 const VALUE_BYTES: usize = 8;
 
+impl Seen {
+    /// Parses what a part of the pipeline names.
+    pub fn parse(pipeline: &Pipeline, part: Part, input: &Json, outputs: &[Option<Json>]) -> Self {
+        let mut seen = Self { input: Value::Null, outputs: vec![None; outputs.len()] };
+        pipeline.each_named(part, |named| match named {
+            None if seen.input.is_null() => seen.input = input.parse(),
+            None => {}
+            Some(stage) => {
+                if let (Some(place @ None), Some(Some(output))) = (seen.outputs.get_mut(stage), outputs.get(stage)) {
+                    *place = Some(Arc::new(output.parse()));
+                }
+            }
+        });
+        seen
+    }
+
+    /// What that takes in memory, in bytes.
+    pub fn parsed_bytes(pipeline: &Pipeline, part: Part, input: &Json, outputs: &[Option<Json>]) -> u64 {
+        let (mut bytes, mut met) = (0, Vec::new());
+        pipeline.each_named(part, |named| {
+            if !met.contains(&named) {
+                met.push(named);
+                let what = named.map_or(Some(input), |stage| outputs.get(stage)?.as_ref());
+                bytes += what.map_or(0, |json| json.size().parsed_bytes);
+            }
+        });
+        bytes
+    }
+
+    /// What templates see; `run_id` is the run's id as text.
+    pub fn context<'a>(&'a self, run_id: &'a str) -> RenderContext<'a> {
+        RenderContext { run_id, input: &self.input, outputs: &self.outputs }
+    }
+}
+
 impl Pipeline {
+    /// Everything that a part names: a stage by its index, or None for the input. The same can come several times.
+    fn each_named(&self, part: Part, mut each: impl FnMut(Option<usize>)) {
+        let mut template = |template: &Template| {
+            let (stages, input) = template.names();
+            if input {
+                each(None);
+            }
+            stages.iter().filter_map(|id| self.stage_index(id)).for_each(|stage| each(Some(stage)));
+        };
+        match part {
+            Part::Work(stage) => {
+                let compiled = &self.compiled.stages[stage];
+                compiled.messages.iter().map(|(_, text)| text).chain(&compiled.transform).for_each(template);
+            }
+            Part::Checks(stage) => self.compiled.stages[stage].checks.iter().for_each(|check| {
+                if let CompiledCheck::Expression(expression) = check {
+                    template(expression);
+                }
+            }),
+            Part::Rubric(stage) => self.compiled.stages[stage].rubric.iter().for_each(template),
+            Part::Output => match &self.compiled.output {
+                Some(mapping) => mapping.each_template(&mut template),
+                None => self.last_stages().for_each(|(stage, _)| each(Some(stage))),
+            },
+        }
+    }
+
     pub(super) fn with_vars<'a, T>(
         &self,
         context: &RenderContext<'a>,

@@ -2,12 +2,11 @@
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::{
-    Attempt, Checkpoint, Failure, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId, StageState,
-    TenantId, Totals, Verdict,
+    Attempt, Checkpoint, Failure, Json, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId,
+    StageState, TenantId, Totals, Verdict,
     pipeline::{CacheMode, Labels},
 };
 
@@ -116,9 +115,9 @@ pub struct RunDetail {
     /// The run.
     pub run: RunRecord,
     /// The input; null once it was purged.
-    pub input: Value,
+    pub input: Json,
     /// The output, once it succeeded and until it is purged.
-    pub output: Option<Value>,
+    pub output: Option<Json>,
     /// The stages that have a row, in no particular order.
     pub stages: Vec<StageRecord>,
 }

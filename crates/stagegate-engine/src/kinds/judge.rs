@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use stagegate_core::{
     Assessment, CallPurpose, Code, Evaluator, LedgerEntry,
     decide::AttemptResult,
-    pipeline::{Cache, Judge, Message, ModelWork, OutputFormat, Params, Role, Work},
+    pipeline::{Cache, Judge, Message, ModelWork, OutputFormat, Params, Part, Role, Work},
 };
 use stagegate_llm::Request;
 
@@ -48,7 +48,7 @@ pub(super) async fn judge(
     let stage = context.stage();
     let Some(judge) = &stage.gate.judge else { return Ok(None) };
     let rubric = context
-        .with_render(|render| context.pipeline.render_rubric(context.stage, render))
+        .with_render(Part::Rubric(context.stage), |render| context.pipeline.render_rubric(context.stage, render))
         .map_err(failed_render)?
         .unwrap_or_default();
     let (request, cache) = request(judge, &stage.work, &rubric, output);

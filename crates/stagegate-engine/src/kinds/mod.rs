@@ -10,11 +10,10 @@ pub(crate) use model::request;
 
 use std::sync::Arc;
 
-use serde_json::Value;
 use stagegate_core::{
-    Assessment, Code, Evaluator, Failure, LedgerEntry, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
+    Assessment, Code, Evaluator, Failure, Json, LedgerEntry, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
     decide::{AttemptResult, Critique},
-    pipeline::{CacheMode, OutputFormat, RenderContext, Stage, Work},
+    pipeline::{CacheMode, OutputFormat, Part, RenderContext, Seen, Stage, Work},
 };
 use stagegate_llm::{CallContext, CallError, Llm, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
 use tokio::time::Instant;
@@ -29,8 +28,8 @@ pub(crate) struct AttemptContext {
     pub(crate) pipeline: Arc<Pipeline>,
     pub(crate) version: u32,
     pub(crate) run: RunId,
-    pub(crate) input: Arc<Value>,
-    pub(crate) outputs: Arc<Vec<Option<Arc<Value>>>>,
+    pub(crate) input: Json,
+    pub(crate) outputs: Arc<Vec<Option<Json>>>,
     pub(crate) stage: usize,
     pub(crate) critique: Option<Critique>,
     pub(crate) cache_mode: Option<CacheMode>,
@@ -64,10 +63,11 @@ impl AttemptContext {
         &self.pipeline.stages[self.stage]
     }
 
-    /// Renders with what this attempt sees.
-    fn with_render<T>(&self, render: impl FnOnce(&RenderContext<'_>) -> T) -> T {
+    /// Renders a part of the pipeline with what it names.
+    fn with_render<T>(&self, part: Part, render: impl FnOnce(&RenderContext<'_>) -> T) -> T {
         let run_id = self.run.to_string();
-        render(&RenderContext { run_id: &run_id, input: &self.input, outputs: &self.outputs })
+        let seen = Seen::parse(&self.pipeline, part, &self.input, &self.outputs);
+        render(&seen.context(&run_id))
     }
 
     pub(crate) fn call_context(&self, cache: &stagegate_core::pipeline::Cache) -> CallContext {
@@ -135,9 +135,8 @@ impl AttemptContext {
         let output = match self.pipeline.read_output(self.stage, content) {
             Ok(output) => output,
             Err(assessment) => {
-                let output = Value::String(content.to_owned());
                 return Ok(AttemptResult::Output {
-                    output,
+                    output: content.into(),
                     usable: false,
                     assessments: vec![assessment],
                     model,
@@ -145,7 +144,8 @@ impl AttemptContext {
                 });
             }
         };
-        let mut assessments = self.with_render(|context| self.pipeline.assess(self.stage, &output, context));
+        let mut assessments =
+            self.with_render(Part::Checks(self.stage), |context| self.pipeline.assess(self.stage, &output, context));
         // The stage's own schema is assessed first; a `schema` check of the gate is a check like any other.
         let has_schema = matches!(self.stage().output, OutputFormat::Json { schema: Some(_) });
         let usable = !has_schema || assessments.first().is_none_or(|assessment| assessment.passed);
@@ -154,7 +154,7 @@ impl AttemptContext {
         {
             assessments.push(verdict);
         }
-        Ok(AttemptResult::Output { output, usable, assessments, model, origin })
+        Ok(AttemptResult::Output { output: output.into(), usable, assessments, model, origin })
     }
 }
 
@@ -181,7 +181,7 @@ fn failed_render(failure: Failure) -> Stopped {
 /// An answer that came but was cut: an output that is measured as incomplete, so that the critique can say so.
 fn incomplete(partial: String, error: &CallError, origin: Origin) -> AttemptResult {
     AttemptResult::Output {
-        output: Value::String(partial),
+        output: partial.as_str().into(),
         usable: false,
         assessments: vec![Assessment {
             evaluator: Evaluator::Check,

@@ -3,7 +3,7 @@
 use stagegate_core::{
     CallPurpose, Failure, LedgerEntry, Origin,
     decide::{AttemptResult, Critique},
-    pipeline::{Message, ModelWork, RenderContext, Rendered, Role},
+    pipeline::{Message, ModelWork, Part, RenderContext, Rendered, Role},
 };
 use stagegate_llm::{Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS, providers::sim::CRITIQUE_GREETING};
 
@@ -16,7 +16,9 @@ pub(super) async fn attempt(
     kept: &mut Option<Reply>,
 ) -> Result<AttemptResult, Stopped> {
     let request = context
-        .with_render(|seen| request(&context.pipeline, context.stage, work, seen, context.critique.as_ref()))
+        .with_render(Part::Work(context.stage), |seen| {
+            request(&context.pipeline, context.stage, work, seen, context.critique.as_ref())
+        })
         .map_err(failed_render)?;
     let reply = match context.complete(&context.call_context(&work.cache), &request, calls).await {
         Ok(reply) => reply,
@@ -65,10 +67,7 @@ pub(crate) fn request(
 }
 
 fn mend(critique: &Critique) -> [Message; 2] {
-    let previous = match &critique.output {
-        serde_json::Value::String(text) => text.clone(),
-        json => json.to_string(),
-    };
+    let previous = critique.output.to_plain_text();
     let reasons = critique.reasons.join("\n- ");
     [
         Message { role: Role::Assistant, content: previous },

@@ -1,12 +1,17 @@
 //! The `transform` kind: a template is rendered, no model is asked. Its output is gated like any other.
 
-use stagegate_core::{LedgerEntry, Origin, decide::AttemptResult, pipeline::Rendered};
+use stagegate_core::{
+    LedgerEntry, Origin,
+    decide::AttemptResult,
+    pipeline::{Part, Rendered},
+};
 
 use super::{AttemptContext, Stopped, failed_render};
 
 pub(super) async fn attempt(context: &AttemptContext, calls: &mut Vec<LedgerEntry>) -> Result<AttemptResult, Stopped> {
-    let rendered =
-        context.with_render(|render| context.pipeline.render(context.stage, render)).map_err(failed_render)?;
+    let rendered = context
+        .with_render(Part::Work(context.stage), |render| context.pipeline.render(context.stage, render))
+        .map_err(failed_render)?;
     let output = match rendered {
         Rendered::Text(text) => text,
         Rendered::Messages(messages) => messages.into_iter().map(|message| message.content).collect(),

@@ -505,7 +505,7 @@ async fn inspect(client: &Client<'_>, run: RunId, fired: bool) -> Seen {
     names.sort_unstable();
     Seen {
         state: detail.run.state,
-        output: detail.output,
+        output: detail.output.map(|output| output.parse()),
         digests,
         events: names,
         provider_calls: calls.len(),

@@ -52,7 +52,7 @@ impl Checks {
         }
         let leased = epoch.is_some();
         let events = if leased || new.lease_to.is_none() { &new.events[..] } else { &new.events[..1] };
-        let tag = new.input.get("tag").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+        let tag = new.input.parse().get("tag").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
         let name = format!("run{}({tag})", self.runs.len() + 1);
         let starts_at = new.start_at.map(|at| at.timestamp_millis() - EPOCH_MS);
         let mut book = Book {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, btree_map::Entry};
 
 use stagegate_core::{
-    Attempt, Capabilities, Checkpoint, Epoch, Event, PipelineName, ReplicaId, RunId, StageId, TenantId,
+    Attempt, Capabilities, Checkpoint, Epoch, Event, Json, PipelineName, ReplicaId, RunId, StageId, TenantId,
     fair::Limits,
     store::{ApiKey, Lease, NewRun, PipelineVersion, RunRecord, Signal, StageRecord},
 };
@@ -23,8 +23,8 @@ pub(crate) struct State {
 #[derive(Debug, Clone)]
 pub(crate) struct Row {
     pub(crate) record: RunRecord,
-    pub(crate) input: serde_json::Value,
-    pub(crate) output: Option<serde_json::Value>,
+    pub(crate) input: Json,
+    pub(crate) output: Option<Json>,
     pub(crate) stages: BTreeMap<StageId, StageRecord>,
     pub(crate) attempts: BTreeMap<StageId, BTreeMap<u32, Attempt>>,
     pub(crate) checkpoints: BTreeMap<StageId, Checkpoint>,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    RunId, TenantId,
+    Json, RunId, TenantId,
     store::{Backlog, Kept, ReplicaRecord},
 };
 
@@ -99,12 +99,12 @@ impl State {
                 continue;
             }
             row.record.purged_at = Some(now);
-            (row.input, row.output) = (serde_json::Value::Null, None);
+            (row.input, row.output) = (Json::null(), None);
             for attempt in row.attempts.values_mut().flat_map(BTreeMap::values_mut) {
                 attempt.output = None;
             }
             for checkpoint in row.checkpoints.values_mut() {
-                checkpoint.output = serde_json::Value::Null;
+                checkpoint.output = Json::null();
             }
             purged += 1;
         }

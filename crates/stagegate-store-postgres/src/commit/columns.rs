@@ -1,7 +1,7 @@
 //! The parameters of the statements that commit steps: arrays, one element for each row.
 
 use stagegate_core::{
-    Attempt, Checkpoint, LedgerEntry, StageId, StoreError, StoreResult,
+    Attempt, Checkpoint, Json, LedgerEntry, StageId, StoreError, StoreResult,
     store::{Commit, Disposition},
 };
 use uuid::Uuid;
@@ -28,7 +28,7 @@ pub(super) struct Columns<'a> {
     borne: BorneColumns,
     output_of: Vec<Option<String>>,
     output_runs: Vec<Uuid>,
-    outputs: Vec<String>,
+    outputs: Vec<&'a str>,
     consumed_runs: Vec<Uuid>,
     consumed: Vec<i64>,
 }
@@ -84,7 +84,7 @@ impl<'a> Columns<'a> {
         self.output_of.push(by_name.then(names));
         if let Some(output) = commit.output.as_ref().filter(|_| !by_name) {
             self.output_runs.push(run);
-            self.outputs.push(rows::to_json("an output", output)?);
+            self.outputs.push(output.as_str());
         }
         self.consumed_runs.extend(commit.consumed.iter().map(|_| run));
         self.consumed.extend(&commit.consumed);
@@ -216,11 +216,11 @@ struct AttemptColumns<'a> {
     finished: Vec<Time>,
     verdicts: Vec<&'static str>,
     bodies: Vec<String>,
-    outputs: Vec<Option<String>>,
+    outputs: Vec<Option<&'a str>>,
 }
 
 impl<'a> AttemptColumns<'a> {
-    fn push(&mut self, run: Uuid, stage: &'a StageId, attempt: &Attempt) -> StoreResult<()> {
+    fn push(&mut self, run: Uuid, stage: &'a StageId, attempt: &'a Attempt) -> StoreResult<()> {
         self.runs.push(run);
         self.stages.push(stage.as_str());
         self.numbers.push(rows::small(attempt.number));
@@ -228,7 +228,7 @@ impl<'a> AttemptColumns<'a> {
         self.finished.push(attempt.finished_at);
         self.verdicts.push(attempt.verdict.as_str());
         self.bodies.push(rows::lean(rows::to_json("an attempt", &AttemptBody::of(attempt))?));
-        self.outputs.push(rows::maybe_json("an output", attempt.output.as_ref())?);
+        self.outputs.push(attempt.output.as_ref().map(Json::as_str));
         Ok(())
     }
 
@@ -297,7 +297,7 @@ impl BorneColumns {
 struct CheckpointColumns<'a> {
     runs: Vec<Uuid>,
     stages: Vec<&'a str>,
-    outputs: Vec<String>,
+    outputs: Vec<&'a str>,
     digests: Vec<&'a str>,
     attempts: Vec<i32>,
     verdicts: Vec<&'static str>,
@@ -311,7 +311,7 @@ impl<'a> CheckpointColumns<'a> {
     fn push(&mut self, run: Uuid, stage: &'a StageId, checkpoint: &'a Checkpoint) -> StoreResult<()> {
         self.runs.push(run);
         self.stages.push(stage.as_str());
-        self.outputs.push(rows::to_json("an output", &checkpoint.output)?);
+        self.outputs.push(checkpoint.output.as_str());
         self.digests.push(&checkpoint.digest);
         self.attempts.push(rows::small(checkpoint.attempt));
         self.verdicts.push(checkpoint.verdict.as_str());

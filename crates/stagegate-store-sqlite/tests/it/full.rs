@@ -22,7 +22,7 @@ async fn bounded(path: &std::path::Path) -> std::sync::Arc<dyn Store> {
 async fn a_full_disk_is_told_and_nothing_is_half_written() {
     let (_folder, path) = folder();
     let store = bounded(&path).await;
-    let big = |n| NewRun { input: json!("x".repeat(50_000)), ..new_run(n) };
+    let big = |n| NewRun { input: json!("x".repeat(50_000)).into(), ..new_run(n) };
     let (mut there, mut refused) = (Vec::new(), None);
     for n in 0..200 {
         let batch = [big(n), big(n), big(n)];

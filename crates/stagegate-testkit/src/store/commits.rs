@@ -32,7 +32,7 @@ fn whole(lease: Lease, last_seq: u64, text: &str) -> Commit {
     step.failure = Some(failure(text));
     step.started_at = Some(at(6));
     step.finished_at = Some(at(7));
-    step.output = Some(nasty_json());
+    step.output = Some(nasty_json().into());
     step
 }
 
@@ -53,7 +53,7 @@ pub async fn a_commit_happens_whole(subject: Subject) {
     expected.run.failure = Some(failure("why"));
     expected.run.started_at = Some(at(6));
     expected.run.finished_at = Some(at(7));
-    expected.output = Some(nasty_json());
+    expected.output = Some(nasty_json().into());
     expected.stages.clone_from(&step.stages);
     assert_eq!(after.detail, expected);
     assert_eq!(after.events, [before.events, step.events].concat());
@@ -188,14 +188,14 @@ pub async fn a_finished_run_is_nobodys(subject: Subject) {
     let owner = live_replica(store).await;
     for state in [RunState::Succeeded, RunState::Failed, RunState::Cancelled, RunState::Expired] {
         let (run, lease) = submit_leased(store, 1, owner).await;
-        let last = Commit { output: Some(json!("done")), ..end(lease, 3, state) };
+        let last = Commit { output: Some(json!("done").into()), ..end(lease, 3, state) };
         assert_eq!(commit(store, &last).await, Committed::Now);
         assert_eq!(store.owned(owner).await.expect("owned"), []);
         assert_eq!(claim_all(store, owner).await, []);
         assert_eq!(commit(store, &step(lease, 4)).await, Committed::Stale);
         let detail = store.run(&run.tenant, run.id).await.expect("read").expect("there");
         assert_eq!((detail.run.state, detail.run.finished_at), (state, Some(at(20))));
-        assert_eq!(detail.output, Some(json!("done")));
+        assert_eq!(detail.output, Some(json!("done").into()));
     }
 }
 
@@ -290,7 +290,7 @@ pub async fn a_large_output_comes_back_as_it_was(subject: Subject) {
     let mut step = step(lease, 3);
     step.stages = vec![full_stage("s1", "x")];
     step.checkpoints = vec![(stage("s1"), checkpoint(large_json()))];
-    step.output = Some(large_json());
+    step.output = Some(large_json().into());
     assert_eq!(commit(store, &step).await, Committed::Now);
     let read = dump(store, &run.tenant, run.id).await;
     assert!(read.detail.output == step.output, "a large output came back changed");

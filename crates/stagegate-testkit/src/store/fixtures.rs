@@ -68,7 +68,7 @@ pub fn new_run(ms: i64) -> NewRun {
         pipeline: pipeline("brief-to-spec"),
         version: 1,
         stages_total: 2,
-        input: json!({"brief": "a kettle"}),
+        input: json!({"brief": "a kettle"}).into(),
         cache_mode: None,
         priority: 0,
         labels: [].into(),
@@ -240,7 +240,7 @@ pub fn full_attempt(number: u32, text: &str) -> Attempt {
             call(CallPurpose::Stage, Origin::Provider, None),
             call(CallPurpose::Judge, Origin::Coalesced, Some(Code::ProviderTimeout)),
         ],
-        output: Some(nasty_json()),
+        output: Some(nasty_json().into()),
         failure: Some(failure(text)),
     }
 }
@@ -248,7 +248,7 @@ pub fn full_attempt(number: u32, text: &str) -> Attempt {
 /// A checkpoint with this output.
 pub fn checkpoint(output: Value) -> Checkpoint {
     Checkpoint {
-        output,
+        output: output.into(),
         digest: "ab".repeat(32),
         attempt: 1,
         verdict: Verdict::Accepted,

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use serde_json::{Value, json};
 use stagegate_core::{
-    Attempt, CallPurpose, Checkpoint, Event, EventKind, LedgerEntry, Origin, RunState, StageState, Store, Totals,
+    Attempt, CallPurpose, Checkpoint, Event, EventKind, Json, LedgerEntry, Origin, RunState, StageState, Store, Totals,
     Usage, Usd, Verdict,
     store::{
         Commit, Committed, Disposition, Lease, NewRun, SignalKind, Signalled, StageDetail, StageRecord, Submitted,
@@ -63,7 +63,7 @@ fn passed(of: &str, ms: i64, output: Value) -> (StageDetail, EventKind) {
         ..StageRecord::pending(stage(of))
     };
     let checkpoint = Checkpoint {
-        output,
+        output: output.into(),
         digest: "cd".repeat(32),
         attempt: 1,
         verdict: Verdict::Passed,
@@ -126,7 +126,7 @@ fn ending(lease: Lease, last_seq: u64, ended: &[(&str, i64)], of: &[&str]) -> Co
     Commit {
         state: RunState::Succeeded,
         finished_at: Some(at(ms)),
-        output: Some(output_of(of)),
+        output: Some(output_of(of).into()),
         output_of: of.iter().map(|of| stage(of)).collect(),
         then: Disposition::End,
         ..last
@@ -291,13 +291,13 @@ pub async fn what_passed_at_once_is_purged_and_deleted(subject: Subject) {
     }
     assert_eq!(store.purge(&[id], at(90)).await.expect("purge"), 1);
     let purged = dump(store, &tenant, id).await;
-    assert_eq!((purged.detail.input, purged.detail.output), (Value::Null, None));
+    assert_eq!((purged.detail.input, purged.detail.output), (Json::null(), None));
     assert_eq!(purged.events, tale.events);
     for (after, before) in purged.stages.iter().zip(tale.stages.values()) {
         let of_digest = |detail: &StageDetail| detail.checkpoint.as_ref().map(|each| each.digest.clone());
         assert_eq!((&after.stage, &after.attempts), (&before.stage, &before.attempts));
         assert_eq!(of_digest(after), of_digest(before));
-        assert_eq!(after.checkpoint.as_ref().map(|each| &each.output), Some(&Value::Null));
+        assert_eq!(after.checkpoint.as_ref().map(|each| &each.output), Some(&Json::null()));
     }
     assert_eq!(store.delete(&[id]).await.expect("delete"), [id]);
     assert_eq!(store.run(&tenant, id).await.expect("read"), None);

@@ -227,7 +227,7 @@ impl World {
             pipeline: name,
             version: self.rng.random_range(1..3),
             stages_total: 3,
-            input: self.json(),
+            input: self.json().into(),
             cache_mode: pick(&mut self.rng, &[None, Some(CacheMode::Refresh), Some(CacheMode::Off)]).flatten(),
             // Every run of a tenant has its own, so that its order is decided by more than its time.
             priority: i16::try_from(self.runs.len()).unwrap_or(0) * 7 % 10_007,
@@ -385,7 +385,7 @@ impl World {
             failure: (state == RunState::Failed).then(|| failure(&self.text())),
             started_at: Some(at(self.now)),
             finished_at: ended.then(|| at(self.now)),
-            output: (state == RunState::Succeeded).then(|| self.json()),
+            output: (state == RunState::Succeeded).then(|| self.json().into()),
             output_of: Vec::new(),
             consumed: Vec::new(),
             then,

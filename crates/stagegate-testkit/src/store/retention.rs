@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
 use stagegate_core::{
-    ReplicaId, RunId, RunState, StageId, Store,
+    Json, ReplicaId, RunId, RunState, StageId, Store,
     store::{Commit, Committed, Kept, Lease, NewRun, RunQuery, SignalKind, Signalled, Submitted},
 };
 
@@ -89,11 +88,11 @@ pub async fn retention_walks_through_all_runs(subject: Subject) {
 /// What remains of a run that was purged.
 fn without_payloads(mut dump: Dump, at: chrono::DateTime<chrono::Utc>) -> Dump {
     dump.detail.run.purged_at = Some(at);
-    dump.detail.input = Value::Null;
+    dump.detail.input = Json::null();
     dump.detail.output = None;
     for stage in &mut dump.stages {
         if let Some(checkpoint) = &mut stage.checkpoint {
-            checkpoint.output = Value::Null;
+            checkpoint.output = Json::null();
         }
         for attempt in &mut stage.attempts {
             attempt.output = None;

@@ -217,11 +217,12 @@ pub async fn a_conflict_leaves_the_rest_of_its_batch_alone(subject: Subject) {
 
 /// Any JSON and any label.
 pub async fn any_text_and_number_comes_back_as_it_was(subject: Subject) {
-    let mut run = NewRun { input: nasty_json(), labels: [(NASTY.to_owned(), NASTY.to_owned())].into(), ..new_run(1) };
+    let mut run =
+        NewRun { input: nasty_json().into(), labels: [(NASTY.to_owned(), NASTY.to_owned())].into(), ..new_run(1) };
     run.events.push(event(2, 3, "s1"));
     submit(&subject.store, &run).await;
     for input in [json!(null), json!(NASTY), json!([]), json!(0.1), json!(u64::MAX)] {
-        let run = NewRun { input: input.clone(), ..new_run(2) };
+        let run = NewRun { input: input.clone().into(), ..new_run(2) };
         submit(&subject.store, &run).await;
         assert_eq!(dump(&subject.store, &run.tenant, run.id).await.detail.input, input);
     }
@@ -233,7 +234,7 @@ pub async fn any_text_and_number_comes_back_as_it_was(subject: Subject) {
 
 /// A mebibyte.
 pub async fn a_large_input_comes_back_as_it_was(subject: Subject) {
-    let run = NewRun { input: large_json(), ..new_run(1) };
+    let run = NewRun { input: large_json().into(), ..new_run(1) };
     submit(&subject.store, &run).await;
     let read = dump(&subject.store, &run.tenant, run.id).await;
     assert!(read.detail.input == run.input, "a large input came back changed");

@@ -109,7 +109,7 @@ impl Run {
                 tell_end(run, state, &totals, failure.as_ref(), started.elapsed());
                 let detail = daemon.store.run(&self.tenant, run).await?;
                 let output = detail.and_then(|detail| detail.output).filter(|_| state == RunState::Succeeded);
-                Ok((exit_code(state), output))
+                Ok((exit_code(state), output.map(|output| output.parse())))
             }
             Rest::Held(stages) => {
                 tell_held(run, &stages);

@@ -113,6 +113,11 @@ impl Template {
         Ok(Self { compiled, kind, stages: named.stages, input: named.input })
     }
 
+    /// The stages whose outputs it names, and whether it names the input.
+    pub(super) fn names(&self) -> (&[String], bool) {
+        (&self.stages, self.input)
+    }
+
     /// Renders to text.
     pub(super) fn render(&self, vars: &Vars<'_>) -> Result<String, String> {
         let context = self.context(vars)?;

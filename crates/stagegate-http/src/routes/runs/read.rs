@@ -7,9 +7,8 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::HeaderMap;
-use serde_json::Value;
 use stagegate_core::{
-    RunId, RunState, StageId,
+    Json as Payload, RunId, RunState, StageId,
     store::{RunDetail, StageRecord},
 };
 
@@ -70,5 +69,5 @@ async fn view(context: &Context<Viewer>, detail: RunDetail) -> Result<RunDetailV
         StageView::new(run.id, row, needs_of(&pipeline, index), now)
     });
     let stages = stages.collect();
-    Ok(RunDetailView { run: RunView::new(run, now), stages, input, output: output.unwrap_or(Value::Null) })
+    Ok(RunDetailView { run: RunView::new(run, now), stages, input, output: output.unwrap_or_else(Payload::null) })
 }
