@@ -5,7 +5,7 @@
 //! it was given in the very moment of its death (its submit or claim had begun before) is found by the next claim.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     sync::{Mutex, PoisonError},
 };
 
@@ -40,14 +40,15 @@ SELECT EXISTS (SELECT FROM beat) AS alive,
        ARRAY(SELECT r.id FROM runs r JOIN beat ON beat.id = r.owner WHERE r.signalled ORDER BY r.id) AS signalled,
        common_capabilities_3($1, $6, $7, $8 * interval '1 millisecond') AS common";
 
-/// Takes runs that can go on: one look at some of the lanes. What it does is told at the function (migration 0002).
+/// Takes runs that can go on: one look at some of the lanes. What it does is told at the function (migration 0003).
 pub const CLAIM: &str = "/* runs.claim */
-SELECT ids, epochs, freed, lost, last_tenant, last_lane
-FROM claim_runs_2($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)";
+SELECT ids, epochs, freed, woken, lost, last_tenant, last_lane, cut_tenants, cut_lanes, wake_last
+FROM claim_runs_3($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
 
-/// How many lanes one look covers. They are found and read in some ten microseconds each; the next look goes on there.
+/// How many lanes one look covers, and how many tenants. They are found and read in some ten microseconds each; the next
+/// look goes on there.
 const LANES_MAX: i32 = 512;
-/// How many runs of dead replicas one look frees at most: a few milliseconds of work.
+/// How many runs of dead replicas one look frees at most, and how many it notes as due: a few milliseconds of work.
 const FREE_MAX: i32 = 500;
 /// How many runs one look takes at most.
 const TAKE_MAX: u32 = 500;
@@ -91,7 +92,7 @@ pub const LOAD: &str = concat!(
 /// Hands runs back. One that somebody holds is passed over, so that it does not keep the others: the owner's next look at
 /// what it owns finds it.
 const RELEASE: &str = "/* runs.release */
-UPDATE runs SET owner = NULL, available_at = now()
+UPDATE runs SET owner = NULL, available_at = now(), ready = true
 WHERE id IN (
     SELECT r.id FROM unnest($1::uuid[], $2::int8[]) AS l(run_id, epoch)
     JOIN runs r ON r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL
@@ -104,7 +105,7 @@ const LEAVE: &str = "/* replicas.leave */
 WITH gone AS (
     UPDATE replicas SET dead_at = coalesce(dead_at, now()) WHERE id = $1
 )
-UPDATE runs SET owner = NULL, available_at = now()
+UPDATE runs SET owner = NULL, available_at = now(), ready = true
 WHERE id IN (SELECT id FROM runs WHERE owner = $1 FOR UPDATE SKIP LOCKED)";
 
 pub(crate) async fn heartbeat(pool: &Pool, compact: &Gate, beat: &Heartbeat) -> StoreResult<Pulse> {
@@ -127,9 +128,32 @@ pub(crate) async fn heartbeat(pool: &Pool, compact: &Gate, beat: &Heartbeat) -> 
     Ok(Pulse { alive: read.get("alive")?, signalled: signalled.into_iter().map(RunId).collect(), common })
 }
 
-/// Where the next look at the lanes begins; only a hint, so that all lanes get their turn where they are too many for one
-/// look.
-pub(crate) type Turn = Mutex<Option<(String, String)>>;
+/// For how many tenants with many lanes it is remembered where the next look goes on.
+const CUT_MAX: usize = 1_000;
+
+/// Where the next look at the lanes begins; only a hint, so that all tenants and all of their lanes get their turn where
+/// they are too many for one look.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Place {
+    /// At this tenant; the first one where it is empty.
+    tenant: String,
+    /// The lanes after this one, of the tenants that have more than their part of a look.
+    cut: BTreeMap<String, String>,
+    /// What becomes due is noted of the tenants after this one.
+    wake: String,
+}
+
+/// The place of a store's claims.
+pub(crate) type Turn = Mutex<Place>;
+
+/// How a claim goes through the lanes.
+enum Pass {
+    /// Some of each tenant's, from a place on.
+    Fair,
+    /// One after the other, from after this lane of this tenant on. Only where a claim has found nothing and has not seen
+    /// all: it leaves none that could be taken.
+    OfAll(String, String),
+}
 
 pub(crate) async fn claim(
     pool: &Pool,
@@ -139,32 +163,65 @@ pub(crate) async fn claim(
     shares: &Shares,
 ) -> StoreResult<Vec<Lease>> {
     let mut connection = pool.acquire("runs.claim").await?;
-    let mut after = turn.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut place = turn.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut pass = Pass::Fair;
     let mut leases: Vec<Lease> = Vec::new();
-    let (mut seen_the_first, mut freed) = (false, 0);
+    // Whether this claim has begun at the first tenant, and whether all of each tenant's lanes were seen since.
+    let (mut from_the_first, mut were_cut) = (false, false);
+    // What earlier looks made claimable, maybe in lanes that they had passed.
+    let mut made_ready = 0;
     loop {
         let room = limit.saturating_sub(u32::try_from(leases.len()).unwrap_or(u32::MAX)).min(TAKE_MAX);
-        let look = look(&mut connection, replica, room, shares, after.as_ref()).await?;
+        if matches!(pass, Pass::Fair) && place.tenant.is_empty() && place.wake.is_empty() {
+            (from_the_first, were_cut, made_ready) = (true, false, 0);
+        }
+        were_cut |= !place.cut.is_empty();
+        let look = look(&mut connection, replica, room, shares, &place, &pass).await?;
         if look.lost > 0 {
             connection.rows("replicas.forget", sqlx::query(FORGET)).await?;
         }
         let took = u32::try_from(look.leases.len()).unwrap_or(u32::MAX);
         leases.extend(look.leases);
-        seen_the_first |= after.is_none();
-        freed += look.freed;
-        let filled = took == room && (leases.len() < limit as usize);
-        let fruitless = leases.is_empty() && limit > 0;
-        match look.last {
+        made_ready += look.freed + look.woken;
+        if (took == room && leases.len() < limit as usize) || (look.freed == FREE_MAX && leases.is_empty()) {
             // More can be had of these lanes, or at least be freed. What is freed is never freed again: this ends.
-            _ if filled || (look.freed == FREE_MAX && leases.is_empty()) => {}
-            Some(last) if fruitless => after = Some(last),
-            // The end of the lanes: on from the first one, so that a claim which takes none has seen all of them.
-            None if fruitless && (!seen_the_first || freed > 0) => (after, freed) = (None, 0),
-            next => {
-                *turn.lock().unwrap_or_else(PoisonError::into_inner) = next;
-                return Ok(leases);
-            }
+            continue;
         }
+        place.wake = look.wake.unwrap_or_default();
+        if matches!(pass, Pass::Fair) {
+            place.goes_on(look.last.as_ref().map(|(tenant, _)| tenant.clone()), look.cut);
+            were_cut |= !place.cut.is_empty();
+        }
+        if !leases.is_empty() || limit == 0 {
+            break;
+        }
+        pass = match (pass, look.last) {
+            (Pass::Fair, None) if from_the_first && place.wake.is_empty() && made_ready == 0 => {
+                if !were_cut {
+                    break;
+                }
+                Pass::OfAll(String::new(), String::new())
+            }
+            (Pass::Fair, _) => Pass::Fair,
+            (Pass::OfAll(..), Some((tenant, lane))) => Pass::OfAll(tenant, lane),
+            (Pass::OfAll(..), None) => break,
+        };
+    }
+    *turn.lock().unwrap_or_else(PoisonError::into_inner) = place;
+    Ok(leases)
+}
+
+impl Place {
+    /// After a look at the tenants from here to before the next place, or to the last one.
+    fn goes_on(&mut self, next: Option<String>, cut: Vec<(String, String)>) {
+        let next = next.unwrap_or_default();
+        let seen = |tenant: &String| *tenant >= self.tenant && (next.is_empty() || *tenant < next);
+        self.cut.retain(|tenant, _| !seen(tenant));
+        self.cut.extend(cut);
+        if self.cut.len() > CUT_MAX {
+            self.cut.clear();
+        }
+        self.tenant = next;
     }
 }
 
@@ -172,9 +229,14 @@ pub(crate) async fn claim(
 struct Look {
     leases: Vec<Lease>,
     freed: i32,
+    woken: i32,
     lost: i32,
-    /// The last lane that was looked at, where there are more.
+    /// Where the next look begins, where there is more.
     last: Option<(String, String)>,
+    /// Tenants that have more lanes than their part, each with the last one that was looked at.
+    cut: Vec<(String, String)>,
+    /// The last tenant whose due runs were noted, where there are more tenants.
+    wake: Option<String>,
 }
 
 async fn look(
@@ -182,10 +244,14 @@ async fn look(
     replica: ReplicaId,
     limit: u32,
     shares: &Shares,
-    after: Option<&(String, String)>,
+    place: &Place,
+    pass: &Pass,
 ) -> StoreResult<Look> {
-    let (tenant, lane) = after.map_or(("", ""), |(tenant, lane)| (tenant.as_str(), lane.as_str()));
     let most = |share: &Share| share.max_runs.map(rows::small);
+    let (of_all, tenant, lane) = match pass {
+        Pass::Fair => (false, place.tenant.as_str(), ""),
+        Pass::OfAll(tenant, lane) => (true, tenant.as_str(), lane.as_str()),
+    };
     let query = sqlx::query(CLAIM)
         .bind(replica.0)
         .bind(rows::small(limit))
@@ -196,6 +262,10 @@ async fn look(
         .bind(most(&shares.default))
         .bind(tenant)
         .bind(lane)
+        .bind(of_all)
+        .bind(place.cut.keys().cloned().collect::<Vec<_>>())
+        .bind(place.cut.values().cloned().collect::<Vec<_>>())
+        .bind(place.wake.as_str())
         .bind(LANES_MAX)
         .bind(FREE_MAX);
     let found = connection.row("runs.claim", query).await?;
@@ -207,11 +277,15 @@ fn claimed(row: &PgRow) -> Result<Look, sqlx::Error> {
     let (ids, epochs): (Vec<Uuid>, Vec<i64>) = (row.try_get("ids")?, row.try_get("epochs")?);
     let lease = |(id, epoch)| Lease { run: RunId(id), epoch: Epoch(epoch) };
     let last: (Option<String>, Option<String>) = (row.try_get("last_tenant")?, row.try_get("last_lane")?);
+    let cut: (Vec<String>, Vec<String>) = (row.try_get("cut_tenants")?, row.try_get("cut_lanes")?);
     Ok(Look {
         leases: ids.into_iter().zip(epochs).map(lease).collect(),
         freed: row.try_get("freed")?,
+        woken: row.try_get("woken")?,
         lost: row.try_get("lost")?,
         last: last.0.zip(last.1),
+        cut: cut.0.into_iter().zip(cut.1).collect(),
+        wake: row.try_get("wake_last")?,
     })
 }
 

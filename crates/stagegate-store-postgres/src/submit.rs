@@ -46,13 +46,14 @@ WITH new AS (
 ), made AS (
     INSERT INTO runs (id, tenant, pipeline, version, stages_total, cache_mode, priority, labels, request_id, created_at,
                       deadline_at, start_at, pipeline_max, key, key_max, lane, state, owner, epoch, available_at,
-                      leased_at, started_at, first_attempts, last_seq)
+                      ready, leased_at, started_at, first_attempts, last_seq)
     SELECT n.id, n.tenant, n.pipeline, n.version, n.stages_total, n.cache_mode, n.priority, n.labels::text[],
            n.request_id, n.created_at, n.deadline_at, n.start_at, n.pipeline_max, n.key, n.key_max, n.lane,
            CASE WHEN p.id IS NULL THEN 'queued' ELSE 'running' END,
            p.id,
            CASE WHEN p.id IS NULL THEN 0 ELSE 1 END,
            CASE WHEN p.id IS NULL THEN greatest(now(), n.start_at) END,
+           CASE WHEN p.id IS NULL AND (n.start_at IS NULL OR n.start_at <= now()) THEN true END,
            CASE WHEN p.id IS NOT NULL THEN now() END,
            CASE WHEN p.id IS NOT NULL THEN n.created_at END,
            CASE WHEN p.id IS NOT NULL OR n.lease_to IS NULL THEN n.first_attempts::jsonb END,

@@ -20,7 +20,7 @@ use crate::{
     error::Sql,
     lease,
     records::run_id,
-    rows::{Cells, id_list, int, now_ms},
+    rows::{Cells, id_list, int, json, now_ms},
 };
 
 /// Parked runs that are woken at once at most.
@@ -74,6 +74,12 @@ pub(crate) const CANDIDATES: &str = concat!(
      WHERE first.ready_at IS NOT NULL AND first.tenant = lanes.tenant AND first.lane = lanes.lane \
      ORDER BY first.priority DESC, first.ready_at, first.id LIMIT ?1)"
 );
+
+// deeper-candidates: the same of these lanes, each a tenant and a lane.
+pub(crate) const DEEPER: &str = "SELECT c.id, c.epoch, c.tenant, c.lane, c.pipeline, c.pipeline_max, c.key, c.key_max, \
+    c.priority, c.ready_at FROM json_each(?2) AS asked CROSS JOIN runs AS c ON c.rowid IN (SELECT first.rowid \
+    FROM runs AS first INDEXED BY runs_lanes WHERE first.ready_at IS NOT NULL AND first.tenant = asked.value ->> 0 \
+    AND first.lane = asked.value ->> 1 ORDER BY first.priority DESC, first.ready_at, first.id LIMIT ?1)";
 
 // leases-by-tenant: in the order of the index, so that nothing is sorted.
 pub(crate) const BY_TENANT: &str = "SELECT tenant, NULL, NULL, count(*) FROM runs INDEXED BY runs_leased \
@@ -162,30 +168,60 @@ async fn choose(conn: &mut SqliteConnection, limit: usize, shares: &Shares) -> S
     }
     let lanes: i64 = sqlx::query_scalar(COUNT_LANES).fetch_one(&mut *conn).await.sql()?;
     let Ok(lanes @ 1..) = usize::try_from(lanes) else { return Ok(Vec::new()) };
-    // With many lanes a claim takes few runs of each.
-    let mut depth = (limit.saturating_mul(2) / lanes).clamp(FIRST.min(limit), limit);
+    // With many lanes a claim takes few runs of each. Only where all that was read of a lane is chosen, more of it is read:
+    // a claim reads a few runs of each lane, and a multiple of what it takes.
+    let first = (limit.saturating_mul(2) / lanes).clamp(FIRST.min(limit), limit);
+    let mut waiting = candidates(conn, first).await?;
+    let used = in_use(conn, &waiting, shares).await?;
+    let mut depths: HashMap<(TenantId, String), usize> = HashMap::new();
     loop {
-        let waiting = candidates(conn, depth).await?;
-        let used = in_use(conn, &waiting, shares).await?;
         let candidates = waiting.iter().map(|each| each.candidate.clone()).collect();
-        let chosen = fair::choose(candidates, used, shares, limit);
-        if depth >= limit || !is_cut_short(&waiting, &chosen, depth) {
+        let chosen = fair::choose(candidates, used.clone(), shares, limit);
+        let cut = cut_short(&waiting, &chosen, |lane| depths.get(lane).copied().unwrap_or(first));
+        let Some(deepest) = cut.iter().map(|(_, depth)| *depth).filter(|depth| *depth < limit).max() else {
             let epochs: HashMap<RunId, Epoch> = waiting.iter().map(|each| (each.candidate.run, each.epoch)).collect();
             let lease = |run: RunId| Some(Lease { run, epoch: Epoch(epochs.get(&run)?.0 + 1) });
             return Ok(chosen.into_iter().filter_map(lease).collect());
-        }
-        depth = depth.saturating_mul(4).min(limit);
+        };
+        let depth = deepest.saturating_mul(4).min(limit);
+        let lanes: HashSet<(TenantId, String)> = cut.into_iter().map(|(lane, _)| lane).collect();
+        waiting.retain(|each| !lanes.contains(&each.lane()));
+        waiting.extend(deeper(conn, &lanes, depth).await?);
+        depths.extend(lanes.into_iter().map(|lane| (lane, depth)));
     }
 }
 
-/// Whether all that was read of some lane was chosen: the next one in it might have been, too.
-fn is_cut_short(waiting: &[Waiting], chosen: &[RunId], depth: usize) -> bool {
+/// The lanes of which all that was read was chosen, each with how much that was: the next run in it might have been
+/// chosen, too.
+fn cut_short(
+    waiting: &[Waiting],
+    chosen: &[RunId],
+    depth: impl Fn(&(TenantId, String)) -> usize,
+) -> Vec<((TenantId, String), usize)> {
     let chosen: HashSet<RunId> = chosen.iter().copied().collect();
-    let mut taken: HashMap<(&TenantId, &str), usize> = HashMap::new();
+    let mut taken: HashMap<(TenantId, String), usize> = HashMap::new();
     for each in waiting.iter().filter(|each| chosen.contains(&each.candidate.run)) {
-        *taken.entry((&each.candidate.tenant, &each.lane)).or_default() += 1;
+        *taken.entry(each.lane()).or_default() += 1;
     }
-    taken.values().any(|count| *count >= depth)
+    let all = |(lane, count): ((TenantId, String), usize)| (count >= depth(&lane)).then_some((lane, count));
+    taken.into_iter().filter_map(all).collect()
+}
+
+impl Waiting {
+    /// Where it waits.
+    fn lane(&self) -> (TenantId, String) {
+        (self.candidate.tenant.clone(), self.lane.clone())
+    }
+}
+
+async fn deeper(
+    conn: &mut SqliteConnection,
+    lanes: &HashSet<(TenantId, String)>,
+    depth: usize,
+) -> StoreResult<Vec<Waiting>> {
+    let asked: Vec<(&str, &str)> = lanes.iter().map(|(tenant, lane)| (tenant.as_str(), lane.as_str())).collect();
+    let rows = sqlx::query(DEEPER).bind(int(depth as u64)).bind(json(&asked)?).fetch_all(conn).await.sql()?;
+    rows.iter().map(waiting).collect()
 }
 
 async fn candidates(conn: &mut SqliteConnection, depth: usize) -> StoreResult<Vec<Waiting>> {
@@ -263,7 +299,9 @@ mod tests {
     fn a_lane_that_was_used_up_may_have_had_more() {
         let read = [waiting("a", "", 1), waiting("a", "", 2), waiting("b", "", 3), waiting("a", "p/1", 4)];
         let ids = |list: &[u128]| list.iter().map(|n| RunId(Uuid::from_u128(*n))).collect::<Vec<_>>();
-        assert!(is_cut_short(&read, &ids(&[1, 2]), 2));
-        assert!(!is_cut_short(&read, &ids(&[1, 3, 4]), 2));
+        let cut =
+            |chosen: &[u128]| cut_short(&read, &ids(chosen), |(tenant, _)| if tenant.as_str() == "a" { 2 } else { 9 });
+        assert_eq!(cut(&[1, 2]), [(waiting("a", "", 1).lane(), 2)]);
+        assert_eq!(cut(&[1, 3, 4]), []);
     }
 }

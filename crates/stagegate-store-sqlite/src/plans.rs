@@ -44,7 +44,7 @@ const PARTIAL: [&str; 9] = [
 ];
 
 /// What leases, claims, counts and removes.
-const LEASES: [&str; 33] = [
+const LEASES: [&str; 34] = [
     lease::SIGNALLED,
     lease::HAND_BACK_ALL,
     lease::OWNED,
@@ -54,6 +54,7 @@ const LEASES: [&str; 33] = [
     claim::CANCELLED,
     claim::COUNT_LANES,
     claim::CANDIDATES,
+    claim::DEEPER,
     claim::BY_TENANT,
     claim::BY_PIPELINE,
     claim::BY_KEY,

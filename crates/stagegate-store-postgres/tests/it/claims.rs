@@ -12,16 +12,18 @@ use stagegate_core::{
 };
 use stagegate_store_postgres::{PoolConfig, statements};
 use stagegate_testkit::store::fixtures::{
-    at, beat, checkpoint, claim_all, commit, dump, live_replica, new_run, replica, stage, step, submit_leased, tenant,
+    at, beat, checkpoint, claim_all, commit, dump, live_replica, new_run, pipeline, replica, stage, step,
+    submit_leased, tenant,
 };
 
 /// Runs that wait: half of them for their time, at a higher priority; in front of them as many that have ended.
 const CROWD: &str = "
 INSERT INTO runs (id, tenant, pipeline, version, stages_total, priority, labels, created_at, deadline_at, state, epoch,
-                  available_at, last_seq)
+                  available_at, ready, last_seq)
 SELECT md5('crowd' || n)::uuid, 'acme', 'p', 1, 5, CASE WHEN n % 4 = 0 THEN 9 ELSE 0 END, '{}', now(), now(),
        CASE WHEN n % 2 = 0 THEN 'queued' ELSE 'succeeded' END, 1,
-       CASE n % 4 WHEN 0 THEN now() + interval '1 day' WHEN 2 THEN now() - interval '1 hour' END, 5
+       CASE n % 4 WHEN 0 THEN now() + interval '1 day' WHEN 2 THEN now() - interval '1 hour' END,
+       CASE n % 4 WHEN 2 THEN true END, 5
 FROM generate_series(1, 120000) n";
 
 async fn connection_as_the_stores(url: &str) -> PgConnection {
@@ -34,8 +36,8 @@ async fn connection_as_the_stores(url: &str) -> PgConnection {
 
 /// How many pages a claim of ten looks at. It is rolled back, so that each finds the same.
 async fn pages(connection: &mut PgConnection, me: uuid::Uuid) -> i64 {
-    let arguments = format!("'{me}', 10, '{{}}', '{{}}', '{{}}', 1, NULL, '', '', 512, 500");
-    let names = (1..=11).map(|n| format!("${n}")).collect::<Vec<_>>().join(", ");
+    let arguments = format!("'{me}', 10, '{{}}', '{{}}', '{{}}', 1, NULL, '', '', false, '{{}}', '{{}}', '', 512, 500");
+    let names = (1..=15).map(|n| format!("${n}")).collect::<Vec<_>>().join(", ");
     let sql = statements::CLAIM.replace(&names, &arguments);
     assert!(!sql.contains('$'), "every argument is given: {sql}");
     connection.execute("BEGIN").await.expect("begins");
@@ -71,6 +73,158 @@ async fn a_claim_looks_at_no_more_however_many_wait() {
     let with_statistics = pages(&mut connection, me.0).await;
     let most = alone * 2 + 100;
     assert!(crowded <= most && with_statistics <= most, "{alone}, {crowded} and {with_statistics} pages");
+}
+
+/// Runs that wait for tomorrow, in 500 lanes and 200 priorities: half of them above what is due.
+const DELAYED: &str = "
+INSERT INTO runs (id, tenant, pipeline, version, stages_total, priority, labels, created_at, deadline_at, state, epoch,
+                  available_at, start_at, key, key_max, lane, last_seq)
+SELECT md5('delayed' || n)::uuid, 'acme', 'p', 1, 5, n / 500 % 200 - 100, '{}', now(), now(), 'queued', 0,
+       now() + interval '1 day', now() + interval '1 day', 'k' || n % 500, 5, 'p/-/5/k' || n % 500, 1
+FROM generate_series(1, 100000) n";
+
+/// Runs that are due: of 300 tenants 300 each.
+const DEEP: &str = "
+INSERT INTO runs (id, tenant, pipeline, version, stages_total, priority, labels, created_at, deadline_at, state, epoch,
+                  available_at, ready, last_seq)
+SELECT md5('deep' || n)::uuid, 't' || n % 300, 'p', 1, 5, n % 3, '{}', now(), now(), 'queued', 0,
+       now() - interval '1 hour', true, 1
+FROM generate_series(1, 90000) n";
+
+#[tokio::test]
+async fn a_claim_reads_nothing_of_what_waits_for_its_time_in_however_many_lanes_and_priorities() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let me = live_replica(&store).await;
+    let few: Vec<NewRun> = (0..20).map(new_run).collect();
+    store.submit(&few).await.expect("submits");
+    let mut connection = connection_as_the_stores(database.url()).await;
+    for _ in 0..3 {
+        pages(&mut connection, me.0).await;
+    }
+    let alone = pages(&mut connection, me.0).await;
+    connection.execute(DELAYED).await.expect("generates");
+    pages(&mut connection, me.0).await;
+    let crowded = pages(&mut connection, me.0).await;
+    connection.execute("VACUUM ANALYZE").await.expect("analyses");
+    pages(&mut connection, me.0).await;
+    let with_statistics = pages(&mut connection, me.0).await;
+    let most = alone * 2 + 100;
+    assert!(crowded <= most && with_statistics <= most, "{alone}, {crowded} and {with_statistics} pages");
+}
+
+#[tokio::test]
+async fn a_claim_reads_a_few_runs_of_each_tenant_however_deep_their_queues_are() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let me = live_replica(&store).await;
+    let mut connection = connection_as_the_stores(database.url()).await;
+    connection.execute(DEEP).await.expect("generates");
+    pages(&mut connection, me.0).await;
+    let without = pages(&mut connection, me.0).await;
+    connection.execute("VACUUM ANALYZE").await.expect("analyses");
+    pages(&mut connection, me.0).await;
+    let with_statistics = pages(&mut connection, me.0).await;
+    // About ten a tenant, to find its lane and read its head, and what is taken.
+    let most = 300 * 20;
+    assert!(without <= most && with_statistics <= most, "{without} and {with_statistics} pages");
+}
+
+#[tokio::test]
+async fn a_flood_that_becomes_due_at_once_does_not_stand_before_another_tenants_first_run() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let me = live_replica(&store).await;
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    connection.execute(DELAYED).await.expect("generates");
+    let due = "UPDATE runs SET available_at = now() - interval '1 minute'";
+    connection.execute(due).await.expect("moves");
+    // Of another tenant, due after all of those; as a replica of schema 2 leaves it.
+    let first = NewRun { tenant: tenant("small"), ..new_run(1) };
+    store.submit(std::slice::from_ref(&first)).await.expect("submits");
+    let unready = "UPDATE runs SET ready = NULL WHERE tenant = 'small'";
+    connection.execute(unready).await.expect("moves");
+    let taken = store.claim(me, 10, &Shares::default()).await.expect("claims");
+    assert!(taken.iter().any(|lease| lease.run == first.id), "{taken:?}");
+}
+
+#[tokio::test]
+async fn a_tenant_with_more_lanes_than_a_look_covers_does_not_keep_the_others_from_their_turn() {
+    let (store, _database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let me = live_replica(&store).await;
+    let keyed = |key: usize| NewRun {
+        tenant: tenant("busy"),
+        limits: Limits { pipeline_max: None, key: Some((format!("k{key:05}"), 1)) },
+        ..new_run(i64::try_from(key).expect("small"))
+    };
+    let busy: Vec<NewRun> = (0..1_500).map(keyed).collect();
+    store.submit(&busy).await.expect("submits");
+    let others: Vec<NewRun> =
+        (0..5).map(|n| NewRun { tenant: tenant(&format!("small-{n}")), ..new_run(5_000 + n) }).collect();
+    store.submit(&others).await.expect("submits");
+    let taken = store.claim(me, 10, &Shares::default()).await.expect("claims");
+    for run in &others {
+        assert!(taken.iter().any(|lease| lease.run == run.id), "{} waits", run.tenant);
+    }
+    // And each of its own lanes gets its turn.
+    let mut left = busy.len() + others.len() - taken.len();
+    while left > 0 {
+        let page = store.claim(me, 500, &Shares::default()).await.expect("claims").len();
+        assert!(page > 0, "{left} were left, and a claim took none");
+        left -= page;
+    }
+}
+
+#[tokio::test]
+async fn the_lanes_of_a_pipeline_that_is_full_are_skipped_as_a_whole() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let me = live_replica(&store).await;
+    let full = |key: i64, max| NewRun {
+        limits: Limits { pipeline_max: Some(max), key: Some((format!("k{key:05}"), 1)) },
+        ..new_run(key)
+    };
+    let runs: Vec<NewRun> = (0..2_000).map(|key| full(key, 3)).collect();
+    store.submit(&runs).await.expect("submits");
+    assert_eq!(claim_all(&store, me).await.len(), 3);
+    // Ten of another pipeline can be taken, whose lanes come after all of these.
+    let others: Vec<NewRun> = (0..20).map(|n| NewRun { pipeline: pipeline("q"), ..full(9_000 + n, 10) }).collect();
+    store.submit(&others).await.expect("submits");
+    let (other, mut connection) = (live_replica(&store).await, connection_as_the_stores(database.url()).await);
+    pages(&mut connection, other.0).await;
+    let touched = pages(&mut connection, other.0).await;
+    assert!(touched < 1_500, "{touched} pages");
+}
+
+/// A claim of the previous release, as its binary makes it.
+async fn old_claim(url: &str, me: uuid::Uuid, most: i32) -> Vec<uuid::Uuid> {
+    let mut connection = connection_as_the_stores(url).await;
+    let sql = "SELECT ids FROM claim_runs_2($1, $2, '{}', '{}', '{}', 1, NULL, '', '', 512, 500)";
+    sqlx::query(sql).bind(me).bind(most).fetch_one(&mut connection).await.expect("claims").get(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn claims_of_the_previous_release_and_of_this_one_share_what_waits_and_its_limits() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let (old, new) = (live_replica(&store).await, live_replica(&store).await);
+    let limited = |n| NewRun { limits: Limits { pipeline_max: Some(7), key: None }, ..new_run(n) };
+    let runs: Vec<NewRun> = (0..40).map(limited).chain((100..160).map(new_run)).collect();
+    store.submit(&runs).await.expect("submits");
+    let (shares, mut taken) = (Shares::default(), Vec::<uuid::Uuid>::new());
+    loop {
+        let (theirs, ours) = tokio::join!(old_claim(database.url(), old.0, 6), store.claim(new, 6, &shares));
+        let ours = ours.expect("claims");
+        if theirs.is_empty() && ours.is_empty() {
+            break;
+        }
+        taken.extend(theirs);
+        taken.extend(ours.iter().map(|lease| lease.run.0));
+    }
+    taken.sort_unstable();
+    taken.dedup();
+    assert_eq!(taken.len(), 67, "each once: all that have no limit, and seven");
 }
 
 #[tokio::test]

@@ -1,11 +1,14 @@
-//! Growth: owns how submitting, claiming and reading change from an empty database to one with many finished and many
-//! queued runs, and to the same with a transaction held open all the while.
+//! Growth: owns how submitting, claiming, reading and listing change from an empty database to one with many finished and
+//! many queued runs, to the same with a transaction held open all the while, and to the same among other tenants: one
+//! that has as many runs again and 100,000 that wait for tomorrow in 500 lanes and 200 priorities, 1,000 that have little,
+//! and 300 with deep queues.
 //!
 //! Two sites stand on one Postgres; one is filled by SQL with copies of real runs, table by table as the catalogue
 //! names them, so that every table has its rows. Each operation is done on both in turns:
 //!
 //! - submit: `POST /v1/runs`, one after another, to a daemon that has room for one run, which the provider holds;
 //! - read: `GET /v1/runs/{id}`, one after another, of runs spread over all that there are;
+//! - list: `GET /v1/runs`, one after another, of the daemon's own tenant;
 //! - claim: a replica that starts takes runs from the queue; the time from its first run's first call to its last
 //!   one's, a run. Then it hands them back.
 
@@ -33,6 +36,12 @@ const FINISHED: u64 = 200;
 const CLAIMED: usize = 1000;
 /// Submits, and reads, of one measurement.
 const SAMPLES: u32 = 400;
+/// Tenants that have a few runs each, and how many.
+const SMALL_TENANTS: (usize, usize) = (1_000, 10);
+/// Tenants with deep queues, and how many runs wait in each.
+const DEEP_TENANTS: (usize, usize) = (300, 200);
+/// Runs of one tenant that wait for tomorrow.
+const DELAYED: usize = 100_000;
 /// Copies made by one statement.
 const CHUNK: usize = 50_000;
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -42,6 +51,8 @@ struct Side {
     site: Site,
     /// Requests for finished runs all over it.
     reads: Vec<Vec<u8>>,
+    /// The id of the queued run that is copied, quoted.
+    waiting: String,
     /// Numbers of its runs, which no other run has.
     next: u64,
 }
@@ -50,12 +61,13 @@ struct Side {
 struct Sample {
     submit: Times,
     read: Times,
+    list: Times,
     claim_ms_per_run: f64,
 }
 
 pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Report> {
     // What is claimed is fresh in each measurement, also on the database that is called empty.
-    let needed = CLAIMED * (2 * options.rounds as usize + 1) + CLAIMED / 10;
+    let needed = CLAIMED * (3 * options.rounds as usize + 1) + CLAIMED / 10;
     let (finished, queued) = (options.rows, (options.rows / 10).max(needed));
     progress(&format!("a database with {FINISHED} finished and {needed} queued runs"));
     let mut empty = Side::new(rig, 0, 0, needed).await?;
@@ -82,6 +94,15 @@ pub(crate) async fn run(rig: &mut Rig, options: &Options) -> anyhow::Result<Repo
         report(before, after, figures, &HELD_OPEN);
     }
     let _ = holder.close().await;
+    progress("the full database among other tenants");
+    full.crowd(finished).await?;
+    // What was planned and cached for the smaller one is not counted.
+    full.claim(rig).await?;
+    for (round, figures) in (1..).zip(&mut rounds) {
+        progress(&format!("round {round}, among other tenants"));
+        let (before, after) = compare(rig, &mut empty, &mut full).await?;
+        report(before, after, figures, &CROWDED);
+    }
     let parameters = json!({
         "finished": finished, "queued": queued, "empty_queued": needed, "claimed": CLAIMED, "samples": SAMPLES, "servers": rig.servers(),
     });
@@ -93,7 +114,7 @@ impl Side {
         let mut site = rig.site(&[("STAGEGATE_ENGINE__DRAIN_GRACE", "1ms".to_owned())]).await?;
         let reads = read::finished_runs(&site, &Submission::sized(TINY, INPUT_BYTES), FINISHED).await?;
         site.stop().await?;
-        let mut this = Self { site, reads, next: next + FINISHED };
+        let mut this = Self { site, reads, waiting: String::new(), next: next + FINISHED };
         // The first one takes the only place, the second one waits: it is what is copied.
         let mut connection = this.start(1).await?;
         let held = Submission::sized(HELD, INPUT_BYTES);
@@ -103,13 +124,14 @@ impl Side {
         this.site.stop().await?;
         if finished > 0 {
             let model = "(SELECT id FROM runs WHERE finished_at IS NOT NULL ORDER BY id LIMIT 1)";
-            this.copy(model, finished, 1, "t.input").await?;
+            this.copy(model, finished, 1, &[]).await?;
             this.reads = this.some_copies(finished).await?;
         }
         // Prompts stay distinct: each names its run by ten digits.
         let first = this.next + 1;
         let input = format!("replace(t.input, '{waiting:010}', lpad(({first} + n)::text, 10, '0'))");
-        this.copy(&format!("'{waiting_id}'"), queued, 2, &input).await?;
+        this.waiting = format!("'{waiting_id}'");
+        this.copy(&this.waiting.clone(), queued, 2, &[("input", &input)]).await?;
         this.next += queued as u64;
         sqlx::query("VACUUM ANALYZE").execute(this.site.database()?).await?;
         Ok(this)
@@ -127,9 +149,48 @@ impl Side {
         self.next
     }
 
-    /// Copies the run `model` so many times, in every table that has rows of it. `kind` keeps the ids apart, `input`
-    /// is what becomes of its input.
-    async fn copy(&mut self, model: &str, copies: usize, kind: u8, input: &str) -> anyhow::Result<()> {
+    /// Puts the daemon's tenant among others.
+    async fn crowd(&mut self, finished: usize) -> anyhow::Result<()> {
+        let model = "(SELECT id FROM runs WHERE finished_at IS NOT NULL AND tenant = 'default' ORDER BY id LIMIT 1)";
+        self.copy(model, finished, 3, &[("tenant", "'giant'")]).await?;
+        let (tenants, each) = SMALL_TENANTS;
+        let small = format!("'small-' || n % {tenants}");
+        self.copy(model, tenants * each, 4, &[("tenant", &small)]).await?;
+        let waiting = self.waiting.clone();
+        let tomorrow = "now() + interval '1 day'";
+        let delayed = [
+            ("tenant", "'giant'"),
+            ("available_at", tomorrow),
+            ("start_at", tomorrow),
+            ("ready", "NULL::boolean"),
+            ("priority", "n / 500 % 200 - 100"),
+            ("key", "'k' || n % 500"),
+            ("key_max", "5"),
+            ("lane", "t.pipeline || '/-/5/k' || n % 500"),
+        ];
+        self.copy(&waiting, DELAYED, 5, &delayed).await?;
+        let (tenants, each) = DEEP_TENANTS;
+        let deep = format!("'deep-' || n % {tenants}");
+        // Prompts stay distinct, as those of the daemon's own.
+        let input = "regexp_replace(t.input, '[0-9]{10}', '9' || lpad(n::text, 9, '0'))";
+        self.copy(&waiting, tenants * each, 6, &[("tenant", &deep), ("input", input)]).await?;
+        let database = self.site.database()?;
+        for (table, columns) in
+            [("pipelines", "name, latest"), ("pipeline_versions", "name, version, digest, created_at, definition")]
+        {
+            let copy = format!(
+                "INSERT INTO {table} (tenant, {columns}) SELECT 'deep-' || n, {columns} FROM {table}, \
+                 generate_series(0, {tenants} - 1) n WHERE tenant = 'default'"
+            );
+            sqlx::query(AssertSqlSafe(copy)).execute(&mut *database).await?;
+        }
+        sqlx::query("VACUUM ANALYZE").execute(database).await?;
+        Ok(())
+    }
+
+    /// Copies the run `model` so many times, in every table that has rows of it. `kind` keeps the ids apart; `changed` are
+    /// the columns that a copy does not take over, each with its expression of the model `t` and the number `n`.
+    async fn copy(&mut self, model: &str, copies: usize, kind: u8, changed: &[(&str, &str)]) -> anyhow::Result<()> {
         let database = self.site.database()?;
         let tables: Vec<(String, String)> = sqlx::query_as(TABLES).fetch_all(&mut *database).await?;
         sqlx::query("SET synchronous_commit = off").execute(&mut *database).await?;
@@ -138,10 +199,11 @@ impl Side {
             let last = (first + CHUNK).min(copies) - 1;
             for (table, columns) in &tables {
                 let key = if table == "runs" { "id" } else { "run_id" };
-                let value = |column: &str| match column {
-                    _ if column == key => new_id(kind),
-                    "input" => input.to_owned(),
-                    _ => format!("t.{column}"),
+                let value = |column: &str| {
+                    let changed =
+                        changed.iter().find(|(name, _)| *name == column).map(|(_, value)| (*value).to_owned());
+                    let other = || changed.unwrap_or_else(|| format!("t.{column}"));
+                    if column == key { new_id(kind) } else { other() }
                 };
                 let values: Vec<String> = columns.split(',').map(value).collect();
                 let copy = format!(
@@ -212,10 +274,13 @@ fn new_id(kind: u8) -> String {
 /// Each operation on both sides, in turns.
 async fn compare(rig: &Rig, empty: &mut Side, full: &mut Side) -> anyhow::Result<(Sample, Sample)> {
     let claims = (empty.claim(rig).await?, full.claim(rig).await?);
-    let mut before = Sample { submit: Times::default(), read: Times::default(), claim_ms_per_run: claims.0 };
-    let mut after = Sample { submit: Times::default(), read: Times::default(), claim_ms_per_run: claims.1 };
+    let mut before =
+        Sample { submit: Times::default(), read: Times::default(), list: Times::default(), claim_ms_per_run: claims.0 };
+    let mut after =
+        Sample { submit: Times::default(), read: Times::default(), list: Times::default(), claim_ms_per_run: claims.1 };
     let (mut one, mut other) = (empty.start(1).await?, full.start(1).await?);
     let held = Submission::sized(HELD, INPUT_BYTES);
+    let list = wire::get("/v1/runs?limit=20");
     for n in 0..WARM_UP + SAMPLES {
         let mut turns = [(&mut *empty, &mut one, &mut before), (&mut *full, &mut other, &mut after)];
         // Whoever comes second finds the cores awake.
@@ -229,9 +294,13 @@ async fn compare(rig: &Rig, empty: &mut Side, full: &mut Side) -> anyhow::Result
             let submitted = started.elapsed();
             let started = Instant::now();
             read::read(connection, &side.reads, number).await?;
+            let read = started.elapsed();
+            let started = Instant::now();
+            read::read(connection, std::slice::from_ref(&list), number).await?;
             if n >= WARM_UP {
                 sample.submit.add(submitted);
-                sample.read.add(started.elapsed());
+                sample.read.add(read);
+                sample.list.add(started.elapsed());
             }
         }
     }
@@ -243,8 +312,8 @@ async fn compare(rig: &Rig, empty: &mut Side, full: &mut Side) -> anyhow::Result
 /// Submits, and reads, before those that are measured: the daemons are fresh.
 const WARM_UP: u32 = 100;
 
-/// What the figures are called: submit, read and claim, each on the empty database, on the full one, and as a ratio.
-struct Names([[(&'static str, &'static str); 3]; 3]);
+/// What the figures are called: submit, read, list and claim, each on the empty database, on the full one, and as a ratio.
+struct Names([[(&'static str, &'static str); 3]; 4]);
 
 const PLAIN: Names = Names([
     [
@@ -256,6 +325,11 @@ const PLAIN: Names = Names([
         ("read_empty_ms", "read p50, empty, ms"),
         ("read_full_ms", "read p50, full, ms"),
         ("read_ratio", "read: full / empty"),
+    ],
+    [
+        ("list_empty_ms", "list p50, empty, ms"),
+        ("list_full_ms", "list p50, full, ms"),
+        ("list_ratio", "list: full / empty"),
     ],
     [
         ("claim_empty_ms", "claim a run, empty, ms"),
@@ -276,9 +350,37 @@ const HELD_OPEN: Names = Names([
         ("open_read_ratio", "transaction open: read: full / empty"),
     ],
     [
+        ("open_list_empty_ms", "transaction open: list p50, empty, ms"),
+        ("open_list_full_ms", "transaction open: list p50, full, ms"),
+        ("open_list_ratio", "transaction open: list: full / empty"),
+    ],
+    [
         ("open_claim_empty_ms", "transaction open: claim a run, empty, ms"),
         ("open_claim_full_ms", "transaction open: claim a run, full, ms"),
         ("open_claim_ratio", "transaction open: claim: full / empty"),
+    ],
+]);
+
+const CROWDED: Names = Names([
+    [
+        ("crowd_submit_empty_ms", "among other tenants: submit p50, empty, ms"),
+        ("crowd_submit_full_ms", "among other tenants: submit p50, full, ms"),
+        ("crowd_submit_ratio", "among other tenants: submit: full / empty"),
+    ],
+    [
+        ("crowd_read_empty_ms", "among other tenants: read p50, empty, ms"),
+        ("crowd_read_full_ms", "among other tenants: read p50, full, ms"),
+        ("crowd_read_ratio", "among other tenants: read: full / empty"),
+    ],
+    [
+        ("crowd_list_empty_ms", "among other tenants: list p50, empty, ms"),
+        ("crowd_list_full_ms", "among other tenants: list p50, full, ms"),
+        ("crowd_list_ratio", "among other tenants: list: full / empty"),
+    ],
+    [
+        ("crowd_claim_empty_ms", "among other tenants: claim a run, empty, ms"),
+        ("crowd_claim_full_ms", "among other tenants: claim a run, full, ms"),
+        ("crowd_claim_ratio", "among other tenants: claim: full / empty"),
     ],
 ]);
 
@@ -286,6 +388,7 @@ fn report(mut empty: Sample, mut full: Sample, figures: &mut Figures, Names(name
     let values = [
         (empty.submit.quantile(50), full.submit.quantile(50)),
         (empty.read.quantile(50), full.read.quantile(50)),
+        (empty.list.quantile(50), full.list.quantile(50)),
         (empty.claim_ms_per_run, full.claim_ms_per_run),
     ];
     for ([on_empty, on_full, ratio], (before, after)) in names.iter().zip(values) {
