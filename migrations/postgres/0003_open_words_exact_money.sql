@@ -3,7 +3,7 @@
 -- statements and the functions that they have (a function that changes gets a new, versioned name).
 
 -- In the order in which heartbeats and claims lock them, so that they and this wait for each other and nobody for ever.
-LOCK TABLE replicas, runs, checkpoints, run_payloads, ledger IN ACCESS EXCLUSIVE MODE;
+LOCK TABLE replicas, runs, stages, checkpoints, run_payloads, ledger IN ACCESS EXCLUSIVE MODE;
 
 INSERT INTO schema_compat VALUES (3, 2);
 
@@ -547,3 +547,16 @@ BEGIN
         passed_over := passed_over || chosen;
     END LOOP;
 END $$;
+-- ---- Exact money ------------------------------------------------------------------------------------------------------
+
+-- A call whose end nobody heard is booked at the most that it can have cost; sums tell how many those are, and how much of
+-- the cost they are. What was booked before is certain.
+ALTER TABLE ledger ADD COLUMN unknown boolean NOT NULL DEFAULT false;
+ALTER TABLE runs
+    ADD COLUMN unknown_calls integer NOT NULL DEFAULT 0,
+    ADD COLUMN unknown_nanos bigint NOT NULL DEFAULT 0;
+-- `former_owners` counts the owners that the attempt under way had before this one: each may have asked and not told.
+ALTER TABLE stages
+    ADD COLUMN unknown_calls integer NOT NULL DEFAULT 0,
+    ADD COLUMN unknown_nanos bigint NOT NULL DEFAULT 0,
+    ADD COLUMN former_owners integer NOT NULL DEFAULT 0;

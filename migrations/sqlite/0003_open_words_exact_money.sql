@@ -8,3 +8,15 @@ INSERT INTO schema_compat VALUES (3, 2);
 CREATE INDEX runs_parked ON runs (tenant, pipeline, wake_at) WHERE wake_at IS NOT NULL;
 
 -- ---- Capabilities: nothing here. One process uses the file at a time, and what it can do is common. ---------------------
+
+-- ---- Exact money ------------------------------------------------------------------------------------------------------
+
+-- A call whose end nobody heard is booked at the most that it can have cost; sums tell how many those are, and how much of
+-- the cost they are. What was booked before is certain.
+ALTER TABLE ledger ADD COLUMN unknown INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE runs ADD COLUMN unknown_calls INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE runs ADD COLUMN unknown_nanos INTEGER NOT NULL DEFAULT 0;
+-- `former_owners` counts the owners that the attempt under way had before this one: each may have asked and not told.
+ALTER TABLE stages ADD COLUMN unknown_calls INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE stages ADD COLUMN unknown_nanos INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE stages ADD COLUMN former_owners INTEGER NOT NULL DEFAULT 0;

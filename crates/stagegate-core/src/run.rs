@@ -255,10 +255,14 @@ pub struct LedgerEntry {
     pub origin: Origin,
     /// The tokens: of this call, or on a hit those of the original one.
     pub usage: Usage,
-    /// What was paid. Zero on a hit.
+    /// What was paid; of a call whose outcome is unknown, the most that it can have cost. Zero on a hit.
     pub cost_usd: Usd,
     /// What a hit saved.
     pub saved_usd: Usd,
+    /// True where nobody heard what came of the call (it was abandoned, or its connection broke): the provider may have
+    /// charged for it, at most `cost_usd`.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub unknown: bool,
     /// False where the price table does not know the model: then the cost is unknown, not zero.
     pub priced: bool,
     /// From sending to having it whole.
@@ -326,9 +330,9 @@ pub struct Checkpoint {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Totals {
-    /// Tokens that were bought.
+    /// Tokens that were bought, as far as they are known.
     pub usage: Usage,
-    /// What was paid.
+    /// What was paid, calls of unknown outcome at the most that they can have cost.
     pub cost_usd: Usd,
     /// What hits saved.
     pub saved_usd: Usd,
@@ -338,6 +342,10 @@ pub struct Totals {
     pub hits: u32,
     /// Calls whose cost is unknown because the model has no price.
     pub unpriced_calls: u32,
+    /// Calls of unknown outcome: they were made, and nobody heard what came of them.
+    pub unknown_calls: u32,
+    /// What those can have cost at most; a part of `cost_usd`, not beside it.
+    pub unknown_usd: Usd,
 }
 
 impl Totals {
@@ -346,11 +354,15 @@ impl Totals {
         self.cost_usd += call.cost_usd;
         self.saved_usd += call.saved_usd;
         if call.origin.is_hit() {
-            self.hits += 1;
+            self.hits = self.hits.saturating_add(1);
         } else {
             self.usage += call.usage;
-            self.calls += 1;
-            self.unpriced_calls += u32::from(!call.priced);
+            self.calls = self.calls.saturating_add(1);
+            self.unpriced_calls = self.unpriced_calls.saturating_add(u32::from(!call.priced));
+        }
+        if call.unknown {
+            self.unknown_calls = self.unknown_calls.saturating_add(1);
+            self.unknown_usd += call.cost_usd;
         }
     }
 }

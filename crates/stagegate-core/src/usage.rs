@@ -112,19 +112,43 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// Tokens of the prompt, of every class.
+    pub fn prompt_tokens(&self) -> u64 {
+        self.input_tokens.saturating_add(self.cache_read_tokens).saturating_add(self.cache_write_tokens)
+    }
+
     /// Every token, in and out.
     pub fn total_tokens(&self) -> u64 {
-        self.input_tokens + self.cache_read_tokens + self.cache_write_tokens + self.output_tokens
+        self.prompt_tokens().saturating_add(self.output_tokens)
+    }
+
+    /// The same with no class above [`TOKENS_MAX`]; None where none is, so that there is nothing to tell.
+    pub fn capped(&self) -> Option<Self> {
+        let cap = |tokens: u64| tokens.min(TOKENS_MAX);
+        let capped = Self {
+            input_tokens: cap(self.input_tokens),
+            cache_read_tokens: cap(self.cache_read_tokens),
+            cache_write_tokens: cap(self.cache_write_tokens),
+            output_tokens: cap(self.output_tokens),
+            reasoning_tokens: cap(self.reasoning_tokens),
+            estimated: self.estimated,
+        };
+        (capped != *self).then_some(Self { estimated: true, ..capped })
     }
 }
 
+/// The most tokens of one class that one call can have taken: a hundred times the longest context of any model. A
+/// provider that tells more is not believed.
+pub const TOKENS_MAX: u64 = 100_000_000;
+
 impl AddAssign for Usage {
     fn add_assign(&mut self, other: Self) {
-        self.input_tokens += other.input_tokens;
-        self.cache_read_tokens += other.cache_read_tokens;
-        self.cache_write_tokens += other.cache_write_tokens;
-        self.output_tokens += other.output_tokens;
-        self.reasoning_tokens += other.reasoning_tokens;
+        let add = |sum: &mut u64, tokens: u64| *sum = sum.saturating_add(tokens);
+        add(&mut self.input_tokens, other.input_tokens);
+        add(&mut self.cache_read_tokens, other.cache_read_tokens);
+        add(&mut self.cache_write_tokens, other.cache_write_tokens);
+        add(&mut self.output_tokens, other.output_tokens);
+        add(&mut self.reasoning_tokens, other.reasoning_tokens);
         self.estimated |= other.estimated;
     }
 }
@@ -137,5 +161,16 @@ mod tests {
     fn sums_of_small_costs_are_exact() {
         let total: Usd = (0..1_000_000).map(|_| Usd::from_dollars(0.000_000_25)).sum();
         assert_eq!(total, Usd::from_dollars(0.25));
+    }
+
+    #[test]
+    fn token_counts_at_the_end_of_the_range_saturate_and_never_wrap() {
+        let all = Usage { input_tokens: u64::MAX, output_tokens: u64::MAX, ..Usage::default() };
+        let mut sum = all;
+        sum += all;
+        assert_eq!((sum.input_tokens, sum.total_tokens()), (u64::MAX, u64::MAX));
+        let capped = all.capped().expect("what cannot be is told");
+        assert_eq!((capped.input_tokens, capped.output_tokens, capped.estimated), (TOKENS_MAX, TOKENS_MAX, true));
+        assert_eq!(Usage { input_tokens: TOKENS_MAX, ..Usage::default() }.capped(), None);
     }
 }

@@ -8,6 +8,7 @@
 mod admission;
 mod api;
 mod batch;
+mod books;
 mod budget;
 pub mod config;
 mod follow;

@@ -170,9 +170,11 @@ impl Planner<'_> {
             version: self.version,
             stage: self.pipeline.stages[index].id.clone(),
             run: RunId(Uuid::nil()),
+            attempt: 1,
             cache_mode: cache.mode,
             cache_ttl: cache.ttl.0,
             deadline: Instant::now() + PEEK_TIMEOUT,
+            purse: None,
         };
         self.llm.peek(&call, request).await
     }

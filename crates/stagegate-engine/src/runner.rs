@@ -14,7 +14,7 @@ use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
-    Error, Verdict,
+    Code, Error, Verdict,
     decide::{AttemptResult, Effect, Outcome, Run, Stimulus},
     pipeline::{Part, Seen, Work},
     store::{Committed, Disposition, Signal},
@@ -25,6 +25,7 @@ use tracing::Instrument;
 
 use crate::{
     batch::Sent,
+    books::Books,
     budget::Budget,
     kinds::{self, AttemptContext, Attempted},
     observe,
@@ -86,7 +87,7 @@ pub(crate) enum Ended {
     Broken,
 }
 
-type AttemptFuture = BoxFuture<'static, (usize, u32, DateTime<Utc>, Attempted)>;
+type AttemptFuture = BoxFuture<'static, (usize, u32, Attempted)>;
 type SignalsFuture = BoxFuture<'static, Vec<Signal>>;
 
 /// A run, and what is under way for it.
@@ -96,9 +97,19 @@ pub(crate) struct Driver {
     run: Run,
     budget: Option<Arc<Budget>>,
     attempts: FuturesUnordered<AttemptFuture>,
+    /// The books of the attempts under way.
+    open: Vec<Open>,
     timers: BTreeSet<(DateTime<Utc>, usize)>,
     /// The answer of the attempt last ended of a stage, until its verdict is durable.
     replies: Vec<(usize, Reply)>,
+}
+
+/// An attempt under way.
+struct Open {
+    stage: usize,
+    attempt: u32,
+    started_at: DateTime<Utc>,
+    books: Arc<Books>,
 }
 
 /// A step on its way to the store, and what follows.
@@ -112,9 +123,9 @@ struct Committing {
 impl Driver {
     pub(crate) fn new(shared: Arc<Shared>, handle: Arc<Handle>, run: Run) -> Self {
         let max = run.pipeline().budget.as_ref().map(|budget| budget.max_cost_usd);
-        let budget = max.map(|max| Budget::new(max, run.totals().cost_usd));
-        let (attempts, timers, replies) = (FuturesUnordered::new(), BTreeSet::new(), Vec::new());
-        Self { shared, handle, run, budget, attempts, timers, replies }
+        let budget = max.map(|max| Arc::new(Budget::new(max, run.totals().cost_usd)));
+        let (attempts, open, timers, replies) = (FuturesUnordered::new(), Vec::new(), BTreeSet::new(), Vec::new());
+        Self { shared, handle, run, budget, attempts, open, timers, replies }
     }
 
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
@@ -133,8 +144,7 @@ impl Driver {
         loop {
             if self.run.state().is_terminal() {
                 // Not only when that is durable: a commit can take long, and meanwhile an attempt would call its judge.
-                self.attempts.clear();
-                self.timers.clear();
+                self.abandon();
             }
             if handle.is_stopped() {
                 return Ended::HandBack;
@@ -170,8 +180,8 @@ impl Driver {
                     reading = None;
                     self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
                 }
-                Some((stage, attempt, started_at, attempted)) = self.attempts.next() => {
-                    self.attempted(stage, attempt, started_at, attempted);
+                Some((stage, attempt, attempted)) = self.attempts.next() => {
+                    self.attempted(stage, attempt, attempted);
                 }
                 () = alarm.as_mut(), if timed => {
                     alarm_at = None; // The wall clock may have been set meanwhile: what is not due yet is set anew.
@@ -250,10 +260,7 @@ impl Driver {
                 Effect::WakeAt { stage, at } => {
                     self.timers.insert((at, stage));
                 }
-                Effect::Abort => {
-                    self.attempts.clear();
-                    self.timers.clear();
-                }
+                Effect::Abort => self.abandon(),
                 Effect::Judged { stage, verdict, gate_failed, mended, .. } => {
                     let reply = self.take_reply(stage);
                     let mends = mended && verdict == Verdict::Passed;
@@ -268,21 +275,32 @@ impl Driver {
 
     fn start(&mut self, stage: usize, attempt: u32) {
         let started_at = self.shared.clock.now();
-        let context = self.context(stage, started_at);
+        let books = Books::open(self.budget.clone(), self.run.former_owners(stage));
+        let context = self.context(stage, attempt, started_at, Arc::clone(&books));
         let span = tracing::info_span!("stage", stage_id = %context.stage().id, attempt);
         let timeout = context.stage().timeout;
         let work = async move {
             let deadline = context.deadline;
-            let mut calls = Vec::new(); // Out here, so that what was paid before a timeout is booked.
-            let ended = tokio::time::timeout_at(deadline, kinds::attempt(&context, &mut calls)).await;
-            let (result, reply) = ended.unwrap_or_else(|_| (timed_out(timeout), None));
-            (stage, attempt, started_at, Attempted { calls, result, reply })
+            let ended = tokio::time::timeout_at(deadline, kinds::attempt(&context)).await;
+            let attempted = ended.unwrap_or_else(|_| Attempted { result: timed_out(timeout), reply: None });
+            (stage, attempt, attempted)
         };
         debug_assert!(std::mem::size_of_val(&work) <= ATTEMPT_MAX_BYTES, "{}", std::mem::size_of_val(&work));
         self.attempts.push(work.instrument(span).boxed());
+        self.open.push(Open { stage, attempt, started_at, books });
     }
 
-    fn context(&self, stage: usize, now: DateTime<Utc>) -> AttemptContext {
+    /// Ends everything under way. Where the run ends by it, the calls are booked in the step that ends it.
+    fn abandon(&mut self) {
+        let (now, reason) = (self.shared.clock.now(), self.run.failure_code().unwrap_or(Code::Cancelled));
+        for Open { stage, attempt, started_at, books } in self.open.drain(..) {
+            self.run.abandoned(stage, attempt, started_at, books.close(reason), now);
+        }
+        self.attempts.clear();
+        self.timers.clear();
+    }
+
+    fn context(&self, stage: usize, attempt: u32, now: DateTime<Utc>, books: Arc<Books>) -> AttemptContext {
         let run = &self.run;
         // A little past the run's deadline, so that it is the run that expires there and not the attempt that fails.
         let left = (run.deadline_at() - now).to_std().unwrap_or(Duration::ZERO) + Duration::from_secs(1);
@@ -295,15 +313,19 @@ impl Driver {
             input: run.input().clone(),
             outputs: Arc::clone(run.outputs()),
             stage,
+            attempt,
             critique: run.critique(stage),
             cache_mode: run.cache_mode(),
-            budget: self.budget.clone(),
+            books,
             deadline: Instant::now() + run.pipeline().stages[stage].timeout.min(left),
         }
     }
 
-    fn attempted(&mut self, stage: usize, attempt: u32, started_at: DateTime<Utc>, attempted: Attempted) {
-        let Attempted { calls, result, reply } = attempted;
+    fn attempted(&mut self, stage: usize, attempt: u32, attempted: Attempted) {
+        let Attempted { result, reply } = attempted;
+        let at = self.open.iter().position(|open| (open.stage, open.attempt) == (stage, attempt));
+        let Some(Open { started_at, books, .. }) = at.map(|at| self.open.swap_remove(at)) else { return };
+        let calls = books.close(Code::StageTimeout);
         self.take_reply(stage);
         self.replies.extend(reply.map(|reply| (stage, reply)));
         let outcome = Outcome { started_at, calls, result };
@@ -329,7 +351,8 @@ impl Driver {
         if gate_failed {
             return self.shared.llm.evict(self.run.tenant(), reply.key).await;
         }
-        let context = self.context(stage, self.shared.clock.now());
+        // No call is made, so that the attempt does not matter.
+        let context = self.context(stage, 0, self.shared.clock.now(), Books::open(None, 0));
         let Work::Model(work) = &context.stage().work else { return };
         let first = {
             let run_id = context.run.to_string();

@@ -260,6 +260,8 @@ impl Bench {
             run: RunId(Uuid::from_u128(n as u128)),
             cache_mode: CacheMode::Use,
             cache_ttl: Duration::from_hours(24),
+            attempt: 1,
+            purse: None,
             deadline: tokio::time::Instant::now() + Duration::from_mins(1),
         }
     }

@@ -3,18 +3,20 @@
 
 use std::{sync::Arc, time::Duration};
 
-use stagegate_core::{Code, LedgerEntry, ModelRef, Origin, RunId, cache::CacheKey, pipeline::CacheMode};
+use stagegate_core::{Code, LedgerEntry, ModelRef, Origin, cache::CacheKey, pipeline::CacheMode};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
     CallContext, CallError, Reply, Request,
     cache::{
         Found, Look,
-        entry::{Entry, RUN_TTL},
+        entry::{Buyer, Entry, Only, RUN_TTL},
         floors::{Reader, Standing},
     },
-    call::{Caller, Failed, FlightKey, Job, Landed, Paid, millis},
-    key::{answer_key, run_key},
+    call::{Caller, Failed, FlightKey, Job, Landed, Paid, millis, unheard_of},
+    key::{answer_key, stage_key},
+    prices::DEFAULT_MAX_OUTPUT_TOKENS,
+    purse::{Refusal, Reservation},
 };
 
 /// Where an answer may be read from or is written to.
@@ -22,14 +24,15 @@ use crate::{
 struct Place {
     key: CacheKey,
     ttl: Duration,
-    only_run: Option<RunId>,
+    /// Only what the reader's own stage bought counts.
+    only_own: bool,
 }
 
 /// Where one model's answer to a request is kept, by the cache mode.
 ///
 /// Whatever the mode, an answer that a run has received is there for whoever takes the run over (a crash buys nothing
-/// twice): `refresh` reads back what its own run bought, and the modes that write nothing for others keep it for their
-/// run alone.
+/// twice): `refresh` reads back what its own stage bought, and the modes that write nothing for others keep it for their
+/// stage alone.
 #[derive(Debug)]
 struct Places {
     reads: [Option<Place>; 2],
@@ -40,11 +43,11 @@ struct Places {
 impl Places {
     fn of(context: &CallContext, request: &Request, model: &ModelRef) -> Self {
         let key = answer_key(&context.tenant, model, request);
-        let shared = Place { key, ttl: context.cache_ttl, only_run: None };
-        let own = Place { key: run_key(key, context.run), ttl: RUN_TTL, only_run: None };
+        let shared = Place { key, ttl: context.cache_ttl, only_own: false };
+        let own = Place { key: stage_key(key, context.run, &context.stage), ttl: RUN_TTL, only_own: false };
         let (reads, write) = match context.cache_mode {
             CacheMode::Use => ([Some(shared), None], shared),
-            CacheMode::Refresh => ([Some(Place { only_run: Some(context.run), ..shared }), None], shared),
+            CacheMode::Refresh => ([Some(Place { only_own: true, ..shared }), None], shared),
             CacheMode::ReadOnly => ([Some(shared), Some(own)], own),
             CacheMode::Off => ([Some(own), None], own),
         };
@@ -62,8 +65,12 @@ fn reader(context: &CallContext, model: &ModelRef) -> Reader {
     }
 }
 
-fn look(reader: &Reader, place: Place) -> Look<'_> {
-    Look { reader, key: place.key, ttl: place.ttl, only_run: place.only_run }
+fn buyer(context: &CallContext) -> Buyer {
+    Buyer { run: context.run, stage: context.stage.clone(), attempt: context.attempt }
+}
+
+fn look<'a>(reader: &'a Reader, place: Place, buyer: &'a Buyer) -> Look<'a> {
+    Look { reader, key: place.key, ttl: place.ttl, only: place.only_own.then_some(Only::Stage(buyer)) }
 }
 
 /// An answer, and the row that it is worth.
@@ -78,6 +85,9 @@ pub(crate) async fn complete(
     context: &CallContext,
     request: &Request,
 ) -> Result<Reply, CallError> {
+    if let Some(reply) = inherited(caller, context, request).await {
+        return Ok(reply);
+    }
     let mut failures = Vec::new();
     for model in &request.models {
         match ask(caller, context, request, model).await {
@@ -96,6 +106,29 @@ pub(crate) async fn complete(
         }
     }
     Err(give_up(failures, request))
+}
+
+/// What a former owner of this attempt bought, whichever model of the chain gave it: found by its successor, it is the
+/// purchase and no saving. Where it is not found, what each of them may have bought is booked at its worst case.
+async fn inherited(caller: &Arc<Caller>, context: &CallContext, request: &Request) -> Option<Reply> {
+    let purse = context.purse.as_ref().filter(|purse| purse.inherits())?;
+    let (started, buyer) = (Instant::now(), buyer(context));
+    for model in request.models.iter().filter(|model| caller.served(model).is_ok()) {
+        let (places, reader) = (Places::of(context, request, model), reader(context, model));
+        for place in places.reads.iter().flatten() {
+            let look = Look { only: Some(Only::Attempt(&buyer)), ..look(&reader, *place, &buyer) };
+            let found = timeout_at(context.deadline, caller.cache.find(look)).await.ok()?;
+            if let Found::Hit(entry, _) = found {
+                let (usage, cost, priced, latency) = (entry.usage, entry.cost(), entry.priced, started.elapsed());
+                let paid = Paid { usage, cost, priced, latency, unknown: false };
+                let row = paid.entry(request.purpose, &entry.model, Origin::Provider, None);
+                purse.inherited(row.clone());
+                return Some(Reply { content: entry.content.clone(), calls: vec![row], key: place.key });
+            }
+        }
+    }
+    purse.lost(request.models.iter().map(|model| caller.worst_case(request, model)).collect());
+    None
 }
 
 /// The rows of the calls that failed; where no provider was asked there is none.
@@ -131,7 +164,7 @@ async fn ask(
     caller.served(model)?;
     let places = Places::of(context, request, model);
     let reader = reader(context, model);
-    let found = timeout_at(context.deadline, find(caller, &reader, &places)).await;
+    let found = timeout_at(context.deadline, find(caller, context, &reader, &places)).await;
     let standing = match found {
         Ok(Ok((entry, origin, key))) => return Ok(hit(caller, request, &entry, origin, key, started)),
         Ok(Err(standing)) => standing,
@@ -140,14 +173,25 @@ async fn ask(
     if Instant::now() >= context.deadline {
         return Err(late(model, "had not begun"));
     }
-    board(caller, context, request, reader, &places, standing, started).await
+    // Again where the caller that was to pay for all left before the request was sent.
+    loop {
+        let boarded = board(caller, context, request, reader.clone(), &places, standing, started).await?;
+        if let Some(answered) = boarded {
+            return Ok(answered);
+        }
+    }
 }
 
 /// Looks in each place; the standing of the last one where nothing is found.
-async fn find(caller: &Caller, reader: &Reader, places: &Places) -> Result<(Arc<Entry>, Origin, CacheKey), Standing> {
-    let mut last = None;
+async fn find(
+    caller: &Caller,
+    context: &CallContext,
+    reader: &Reader,
+    places: &Places,
+) -> Result<(Arc<Entry>, Origin, CacheKey), Standing> {
+    let (mut last, buyer) = (None, buyer(context));
     for place in places.reads.iter().flatten() {
-        match caller.cache.find(look(reader, *place)).await {
+        match caller.cache.find(look(reader, *place, &buyer)).await {
             Found::Hit(entry, origin) => return Ok((entry, origin, place.key)),
             Found::Miss(standing) => last = Some(standing),
         }
@@ -157,14 +201,16 @@ async fn find(caller: &Caller, reader: &Reader, places: &Places) -> Result<(Arc<
 
 /// A reused answer: the original tokens, and what they cost then as what is saved now.
 fn hit(caller: &Caller, request: &Request, entry: &Entry, origin: Origin, key: CacheKey, started: Instant) -> Answered {
-    let paid = Paid { usage: entry.usage, cost: entry.cost(), priced: entry.priced, latency: started.elapsed() };
+    let (usage, cost, priced, latency) = (entry.usage, entry.cost(), entry.priced, started.elapsed());
+    let paid = Paid { usage, cost, priced, latency, unknown: false };
     caller.meter.saved(&entry.model, paid.cost);
     tracing::debug!(model = %entry.model, origin = origin.as_str(), latency_ms = millis(paid.latency), "cache hit");
     let call = paid.entry(request.purpose, &entry.model, origin, None);
     Answered { content: entry.content.clone(), key, call }
 }
 
-/// Joins the flight of identical requests, or begins it, and waits for it until the deadline.
+/// Joins the flight of identical requests, or sets the worst case aside and begins one; waits for it until the deadline.
+/// None where it ended before its request was sent, since the caller that was to pay had left.
 async fn board(
     caller: &Arc<Caller>,
     context: &CallContext,
@@ -173,41 +219,54 @@ async fn board(
     places: &Places,
     standing: Standing,
     started: Instant,
-) -> Result<Answered, Failed> {
+) -> Result<Option<Answered>, Failed> {
     let (key, model) = (places.write.key, reader.model.clone());
     let flight_key = FlightKey { key, refresh: places.refresh };
-    let mut ticket = caller.flights.join(&flight_key, standing.generation, standing.floor, |progress| {
-        let job = Job {
-            reader,
-            messages: request.messages.clone(),
-            params: request.params.clone(),
-            format: request.format.clone(),
-            sample: request.sample,
-            key,
-            ttl: places.write.ttl,
-            run: context.run,
-            refresh: places.refresh,
-            standing,
-        };
-        Arc::clone(caller).fly(job, progress)
-    });
+    let worst = caller.worst_case(request, &model);
+    let mut ticket = match caller.flights.follow(&flight_key, standing.floor) {
+        Some(ticket) => ticket,
+        None => {
+            let reservation = reserve(context, request, &worst).await?;
+            let worst = worst.clone();
+            caller.flights.join(&flight_key, standing.generation, standing.floor, |progress| {
+                let job = Job {
+                    reader,
+                    messages: request.messages.clone(),
+                    params: request.params.clone(),
+                    format: request.format.clone(),
+                    sample: request.sample,
+                    key,
+                    ttl: places.write.ttl,
+                    buyer: buyer(context),
+                    purpose: request.purpose,
+                    reservation,
+                    worst,
+                    refresh: places.refresh,
+                    standing,
+                };
+                Arc::clone(caller).fly(job, progress)
+            })
+        }
+    };
     let mut landed = timeout_at(context.deadline, &mut ticket.flight).await.ok();
     if landed.is_none() && ticket.progress.is_storing() {
         // It is paid for and there; a slow cache does not take it away.
         landed = Some((&mut ticket.flight).await);
     }
+    // Whoever began it pays, whatever became of it.
+    let pays = ticket.began;
     let Some(landed) = landed else {
         // Before this share is dropped: should it be the last one, the call ends as one that was too slow.
         ticket.progress.note_deadline();
         if !ticket.progress.is_calling() {
             return Err(late(&model, "waited for a slot of its provider (max_concurrency)"));
         }
-        let paid = ticket.began.then(|| caller.unpaid(&model, started.elapsed()));
+        let paid = pays.then(|| unheard_of(&worst, started.elapsed()));
         return Err(Failed { paid, ..late(&model, "was under way") });
     };
-    let pays = ticket.progress.take();
     match &*landed {
-        Landed::Cached(entry) => Ok(hit(caller, request, entry, Origin::CacheLocal, key, started)),
+        Landed::Unpaid => Ok(None),
+        Landed::Cached(entry) => Ok(Some(hit(caller, request, entry, Origin::CacheLocal, key, started))),
         Landed::Bought(bought) => {
             let (origin, paid) = if pays {
                 (Origin::Provider, bought.paid)
@@ -216,11 +275,34 @@ async fn board(
                 (Origin::Coalesced, Paid { latency: started.elapsed(), ..bought.paid })
             };
             let call = paid.entry(request.purpose, &model, origin, None);
-            Ok(Answered { content: bought.content.clone(), key, call })
+            Ok(Some(Answered { content: bought.content.clone(), key, call }))
         }
         // The call is one row of the ledger, however many waited for it.
         Landed::Failed(failed) => Err(Failed { paid: failed.paid.filter(|_| pays), ..failed.clone() }),
     }
+}
+
+/// Sets the worst case of a call aside, where the caller has a purse.
+async fn reserve(
+    context: &CallContext,
+    request: &Request,
+    worst: &LedgerEntry,
+) -> Result<Option<Box<dyn Reservation>>, Failed> {
+    let Some(purse) = &context.purse else { return Ok(None) };
+    let model = &worst.model;
+    let message = match timeout_at(context.deadline, purse.reserve(worst.clone())).await {
+        Ok(Ok(reservation)) => return Ok(Some(reservation)),
+        Ok(Err(Refusal::TooDear { left })) => format!(
+            "the next call may cost up to {:.6} USD (`{model}`; its longest answer is {} tokens: \
+             `params.max_output_tokens`); {:.6} USD of the run's budget is left",
+            worst.cost_usd.dollars(),
+            request.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS),
+            left.dollars()
+        ),
+        Ok(Err(Refusal::Unpriced)) => format!("`{model}` has no price, so that it cannot be held to the run's budget"),
+        Err(_) => return Err(late(model, "waited for other calls of its run to leave room in the budget")),
+    };
+    Err(Failed::unasked(Code::BudgetExhausted, message, false))
 }
 
 fn late(model: &ModelRef, what: &str) -> Failed {
@@ -231,11 +313,12 @@ fn late(model: &ModelRef, what: &str) -> Failed {
 pub(crate) async fn peek(caller: &Arc<Caller>, context: &CallContext, request: &Request) -> Option<Reply> {
     let started = Instant::now();
     let model = request.models.first()?;
-    let (places, reader) = (Places::of(context, request, model), reader(context, model));
+    let (places, reader, buyer) = (Places::of(context, request, model), reader(context, model), buyer(context));
     for place in places.reads.iter().flatten() {
-        if let Some((entry, origin)) = caller.cache.peek(look(&reader, *place)).await {
+        if let Some((entry, origin)) = caller.cache.peek(look(&reader, *place, &buyer)).await {
             let latency = started.elapsed();
-            let paid = Paid { usage: entry.usage, cost: entry.cost(), priced: entry.priced, latency };
+            let (usage, cost, priced) = (entry.usage, entry.cost(), entry.priced);
+            let paid = Paid { usage, cost, priced, latency, unknown: false };
             let calls = vec![paid.entry(request.purpose, &entry.model, origin, None)];
             return Some(Reply { content: entry.content.clone(), calls, key: place.key });
         }
@@ -250,8 +333,8 @@ pub(crate) async fn remember(caller: &Arc<Caller>, context: &CallContext, reques
     }
     let reader = reader(context, &answered.model);
     // Its own generation, not today's: an invalidation since it was asked for must reach the copy too.
-    let original = Place { key: reply.key, ttl: Duration::MAX, only_run: None };
-    let Some((entry, standing)) = caller.cache.stored(look(&reader, original)).await else { return };
+    let original = Place { key: reply.key, ttl: Duration::MAX, only_own: false };
+    let Some((entry, standing)) = caller.cache.stored(look(&reader, original, &buyer(context))).await else { return };
     let write = Places::of(context, request, &answered.model).write;
     caller.cache.store(&context.tenant, write.key, Entry::clone(&entry), standing).await;
 }

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use stagegate_core::{
-    CallPurpose, Clock, Code, LedgerEntry, ModelRef, Origin, RunId, Usage, Usd,
+    CallPurpose, Clock, Code, LedgerEntry, ModelRef, Origin, Usage, Usd,
     cache::{CacheKey, CacheTier},
     pipeline::{Message, OutputFormat, Params, unfenced},
 };
@@ -14,18 +14,20 @@ use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
 
 use crate::{
+    Request,
     breaker::{BreakerState, Breakers, Permit},
     cache::{
         AnswerCache, Look,
-        entry::{Entry, NewEntry, jittered},
+        entry::{Buyer, Entry, NewEntry, Only, jittered},
         floors::{Reader, Standing},
     },
     config::{DEFAULT_MAX_CONCURRENCY, LlmConfig},
     inflight::{Flights, Progress},
     limit::Served,
     meter::Meter,
-    prices::{Prices, count_tokens_typical, text_tokens_typical},
+    prices::{DEFAULT_MAX_OUTPUT_TOKENS, Prices, count_tokens_typical, count_tokens_upper, text_tokens_typical},
     provider::{Answer, Finish, Provider, ProviderError, ProviderRequest},
+    purse::Reservation,
 };
 
 /// Which flight a request may join: the one that will be stored under its key. One that refreshes joins only others
@@ -57,7 +59,12 @@ pub(crate) struct Job {
     pub(crate) sample: u32,
     pub(crate) key: CacheKey,
     pub(crate) ttl: Duration,
-    pub(crate) run: RunId,
+    pub(crate) buyer: Buyer,
+    pub(crate) purpose: CallPurpose,
+    /// What is set aside for the call; None where its caller has no purse.
+    pub(crate) reservation: Option<Box<dyn Reservation>>,
+    /// The row that is booked if nobody hears what came of the call.
+    pub(crate) worst: LedgerEntry,
     pub(crate) refresh: bool,
     pub(crate) standing: Standing,
 }
@@ -71,6 +78,8 @@ pub(crate) enum Landed {
     Bought(Bought),
     /// It failed.
     Failed(Failed),
+    /// The caller that was to pay left before the request was sent. Those who are left begin anew.
+    Unpaid,
 }
 
 /// A usable answer.
@@ -87,6 +96,8 @@ pub(crate) struct Paid {
     pub(crate) cost: Usd,
     pub(crate) priced: bool,
     pub(crate) latency: Duration,
+    /// True where nobody heard what came of it: then the cost is the most that it can have been.
+    pub(crate) unknown: bool,
 }
 
 impl Paid {
@@ -106,6 +117,7 @@ impl Paid {
             usage: self.usage,
             cost_usd,
             saved_usd,
+            unknown: self.unknown,
             priced: self.priced,
             latency_ms: millis(self.latency),
             error,
@@ -162,15 +174,28 @@ impl Caller {
     }
 
     /// A flight, from its first look to the stored answer.
-    pub(crate) async fn fly(self: Arc<Self>, job: Job, progress: Arc<Progress>) -> Landed {
+    pub(crate) async fn fly(self: Arc<Self>, mut job: Job, progress: Arc<Progress>) -> Landed {
         // Between this one's look-up and its beginning, another flight may have landed.
-        let look = Look { reader: &job.reader, key: job.key, ttl: job.ttl, only_run: job.refresh.then_some(job.run) };
+        let only = job.refresh.then_some(Only::Stage(&job.buyer));
+        let look = Look { reader: &job.reader, key: job.key, ttl: job.ttl, only };
         if let Some(entry) = self.cache.find_local(look) {
             return Landed::Cached(entry);
         }
-        match self.call(&job, &progress).await {
-            Err(failed) => Landed::Failed(failed),
+        let mut reservation = job.reservation.take();
+        match self.call(&job, &mut reservation, &progress).await {
+            Err(Stopped::Unpaid) => Landed::Unpaid,
+            Err(Stopped::Failed(failed)) => {
+                if let (Some(reservation), Some(paid)) = (reservation, failed.paid) {
+                    let row = paid.entry(job.purpose, &job.reader.model, Origin::Provider, Some(failed.code));
+                    reservation.settle(row);
+                }
+                Landed::Failed(failed)
+            }
             Ok(bought) => {
+                if let Some(reservation) = reservation {
+                    let row = bought.paid.entry(job.purpose, &job.reader.model, Origin::Provider, None);
+                    reservation.settle(row);
+                }
                 progress.stores();
                 self.store(&job, &bought).await;
                 Landed::Bought(bought)
@@ -190,23 +215,31 @@ impl Caller {
             priced: bought.paid.priced,
             stored_at_ms: self.cache.now_ms(),
             ttl: jittered(job.ttl, job.key),
-            run: job.run,
+            buyer: &job.buyer,
         });
         self.cache.store(&job.reader.tenant, job.key, entry, job.standing).await;
     }
 
-    async fn call(&self, job: &Job, progress: &Progress) -> Result<Bought, Failed> {
+    async fn call(
+        &self,
+        job: &Job,
+        reservation: &mut Option<Box<dyn Reservation>>,
+        progress: &Progress,
+    ) -> Result<Bought, Stopped> {
         let model = &job.reader.model;
         let served = self.served(model)?;
         let breaker = self.breakers.of(model);
         // Asked twice: nobody queues for a model that is spared, and who queued while it began to fail does not call it.
         if let Some(left) = breaker.refusal() {
-            return Err(spared(model, left));
+            return Err(spared(model, left).into());
         }
         let _slot = served.slot().await;
         let permit = breaker.admit().map_err(|left| spared(model, left))?;
         if breaker.state() == BreakerState::HalfOpen {
             self.breakers.publish(model, &self.meter);
+        }
+        if reservation.as_mut().is_some_and(|reservation| !reservation.send()) {
+            return Err(Stopped::Unpaid);
         }
         progress.calls();
         let mut under_way = UnderWay { caller: self, model, progress, permit: Some(permit), started: Instant::now() };
@@ -225,11 +258,11 @@ impl Caller {
         match answer {
             Ok(answer) => {
                 served.note(answer.limits, None);
-                self.weigh(job, answer, latency)
+                Ok(self.weigh(job, answer, latency)?)
             }
             Err(error) => {
                 served.note(error.limits, Some(error.code));
-                Err(self.failed(model, error, latency))
+                Err(self.failed(job, error, latency).into())
             }
         }
     }
@@ -269,7 +302,27 @@ impl Caller {
     fn price(&self, model: &ModelRef, usage: Usage, latency: Duration) -> Paid {
         let cost = self.prices.cost(model, &usage);
         self.meter.bought(model, &usage, cost);
-        Paid { usage, cost: cost.unwrap_or_default(), priced: cost.is_some(), latency }
+        Paid { usage, cost: cost.unwrap_or_default(), priced: cost.is_some(), latency, unknown: false }
+    }
+
+    /// The row of a call to a model whose end nobody hears: at its worst case, which holds for any text. Where no bound
+    /// on the answer is sent, it is the bound that budgets reckon with.
+    pub(crate) fn worst_case(&self, request: &Request, model: &ModelRef) -> LedgerEntry {
+        let input = count_tokens_upper(&request.messages, &request.format);
+        let output = u64::from(request.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS));
+        let worst = self.prices.worst_case(model, input, output);
+        LedgerEntry {
+            purpose: request.purpose,
+            model: model.clone(),
+            origin: Origin::Provider,
+            usage: Usage::default(),
+            cost_usd: worst.unwrap_or_default(),
+            saved_usd: Usd::ZERO,
+            unknown: true,
+            priced: worst.is_some(),
+            latency_ms: 0,
+            error: Some(Code::ProviderTimeout),
+        }
     }
 
     /// Whether the answer can be used. What cannot is paid for all the same.
@@ -282,6 +335,7 @@ impl Caller {
             estimated: true,
             ..Usage::default()
         });
+        let usage = believed(model, usage);
         let paid = self.price(model, usage, latency);
         let flaw = match finish {
             Finish::Length => {
@@ -310,19 +364,22 @@ impl Caller {
         Err(Failed { code, message, retryable, retry_after: None, partial, paid: Some(paid) })
     }
 
-    fn failed(&self, model: &ModelRef, error: ProviderError, latency: Duration) -> Failed {
-        let ProviderError { code, message, retryable, retry_after, usage, limits: _ } = error;
+    fn failed(&self, job: &Job, error: ProviderError, latency: Duration) -> Failed {
+        let ProviderError { code, message, retryable, retry_after, usage, unheard, limits: _ } = error;
+        let model = &job.reader.model;
         let paid = match usage {
-            Some(usage) => self.price(model, usage, latency),
+            Some(usage) => self.price(model, believed(model, usage), latency),
+            None if unheard => unheard_of(&job.worst, latency),
             None => self.unpaid(model, latency),
         };
         self.log(model, Some(code), &paid);
         Failed { code, message, retryable, retry_after, partial: None, paid: Some(paid) }
     }
 
-    /// A call that brought nothing, as far as was told.
+    /// A call that failed before anything could be charged.
     pub(crate) fn unpaid(&self, model: &ModelRef, latency: Duration) -> Paid {
-        Paid { usage: Usage::default(), cost: Usd::ZERO, priced: self.prices.is_priced(model), latency }
+        let priced = self.prices.is_priced(model);
+        Paid { usage: Usage::default(), cost: Usd::ZERO, priced, latency, unknown: false }
     }
 
     /// Counts and traces a call. Never what was asked or answered.
@@ -340,6 +397,32 @@ impl Caller {
             "model call"
         );
     }
+}
+
+/// Why a call brought no answer.
+enum Stopped {
+    Failed(Failed),
+    /// The one who was to pay left before the request was sent.
+    Unpaid,
+}
+
+impl From<Failed> for Stopped {
+    fn from(failed: Failed) -> Self {
+        Self::Failed(failed)
+    }
+}
+
+/// What a call can have taken whose end nobody heard.
+pub(crate) fn unheard_of(worst: &LedgerEntry, latency: Duration) -> Paid {
+    let LedgerEntry { usage, cost_usd, priced, .. } = *worst;
+    Paid { usage, cost: cost_usd, priced, latency, unknown: true }
+}
+
+/// The usage that a provider told, as far as it can be.
+fn believed(model: &ModelRef, usage: Usage) -> Usage {
+    let Some(capped) = usage.capped() else { return usage };
+    tracing::warn!(%model, "the provider told a number of tokens that no call can have taken; it is booked capped");
+    capped
 }
 
 fn spared(model: &ModelRef, left: Duration) -> Failed {
@@ -414,6 +497,7 @@ mod tests {
             retryable,
             retry_after: None,
             usage: None,
+            unheard: false,
             limits: crate::provider::Limits::default(),
         };
         for code in [Code::ProviderUnreachable, Code::ProviderFailed, Code::ProviderTimeout, Code::ProviderMalformed] {

@@ -28,7 +28,6 @@ pub(crate) struct Progress {
     calling: AtomicBool,
     storing: AtomicBool,
     late: AtomicBool,
-    taken: AtomicBool,
 }
 
 impl Progress {
@@ -59,11 +58,6 @@ impl Progress {
 
     pub(crate) fn note_deadline(&self) {
         self.late.store(true, Ordering::Relaxed);
-    }
-
-    /// True for the first: it pays, the others share.
-    pub(crate) fn take(&self) -> bool {
-        !self.taken.swap(true, Ordering::Relaxed)
     }
 }
 
@@ -106,6 +100,18 @@ impl<K: Eq + Hash + Clone + Send + 'static, T: Send + Sync + 'static> Flights<K,
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn share(under_way: &HashMap<K, Slot<T>>, key: &K, floor: u64) -> Option<Ticket<T>> {
+        // The generation first: a share that was taken and dropped in here could be the last, and its end needs the lock.
+        let slot = under_way.get(key).filter(|slot| slot.generation >= floor)?;
+        let flight = slot.flight.upgrade()?;
+        Some(Ticket { flight, progress: Arc::clone(&slot.progress), began: false })
+    }
+
+    /// Joins the flight under this key, if there is one that is not too old.
+    pub(crate) fn follow(&self, key: &K, floor: u64) -> Option<Ticket<T>> {
+        Self::share(&self.lock(), key, floor)
+    }
+
     /// Joins the flight under this key, or begins one under `generation`. A flight that began below `floor` is too
     /// old: what it brings was asked for before an invalidation.
     pub(crate) fn join<F>(
@@ -119,11 +125,8 @@ impl<K: Eq + Hash + Clone + Send + 'static, T: Send + Sync + 'static> Flights<K,
         F: Future<Output = T> + Send + 'static,
     {
         let mut under_way = self.lock();
-        // The generation first: a share that was taken and dropped in here could be the last, and its end needs the lock.
-        if let Some(slot) = under_way.get(key).filter(|slot| slot.generation >= floor)
-            && let Some(flight) = slot.flight.upgrade()
-        {
-            return Ticket { flight, progress: Arc::clone(&slot.progress), began: false };
+        if let Some(ticket) = Self::share(&under_way, key, floor) {
+            return ticket;
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let progress = Arc::new(Progress::default());
@@ -236,9 +239,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_of_the_waiters_pays() {
+    async fn only_a_flight_under_way_can_be_followed() {
         let (flights, begun, end) = lot();
-        let tickets: Vec<_> = (0..3).map(|_| join(&flights, 0, &begun, &end)).collect();
-        assert_eq!(tickets.iter().filter(|ticket| ticket.progress.take()).count(), 1);
+        assert!(flights.follow(&"key", 0).is_none());
+        let first = join(&flights, 0, &begun, &end);
+        assert!(flights.follow(&"key", 5).is_some_and(|ticket| !ticket.began));
+        assert!(flights.follow(&"key", 6).is_none(), "it is from before an invalidation");
+        drop(first);
+        assert!(flights.follow(&"key", 0).is_none());
     }
 }

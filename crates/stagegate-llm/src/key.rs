@@ -7,7 +7,7 @@
 use blake3::Hasher;
 use serde_json::Value;
 use stagegate_core::{
-    ModelRef, RunId, TenantId,
+    ModelRef, RunId, StageId, TenantId,
     cache::CacheKey,
     pipeline::{Message, OutputFormat, Params, Role},
 };
@@ -36,11 +36,13 @@ pub(crate) fn answer_key(tenant: &TenantId, model: &ModelRef, request: &Request)
     encoder.finish()
 }
 
-/// The key of an answer that is kept for one run alone.
-pub(crate) fn run_key(answer: CacheKey, run: RunId) -> CacheKey {
-    let mut encoder = Encoder::new("run");
+/// The key of an answer that is kept for one stage of one run alone: two stages that ask the same are two questions.
+/// Its attempts share it, so that one whose judge failed does not have the answer bought again.
+pub(crate) fn stage_key(answer: CacheKey, run: RunId, stage: &StageId) -> CacheKey {
+    let mut encoder = Encoder::new("stage");
     encoder.bytes(&answer.0);
     encoder.bytes(run.0.as_bytes());
+    encoder.text(stage.as_str());
     encoder.finish()
 }
 
@@ -279,13 +281,22 @@ mod tests {
     }
 
     #[test]
-    fn a_run_has_keys_of_its_own() {
+    fn each_stage_of_a_run_has_keys_of_its_own() {
         let (answer, other) = (key(&request()), CacheKey([1; 32]));
         let (first, second) = (RunId(Uuid::from_u128(1)), RunId(Uuid::from_u128(2)));
-        let keys: HashSet<_> =
-            [answer, run_key(answer, first), run_key(answer, second), run_key(other, first)].into_iter().collect();
-        assert_eq!(keys.len(), 4);
-        assert_eq!(run_key(answer, first), run_key(answer, first));
+        let stage = |name: &str| StageId::new(name).expect("a slug");
+        let (one, two) = (stage("one"), stage("two"));
+        let keys: HashSet<_> = [
+            answer,
+            stage_key(answer, first, &one),
+            stage_key(answer, first, &two),
+            stage_key(answer, second, &one),
+            stage_key(other, first, &one),
+        ]
+        .into_iter()
+        .collect();
+        assert_eq!(keys.len(), 5);
+        assert_eq!(stage_key(answer, first, &one), stage_key(answer, first, &one));
     }
 
     #[test]

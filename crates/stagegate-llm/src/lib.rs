@@ -1,6 +1,6 @@
 //! The model layer: owns how a request becomes an answer. It knows nothing of runs or stores.
 //!
-//! From the outside in: cache → coalescing → breaker → concurrency limit → provider. There is no retry here: a failed
+//! From the outside in: cache → coalescing → reservation → breaker → concurrency limit → provider. There is no retry here: a failed
 //! attempt is the engine's to record and to repeat (docs/decisions.md), so that each one is seen, paid for and bounded
 //! in one place. The fallback chain is here: when one model fails, the next is asked at once.
 
@@ -17,6 +17,7 @@ mod meter;
 pub mod prices;
 pub mod provider;
 pub mod providers;
+pub mod purse;
 pub mod tls;
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
@@ -30,12 +31,7 @@ use stagegate_core::{
 use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
 
-use self::{
-    call::Caller,
-    config::LlmConfig,
-    prices::{DEFAULT_MAX_OUTPUT_TOKENS, Prices, count_tokens_upper},
-    provider::Provider,
-};
+use self::{call::Caller, config::LlmConfig, prices::Prices, provider::Provider, purse::Purse};
 
 pub use self::{
     cache::redis::{RedisConfig, RedisTier},
@@ -54,14 +50,18 @@ pub struct CallContext {
     pub version: u32,
     /// For invalidation.
     pub stage: StageId,
-    /// With the cache off, the answer is kept for this run alone.
+    /// With the cache off, the answer is kept for this run's stage alone.
     pub run: RunId,
+    /// The stage's attempt. An answer remembers the run, the stage and the attempt that bought it.
+    pub attempt: u32,
     /// How the cache is used.
     pub cache_mode: CacheMode,
     /// How long the answer may be reused.
     pub cache_ttl: Duration,
     /// When the answer must be there.
     pub deadline: Instant,
+    /// Who pays; None where calls are neither limited nor booked.
+    pub purse: Option<Arc<dyn Purse>>,
 }
 
 /// What is asked. Every field is part of the cache key.
@@ -191,14 +191,14 @@ impl Llm {
 
     /// The worst case of one call to the dearest model of the chain; None where a model has no price.
     pub fn worst_case(&self, request: &Request) -> Option<Usd> {
-        let schema_bytes = match &request.format {
-            OutputFormat::Json { schema: Some(schema) } => schema.to_string().len(),
-            OutputFormat::Json { schema: None } | OutputFormat::Text => 0,
-        };
-        let input = count_tokens_upper(&request.messages) + schema_bytes.div_ceil(2) as u64;
-        let output = u64::from(request.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS));
-        let costs = request.models.iter().map(|model| self.caller.prices.worst_case(model, input, output));
-        costs.collect::<Option<Vec<_>>>()?.into_iter().max()
+        let costs = request.models.iter().map(|model| self.caller.worst_case(request, model));
+        costs.map(|row| row.priced.then_some(row.cost_usd)).collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+
+    /// The worst case of a call to each model of the chain, as rows of unknown outcome: what a request can have cost
+    /// whose end nobody heard.
+    pub fn worst_cases(&self, request: &Request) -> Vec<LedgerEntry> {
+        request.models.iter().map(|model| self.caller.worst_case(request, model)).collect()
     }
 
     /// What so many tokens would cost at the first model's price; None where it has none.

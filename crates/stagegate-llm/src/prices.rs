@@ -4,7 +4,10 @@
 use std::{collections::BTreeMap, sync::LazyLock};
 
 use serde::Deserialize;
-use stagegate_core::{Code, Error, ModelRef, Usage, Usd, Violation, pipeline::Message};
+use stagegate_core::{
+    Code, Error, ModelRef, Usage, Usd, Violation,
+    pipeline::{Message, OutputFormat},
+};
 
 use crate::config::{LlmConfig, Price, ProviderKind};
 
@@ -12,8 +15,17 @@ use crate::config::{LlmConfig, Price, ProviderKind};
 /// budgets reckon with.
 pub const DEFAULT_MAX_OUTPUT_TOKENS: u32 = 4096;
 
-/// Tokens that a message costs beside its text (role, separators).
-const MESSAGE_OVERHEAD_TOKENS: u64 = 8;
+/// Tokens that a message costs beside its text, at most (role, separators, a marker for the beginning of a text).
+const MESSAGE_OVERHEAD_TOKENS: u64 = 16;
+
+/// What a message usually costs beside its text.
+const MESSAGE_TYPICAL_TOKENS: u64 = 4;
+
+/// Tokens that a request costs beside its messages, at most (the opening of the answer, a vendor's own preamble).
+const REQUEST_OVERHEAD_TOKENS: u64 = 64;
+
+/// Tokens that asking for JSON costs beside the schema, at most: vendors add instructions of their own.
+const FORMAT_OVERHEAD_TOKENS: u64 = 512;
 
 /// In a configured price's model, and in the shipped table: every other model of the provider.
 const ANY_MODEL: &str = "*";
@@ -129,8 +141,7 @@ impl Prices {
 
     /// What these tokens cost; None where the model has no price.
     pub fn cost(&self, model: &ModelRef, usage: &Usage) -> Option<Usd> {
-        let prompt_tokens = usage.input_tokens + usage.cache_read_tokens + usage.cache_write_tokens;
-        let rates = self.tariff(model)?.rates(prompt_tokens);
+        let rates = self.tariff(model)?.rates(usage.prompt_tokens());
         Some(sum(&[
             (usage.input_tokens, rates.input),
             (usage.cache_read_tokens, rates.cache_read.unwrap_or(rates.input)),
@@ -144,10 +155,10 @@ impl Prices {
     pub fn worst_case(&self, model: &ModelRef, input_tokens_upper: u64, max_output_tokens: u64) -> Option<Usd> {
         let tariff = self.tariff(model)?;
         let at = |rates: Rates| {
-            let input = rates.input.max(rates.cache_write.unwrap_or(0.0));
+            let input = rates.input.max(rates.cache_write.unwrap_or(0.0)).max(rates.cache_read.unwrap_or(0.0));
             sum(&[(input_tokens_upper, input), (max_output_tokens, rates.output)])
         };
-        // A long prompt is not always dearer by table, and the bound is an estimate: take the dearer of the two.
+        // A long prompt is not always dearer by table, and the prompt may be shorter than its bound: the dearer of the two.
         Some(at(tariff.rates(input_tokens_upper)).max(at(tariff.price)))
     }
 }
@@ -189,22 +200,49 @@ fn is_snapshot(rest: &str) -> bool {
 fn sum(parts: &[(u64, f64)]) -> Usd {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "prices are checked: 0 to a million")]
     let picos = |price: f64| (price * 1e6).round() as u128;
-    let total: u128 = parts.iter().map(|(tokens, price)| u128::from(*tokens) * picos(*price)).sum();
+    let cost = |(tokens, price): &(u64, f64)| u128::from(*tokens).saturating_mul(picos(*price));
+    let total = parts.iter().map(cost).fold(0, u128::saturating_add);
     Usd::from_nanos(i64::try_from(total.div_ceil(1_000)).unwrap_or(i64::MAX))
 }
 
-/// A bound on a prompt's tokens that real prompts stay below: half of its bytes, and an overhead for each message.
-/// English has about four bytes a token, code about three, other scripts hardly less than two.
-pub fn count_tokens_upper(messages: &[Message]) -> u64 {
-    messages
-        .iter()
-        .map(|m| u64::try_from(m.content.len().div_ceil(2)).unwrap_or(u64::MAX) + MESSAGE_OVERHEAD_TOKENS)
-        .sum()
+/// A bound on a prompt's tokens that holds for any text: a tokenizer makes at most one token of a byte (those that fall
+/// back to bytes do, for what they do not know), and messages and formats have their overhead.
+pub fn count_tokens_upper(messages: &[Message], format: &OutputFormat) -> u64 {
+    let size = |bytes: usize| u64::try_from(bytes).unwrap_or(u64::MAX);
+    let message = |message: &Message| size(message.content.len()).saturating_add(MESSAGE_OVERHEAD_TOKENS);
+    let format = match format {
+        OutputFormat::Text => 0,
+        OutputFormat::Json { schema } => {
+            let schema = schema.as_ref().map_or(0, |schema| written_bytes(schema));
+            schema.saturating_add(FORMAT_OVERHEAD_TOKENS)
+        }
+    };
+    messages.iter().map(message).fold(format.saturating_add(REQUEST_OVERHEAD_TOKENS), u64::saturating_add)
+}
+
+/// How long a document is as JSON, without writing it down.
+fn written_bytes(document: &serde_json::Value) -> u64 {
+    struct Counted(u64);
+    impl std::io::Write for Counted {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 = self.0.saturating_add(bytes.len() as u64);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut counted = Counted(0);
+    // Counting does not fail, and a document always serialises.
+    if serde_json::to_writer(&mut counted, document).is_err() {
+        return u64::MAX;
+    }
+    counted.0
 }
 
 /// What a prompt's tokens usually are: a quarter of its characters. For estimates, never for budgets.
 pub fn count_tokens_typical(messages: &[Message]) -> u64 {
-    messages.iter().map(|message| text_tokens_typical(&message.content) + MESSAGE_OVERHEAD_TOKENS / 2).sum()
+    messages.iter().map(|message| text_tokens_typical(&message.content) + MESSAGE_TYPICAL_TOKENS).sum()
 }
 
 /// What a text's tokens usually are: a quarter of its characters.
@@ -338,12 +376,33 @@ mod tests {
     }
 
     #[test]
-    fn the_bound_on_tokens_is_above_the_estimate() {
+    fn the_bound_on_tokens_counts_every_byte_of_any_text() {
         let message = |content: &str| Message { role: stagegate_core::pipeline::Role::User, content: content.into() };
-        for text in ["", "a", "A sentence in plain English.", "日本語の文章です。", "fn main() { println!(\"{x}\"); }"]
+        // Each of these is one token a byte, or nearly, for some tokenizer in use.
+        for text in
+            ["", "a", "\u{10ffff}\u{10fffe}", "日本語の文章です。", "q\u{0}\u{1}\u{2}", "ꙮꙮꙮ", "1 2 3 4 5 6 7 8"]
         {
             let messages = [message(text)];
-            assert!(count_tokens_upper(&messages) >= count_tokens_typical(&messages), "{text}");
+            let bound = count_tokens_upper(&messages, &OutputFormat::Text);
+            assert!(bound >= text.len() as u64, "{text}");
+            assert!(bound >= count_tokens_typical(&messages), "{text}");
         }
+    }
+
+    #[test]
+    fn the_bound_on_tokens_counts_the_schema_and_the_format() {
+        let schema = serde_json::json!({ "type": "object", "description": "a".repeat(1_000) });
+        let bytes = schema.to_string().len() as u64;
+        let json = |schema| count_tokens_upper(&[], &OutputFormat::Json { schema });
+        assert!(json(None) > count_tokens_upper(&[], &OutputFormat::Text));
+        assert_eq!(json(Some(std::sync::Arc::new(schema))), json(None) + bytes);
+    }
+
+    #[test]
+    fn costs_of_impossible_counts_saturate() {
+        let all =
+            Usage { input_tokens: u64::MAX, cache_read_tokens: u64::MAX, output_tokens: u64::MAX, ..Usage::default() };
+        assert_eq!(prices().cost(&model("openai/gpt-5"), &all), Some(Usd::from_nanos(i64::MAX)));
+        assert_eq!(prices().worst_case(&model("openai/gpt-5"), u64::MAX, u64::MAX), Some(Usd::from_nanos(i64::MAX)));
     }
 }

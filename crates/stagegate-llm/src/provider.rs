@@ -71,6 +71,9 @@ pub struct ProviderError {
     pub retry_after: Option<Duration>,
     /// Tokens that were paid for all the same, where the provider told.
     pub usage: Option<Usage>,
+    /// True where the request was sent, and what the provider made of it is not known: it may have charged for it.
+    /// Vendors charge for nothing that they refuse or fail at, so that an error that was heard is no such case.
+    pub unheard: bool,
     /// What is left of the provider's limits, where it told.
     pub limits: Limits,
 }

@@ -168,6 +168,7 @@ fn error(code: Code, retryable: bool, retry_after: Option<Duration>) -> Provider
         retryable,
         retry_after,
         usage: None,
+        unheard: false,
         limits: Limits::default(),
     }
 }

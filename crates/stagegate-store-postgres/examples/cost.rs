@@ -51,6 +51,7 @@ fn attempt() -> Attempt {
         usage: taken(1).usage,
         cost_usd: taken(1).cost_usd,
         saved_usd: Usd::ZERO,
+        unknown: false,
         priced: true,
         latency_ms: 12,
         error: None,

@@ -23,7 +23,8 @@ macro_rules! run_columns {
          r.stages_total, r.stages_done, r.failure, r.request_id, r.created_at, r.started_at, r.finished_at,
          r.deadline_at, r.last_seq, r.start_at, r.purged_at,
          ARRAY[r.input_tokens, r.cache_read_tokens, r.cache_write_tokens, r.output_tokens, r.reasoning_tokens,
-               r.usage_estimated::int, r.cost_nanos, r.saved_nanos, r.calls, r.hits, r.unpriced_calls] AS totals"
+               r.usage_estimated::int, r.cost_nanos, r.saved_nanos, r.calls, r.hits, r.unpriced_calls, r.unknown_calls,
+               r.unknown_nanos] AS totals"
     };
 }
 
@@ -33,7 +34,7 @@ macro_rules! stage_columns {
         "s.stage_id AS s_id, s.state AS s_state, s.attempt AS s_attempt, s.round_start AS s_round_start,
          s.not_before AS s_not_before, s.verdict AS s_verdict, s.score AS s_score, s.model AS s_model,
          s.origin AS s_origin, s.failure AS s_failure, s.started_at AS s_started_at, s.finished_at AS s_finished_at,
-         s.totals AS s_totals, s.attempt_started_at AS s_attempt_started_at, s.attempt_body AS s_attempt_body"
+         s.totals AS s_totals, s.former_owners AS s_former_owners, s.attempt_started_at AS s_attempt_started_at, s.attempt_body AS s_attempt_body"
     };
 }
 
@@ -56,7 +57,7 @@ macro_rules! attempt_columns {
 pub(crate) use {attempt_columns, checkpoint_columns, run_columns, stage_columns};
 
 /// How many numbers make up [`Totals`].
-pub(crate) const TOTALS: usize = 11;
+pub(crate) const TOTALS: usize = 13;
 
 /// A row that knows where it comes from.
 #[derive(Clone, Copy)]
@@ -198,6 +199,7 @@ pub(crate) fn stage(read: Reader<'_>) -> StoreResult<Option<StageRecord>> {
         state: StageState::parse(state).ok_or_else(|| read.corrupt("state", "not a known word"))?,
         attempt: read.number("s_attempt")?,
         round_start: read.number("s_round_start")?,
+        former_owners: read.number("s_former_owners")?,
         not_before: read.get("s_not_before")?,
         verdict: read.maybe_word("s_verdict")?,
         score: read.get("s_score")?,
@@ -277,8 +279,10 @@ pub(crate) fn attempt(read: Reader<'_>) -> StoreResult<Option<Attempt>> {
 
 fn totals(read: &Reader<'_>, column: &'static str) -> StoreResult<Totals> {
     let numbers: Vec<i64> = read.get(column)?;
-    let numbers: [i64; TOTALS] = numbers.try_into().map_err(|_| read.corrupt(column, "not eleven numbers"))?;
-    let [input, cache_read, cache_write, output, reasoning, estimated, cost, saved, calls, hits, unpriced] = numbers;
+    let numbers: [i64; TOTALS] = numbers.try_into().map_err(|_| read.corrupt(column, "not thirteen numbers"))?;
+    let [input, cache_read, cache_write, output, reasoning, estimated, cost, saved, calls, hits, unpriced, rest @ ..] =
+        numbers;
+    let [unknown, unknown_nanos] = rest;
     let tokens = |number: i64| u64::try_from(number).map_err(|_| read.corrupt(column, "negative"));
     let count = |number: i64| u32::try_from(number).map_err(|_| read.corrupt(column, "out of range"));
     Ok(Totals {
@@ -295,6 +299,8 @@ fn totals(read: &Reader<'_>, column: &'static str) -> StoreResult<Totals> {
         calls: count(calls)?,
         hits: count(hits)?,
         unpriced_calls: count(unpriced)?,
+        unknown_calls: count(unknown)?,
+        unknown_usd: Usd::from_nanos(unknown_nanos),
     })
 }
 
@@ -313,6 +319,8 @@ pub(crate) fn totals_numbers(totals: &Totals) -> [i64; TOTALS] {
         i64::from(small(totals.calls)),
         i64::from(small(totals.hits)),
         i64::from(small(totals.unpriced_calls)),
+        i64::from(small(totals.unknown_calls)),
+        totals.unknown_usd.nanos(),
     ]
 }
 
@@ -348,7 +356,7 @@ pub(crate) fn to_json<T: Serialize + ?Sized>(what: &'static str, value: &T) -> S
 }
 
 /// Counts that are mostly nought, as JSON text has them. Whoever reads them takes what is missing for nought.
-const NOUGHTS: [&str; 7] = [
+const NOUGHTS: [&str; 9] = [
     ",\"cache_read_tokens\":0",
     ",\"cache_write_tokens\":0",
     ",\"output_tokens\":0",
@@ -356,6 +364,8 @@ const NOUGHTS: [&str; 7] = [
     ",\"estimated\":false",
     ",\"hits\":0",
     ",\"unpriced_calls\":0",
+    ",\"unknown_calls\":0",
+    ",\"unknown_usd\":0.0",
 ];
 
 /// A document without its noughts: of an event or an attempt they are a third. The words cannot be part of a text,

@@ -11,18 +11,19 @@ use crate::{
 };
 
 /// The stages that are given for the runs in the statement's `target`, and whether each has its row, which is told
-/// by this expression. Totals come as one array, eleven numbers a stage.
+/// by this expression. Totals and the number of former owners come as one array, fourteen numbers a stage.
 macro_rules! stages_given {
     ($there:literal) => {
         concat!(
         "SELECT run.id AS run_id, run.tenant, t.stage_id, t.state, t.attempt, t.round_start, t.not_before, t.verdict,
                 t.score, t.model, t.origin, t.failure, t.started_at, t.finished_at,
-                ($14::int8[])[t.i * 11 - 10] AS input_tokens, ($14::int8[])[t.i * 11 - 9] AS cache_read_tokens,
-                ($14::int8[])[t.i * 11 - 8] AS cache_write_tokens, ($14::int8[])[t.i * 11 - 7] AS output_tokens,
-                ($14::int8[])[t.i * 11 - 6] AS reasoning_tokens, ($14::int8[])[t.i * 11 - 5] <> 0 AS usage_estimated,
-                ($14::int8[])[t.i * 11 - 4] AS cost_nanos, ($14::int8[])[t.i * 11 - 3] AS saved_nanos,
-                ($14::int8[])[t.i * 11 - 2]::int4 AS calls, ($14::int8[])[t.i * 11 - 1]::int4 AS hits,
-                ($14::int8[])[t.i * 11]::int4 AS unpriced_calls, t.fresh,
+                ($14::int8[])[t.i * 14 - 13] AS input_tokens, ($14::int8[])[t.i * 14 - 12] AS cache_read_tokens,
+                ($14::int8[])[t.i * 14 - 11] AS cache_write_tokens, ($14::int8[])[t.i * 14 - 10] AS output_tokens,
+                ($14::int8[])[t.i * 14 - 9] AS reasoning_tokens, ($14::int8[])[t.i * 14 - 8] <> 0 AS usage_estimated,
+                ($14::int8[])[t.i * 14 - 7] AS cost_nanos, ($14::int8[])[t.i * 14 - 6] AS saved_nanos,
+                ($14::int8[])[t.i * 14 - 5]::int4 AS calls, ($14::int8[])[t.i * 14 - 4]::int4 AS hits,
+                ($14::int8[])[t.i * 14 - 3]::int4 AS unpriced_calls, ($14::int8[])[t.i * 14 - 2]::int4 AS unknown_calls,
+                ($14::int8[])[t.i * 14 - 1] AS unknown_nanos, ($14::int8[])[t.i * 14]::int4 AS former_owners, t.fresh,
                 ",
         $there,
         " AS there
@@ -42,10 +43,12 @@ macro_rules! insert_stages {
         "INSERT INTO stages (
              run_id, tenant, stage_id, state, attempt, round_start, not_before, verdict, score, model, origin, failure,
              started_at, finished_at, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens,
-             reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls)
+             reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls, unknown_calls,
+             unknown_nanos, former_owners)
          SELECT run_id, tenant, stage_id, state, attempt, round_start, not_before, verdict, score, model, origin, failure,
                 started_at, finished_at, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens,
-                reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls
+                reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls, unknown_calls,
+                unknown_nanos, former_owners
          FROM"
     };
 }
@@ -103,6 +106,7 @@ impl<'a> StageColumns<'a> {
         self.started.push(stage.started_at);
         self.finished.push(stage.finished_at);
         self.totals.extend(rows::totals_numbers(&stage.totals));
+        self.totals.push(i64::from(rows::small(stage.former_owners)));
         self.fresh.push(fresh);
         Ok(())
     }

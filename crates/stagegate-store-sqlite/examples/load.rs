@@ -145,6 +145,7 @@ impl Load {
                 usage: Usage::default(),
                 cost_usd: Usd::from_nanos(1_000),
                 saved_usd: Usd::from_nanos(0),
+                unknown: false,
                 priced: true,
                 latency_ms: 12,
                 error: None,

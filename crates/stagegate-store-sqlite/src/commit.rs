@@ -30,7 +30,7 @@ macro_rules! update_runs {
         concat!(
             "WITH step (id, stages_done, failure, started_at, finished_at, last_seq, input_tokens, cache_read_tokens, \
              cache_write_tokens, output_tokens, reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, \
-             hits, unpriced_calls",
+             hits, unpriced_calls, unknown_calls, unknown_nanos",
             $columns,
             ") AS (VALUES"
         )
@@ -46,7 +46,8 @@ macro_rules! set_runs {
              cache_read_tokens = step.cache_read_tokens, cache_write_tokens = step.cache_write_tokens, \
              output_tokens = step.output_tokens, reasoning_tokens = step.reasoning_tokens, \
              usage_estimated = step.usage_estimated, cost_nanos = step.cost_nanos, saved_nanos = step.saved_nanos, \
-             calls = step.calls, hits = step.hits, unpriced_calls = step.unpriced_calls",
+             calls = step.calls, hits = step.hits, unpriced_calls = step.unpriced_calls, \
+             unknown_calls = step.unknown_calls, unknown_nanos = step.unknown_nanos",
             $columns,
             " FROM step WHERE runs.id = step.id"
         )
@@ -54,15 +55,15 @@ macro_rules! set_runs {
 }
 
 // advance-runs: the lease and the state stay, and with them every index on runs is left alone.
-pub(crate) static ADVANCE: Bulk = Bulk::new(update_runs!(""), 17, set_runs!(""));
+pub(crate) static ADVANCE: Bulk = Bulk::new(update_runs!(""), 19, set_runs!(""));
 
 // move-runs: the owner goes on, the state is another.
-pub(crate) static MOVE: Bulk = Bulk::new(update_runs!(", state"), 18, set_runs!(", state = step.state"));
+pub(crate) static MOVE: Bulk = Bulk::new(update_runs!(", state"), 20, set_runs!(", state = step.state"));
 
 // end-leases: the run is parked (a delay of 0 is no delay, none waits for a signal) or has ended.
 pub(crate) static END: Bulk = Bulk::new(
     update_runs!(", state, delay_ms"),
-    19,
+    21,
     set_runs!(
         ", state = step.state, owner = NULL, leased_at = NULL, signalled = 0, \
          ready_at = CASE WHEN delay_ms = 0 THEN CAST(round(unixepoch('subsec') * 1000) AS INTEGER) END, \

@@ -27,7 +27,7 @@ macro_rules! stage_columns {
     () => {
         concat!(
             "run_id, stage, state, attempt, round_start, not_before, verdict, score, model, origin, failure, \
-             started_at, finished_at, ",
+             started_at, finished_at, former_owners, ",
             crate::rows::totals_columns!()
         )
     };
@@ -46,7 +46,7 @@ pub(crate) use attempt_columns;
 macro_rules! ledger_columns {
     () => {
         "run_id, stage, attempt, call, purpose, model, origin, input_tokens, cache_read_tokens, cache_write_tokens, \
-         output_tokens, reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, priced, latency_ms, error"
+         output_tokens, reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, priced, latency_ms, error, unknown"
     };
 }
 pub(crate) use ledger_columns;
@@ -109,6 +109,7 @@ pub(crate) fn stage(row: &SqliteRow) -> StoreResult<(RunId, StageRecord)> {
         state: cells.word("state")?,
         attempt: cells.number("attempt")?,
         round_start: cells.number("round_start")?,
+        former_owners: cells.number("former_owners")?,
         not_before: cells.opt_time("not_before")?,
         verdict: cells.opt_word("verdict")?,
         score: cells.get("score")?,
@@ -154,6 +155,7 @@ pub(crate) fn call(row: &SqliteRow) -> StoreResult<(RunId, StageId, u32, LedgerE
         usage: cells.usage()?,
         cost_usd: Usd::from_nanos(cells.get("cost_nanos")?),
         saved_usd: Usd::from_nanos(cells.get("saved_nanos")?),
+        unknown: cells.get("unknown")?,
         priced: cells.get("priced")?,
         latency_ms: cells.number("latency_ms")?,
         error: cells.opt_word::<Code>("error")?,

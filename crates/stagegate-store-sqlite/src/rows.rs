@@ -24,7 +24,7 @@ pub(crate) use now_ms;
 macro_rules! totals_columns {
     () => {
         "input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens, usage_estimated, \
-         cost_nanos, saved_nanos, calls, hits, unpriced_calls"
+         cost_nanos, saved_nanos, calls, hits, unpriced_calls, unknown_calls, unknown_nanos"
     };
 }
 pub(crate) use totals_columns;
@@ -101,7 +101,9 @@ pub(crate) fn add_totals(row: &mut crate::bulk::Row, totals: &Totals) {
         .add(totals.saved_usd.nanos())
         .add(i64::from(totals.calls))
         .add(i64::from(totals.hits))
-        .add(i64::from(totals.unpriced_calls));
+        .add(i64::from(totals.unpriced_calls))
+        .add(i64::from(totals.unknown_calls))
+        .add(totals.unknown_usd.nanos());
 }
 
 /// A row that is being read. `id` names it where something in it cannot be read.
@@ -215,6 +217,8 @@ impl<'r, K: Fn() -> String> Cells<'r, K> {
             calls: self.number("calls")?,
             hits: self.number("hits")?,
             unpriced_calls: self.number("unpriced_calls")?,
+            unknown_calls: self.number("unknown_calls")?,
+            unknown_usd: Usd::from_nanos(self.get("unknown_nanos")?),
         })
     }
 }

@@ -28,9 +28,9 @@ pub(crate) static STAGES: Bulk = Bulk::new(
         "INSERT INTO stages (run_id, stage, tenant, state, attempt, round_start, not_before, verdict, score, model, \
          origin, failure, started_at, finished_at, ",
         totals_columns!(),
-        ") VALUES"
+        ", former_owners) VALUES"
     ),
-    25,
+    28,
     "ON CONFLICT (run_id, stage) DO UPDATE SET state = excluded.state, attempt = excluded.attempt, \
      round_start = excluded.round_start, not_before = excluded.not_before, verdict = excluded.verdict, \
      score = excluded.score, model = excluded.model, origin = excluded.origin, failure = excluded.failure, \
@@ -39,7 +39,8 @@ pub(crate) static STAGES: Bulk = Bulk::new(
      output_tokens = excluded.output_tokens, reasoning_tokens = excluded.reasoning_tokens, \
      usage_estimated = excluded.usage_estimated, cost_nanos = excluded.cost_nanos, \
      saved_nanos = excluded.saved_nanos, calls = excluded.calls, hits = excluded.hits, \
-     unpriced_calls = excluded.unpriced_calls",
+     unpriced_calls = excluded.unpriced_calls, unknown_calls = excluded.unknown_calls, \
+     unknown_nanos = excluded.unknown_nanos, former_owners = excluded.former_owners",
 );
 
 // insert-attempts
@@ -54,8 +55,8 @@ pub(crate) static ATTEMPTS: Bulk = Bulk::new(
 pub(crate) static LEDGER: Bulk = Bulk::new(
     "INSERT INTO ledger (run_id, stage, attempt, call, tenant, pipeline, at, purpose, model, origin, input_tokens, \
      cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens, usage_estimated, cost_nanos, \
-     saved_nanos, priced, latency_ms, error) VALUES",
-    21,
+     saved_nanos, priced, latency_ms, error, unknown) VALUES",
+    22,
     "",
 );
 
@@ -109,6 +110,7 @@ pub(crate) async fn stages<'a>(
         row.add(stage.model.as_ref().map(ToString::to_string)).add(stage.origin.map(Origin::as_str));
         row.add(failure.as_deref()).add(stage.started_at.map(ms)).add(stage.finished_at.map(ms));
         add_totals(row, &stage.totals);
+        row.add(stage.former_owners);
     };
     STAGES.execute(conn, &rows, bind).await.map(drop)
 }
@@ -181,7 +183,7 @@ async fn ledger(conn: &mut SqliteConnection, calls: &[Call<'_>]) -> StoreResult<
         row.add(entry.purpose.as_str()).add(entry.model.to_string()).add(entry.origin.as_str());
         add_usage(row, &entry.usage);
         row.add(entry.cost_usd.nanos()).add(entry.saved_usd.nanos()).add(entry.priced).add(int(entry.latency_ms));
-        row.add(entry.error.map(Code::as_str));
+        row.add(entry.error.map(Code::as_str)).add(entry.unknown);
     };
     LEDGER.execute(conn, calls, bind).await.map(drop)
 }

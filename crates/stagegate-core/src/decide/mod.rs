@@ -213,6 +213,14 @@ impl Run {
             self.emit(now, EventKind::RunResumed { checkpoints });
         }
         self.state = RunState::Running;
+        for stage in 0..self.stages.len() {
+            let record = &mut self.stages[stage].record;
+            if record.state == StageState::Running {
+                // Durable before this owner asks anything, so that the count is right however often the run is taken.
+                record.former_owners = record.former_owners.saturating_add(1);
+                self.draft.touch(stage);
+            }
+        }
         self.on_signals(signals, now);
         if now >= self.deadline_at {
             return self.expire(now);
@@ -307,6 +315,55 @@ impl Run {
         }
         self.failure = Some(failure);
         self.finish(state, now);
+    }
+
+    /// Books an attempt that ended with its run, in the step that ends it: its calls were made, and those under way are
+    /// of unknown outcome. Nothing where that step is taken already.
+    pub fn abandoned(
+        &mut self,
+        stage: usize,
+        attempt: u32,
+        started_at: DateTime<Utc>,
+        calls: Vec<LedgerEntry>,
+        now: DateTime<Utc>,
+    ) {
+        let record = &mut self.stages[stage].record;
+        if self.draft.disposition != Disposition::End || calls.is_empty() || record.attempt != attempt {
+            return;
+        }
+        for call in &calls {
+            record.totals.add(call);
+            self.totals.add(call);
+        }
+        record.verdict = Some(Verdict::Errored);
+        let (id, failure) = (record.id.clone(), self.failure.clone());
+        let ended = Attempt {
+            number: attempt,
+            started_at,
+            finished_at: now,
+            verdict: Verdict::Errored,
+            assessments: Vec::new(),
+            calls,
+            output: None,
+            failure,
+        };
+        self.draft.touch(stage);
+        self.draft.attempts.push((id, ended));
+        for event in &mut self.draft.events {
+            if let EventKind::RunFinished { totals, .. } = &mut event.kind {
+                *totals = self.totals;
+            }
+        }
+    }
+
+    /// Why it ended or is about to, where it did not succeed.
+    pub fn failure_code(&self) -> Option<Code> {
+        self.failure.as_ref().map(|failure| failure.code)
+    }
+
+    /// How many owners the attempt under way at a stage had before this one.
+    pub fn former_owners(&self, stage: usize) -> u32 {
+        self.stages[stage].record.former_owners
     }
 
     /// Whatever follows from where things stand: successors start, or the run ends, or it parks.

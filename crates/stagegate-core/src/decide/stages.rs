@@ -16,6 +16,7 @@ impl Run {
         let record = &mut self.stages[stage].record;
         record.state = StageState::Running;
         record.attempt += 1;
+        record.former_owners = 0;
         record.not_before = None;
         record.started_at.get_or_insert(now);
         let (id, attempt) = (record.id.clone(), record.attempt);

@@ -68,6 +68,9 @@ pub struct StageRecord {
     pub attempt: u32,
     /// The first attempt of the present round; a retried run begins a new round.
     pub round_start: u32,
+    /// How many owners the attempt under way had before this one. Each may have asked a model and not told.
+    #[serde(default)]
+    pub former_owners: u32,
     /// When the next attempt starts, while it waits.
     pub not_before: Option<DateTime<Utc>>,
     /// What the gate decided last.
@@ -96,6 +99,7 @@ impl StageRecord {
             state: StageState::Pending,
             attempt: 0,
             round_start: 1,
+            former_owners: 0,
             not_before: None,
             verdict: None,
             score: None,

@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use stagegate_core::{
-    Assessment, CallPurpose, Code, Evaluator, LedgerEntry,
+    Assessment, CallPurpose, Code, Evaluator,
     decide::AttemptResult,
     pipeline::{Cache, Judge, Message, ModelWork, OutputFormat, Params, Part, Role, Work},
 };
@@ -40,11 +40,7 @@ struct Verdict {
 }
 
 /// The judge's assessment; None where the stage has no judge.
-pub(super) async fn judge(
-    context: &AttemptContext,
-    output: &Value,
-    calls: &mut Vec<LedgerEntry>,
-) -> Result<Option<Assessment>, Stopped> {
+pub(super) async fn judge(context: &AttemptContext, output: &Value) -> Result<Option<Assessment>, Stopped> {
     let stage = context.stage();
     let Some(judge) = &stage.gate.judge else { return Ok(None) };
     let rubric = context
@@ -52,7 +48,7 @@ pub(super) async fn judge(
         .map_err(failed_render)?
         .unwrap_or_default();
     let (request, cache) = request(judge, &stage.work, &rubric, output);
-    let reply = context.complete(&context.call_context(&cache), &request, calls).await.map_err(failed_call)?;
+    let reply = context.complete(&context.call_context(&cache), &request).await.map_err(failed_call)?;
     let Some(verdict) = read(&reply.content) else {
         // The judge failed at its task, the output is not to blame: the attempt is repeated, its answer is cached.
         context.llm.evict(&context.tenant, reply.key).await;

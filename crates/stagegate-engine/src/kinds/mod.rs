@@ -11,14 +11,14 @@ pub(crate) use model::request;
 use std::sync::Arc;
 
 use stagegate_core::{
-    Assessment, Code, Evaluator, Failure, Json, LedgerEntry, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
+    Assessment, Evaluator, Failure, Json, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
     decide::{AttemptResult, Critique},
     pipeline::{CacheMode, OutputFormat, Part, RenderContext, Seen, Stage, Work},
 };
-use stagegate_llm::{CallContext, CallError, Llm, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
+use stagegate_llm::{CallContext, CallError, Llm, Reply, Request, purse::Purse};
 use tokio::time::Instant;
 
-use crate::budget::Budget;
+use crate::books::Books;
 
 /// Everything that an attempt works with. It holds no store: an attempt cannot write.
 #[derive(Debug)]
@@ -31,28 +31,28 @@ pub(crate) struct AttemptContext {
     pub(crate) input: Json,
     pub(crate) outputs: Arc<Vec<Option<Json>>>,
     pub(crate) stage: usize,
+    pub(crate) attempt: u32,
     pub(crate) critique: Option<Critique>,
     pub(crate) cache_mode: Option<CacheMode>,
-    pub(crate) budget: Option<Arc<Budget>>,
+    pub(crate) books: Arc<Books>,
     pub(crate) deadline: Instant,
 }
 
 /// What came of an attempt, and what the cache must hear once the gate's verdict is durable.
 #[derive(Debug)]
 pub(crate) struct Attempted {
-    pub(crate) calls: Vec<LedgerEntry>,
     pub(crate) result: AttemptResult,
     pub(crate) reply: Option<Reply>,
 }
 
-/// One try at a stage: its work, then its assessments. Books its calls as they end.
-pub(crate) async fn attempt(context: &AttemptContext, calls: &mut Vec<LedgerEntry>) -> (AttemptResult, Option<Reply>) {
+/// One try at a stage: its work, then its assessments. Its calls are in its books as they end.
+pub(crate) async fn attempt(context: &AttemptContext) -> Attempted {
     let mut reply = None;
     let result = match &context.stage().work {
-        Work::Model(work) => model::attempt(context, work, calls, &mut reply).await,
-        Work::Transform => transform::attempt(context, calls).await,
+        Work::Model(work) => model::attempt(context, work, &mut reply).await,
+        Work::Transform => transform::attempt(context).await,
     };
-    (result.unwrap_or_else(|stopped| stopped), reply)
+    Attempted { result: result.unwrap_or_else(|stopped| stopped), reply }
 }
 
 /// An attempt's early end.
@@ -77,9 +77,11 @@ impl AttemptContext {
             version: self.version,
             stage: self.stage().id.clone(),
             run: self.run,
+            attempt: self.attempt,
             cache_mode: self.cache_mode.unwrap_or(cache.mode),
             cache_ttl: cache.ttl.0,
             deadline: self.deadline,
+            purse: Some(Arc::clone(&self.books) as Arc<dyn Purse>),
         }
     }
 
@@ -87,51 +89,19 @@ impl AttemptContext {
         self.pipeline.name.clone()
     }
 
-    /// Asks the model layer inside the budget, and books every call that it made.
-    async fn complete(
-        &self,
-        call: &CallContext,
-        request: &Request,
-        calls: &mut Vec<LedgerEntry>,
-    ) -> Result<Reply, CallError> {
-        let reservation = match &self.budget {
-            None => None,
-            Some(budget) => match self.llm.worst_case(request).map(|worst| (worst, budget.reserve(worst))) {
-                Some((_, Ok(reservation))) => Some(reservation),
-                // A hit costs nothing, so that it needs no room.
-                _ if self.llm.peek(call, request).await.is_some() => None,
-                Some((worst, Err(left))) => {
-                    return Err(over_budget(&format!(
-                        "the next call may cost up to {:.6} USD (its longest answer is {} tokens: \
-                         `params.max_output_tokens`); {:.6} USD of the run's budget is left",
-                        worst.dollars(),
-                        request.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS),
-                        left.dollars()
-                    )));
-                }
-                None => return Err(over_budget("a model without a price cannot be held to the run's budget")),
-            },
-        };
+    /// Asks the model layer. Calls to providers are in the books as they end; answers that were found are booked here.
+    async fn complete(&self, call: &CallContext, request: &Request) -> Result<Reply, CallError> {
         let result = self.llm.complete(call, request).await;
-        let booked = match &result {
+        let calls = match &result {
             Ok(reply) => &reply.calls,
             Err(error) => &error.calls,
         };
-        if let Some(reservation) = reservation {
-            reservation.settle(booked.iter().map(|entry| entry.cost_usd).sum());
-        }
-        calls.extend(booked.iter().cloned());
+        self.books.found(calls.iter().filter(|call| call.origin.is_hit()));
         result
     }
 
     /// Measures an output: deterministic checks first, the judge only if they pass.
-    async fn assess(
-        &self,
-        content: &str,
-        model: Option<ModelRef>,
-        origin: Origin,
-        calls: &mut Vec<LedgerEntry>,
-    ) -> Result<AttemptResult, Stopped> {
+    async fn assess(&self, content: &str, model: Option<ModelRef>, origin: Origin) -> Result<AttemptResult, Stopped> {
         let output = match self.pipeline.read_output(self.stage, content) {
             Ok(output) => output,
             Err(assessment) => {
@@ -150,22 +120,11 @@ impl AttemptContext {
         let has_schema = matches!(self.stage().output, OutputFormat::Json { schema: Some(_) });
         let usable = !has_schema || assessments.first().is_none_or(|assessment| assessment.passed);
         if assessments.iter().all(|assessment| assessment.passed)
-            && let Some(verdict) = judge::judge(self, &output, calls).await?
+            && let Some(verdict) = judge::judge(self, &output).await?
         {
             assessments.push(verdict);
         }
         Ok(AttemptResult::Output { output: output.into(), usable, assessments, model, origin })
-    }
-}
-
-fn over_budget(message: &str) -> CallError {
-    CallError {
-        code: Code::BudgetExhausted,
-        message: message.to_owned(),
-        retryable: false,
-        retry_after: None,
-        partial: None,
-        calls: Vec::new(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The `prompt` and `messages` kind: a model is asked. Owns how a stage becomes a request, critique included.
 
 use stagegate_core::{
-    CallPurpose, Failure, LedgerEntry, Origin,
+    CallPurpose, Failure, Origin,
     decide::{AttemptResult, Critique},
     pipeline::{Message, ModelWork, Part, RenderContext, Rendered, Role},
 };
@@ -12,7 +12,6 @@ use super::{AttemptContext, Stopped, failed_call, failed_render, incomplete};
 pub(super) async fn attempt(
     context: &AttemptContext,
     work: &ModelWork,
-    calls: &mut Vec<LedgerEntry>,
     kept: &mut Option<Reply>,
 ) -> Result<AttemptResult, Stopped> {
     let request = context
@@ -20,7 +19,7 @@ pub(super) async fn attempt(
             request(&context.pipeline, context.stage, work, seen, context.critique.as_ref())
         })
         .map_err(failed_render)?;
-    let reply = match context.complete(&context.call_context(&work.cache), &request, calls).await {
+    let reply = match context.complete(&context.call_context(&work.cache), &request).await {
         Ok(reply) => reply,
         Err(mut error) => {
             return match error.partial.take() {
@@ -33,7 +32,7 @@ pub(super) async fn attempt(
         reply.calls.last().map_or((None, Origin::None), |call| (Some(call.model.clone()), call.origin));
     let answer = reply.content.clone();
     *kept = Some(reply);
-    context.assess(&answer, model, origin, calls).await
+    context.assess(&answer, model, origin).await
 }
 
 /// The request of a stage, with the previous answer and what was wrong with it where there is a critique.

@@ -1,14 +1,14 @@
 //! The `transform` kind: a template is rendered, no model is asked. Its output is gated like any other.
 
 use stagegate_core::{
-    LedgerEntry, Origin,
+    Origin,
     decide::AttemptResult,
     pipeline::{Part, Rendered},
 };
 
 use super::{AttemptContext, Stopped, failed_render};
 
-pub(super) async fn attempt(context: &AttemptContext, calls: &mut Vec<LedgerEntry>) -> Result<AttemptResult, Stopped> {
+pub(super) async fn attempt(context: &AttemptContext) -> Result<AttemptResult, Stopped> {
     let rendered = context
         .with_render(Part::Work(context.stage), |render| context.pipeline.render(context.stage, render))
         .map_err(failed_render)?;
@@ -16,5 +16,5 @@ pub(super) async fn attempt(context: &AttemptContext, calls: &mut Vec<LedgerEntr
         Rendered::Text(text) => text,
         Rendered::Messages(messages) => messages.into_iter().map(|message| message.content).collect(),
     };
-    context.assess(&output, None, Origin::None, calls).await
+    context.assess(&output, None, Origin::None).await
 }

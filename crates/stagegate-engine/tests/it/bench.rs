@@ -58,7 +58,7 @@ pub(crate) fn llm_with(base_url: String, tier: Arc<dyn CacheTier>) -> Arc<Llm> {
     let price = Price { input: 1.0, output: 2.0, cache_read: None, cache_write: None };
     let config = LlmConfig {
         providers: BTreeMap::from([("fake".to_owned(), fake)]),
-        prices: BTreeMap::from([("fake/model".to_owned(), price)]),
+        prices: BTreeMap::from([("fake/*".to_owned(), price)]),
         // A machine that is busy with other tests must not make a cache look away.
         shared_cache_timeout: Span(Duration::from_secs(5)),
         ..LlmConfig::default()

@@ -7,6 +7,7 @@ mod faulty;
 mod follow;
 mod gates;
 mod loops;
+mod money;
 mod order;
 mod runs;
 mod stand;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use stagegate_core::{ModelRef, RunId, Usage, Usd, cache::CacheKey};
+use stagegate_core::{ModelRef, RunId, StageId, Usage, Usd, cache::CacheKey};
 
 /// The version of the stored form; others are foreign.
 const ENTRY_VERSION: u32 = 1;
@@ -27,12 +27,35 @@ pub(crate) struct Entry {
     /// When the answer was there, by the buyer's clock.
     stored_at_ms: i64,
     ttl_ms: u64,
-    /// The run that bought it: with `refresh`, only this run reads it back.
+    /// The run that bought it.
     pub(crate) run: RunId,
+    /// The stage of that run. Entries of older versions tell of none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    stage: Option<StageId>,
+    /// The attempt at that stage. Entries of older versions tell of none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    attempt: Option<u32>,
     /// The beginning of the key that it is stored under, so that an answer that comes back in another's place is told
     /// from the right one. Entries of older versions have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     under: Option<u64>,
+}
+
+/// Who buys: an attempt at a stage of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Buyer {
+    pub(crate) run: RunId,
+    pub(crate) stage: StageId,
+    pub(crate) attempt: u32,
+}
+
+/// Whose purchases a reader accepts, where not everybody's.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Only<'a> {
+    /// Those of this stage of this run, whichever attempt.
+    Stage(&'a Buyer),
+    /// Those of this very attempt.
+    Attempt(&'a Buyer),
 }
 
 /// What an entry is made from.
@@ -44,12 +67,12 @@ pub(crate) struct NewEntry<'a> {
     pub(crate) priced: bool,
     pub(crate) stored_at_ms: i64,
     pub(crate) ttl: Duration,
-    pub(crate) run: RunId,
+    pub(crate) buyer: &'a Buyer,
 }
 
 impl Entry {
     pub(crate) fn new(new: &NewEntry<'_>) -> Self {
-        let NewEntry { content, model, usage, cost, priced, stored_at_ms, ttl, run } = *new;
+        let NewEntry { content, model, usage, cost, priced, stored_at_ms, ttl, buyer } = *new;
         Self {
             v: ENTRY_VERSION,
             content: content.to_owned(),
@@ -59,9 +82,23 @@ impl Entry {
             priced,
             stored_at_ms,
             ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
-            run,
+            run: buyer.run,
+            stage: Some(buyer.stage.clone()),
+            attempt: Some(buyer.attempt),
             under: None,
         }
+    }
+
+    /// Whether it was bought by one of these.
+    pub(crate) fn is_by(&self, only: Only<'_>) -> bool {
+        let (Only::Stage(buyer) | Only::Attempt(buyer)) = only;
+        let same_stage = self.stage.as_ref().is_none_or(|stage| *stage == buyer.stage);
+        self.run == buyer.run
+            && same_stage
+            && match only {
+                Only::Stage(_) => true,
+                Only::Attempt(_) => self.attempt == Some(buyer.attempt),
+            }
     }
 
     /// What the call that bought it cost.
@@ -128,6 +165,10 @@ mod tests {
         ModelRef::new(name).expect("a model")
     }
 
+    fn buyer(stage: &str, attempt: u32) -> Buyer {
+        Buyer { run: RunId(Uuid::from_u128(9)), stage: StageId::new(stage).expect("a slug"), attempt }
+    }
+
     fn entry() -> Entry {
         Entry::new(&NewEntry {
             content: "an answer",
@@ -137,13 +178,31 @@ mod tests {
             priced: true,
             stored_at_ms: 1_000,
             ttl: Duration::from_millis(100),
-            run: RunId(Uuid::from_u128(9)),
+            buyer: &buyer("one", 2),
         })
     }
 
     #[test]
     fn an_entry_comes_back_whole() {
         assert_eq!(Entry::decode(&entry().encode(), &model("sim/a"), KEY), Some(entry()));
+    }
+
+    #[test]
+    fn an_entry_remembers_its_buyer() {
+        let entry = entry();
+        assert!(entry.is_by(Only::Attempt(&buyer("one", 2))) && entry.is_by(Only::Stage(&buyer("one", 7))));
+        assert!(!entry.is_by(Only::Attempt(&buyer("one", 3))) && !entry.is_by(Only::Stage(&buyer("two", 2))));
+        let other_run = Buyer { run: RunId(Uuid::from_u128(8)), ..buyer("one", 2) };
+        assert!(!entry.is_by(Only::Attempt(&other_run)) && !entry.is_by(Only::Stage(&other_run)));
+    }
+
+    #[test]
+    fn an_entry_of_an_older_version_is_read_and_is_nobodys_purchase() {
+        let text = String::from_utf8(entry().encode()).expect("JSON");
+        let old = text.replace(",\"stage\":\"one\",\"attempt\":2", "");
+        assert_ne!(old, text);
+        let old = Entry::decode(old.as_bytes(), &model("sim/a"), KEY).expect("is read");
+        assert!(!old.is_by(Only::Attempt(&buyer("one", 2))) && old.is_by(Only::Stage(&buyer("one", 2))));
     }
 
     #[test]

@@ -104,7 +104,10 @@ mod tests {
     use stagegate_core::{ModelRef, RunId, Usage, Usd};
     use uuid::Uuid;
 
-    use super::{super::entry::NewEntry, *};
+    use super::{
+        super::entry::{Buyer, NewEntry},
+        *,
+    };
 
     fn entry(content: &str) -> Arc<Entry> {
         Arc::new(Entry::new(&NewEntry {
@@ -115,7 +118,11 @@ mod tests {
             priced: true,
             stored_at_ms: 0,
             ttl: Duration::from_hours(1),
-            run: RunId(Uuid::nil()),
+            buyer: &Buyer {
+                run: RunId(Uuid::nil()),
+                stage: stagegate_core::StageId::new("s").expect("a slug"),
+                attempt: 1,
+            },
         }))
     }
 

@@ -16,14 +16,14 @@ use std::{
 };
 
 use stagegate_core::{
-    Clock, Code, Error, Origin, RunId, TenantId,
+    Clock, Code, Error, Origin, TenantId,
     cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
     pipeline::Span,
 };
 use tokio::time::{Instant, timeout};
 
 use self::{
-    entry::Entry,
+    entry::{Entry, Only},
     floors::{Floors, Reader, Standing},
     local::{Held, Local},
 };
@@ -47,8 +47,8 @@ pub(crate) struct Look<'a> {
     pub(crate) key: CacheKey,
     /// The oldest answer that the reader accepts.
     pub(crate) ttl: Duration,
-    /// Where it is given, only what this run bought counts.
-    pub(crate) only_run: Option<RunId>,
+    /// Where it is given, only what these bought counts.
+    pub(crate) only: Option<Only<'a>>,
 }
 
 /// What a look-up found.
@@ -119,7 +119,7 @@ impl AnswerCache {
     }
 
     fn suits(&self, look: Look<'_>, entry: &Entry) -> bool {
-        look.only_run.is_none_or(|run| run == entry.run) && entry.life_left(self.now_ms(), look.ttl).is_some()
+        look.only.is_none_or(|only| entry.is_by(only)) && entry.life_left(self.now_ms(), look.ttl).is_some()
     }
 
     async fn look_up(&self, look: Look<'_>, trace: bool) -> Found {

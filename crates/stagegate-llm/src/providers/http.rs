@@ -204,7 +204,9 @@ impl Endpoint {
         }
         let inner =
             if cause.source().is_some() || cause.is::<std::io::Error>() { format!(": {inner}") } else { String::new() };
-        retryable(error(Code::ProviderUnreachable, self.clean(&format!("{what}{inner}"))))
+        let unheard = !matches!(stage, Stage::Connecting);
+        let broken = error(Code::ProviderUnreachable, self.clean(&format!("{what}{inner}")));
+        retryable(ProviderError { unheard, ..broken })
     }
 
     /// A provider's own words, fit to be passed on: bounded, on one line, without the key.
@@ -324,7 +326,8 @@ impl Gathering {
 
     fn too_large(&self) -> ProviderError {
         let limit = self.max_bytes;
-        error(Code::ProviderTooLarge, format!("the answer is larger than {limit} bytes (`llm.answer_max_bytes`)"))
+        let message = format!("the answer is larger than {limit} bytes (`llm.answer_max_bytes`)");
+        ProviderError { unheard: true, ..error(Code::ProviderTooLarge, message) }
     }
 
     fn whole(self) -> Bytes {
@@ -352,6 +355,7 @@ pub(super) fn error(code: Code, message: impl Into<String>) -> ProviderError {
         retryable: false,
         retry_after: None,
         usage: None,
+        unheard: false,
         limits: Limits::default(),
     }
 }
@@ -361,14 +365,15 @@ pub(super) fn retryable(error: ProviderError) -> ProviderError {
     ProviderError { retryable: true, ..error }
 }
 
-/// An answer that is not of its vendor's shape. Another try may bring a better one.
+/// An answer that is not of its vendor's shape. Another try may bring a better one. It was an answer, so that it is
+/// charged for; for how many tokens may be told beside it.
 pub(super) fn malformed(message: impl Into<String>) -> ProviderError {
-    retryable(error(Code::ProviderMalformed, message))
+    ProviderError { unheard: true, ..retryable(error(Code::ProviderMalformed, message)) }
 }
 
 /// The same with what was paid all the same.
 pub(super) fn paid(error: ProviderError, usage: Option<Usage>) -> ProviderError {
-    ProviderError { usage, ..error }
+    ProviderError { unheard: error.unheard && usage.is_none(), usage, ..error }
 }
 
 /// What a provider without its key answers.

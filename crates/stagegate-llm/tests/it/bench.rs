@@ -140,6 +140,8 @@ pub(crate) fn context() -> CallContext {
         run: run(1),
         cache_mode: CacheMode::Use,
         cache_ttl: Duration::from_hours(1),
+        attempt: 1,
+        purse: None,
         deadline: Instant::now() + Duration::from_secs(30),
     }
 }
@@ -227,7 +229,7 @@ impl Provider for Scripted {
             Act::Answer(text) => Ok(Answer { content: text.to_owned(), finish: Finish::Stop, usage, limits }),
             Act::Fail(code, retryable) => {
                 let message = code.title().to_owned();
-                Err(ProviderError { code, message, retryable, retry_after: None, usage: None, limits })
+                Err(ProviderError { code, message, retryable, retry_after: None, usage: None, unheard: false, limits })
             }
             Act::Hang => pending().await,
         }

@@ -366,6 +366,7 @@ impl<'a> LedgerColumns<'a> {
             call.saved_usd.nanos(),
             i64::from(call.priced),
             rows::integer(call.latency_ms),
+            i64::from(call.unknown),
         ];
         self.numbers.extend(numbers);
         self.runs.push(run);

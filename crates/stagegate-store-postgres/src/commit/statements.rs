@@ -24,12 +24,13 @@ macro_rules! fenced {
     UPDATE runs r SET
         state = s.state, last_seq = s.last_seq, stages_done = s.stages_done, failure = s.failure,
         started_at = s.started_at, finished_at = s.finished_at,
-        input_tokens = ($32::int8[])[s.i * 11 - 10], cache_read_tokens = ($32::int8[])[s.i * 11 - 9],
-        cache_write_tokens = ($32::int8[])[s.i * 11 - 8], output_tokens = ($32::int8[])[s.i * 11 - 7],
-        reasoning_tokens = ($32::int8[])[s.i * 11 - 6], usage_estimated = ($32::int8[])[s.i * 11 - 5] <> 0,
-        cost_nanos = ($32::int8[])[s.i * 11 - 4], saved_nanos = ($32::int8[])[s.i * 11 - 3],
-        calls = ($32::int8[])[s.i * 11 - 2]::int4, hits = ($32::int8[])[s.i * 11 - 1]::int4,
-        unpriced_calls = ($32::int8[])[s.i * 11]::int4,
+        input_tokens = ($32::int8[])[s.i * 13 - 12], cache_read_tokens = ($32::int8[])[s.i * 13 - 11],
+        cache_write_tokens = ($32::int8[])[s.i * 13 - 10], output_tokens = ($32::int8[])[s.i * 13 - 9],
+        reasoning_tokens = ($32::int8[])[s.i * 13 - 8], usage_estimated = ($32::int8[])[s.i * 13 - 7] <> 0,
+        cost_nanos = ($32::int8[])[s.i * 13 - 6], saved_nanos = ($32::int8[])[s.i * 13 - 5],
+        calls = ($32::int8[])[s.i * 13 - 4]::int4, hits = ($32::int8[])[s.i * 13 - 3]::int4,
+        unpriced_calls = ($32::int8[])[s.i * 13 - 2]::int4,
+        unknown_calls = ($32::int8[])[s.i * 13 - 1]::int4, unknown_nanos = ($32::int8[])[s.i * 13],
         owner = CASE WHEN s.keeps THEN r.owner END,
         available_at = CASE
             WHEN s.keeps OR s.ends THEN NULL
@@ -53,13 +54,13 @@ macro_rules! fenced {
 ), entry AS (
     INSERT INTO ledger (run_id, tenant, pipeline, version, stage_id, attempt, at, purpose, provider, model, origin, error,
                         input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, reasoning_tokens,
-                        usage_estimated, cost_nanos, saved_nanos, priced, latency_ms)
+                        usage_estimated, cost_nanos, saved_nanos, priced, latency_ms, unknown)
     SELECT run.id, run.tenant, run.pipeline, run.version, t.stage_id, t.attempt, t.at, t.purpose, t.provider, t.model,
            t.origin, t.error,
-           ($45::int8[])[t.i * 10 - 9], ($45::int8[])[t.i * 10 - 8], ($45::int8[])[t.i * 10 - 7],
-           ($45::int8[])[t.i * 10 - 6], ($45::int8[])[t.i * 10 - 5], ($45::int8[])[t.i * 10 - 4] <> 0,
-           ($45::int8[])[t.i * 10 - 3], ($45::int8[])[t.i * 10 - 2], ($45::int8[])[t.i * 10 - 1] <> 0,
-           ($45::int8[])[t.i * 10]
+           ($45::int8[])[t.i * 11 - 10], ($45::int8[])[t.i * 11 - 9], ($45::int8[])[t.i * 11 - 8],
+           ($45::int8[])[t.i * 11 - 7], ($45::int8[])[t.i * 11 - 6], ($45::int8[])[t.i * 11 - 5] <> 0,
+           ($45::int8[])[t.i * 11 - 4], ($45::int8[])[t.i * 11 - 3], ($45::int8[])[t.i * 11 - 2] <> 0,
+           ($45::int8[])[t.i * 11 - 1], ($45::int8[])[t.i * 11] <> 0
     FROM unnest($46::uuid[], $47::text[], $48::int4[], $49::timestamptz[], $50::text[], $51::text[], $52::text[],
                 $53::text[], $54::text[])
         WITH ORDINALITY AS t(run_id, stage_id, attempt, at, purpose, provider, model, origin, error, i)
@@ -173,7 +174,8 @@ pub const COMMIT: &str = concat!(
         cache_read_tokens = g.cache_read_tokens, cache_write_tokens = g.cache_write_tokens,
         output_tokens = g.output_tokens, reasoning_tokens = g.reasoning_tokens, usage_estimated = g.usage_estimated,
         cost_nanos = g.cost_nanos, saved_nanos = g.saved_nanos, calls = g.calls, hits = g.hits,
-        unpriced_calls = g.unpriced_calls
+        unpriced_calls = g.unpriced_calls, unknown_calls = g.unknown_calls, unknown_nanos = g.unknown_nanos,
+        former_owners = g.former_owners
     FROM given g WHERE g.there AND s.run_id = g.run_id AND s.stage_id = g.stage_id
 ), tried AS MATERIALIZED (
     SELECT run.id AS run_id, run.tenant, t.stage_id, t.number, t.started_at, t.finished_at, t.verdict, t.body, t.output,
@@ -207,7 +209,7 @@ SELECT id FROM target"
 );
 
 /// The numbers of one ledger row in `$45`.
-pub(super) const LEDGER_NUMBERS: usize = 10;
+pub(super) const LEDGER_NUMBERS: usize = 11;
 
 /// Where runs stand, read after the fence refused them. It waits for a writer that holds the row: an earlier try of
 /// the same step may still be under way.

@@ -2,7 +2,7 @@
 
 use sqlx::{AssertSqlSafe, Executor as _, SqliteConnection};
 use stagegate_core::{
-    Epoch, RunState, StoreError,
+    Epoch, RunState, StoreError, Totals, Usd,
     fair::Shares,
     store::{Commit, SignalKind},
 };
@@ -23,6 +23,13 @@ async fn make_old(conn: &mut SqliteConnection) {
         "DROP INDEX runs_due",
         "DROP INDEX runs_leased",
         "DROP INDEX runs_held",
+        "DROP INDEX runs_parked",
+        "ALTER TABLE ledger DROP COLUMN unknown",
+        "ALTER TABLE runs DROP COLUMN unknown_calls",
+        "ALTER TABLE runs DROP COLUMN unknown_nanos",
+        "ALTER TABLE stages DROP COLUMN unknown_calls",
+        "ALTER TABLE stages DROP COLUMN unknown_nanos",
+        "ALTER TABLE stages DROP COLUMN former_owners",
         "ALTER TABLE runs DROP COLUMN start_at",
         "ALTER TABLE runs DROP COLUMN leased_at",
         "ALTER TABLE runs DROP COLUMN purged_at",
@@ -34,10 +41,24 @@ async fn make_old(conn: &mut SqliteConnection) {
         "CREATE INDEX runs_wake ON runs (wake_at) WHERE wake_at IS NOT NULL",
         "CREATE INDEX runs_owned ON runs (owner) WHERE owner IS NOT NULL",
         "DROP TABLE schema_compat",
-        "DELETE FROM _sqlx_migrations WHERE version = 2",
+        "DELETE FROM _sqlx_migrations WHERE version >= 2",
     ] {
         conn.execute(sql).await.unwrap_or_else(|error| panic!("{error}: {sql}"));
     }
+}
+
+/// What an older binary can have written: nothing of unknown outcome.
+fn as_older(mut step: Commit) -> Commit {
+    let certain = |totals: &mut Totals| (totals.unknown_calls, totals.unknown_usd) = (0, Usd::ZERO);
+    certain(&mut step.totals);
+    for stage in &mut step.stages {
+        certain(&mut stage.totals);
+        stage.former_owners = 0;
+    }
+    for call in step.attempts.iter_mut().flat_map(|(_, attempt)| &mut attempt.calls) {
+        call.unknown = false;
+    }
+    step
 }
 
 /// With runs in every state: nothing is lost, and everything goes on.
@@ -53,10 +74,10 @@ async fn a_file_of_an_older_binary_is_migrated_with_what_it_holds() {
         checkpoints: vec![(stage("s1"), checkpoint("out".into()))],
         ..step(lease, 3)
     };
-    commit(&store, &work).await;
-    commit(&store, &end(lease, 4, RunState::Succeeded)).await;
+    commit(&store, &as_older(work)).await;
+    commit(&store, &as_older(end(lease, 4, RunState::Succeeded))).await;
     let (held, lease) = submit_leased(&store, 2, owner).await;
-    commit(&store, &park(lease, 3, None)).await;
+    commit(&store, &as_older(park(lease, 3, None))).await;
     let (leased, _) = submit_leased(&store, 3, owner).await;
     let queued = new_run(4);
     submit(&store, &queued).await;

@@ -185,6 +185,8 @@ pub fn totals(n: u32) -> Totals {
         calls: n + 6,
         hits: n + 7,
         unpriced_calls: n + 8,
+        unknown_calls: n + 9,
+        unknown_usd: Usd::from_nanos(i64::from(n) * 11 + 5),
     }
 }
 
@@ -195,6 +197,7 @@ pub fn full_stage(of: &str, text: &str) -> StageRecord {
         state: StageState::Waiting,
         attempt: 3,
         round_start: 2,
+        former_owners: 4,
         not_before: Some(at(77)),
         verdict: Some(Verdict::Retry),
         score: Some(0.1 + 0.2),
@@ -210,13 +213,14 @@ pub fn full_stage(of: &str, text: &str) -> StageRecord {
 /// An attempt with every field set.
 pub fn full_attempt(number: u32, text: &str) -> Attempt {
     let usage = totals(number).usage;
-    let call = |purpose, origin, error| LedgerEntry {
+    let call = |purpose, origin, error: Option<Code>| LedgerEntry {
         purpose,
         model: model(),
         origin,
         usage,
         cost_usd: Usd::from_nanos(1_234_567_891),
         saved_usd: Usd::from_nanos(7),
+        unknown: error.is_some(),
         priced: false,
         latency_ms: 1_234,
         error,

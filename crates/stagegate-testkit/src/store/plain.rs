@@ -30,6 +30,7 @@ fn call(origin: Origin) -> LedgerEntry {
         usage: Usage { input_tokens: 250, output_tokens: 260, ..Usage::default() },
         cost_usd: Usd::from_nanos(if paid { 612_500 } else { 0 }),
         saved_usd: Usd::from_nanos(if paid { 0 } else { 612_500 }),
+        unknown: false,
         priced: true,
         latency_ms: 12,
         error: None,

@@ -283,6 +283,7 @@ impl World {
             state,
             attempt: self.rng.random_range(0..9),
             round_start: self.rng.random_range(1..4),
+            former_owners: self.rng.random_range(0..3),
             not_before: some.then(|| at(self.now + 5)),
             verdict: some.then_some(Verdict::Accepted),
             score: some.then(|| self.rng.random()),

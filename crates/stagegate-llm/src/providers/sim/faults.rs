@@ -76,6 +76,10 @@ impl Fault {
             Err(retryable(ProviderError { retry_after, ..told }))
         };
         let failed = |what: &str| Err(retryable(error(Code::ProviderFailed, format!("sim: simulated fault: {what}"))));
+        let unheard = |code, what: &str| {
+            let told = error(code, format!("sim: simulated fault: {what}"));
+            Err(retryable(ProviderError { unheard: true, ..told }))
+        };
         match self {
             Self::RateLimitedSeconds => limited(asked("retry-after", "1")),
             Self::RateLimitedFraction => limited(asked("retry-after", "0.5")),
@@ -87,7 +91,7 @@ impl Fault {
             Self::Failed => failed("answered 500"),
             Self::Overloaded => failed("answered 529, overloaded"),
             Self::ErrorInside => failed("an error inside a 200"),
-            Self::Cut => Err(retryable(error(Code::ProviderUnreachable, "sim: simulated fault: the connection broke"))),
+            Self::Cut => unheard(Code::ProviderUnreachable, "the connection broke"),
             Self::MissingUsage => Ok(Answer { usage: None, ..answer }),
             Self::Truncated => {
                 cut(&mut answer.content);
@@ -102,7 +106,7 @@ impl Fault {
                 Ok(answer)
             }
             Self::Malformed => Err(paid(malformed("sim: simulated fault: the answer was malformed"), answer.usage)),
-            Self::Hang => Err(retryable(error(Code::ProviderTimeout, "sim: simulated fault: no answer"))),
+            Self::Hang => unheard(Code::ProviderTimeout, "no answer"),
         }
     }
 }

@@ -1,0 +1,267 @@
+//! The books of one attempt: owns which of its calls are under way and what came of those that ended, so that the attempt
+//! can be booked whole whenever it ends, also when it is cut off. Decides nothing.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use futures::{FutureExt, future::BoxFuture};
+use stagegate_core::{Code, LedgerEntry, Usd};
+use stagegate_llm::purse::{Purse, Refusal, Reservation};
+use tokio::time::Instant;
+
+use crate::budget::Budget;
+
+/// What one attempt has bought, found, and not heard of yet.
+#[derive(Debug)]
+pub(crate) struct Books {
+    me: Weak<Self>,
+    budget: Option<Arc<Budget>>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    /// Calls that ended, in the order of their ends.
+    calls: Vec<LedgerEntry>,
+    under_way: Vec<UnderWay>,
+    next_id: u64,
+    /// Former owners of the attempt whose calls may not have been booked.
+    former_owners: u32,
+    closed: bool,
+}
+
+/// A call that was reserved and has not ended.
+#[derive(Debug)]
+struct UnderWay {
+    id: u64,
+    worst: LedgerEntry,
+    sent_at: Option<Instant>,
+}
+
+impl UnderWay {
+    /// Its row where nobody hears what comes of it: none if it was never sent.
+    fn unheard(self, error: Code) -> Option<LedgerEntry> {
+        let latency = self.sent_at?.elapsed();
+        let latency_ms = u64::try_from(latency.as_millis()).unwrap_or(u64::MAX);
+        Some(LedgerEntry { latency_ms, error: Some(error), ..self.worst })
+    }
+}
+
+impl Books {
+    /// The books of an attempt that had so many owners before this one.
+    pub(crate) fn open(budget: Option<Arc<Budget>>, former_owners: u32) -> Arc<Self> {
+        let kept = Mutex::new(Kept { former_owners, ..Kept::default() });
+        Arc::new_cyclic(|me| Self { me: me.clone(), budget, kept })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers that were found: they cost nothing.
+    pub(crate) fn found<'a>(&self, calls: impl Iterator<Item = &'a LedgerEntry>) {
+        self.lock().calls.extend(calls.cloned());
+    }
+
+    /// The attempt has ended: its calls, those under way as of unknown outcome, for this reason. What comes of them later
+    /// changes nothing any more.
+    pub(crate) fn close(&self, error: Code) -> Vec<LedgerEntry> {
+        let (mut calls, under_way) = {
+            let mut kept = self.lock();
+            kept.closed = true;
+            (std::mem::take(&mut kept.calls), std::mem::take(&mut kept.under_way))
+        };
+        for call in under_way {
+            let worst = call.worst.cost_usd;
+            let row = call.unheard(error);
+            self.settle(worst, row.as_ref());
+            calls.extend(row);
+        }
+        calls
+    }
+
+    fn settle(&self, worst: Usd, row: Option<&LedgerEntry>) {
+        if let Some(budget) = &self.budget {
+            budget.settle(worst, row.map_or(Usd::ZERO, |row| row.cost_usd));
+        }
+    }
+
+    /// Books rows for which nothing was set aside.
+    fn spend(&self, rows: impl IntoIterator<Item = LedgerEntry>) {
+        for row in rows {
+            if let Some(budget) = &self.budget {
+                budget.spend(row.cost_usd);
+            }
+            self.lock().calls.push(row);
+        }
+    }
+
+    fn begin(&self, worst: LedgerEntry) -> Option<Box<dyn Reservation>> {
+        let mut kept = self.lock();
+        let books = self.me.upgrade().filter(|_| !kept.closed)?;
+        let id = kept.next_id;
+        kept.next_id += 1;
+        kept.under_way.push(UnderWay { id, worst, sent_at: None });
+        Some(Box::new(Reserved { books, id }))
+    }
+
+    /// Ends a call, with its row where one was heard. Nothing where the books are closed.
+    fn end(&self, id: u64, row: Option<LedgerEntry>) {
+        let mut kept = self.lock();
+        let Some(at) = kept.under_way.iter().position(|call| call.id == id) else { return };
+        let call = kept.under_way.remove(at);
+        let worst = call.worst.cost_usd;
+        let row = row.or_else(|| call.unheard(Code::ProviderTimeout));
+        kept.calls.extend(row.clone());
+        drop(kept);
+        self.settle(worst, row.as_ref());
+    }
+}
+
+impl Purse for Books {
+    fn reserve(&self, worst: LedgerEntry) -> BoxFuture<'_, Result<Box<dyn Reservation>, Refusal>> {
+        async move {
+            let cost = worst.cost_usd;
+            if let Some(budget) = &self.budget {
+                if !worst.priced {
+                    return Err(Refusal::Unpriced);
+                }
+                budget.set_aside(cost).await.map_err(|left| Refusal::TooDear { left })?;
+            }
+            match self.begin(worst) {
+                Some(reservation) => Ok(reservation),
+                None => {
+                    // The attempt has ended, so that nobody waits for this answer.
+                    self.settle(cost, None);
+                    Err(Refusal::TooDear { left: Usd::ZERO })
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn inherits(&self) -> bool {
+        self.lock().former_owners > 0
+    }
+
+    fn inherited(&self, bought: LedgerEntry) {
+        self.spend([bought]);
+    }
+
+    fn lost(&self, worst: Vec<LedgerEntry>) {
+        // A former owner had one call of this attempt under way at most, and what it had bought before is found: so the
+        // first request whose answer is not found is the one that it can have been at.
+        let former_owners = std::mem::take(&mut self.lock().former_owners);
+        for _ in 0..former_owners {
+            self.spend(worst.iter().cloned());
+        }
+    }
+}
+
+/// See [`Reservation`].
+#[derive(Debug)]
+struct Reserved {
+    books: Arc<Books>,
+    id: u64,
+}
+
+impl Reservation for Reserved {
+    fn send(&mut self) -> bool {
+        let mut kept = self.books.lock();
+        let call = kept.under_way.iter_mut().find(|call| call.id == self.id);
+        call.map(|call| call.sent_at = Some(Instant::now())).is_some()
+    }
+
+    fn settle(self: Box<Self>, row: LedgerEntry) {
+        self.books.end(self.id, Some(row));
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.books.end(self.id, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stagegate_core::{CallPurpose, ModelRef, Origin, Usage};
+
+    use super::*;
+
+    fn row(cost: f64, unknown: bool) -> LedgerEntry {
+        LedgerEntry {
+            purpose: CallPurpose::Stage,
+            model: ModelRef::new("sim/a").expect("a model"),
+            origin: Origin::Provider,
+            usage: Usage::default(),
+            cost_usd: Usd::from_dollars(cost),
+            saved_usd: Usd::ZERO,
+            unknown,
+            priced: true,
+            latency_ms: 0,
+            error: None,
+        }
+    }
+
+    fn books(former_owners: u32) -> (Arc<Budget>, Arc<Books>) {
+        let budget = Arc::new(Budget::new(Usd::from_dollars(1.0), Usd::ZERO));
+        (Arc::clone(&budget), Books::open(Some(budget), former_owners))
+    }
+
+    fn costs(calls: &[LedgerEntry]) -> Vec<(f64, bool)> {
+        calls.iter().map(|call| (call.cost_usd.dollars(), call.unknown)).collect()
+    }
+
+    #[tokio::test]
+    async fn a_call_that_was_heard_costs_what_it_cost() {
+        let (budget, books) = books(0);
+        let mut call = books.reserve(row(0.6, true)).await.expect("fits");
+        assert!(call.send());
+        call.settle(row(0.1, false));
+        assert_eq!(costs(&books.close(Code::StageTimeout)), [(0.1, false)]);
+        assert_eq!(budget.set_aside(Usd::from_dollars(0.9)).await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_call_that_was_never_sent_costs_nothing() {
+        let (budget, books) = books(0);
+        drop(books.reserve(row(0.6, true)).await.expect("fits"));
+        assert_eq!(costs(&books.close(Code::StageTimeout)), []);
+        assert_eq!(budget.set_aside(Usd::from_dollars(1.0)).await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_call_that_nobody_heard_costs_its_worst_case_and_stays_unknown() {
+        let (budget, books) = books(0);
+        let mut dropped = books.reserve(row(0.3, true)).await.expect("fits");
+        let mut open = books.reserve(row(0.2, true)).await.expect("fits");
+        assert!(dropped.send() && open.send());
+        drop(dropped);
+        let calls = books.close(Code::Cancelled);
+        assert_eq!(costs(&calls), [(0.3, true), (0.2, true)]);
+        assert_eq!(calls[1].error, Some(Code::Cancelled));
+        open.settle(row(0.1, false));
+        assert_eq!(costs(&books.close(Code::Cancelled)), [], "it came too late to be booked");
+        assert_eq!(budget.set_aside(Usd::from_dollars(0.6)).await, Err(Usd::from_dollars(0.5)));
+    }
+
+    #[tokio::test]
+    async fn a_call_of_an_attempt_that_has_ended_is_not_sent() {
+        let (_, books) = books(0);
+        let mut call = books.reserve(row(0.3, true)).await.expect("fits");
+        assert_eq!(costs(&books.close(Code::Cancelled)), []);
+        assert!(!call.send());
+    }
+
+    #[tokio::test]
+    async fn each_former_owner_is_booked_at_the_first_request_that_is_not_found() {
+        let (_, books) = books(2);
+        assert!(books.inherits());
+        books.inherited(row(0.1, false));
+        assert!(books.inherits(), "what comes after it may be lost all the same");
+        books.lost(vec![row(0.2, true), row(0.3, true)]);
+        assert!(!books.inherits());
+        let booked = costs(&books.close(Code::StageTimeout));
+        assert_eq!(booked, [(0.1, false), (0.2, true), (0.3, true), (0.2, true), (0.3, true)]);
+    }
+}
