@@ -50,7 +50,7 @@ impl Capabilities {
 
     /// As stored.
     pub fn words(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(Capability::as_str)
+        self.0.iter().map(|capability| capability.as_str())
     }
 
     /// Whether it is among them.

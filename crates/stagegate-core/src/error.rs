@@ -5,7 +5,10 @@ use std::{fmt, time::Duration};
 use serde::{Deserialize, Serialize};
 use utoipa::{PartialSchema, ToSchema};
 
-use crate::StoreError;
+use crate::{
+    StoreError,
+    word::{self, Word},
+};
 
 /// Where the pages about the codes are published.
 const PAGES: &str = "https://github.com/stagegate/stagegate/blob/main/docs/errors/";
@@ -15,25 +18,34 @@ macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = $code:literal, $status:literal, $title:literal;)*) => {
         /// A stable error code. Codes are never reused or renumbered.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum Code { $($(#[$doc])* $name,)* }
+        pub enum Code {
+            $($(#[$doc])* $name,)*
+            /// A code of a newer release, kept as it is.
+            Unknown(Word),
+        }
 
         impl Code {
             /// Every code, in order.
             pub const ALL: &'static [Code] = &[$(Code::$name,)*];
 
             /// `SG0001` and so on.
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Code::$name => $code,)* }
+            pub fn as_str(self) -> &'static str {
+                match self { $(Code::$name => $code,)* Code::Unknown(word) => word.as_str() }
+            }
+
+            /// As counted: every unknown code is `unknown`, so that the values of a label stay few.
+            pub const fn label(self) -> &'static str {
+                match self { $(Code::$name => $code,)* Code::Unknown(_) => "unknown" }
             }
 
             /// The HTTP status that it is answered with.
             pub const fn status(self) -> u16 {
-                match self { $(Code::$name => $status,)* }
+                match self { $(Code::$name => $status,)* Code::Unknown(_) => 500 }
             }
 
             /// A short summary of the kind of problem, the same for every occurrence.
             pub const fn title(self) -> &'static str {
-                match self { $(Code::$name => $title,)* }
+                match self { $(Code::$name => $title,)* Code::Unknown(_) => "An error of a newer release" }
             }
         }
     };
@@ -199,9 +211,10 @@ impl Code {
         format!("{PAGES}{self}.md")
     }
 
-    /// The code with this text, such as `SG0101`.
+    /// The code with this text, such as `SG0101`. None where the text is no word at all.
     pub fn parse(text: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|code| code.as_str() == text)
+        let known = Self::ALL.iter().copied().find(|code| code.as_str() == text);
+        known.or_else(|| Word::new(text).map(Self::Unknown))
     }
 }
 
@@ -219,8 +232,7 @@ impl Serialize for Code {
 
 impl<'de> Deserialize<'de> for Code {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Self::parse(&text).ok_or_else(|| serde::de::Error::custom(format!("unknown error code `{text}`")))
+        word::deserialize(deserializer, Self::parse)
     }
 }
 

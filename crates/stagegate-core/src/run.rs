@@ -5,99 +5,59 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{Code, Json, ModelRef, StageId, Usage, Usd};
+use crate::{Code, Json, ModelRef, StageId, Usage, Usd, word::open_words};
 
-/// Where a run stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum RunState {
-    /// Accepted; no replica has taken it yet.
-    Queued,
-    /// A replica executes it.
-    Running,
-    /// Parked: it waits for a person or for a time, and uses no replica.
-    Waiting,
-    /// Every stage has its checkpoint.
-    Succeeded,
-    /// A stage failed for good.
-    Failed,
-    /// Somebody cancelled it.
-    Cancelled,
-    /// Its deadline passed.
-    Expired,
+open_words! {
+    /// Where a run stands.
+    pub enum RunState {
+        /// Accepted; no replica has taken it yet.
+        Queued = "queued",
+        /// A replica executes it.
+        Running = "running",
+        /// Parked: it waits for a person or for a time, and uses no replica.
+        Waiting = "waiting",
+        /// Every stage has its checkpoint.
+        Succeeded = "succeeded",
+        /// A stage failed for good.
+        Failed = "failed",
+        /// Somebody cancelled it.
+        Cancelled = "cancelled",
+        /// Its deadline passed.
+        Expired = "expired",
+    }
 }
 
 impl RunState {
-    /// Every state, in the order of a run's life.
-    pub const ALL: [Self; 7] =
-        [Self::Queued, Self::Running, Self::Waiting, Self::Succeeded, Self::Failed, Self::Cancelled, Self::Expired];
-
     /// Whether nothing more will happen to it by itself.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled | Self::Expired)
     }
+}
 
-    /// As stored and shown.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Queued => "queued",
-            Self::Running => "running",
-            Self::Waiting => "waiting",
-            Self::Succeeded => "succeeded",
-            Self::Failed => "failed",
-            Self::Cancelled => "cancelled",
-            Self::Expired => "expired",
-        }
-    }
-
-    /// From its stored form.
-    pub fn parse(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.as_str() == text)
+open_words! {
+    /// Where a stage stands.
+    pub enum StageState {
+        /// Its needs are not met yet, or the run ended before it could start.
+        Pending = "pending",
+        /// An attempt is under way.
+        Running = "running",
+        /// It waits for its next attempt.
+        Waiting = "waiting",
+        /// It waits for a person.
+        Held = "held",
+        /// It has its checkpoint.
+        Succeeded = "succeeded",
+        /// No attempt is left.
+        Failed = "failed",
+        /// Stopped with its run.
+        Cancelled = "cancelled",
     }
 }
 
-/// Where a stage stands.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum StageState {
-    /// Its needs are not met yet, or the run ended before it could start.
-    #[default]
-    Pending,
-    /// An attempt is under way.
-    Running,
-    /// It waits for its next attempt.
-    Waiting,
-    /// It waits for a person.
-    Held,
-    /// It has its checkpoint.
-    Succeeded,
-    /// No attempt is left.
-    Failed,
-    /// Stopped with its run.
-    Cancelled,
-}
-
-impl StageState {
-    /// Every state.
-    pub const ALL: [Self; 7] =
-        [Self::Pending, Self::Running, Self::Waiting, Self::Held, Self::Succeeded, Self::Failed, Self::Cancelled];
-
-    /// As stored and shown.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Running => "running",
-            Self::Waiting => "waiting",
-            Self::Held => "held",
-            Self::Succeeded => "succeeded",
-            Self::Failed => "failed",
-            Self::Cancelled => "cancelled",
-        }
-    }
-
-    /// From its stored form.
-    pub fn parse(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.as_str() == text)
+#[expect(clippy::derivable_impls, reason = "the macro that makes the enum marks no default")]
+impl Default for StageState {
+    fn default() -> Self {
+        Self::Pending
     }
 }
 
@@ -113,55 +73,37 @@ pub struct Failure {
     pub stage: Option<StageId>,
 }
 
-/// Where an answer came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Origin {
-    /// Bought from a provider.
-    Provider,
-    /// From the cache in this process.
-    CacheLocal,
-    /// From the shared cache (Redis, or the SQLite file).
-    CacheShared,
-    /// From an identical call that was under way.
-    Coalesced,
-    /// No model was involved.
-    None,
+open_words! {
+    /// Where an answer came from.
+    pub enum Origin {
+        /// Bought from a provider.
+        Provider = "provider",
+        /// From the cache in this process.
+        CacheLocal = "cache_local",
+        /// From the shared cache (Redis, or the SQLite file).
+        CacheShared = "cache_shared",
+        /// From an identical call that was under way.
+        Coalesced = "coalesced",
+        /// No model was involved.
+        None = "none",
+    }
 }
 
 impl Origin {
-    /// As stored and shown.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Provider => "provider",
-            Self::CacheLocal => "cache_local",
-            Self::CacheShared => "cache_shared",
-            Self::Coalesced => "coalesced",
-            Self::None => "none",
-        }
-    }
-
-    /// From its stored form.
-    pub fn parse(text: &str) -> Option<Self> {
-        [Self::Provider, Self::CacheLocal, Self::CacheShared, Self::Coalesced, Self::None]
-            .into_iter()
-            .find(|origin| origin.as_str() == text)
-    }
-
     /// Whether nothing was paid.
     pub fn is_hit(self) -> bool {
         matches!(self, Self::CacheLocal | Self::CacheShared | Self::Coalesced)
     }
 }
 
-/// Who measured an output.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Evaluator {
-    /// A deterministic check.
-    Check,
-    /// An LLM.
-    Judge,
+open_words! {
+    /// Who measured an output.
+    pub enum Evaluator {
+        /// A deterministic check.
+        Check = "check",
+        /// An LLM.
+        Judge = "judge",
+    }
 }
 
 /// A measured judgement of an output.
@@ -186,61 +128,35 @@ pub struct Assessment {
     pub model: Option<ModelRef>,
 }
 
-/// What the gate decided about an attempt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// Every assessment passed.
-    Passed,
-    /// It failed; another attempt follows, with the critique.
-    Retry,
-    /// It failed; a person decides.
-    Held,
-    /// It failed; taken all the same, flagged.
-    Accepted,
-    /// It failed for good.
-    Failed,
-    /// A person approved it.
-    Approved,
-    /// A person rejected it.
-    Rejected,
-    /// There was no output to judge: the call failed.
-    Errored,
-}
-
-impl Verdict {
-    /// As stored, shown and counted.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Passed => "passed",
-            Self::Retry => "retry",
-            Self::Held => "held",
-            Self::Accepted => "accepted",
-            Self::Failed => "failed",
-            Self::Approved => "approved",
-            Self::Rejected => "rejected",
-            Self::Errored => "errored",
-        }
+open_words! {
+    /// What the gate decided about an attempt.
+    pub enum Verdict {
+        /// Every assessment passed.
+        Passed = "passed",
+        /// It failed; another attempt follows, with the critique.
+        Retry = "retry",
+        /// It failed; a person decides.
+        Held = "held",
+        /// It failed; taken all the same, flagged.
+        Accepted = "accepted",
+        /// It failed for good.
+        Failed = "failed",
+        /// A person approved it.
+        Approved = "approved",
+        /// A person rejected it.
+        Rejected = "rejected",
+        /// There was no output to judge: the call failed.
+        Errored = "errored",
     }
 }
 
-/// What a model call was for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum CallPurpose {
-    /// The stage's own answer.
-    Stage,
-    /// Judging it.
-    Judge,
-}
-
-impl CallPurpose {
-    /// As stored, shown and counted.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Stage => "stage",
-            Self::Judge => "judge",
-        }
+open_words! {
+    /// What a model call was for.
+    pub enum CallPurpose {
+        /// The stage's own answer.
+        Stage = "stage",
+        /// Judging it.
+        Judge = "judge",
     }
 }
 

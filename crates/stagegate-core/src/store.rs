@@ -8,7 +8,7 @@
 //! - Leases run on the database's clock alone. An owner's write names its epoch; a stale one changes nothing.
 //! - Only the owner of a run writes its events, so `seq` is gap-free. Others leave a [`Signal`].
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -22,8 +22,8 @@ pub use records::{Backlog, Kept, QueueStats, ReplicaRecord, RunDetail, RunQuery,
 
 pub use crate::access::{ApiKey, NewApiKey, Role};
 use crate::{
-    Attempt, Capabilities, Checkpoint, Epoch, Event, Failure, Json, KeyId, PipelineName, ReplicaId, RunId, RunState,
-    StageId, StageState, TenantId, Totals,
+    Attempt, Capabilities, Capability, Checkpoint, Epoch, Event, Failure, Json, KeyId, PipelineName, ReplicaId, RunId,
+    RunState, StageId, StageState, TenantId, Totals,
     fair::{Limits, Shares},
     pipeline::{CacheMode, Labels},
 };
@@ -266,6 +266,53 @@ pub enum SignalKind {
         /// Why.
         reason: String,
     },
+    /// Something of a newer release, as it was written: of an unknown kind, or with fields that this release does not
+    /// know and that may change what is asked. It is left for a replica that knows it.
+    #[serde(skip)]
+    Unknown(Arc<str>),
+}
+
+impl SignalKind {
+    /// From its stored body, a JSON object with a `kind`, which may also say `by` whom. A cancel is obeyed whatever else
+    /// it says.
+    pub fn read(body: &str) -> Result<Self, serde_json::Error> {
+        let stored: Value = serde_json::from_str(body)?;
+        if let Ok(kind) = serde_json::from_value::<Self>(stored.clone()) {
+            let known = serde_json::to_value(&kind)?;
+            let is_known = |key: &String| key == "by" || known.get(key).is_some();
+            if kind == Self::Cancel || stored.as_object().is_some_and(|stored| stored.keys().all(is_known)) {
+                return Ok(kind);
+            }
+        }
+        match stored.get("kind") {
+            Some(Value::String(_)) => Ok(Self::Unknown(body.into())),
+            _ => Err(serde::de::Error::missing_field("kind")),
+        }
+    }
+
+    /// Its body, as [`Self::read`] takes it.
+    pub fn body(&self) -> Result<String, serde_json::Error> {
+        match self {
+            Self::Unknown(raw) => Ok(raw.as_ref().to_owned()),
+            known => serde_json::to_string(known),
+        }
+    }
+
+    /// What every live replica must understand before this may be asked; None for what all releases know.
+    pub fn needs(&self) -> Option<Capability> {
+        match self {
+            Self::Cancel | Self::Retry { .. } | Self::Approve { .. } | Self::Reject { .. } => None,
+            Self::Unknown(_) => Some(Capability::OpenVocabulary),
+        }
+    }
+
+    /// The stage that a decision is about.
+    pub fn stage(&self) -> Option<&StageId> {
+        match self {
+            Self::Approve { stage } | Self::Reject { stage, .. } => Some(stage),
+            Self::Cancel | Self::Retry { .. } | Self::Unknown(_) => None,
+        }
+    }
 }
 
 /// A signal to be left.

@@ -1,20 +1,27 @@
-//! Words of open vocabularies: owns [`Word`], a short text that is copied like a number, and the macro that makes an enum
+//! Words of open vocabularies: owns [`Word`], a short text that is copied like a reference, and the macro that makes an enum
 //! which carries the words that it does not know.
 //!
 //! A newer release may write words that this one has never heard of. They are read as `Unknown`, shown as they are,
 //! and written back unchanged. They are never taken for corruption.
 
-use std::{cmp::Ordering, fmt, hash};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    sync::{Mutex, PoisonError},
+};
 
 /// The longest word, in bytes. A longer one makes its row unreadable.
 pub const WORD_MAX_BYTES: usize = 32;
+/// How many distinct words a process keeps. They come from the database, where other releases wrote them; one more makes its row
+/// unreadable.
+pub const WORDS_MAX: usize = 4_096;
 
-/// A short word, stored inline.
-#[derive(Clone, Copy)]
-pub struct Word {
-    length: u8,
-    bytes: [u8; WORD_MAX_BYTES],
-}
+/// Every word that was read, kept until the process ends: so a word is as small as a reference, and copied like one.
+static WORDS: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+
+/// A short word that this release does not know.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Word(&'static str);
 
 impl Word {
     /// The word, where it is one: 1 to [`WORD_MAX_BYTES`] bytes, no space and no control character.
@@ -22,52 +29,39 @@ impl Word {
         if text.is_empty() || text.len() > WORD_MAX_BYTES || text.chars().any(|c| c.is_control() || c.is_whitespace()) {
             return None;
         }
-        let mut bytes = [0; WORD_MAX_BYTES];
-        bytes[..text.len()].copy_from_slice(text.as_bytes());
-        Some(Self { length: u8::try_from(text.len()).ok()?, bytes })
+        let mut words = WORDS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = words.get(text) {
+            return Some(Self(known));
+        }
+        if words.len() >= WORDS_MAX {
+            return None;
+        }
+        let kept: &'static str = Box::leak(text.into());
+        words.insert(kept);
+        Some(Self(kept))
     }
 
     /// The word itself.
-    pub fn as_str(&self) -> &str {
-        std::str::from_utf8(&self.bytes[..usize::from(self.length)]).unwrap_or_default()
+    pub fn as_str(&self) -> &'static str {
+        self.0
     }
 }
 
 impl fmt::Debug for Word {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}", self.as_str())
+        write!(f, "{:?}", self.0)
     }
 }
 
 impl fmt::Display for Word {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
+        f.pad(self.0)
     }
 }
 
-impl PartialEq for Word {
-    fn eq(&self, other: &Self) -> bool {
-        self.as_str() == other.as_str()
-    }
-}
-
-impl Eq for Word {}
-
-impl PartialOrd for Word {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Word {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.as_str().cmp(other.as_str())
-    }
-}
-
-impl hash::Hash for Word {
-    fn hash<H: hash::Hasher>(&self, state: &mut H) {
-        self.as_str().hash(state);
+impl<'de> serde::Deserialize<'de> for Word {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserialize(deserializer, Self::new)
     }
 }
 
@@ -89,7 +83,7 @@ macro_rules! open_words {
             pub const ALL: &'static [Self] = &[$(Self::$word,)+];
 
             /// As stored and shown.
-            pub fn as_str(&self) -> &str {
+            pub fn as_str(self) -> &'static str {
                 match self {
                     $(Self::$word => $text,)+
                     Self::Unknown(word) => word.as_str(),

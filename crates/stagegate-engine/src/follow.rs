@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
-use stagegate_core::{Error, Event, EventKind, RunId, Store, TenantId};
+use stagegate_core::{Error, Event, RunId, Store, TenantId};
 use tokio::{
     sync::{Notify, Semaphore},
     time::Instant,
@@ -72,7 +72,7 @@ impl EventBatch {
     }
 
     fn ends_run(&self) -> bool {
-        matches!(self.events.last().map(|event| &event.kind), Some(EventKind::RunFinished { .. }))
+        self.events.last().is_some_and(|event| event.kind.ends_run())
     }
 }
 
@@ -438,13 +438,14 @@ async fn look(shared: &Shared, asked: &[(RunId, u64)]) -> Result<bool, Error> {
 #[cfg(test)]
 mod tests {
     use chrono::DateTime;
+    use stagegate_core::EventKind;
 
     use rand::{Rng, SeedableRng, rngs::SmallRng};
 
     use super::*;
 
     fn event(seq: u64, kind: EventKind) -> Event {
-        Event { seq, at: DateTime::from_timestamp_millis(0).expect("in range"), kind }
+        Event::new(seq, DateTime::from_timestamp_millis(0).expect("in range"), kind)
     }
 
     fn events(seqs: impl IntoIterator<Item = u64>) -> Vec<Event> {

@@ -30,7 +30,8 @@ use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::Value;
 use stagegate_core::{
-    Capability, Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, Store, TenantId, Violation,
+    Capability, Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, StageState, Store, TenantId,
+    Violation,
     hint::Hints,
     store::{NewSignal, NewVersion, PipelineVersion, RunRecord, SignalKind, Signalled},
 };
@@ -190,6 +191,10 @@ impl Engine {
             Action::Approve(stage) => SignalKind::Approve { stage },
             Action::Reject(stage, reason) => SignalKind::Reject { stage, reason },
         };
+        if kind.needs().is_some_and(|capability| !self.common(capability)) {
+            let message = format!("the run cannot be {asked} in this way while a replica of an older release runs");
+            return Err(Error::new(Code::OlderReplica, message));
+        }
         let signal = NewSignal { tenant: tenant.clone(), run, kind, by };
         match self.shared.store.signal(&signal).await? {
             Signalled::Accepted { owner } => {
@@ -210,7 +215,7 @@ impl Engine {
                 return Err(Error::new(Code::Purged, message));
             }
             Signalled::StageNotHeld(state) => {
-                let is = state.map_or("not started", |state| state.as_str());
+                let is = state.map_or("not started", StageState::as_str);
                 let message = format!("the stage is {is}: only a held output can be {asked}, and only once");
                 return Err(Error::new(Code::WrongState, message));
             }

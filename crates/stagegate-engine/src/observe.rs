@@ -25,7 +25,7 @@ struct Ended {
 
 impl Ended {
     fn of(attempt: &Attempt) -> Self {
-        let measured = |assessment: &Assessment| (assessment.evaluator.clone(), assessment.passed, assessment.score);
+        let measured = |assessment: &Assessment| (assessment.evaluator, assessment.passed, assessment.score);
         Self {
             verdict: attempt.verdict,
             seconds: (attempt.finished_at - attempt.started_at).as_seconds_f64(),
@@ -60,13 +60,13 @@ pub(crate) fn committed(shared: &Shared, run: &Run, step: &Committing) {
             EventKind::StageSucceeded { .. } => metrics.stages_ended.with_label_values(&["succeeded"]).inc(),
             EventKind::StageFailed { failure, .. } => {
                 metrics.stages_ended.with_label_values(&["failed"]).inc();
-                metrics.errors.with_label_values(&[failure.code.as_str()]).inc();
+                metrics.errors.with_label_values(&[failure.code.label()]).inc();
             }
             EventKind::StageHeld { .. } => metrics.stages_ended.with_label_values(&["held"]).inc(),
             EventKind::RunFinished { state, .. } => {
-                metrics.runs_finished.with_label_values(&[state.as_str()]).inc();
+                metrics.runs_finished.with_label_values(&[state.label()]).inc();
                 let seconds = (event.at - run.created_at()).as_seconds_f64();
-                metrics.run_duration.with_label_values(&[state.as_str()]).observe(seconds);
+                metrics.run_duration.with_label_values(&[state.label()]).observe(seconds);
             }
             _ => {}
         }
@@ -75,20 +75,17 @@ pub(crate) fn committed(shared: &Shared, run: &Run, step: &Committing) {
 
 fn count_attempt(shared: &Shared, attempt: &Ended) {
     let metrics = &shared.metrics;
-    let verdict = attempt.verdict.as_str();
+    let verdict = attempt.verdict.label();
     metrics.gate_verdicts.with_label_values(&[verdict]).inc();
     metrics.stage_duration.with_label_values(&[verdict]).observe(attempt.seconds);
     for (evaluator, passed, score) in &attempt.assessments {
-        let evaluator = match evaluator {
-            Evaluator::Check => "check",
-            Evaluator::Judge => "judge",
-        };
+        let evaluator = evaluator.label();
         let passed = if *passed { "true" } else { "false" };
         metrics.assessments.with_label_values(&[evaluator, passed]).inc();
         metrics.quality_score.with_label_values(&[evaluator]).observe(*score);
     }
     if let Some(code) = &attempt.failure {
-        metrics.errors.with_label_values(&[code.as_str()]).inc();
+        metrics.errors.with_label_values(&[code.label()]).inc();
     }
 }
 
@@ -131,5 +128,7 @@ fn log(kind: &EventKind) {
             let (code, reason) = (failure.code.as_str(), &failure.message);
             tracing::warn!(event, stage_id = %stage, attempt, code, %reason, "stage failed");
         }
+        // This replica decides nothing that it does not know.
+        EventKind::Unknown(_) => tracing::debug!(event, "an event of a newer release"),
     }
 }

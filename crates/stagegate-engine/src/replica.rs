@@ -9,7 +9,7 @@ use std::{
 use chrono::{DateTime, Utc};
 use futures::future::BoxFuture;
 use stagegate_core::{
-    Capabilities, Code, Error, Pipeline, ReplicaId, RunId, Store, StoreResult,
+    Capabilities, Code, Error, Pipeline, ReplicaId, RunId, RunState, StageState, Store, StoreResult, Word,
     decide::{Run, Stimulus},
     store::{Heartbeat, Lease, Pulse, Signal, Snapshot},
 };
@@ -233,6 +233,10 @@ async fn take(
     let mut taken = 0;
     for (snapshot, permit) in snapshots.into_iter().zip(permits) {
         let lease = snapshot.lease;
+        if let Some(word) = unknown_state(&snapshot) {
+            tracing::warn!(run_id = %lease.run, state = %word, "a leased run is in a state of a newer release; it is left to others");
+            continue;
+        }
         let noted = if may_be_signalled(&snapshot) { signals.remove(&lease.run) } else { Some(Vec::new()) };
         let Some(noted) = noted else { continue };
         let (name, version) = (&snapshot.run.pipeline, snapshot.run.version);
@@ -253,6 +257,15 @@ async fn take(
         }
     }
     Ok(taken)
+}
+
+/// The state of the run or of one of its stages that this release does not know: it would not know how to go on.
+fn unknown_state(snapshot: &Snapshot) -> Option<Word> {
+    let of_stages = snapshot.stages.iter().find_map(|stage| match stage.state {
+        StageState::Unknown(word) => Some(word),
+        _ => None,
+    });
+    if let RunState::Unknown(word) = snapshot.run.state { Some(word) } else { of_stages }
 }
 
 /// Something of each lease, as the store tells it.

@@ -160,7 +160,7 @@ fn due(run: &Kept, rule: &Retention, now: DateTime<Utc>) -> Due {
         RunState::Failed => rule.failed,
         RunState::Cancelled => rule.cancelled,
         RunState::Expired => rule.expired,
-        RunState::Queued | RunState::Running | RunState::Waiting => None,
+        RunState::Queued | RunState::Running | RunState::Waiting | RunState::Unknown(_) => None,
     };
     let over =
         |span: Option<Span>| span.is_some_and(|span| (now - finished_at).to_std().is_ok_and(|age| age >= span.0));

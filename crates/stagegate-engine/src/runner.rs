@@ -35,6 +35,10 @@ use crate::{
 /// The pause before signals that could not be read are read again.
 const SIGNALS_RETRY: Duration = Duration::from_secs(1);
 
+/// How long a run that was asked something unknown is kept: others of this release would fare no better, so that it must not go round
+/// without a pause.
+const UNKNOWN_SIGNAL_PATIENCE: chrono::TimeDelta = chrono::TimeDelta::seconds(30);
+
 /// What an attempt's future may hold, the model layer's part of it included; thousands are under way at once.
 const ATTEMPT_MAX_BYTES: usize = 6 * 1024;
 
@@ -100,6 +104,8 @@ pub(crate) struct Driver {
     /// The books of the attempts under way.
     open: Vec<Open>,
     timers: BTreeSet<(DateTime<Utc>, usize)>,
+    /// When it is handed back because it was asked something that this release does not know.
+    hand_back_at: Option<DateTime<Utc>>,
     /// The answer of the attempt last ended of a stage, until its verdict is durable.
     replies: Vec<(usize, Reply)>,
 }
@@ -125,7 +131,7 @@ impl Driver {
         let max = run.pipeline().budget.as_ref().map(|budget| budget.max_cost_usd);
         let budget = max.map(|max| Arc::new(Budget::new(max, run.totals().cost_usd)));
         let (attempts, open, timers, replies) = (FuturesUnordered::new(), Vec::new(), BTreeSet::new(), Vec::new());
-        Self { shared, handle, run, budget, attempts, open, timers, replies }
+        Self { shared, handle, run, budget, attempts, open, timers, hand_back_at: None, replies }
     }
 
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
@@ -157,6 +163,9 @@ impl Driver {
             }
             let draining = self.shared.drain.is_cancelled();
             if draining && committing.is_none() && self.attempts.is_empty() {
+                return Ended::HandBack;
+            }
+            if committing.is_none() && self.is_for_others() {
                 return Ended::HandBack;
             }
             // Nothing is awaited any more once the run has ended or is about to park: a deadline that passes before that is
@@ -365,10 +374,21 @@ impl Driver {
         }
     }
 
+    /// Whether it is time to hand the run back, so that a replica that knows what was asked of it may take it. What is
+    /// under way is finished first.
+    fn is_for_others(&mut self) -> bool {
+        if !self.run.has_unknown_signal() || !self.attempts.is_empty() {
+            return false;
+        }
+        let now = self.shared.clock.now();
+        now >= *self.hand_back_at.get_or_insert(now + UNKNOWN_SIGNAL_PATIENCE)
+    }
+
     /// When something is due by itself: a pause ends, or the run expires.
     fn next_due(&self) -> DateTime<Utc> {
         let deadline = self.run.deadline_at();
-        self.timers.first().map_or(deadline, |(at, _)| (*at).min(deadline))
+        let due = self.timers.first().map_or(deadline, |(at, _)| (*at).min(deadline));
+        self.hand_back_at.filter(|_| self.attempts.is_empty()).map_or(due, |at| at.min(due))
     }
 
     fn instant_of(&self, at: DateTime<Utc>) -> Instant {

@@ -166,7 +166,7 @@ pub(crate) fn finish(mut response: Response, method: &Method, request_id: &str, 
         None => return response,
     };
     problem.log();
-    metrics.errors.with_label_values(&[problem.0.error.code.as_str()]).inc();
+    metrics.errors.with_label_values(&[problem.0.error.code.label()]).inc();
     // The header `Allow` of a 405 is not lost: the router adds it outside of the layers.
     let mut written = problem.write(request_id);
     if method == Method::HEAD {

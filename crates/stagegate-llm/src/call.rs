@@ -389,7 +389,7 @@ impl Caller {
             provider = model.provider(),
             model = model.model(),
             origin = Origin::Provider.as_str(),
-            outcome = error.map_or("ok", Code::as_str),
+            outcome = error.map_or("ok", Code::label),
             latency_ms = millis(paid.latency),
             input_tokens = paid.usage.input_tokens,
             output_tokens = paid.usage.output_tokens,

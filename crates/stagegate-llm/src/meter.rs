@@ -48,7 +48,7 @@ impl Meter {
     /// A provider was called: what came of it, and how long it took.
     pub(crate) fn call(&self, model: &ModelRef, error: Option<Code>, latency: Duration) {
         let [provider, name] = self.labels(model);
-        self.metrics.llm_calls.with_label_values(&[provider, name, error.map_or("ok", Code::as_str)]).inc();
+        self.metrics.llm_calls.with_label_values(&[provider, name, error.map_or("ok", Code::label)]).inc();
         self.metrics.llm_duration.with_label_values(&[provider, name]).observe(latency.as_secs_f64());
     }
 

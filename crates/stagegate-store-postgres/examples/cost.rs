@@ -86,7 +86,7 @@ fn step(lease: Lease, done: usize, last_seq: u64, seed: u32) -> Commit {
     if last {
         kinds.push(EventKind::RunFinished { state: RunState::Succeeded, failure: None, totals: taken(5) });
     }
-    let events = (last_seq + 1..).zip(kinds).map(|(seq, kind)| Event { seq, at: at(17), kind }).collect();
+    let events = (last_seq + 1..).zip(kinds).map(|(seq, kind)| Event::new(seq, at(17), kind)).collect();
     let succeeded = StageRecord {
         state: StageState::Succeeded,
         verdict: Some(Verdict::Passed),

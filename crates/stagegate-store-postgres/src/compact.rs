@@ -11,11 +11,15 @@
 //! Whatever would not come back exactly as it was is written in the other form, so that nothing depends on how the
 //! core decides.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    borrow::Cow,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
+use serde_json::value::RawValue;
 use sqlx::postgres::PgRow;
 use stagegate_core::{
     Attempt, Capabilities, Capability, Checkpoint, Event, EventKind, LedgerEntry, ModelRef, Origin, RunId, StageId,
@@ -160,33 +164,52 @@ pub(crate) fn bearer(commit: &Commit, span: &[Event], free: impl Fn(usize) -> bo
 /// The events that a checkpoint of a plain step bears, as stored.
 pub(crate) fn borne(commit: &Commit, index: usize, span: &[Event]) -> StoreResult<String> {
     let success = success_of(commit, index).map(Success::event);
-    bodies(span.iter().map(|event| Some(&event.kind).filter(|kind| success.as_ref() != Some(*kind))))
+    let told = |event: &Event| success.as_ref() == Some(&event.kind) && !event.is_of_newer_release();
+    bodies(span.iter().map(|event| Some(event).filter(|event| !told(event))))
 }
 
 /// The events of a span, as stored in a row of their own: one is itself.
 pub(crate) fn body(span: &[Event]) -> StoreResult<String> {
     match span {
-        [event] => Ok(rows::lean(rows::to_json("an event", &event.kind)?)),
-        several => bodies(several.iter().map(|event| Some(&event.kind))),
+        [event] => Ok(body_of(event)?.into_owned()),
+        several => bodies(several.iter().map(Some)),
     }
 }
 
-fn bodies<'a>(kinds: impl Iterator<Item = Option<&'a EventKind>>) -> StoreResult<String> {
-    Ok(rows::lean(rows::to_json("events", &kinds.collect::<Vec<_>>())?))
+fn bodies<'a>(events: impl Iterator<Item = Option<&'a Event>>) -> StoreResult<String> {
+    let mut list = String::from("[");
+    for event in events {
+        if list.len() > 1 {
+            list.push(',');
+        }
+        list.push_str(&event.map_or(Ok(Cow::Borrowed("null")), body_of)?);
+    }
+    list.push(']');
+    Ok(list)
+}
+
+fn body_of(event: &Event) -> StoreResult<Cow<'_, str>> {
+    event.body().map_err(|_| crate::error::unencodable("an event"))
 }
 
 /// The events of a row, from [`events_of`], that come after this seq.
 pub(crate) fn events(row: &PgRow, run: RunId, after: u64) -> StoreResult<Vec<Event>> {
     let read = Reader::new(row, "events", run.0);
     let (last, at) = (read.seq("seq")?, read.get("at")?);
-    let kinds: Vec<Option<EventKind>> =
-        if read.get::<&str>("body")?.starts_with('[') { read.json("body")? } else { vec![Some(read.json("body")?)] };
-    let first = (last + 1).checked_sub(kinds.len() as u64).ok_or_else(|| read.corrupt("seq", "too small"))?;
-    let event = |(seq, kind)| {
-        let told = || Success::read(&Reader::new(row, "checkpoints", run.0)).map(Success::event);
-        Ok(Event { seq, at, kind: Option::map_or_else(kind, told, Ok)? })
+    let text: &str = read.get("body")?;
+    let unreadable = |error: serde_json::Error| read.corrupt("body", rows::json_problem(&error));
+    let bodies: Vec<Option<&str>> = if text.starts_with('[') {
+        let bodies: Vec<Option<&RawValue>> = serde_json::from_str(text).map_err(unreadable)?;
+        bodies.into_iter().map(|body| body.map(RawValue::get)).collect()
+    } else {
+        vec![Some(text)]
     };
-    (first..).zip(kinds).filter(|(seq, _)| *seq > after).map(event).collect()
+    let first = (last + 1).checked_sub(bodies.len() as u64).ok_or_else(|| read.corrupt("seq", "too small"))?;
+    let event = |(seq, body): (u64, Option<&str>)| match body {
+        Some(body) => Event::read(seq, at, body).map_err(unreadable),
+        None => Success::read(&Reader::new(row, "checkpoints", run.0)).map(|told| Event::new(seq, at, told.event())),
+    };
+    (first..).zip(bodies).filter(|(seq, _)| *seq > after).map(event).collect()
 }
 
 /// The rows that tell of a run's events after a seq, in order; of the last one not all events may be wanted.

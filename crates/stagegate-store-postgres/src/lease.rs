@@ -116,7 +116,7 @@ pub(crate) async fn heartbeat(pool: &Pool, compact: &Gate, beat: &Heartbeat) -> 
         .bind(beat.draining)
         .bind(rows::millis(beat.ttl))
         .bind(beat.capabilities.words().collect::<Vec<_>>())
-        .bind(Capability::ALL.iter().filter(|one| one.settles()).map(Capability::as_str).collect::<Vec<_>>())
+        .bind(Capability::ALL.iter().filter(|one| one.settles()).map(|one| one.as_str()).collect::<Vec<_>>())
         .bind(rows::millis(beat.way_back));
     let mut connection = pool.acquire_for_pulse("replicas.heartbeat").await?;
     let row = connection.row("replicas.heartbeat", query).await?;

@@ -54,6 +54,7 @@ macro_rules! attempt_columns {
     };
 }
 
+pub(crate) use stagegate_core::event::lean;
 pub(crate) use {attempt_columns, checkpoint_columns, run_columns, stage_columns};
 
 /// How many numbers make up [`Totals`].
@@ -139,7 +140,7 @@ impl<'r> Reader<'r> {
 }
 
 /// What is wrong with a document, without quoting it.
-fn json_problem(error: &serde_json::Error) -> String {
+pub(crate) fn json_problem(error: &serde_json::Error) -> String {
     format!("no valid JSON document of its kind (line {}, column {})", error.line(), error.column())
 }
 
@@ -355,37 +356,6 @@ pub(crate) fn to_json<T: Serialize + ?Sized>(what: &'static str, value: &T) -> S
     serde_json::to_string(value).map_err(|_| crate::error::unencodable(what))
 }
 
-/// Counts that are mostly nought, as JSON text has them. Whoever reads them takes what is missing for nought.
-const NOUGHTS: [&str; 9] = [
-    ",\"cache_read_tokens\":0",
-    ",\"cache_write_tokens\":0",
-    ",\"output_tokens\":0",
-    ",\"reasoning_tokens\":0",
-    ",\"estimated\":false",
-    ",\"hits\":0",
-    ",\"unpriced_calls\":0",
-    ",\"unknown_calls\":0",
-    ",\"unknown_usd\":0.0",
-];
-
-/// A document without its noughts: of an event or an attempt they are a third. The words cannot be part of a text,
-/// where their quotes would be escaped.
-pub(crate) fn lean(mut json: String) -> String {
-    for nought in NOUGHTS {
-        let mut from = 0;
-        while let Some(at) = json[from..].find(nought).map(|at| from + at) {
-            let end = at + nought.len();
-            if matches!(json.as_bytes().get(end), Some(b',' | b'}')) {
-                json.replace_range(at..end, "");
-                from = at;
-            } else {
-                from = end;
-            }
-        }
-    }
-    json
-}
-
 /// An optional document as JSON text.
 pub(crate) fn maybe_json<T: Serialize>(what: &'static str, value: Option<&T>) -> StoreResult<Option<String>> {
     value.map(|value| to_json(what, value)).transpose()
@@ -402,10 +372,8 @@ mod tests {
 
     #[test]
     fn a_lean_document_reads_as_the_whole_one() {
-        let finished = |totals: Totals, message: &str| Event {
-            seq: 1,
-            at: DateTime::UNIX_EPOCH,
-            kind: EventKind::RunFinished {
+        let finished = |totals: Totals, message: &str| {
+            let kind = EventKind::RunFinished {
                 state: RunState::Failed,
                 failure: Some(Failure {
                     code: stagegate_core::Code::GateFailed,
@@ -413,7 +381,8 @@ mod tests {
                     stage: None,
                 }),
                 totals,
-            },
+            };
+            Event::new(1, DateTime::UNIX_EPOCH, kind)
         };
         let ten = Totals { usage: Usage { cache_read_tokens: 10, ..Usage::default() }, hits: 100, ..Totals::default() };
         for totals in [Totals::default(), ten] {

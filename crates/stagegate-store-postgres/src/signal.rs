@@ -12,7 +12,7 @@ use stagegate_core::{
 
 use crate::{
     pool::{Connection, Pool},
-    rows::{self, Reader, Time},
+    rows::{self, Reader, Time, json_problem},
 };
 
 /// Locks a run of a tenant.
@@ -60,11 +60,18 @@ WHERE id = $1";
 pub const READ: &str = "/* signals.read */ SELECT run_id, id, body FROM read_signals_2($1, $2)";
 
 /// What a signal's `body` holds.
-#[derive(Serialize, Deserialize)]
-struct Body {
+#[derive(Serialize)]
+struct Body<'a> {
     #[serde(flatten)]
-    kind: SignalKind,
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    kind: &'a SignalKind,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    by: Option<&'a str>,
+}
+
+/// Who asks.
+#[derive(Deserialize)]
+struct By {
+    #[serde(default)]
     by: Option<String>,
 }
 
@@ -98,23 +105,19 @@ async fn on_locked(connection: &mut Connection, new: &NewSignal, run: &PgRow) ->
         _ if state.is_terminal() => return Ok(Signalled::WrongRunState(state)),
         // Asked again: the first one stands.
         SignalKind::Cancel if read.get("cancel_requested")? => return Ok(Signalled::Accepted { owner }),
-        SignalKind::Cancel => {}
+        SignalKind::Cancel | SignalKind::Unknown(_) => {}
         SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => {
             if let Some(refusal) = not_held(connection, new, stage).await? {
                 return Ok(refusal);
             }
         }
     }
-    let about = match &new.kind {
-        SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => Some(stage.as_str()),
-        SignalKind::Cancel | SignalKind::Retry { .. } => None,
-    };
     let query = sqlx::query(LEAVE)
         .bind(new.run.0)
         .bind(new.tenant.as_str())
         .bind(body(new)?)
         .bind(new.kind == SignalKind::Cancel)
-        .bind(about);
+        .bind(new.kind.stage().map(StageId::as_str));
     connection.rows("signals.leave", query).await?;
     Ok(Signalled::Accepted { owner })
 }
@@ -136,7 +139,10 @@ async fn reopen(connection: &mut Connection, new: &NewSignal, deadline_at: Time)
 }
 
 fn body(new: &NewSignal) -> StoreResult<String> {
-    rows::to_json("a signal", &Body { kind: new.kind.clone(), by: new.by.clone() })
+    match &new.kind {
+        SignalKind::Unknown(raw) => Ok(raw.as_ref().to_owned()),
+        kind => rows::to_json("a signal", &Body { kind, by: new.by.as_deref() }),
+    }
 }
 
 pub(crate) async fn signals(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {
@@ -153,8 +159,8 @@ pub(crate) async fn signals(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<(R
     for row in &found {
         let run = RunId(rows::id(row, "run_id", "signals")?);
         let read = Reader::new(row, "signals", run.0);
-        let body: Body = read.json("body")?;
-        let signal = Signal { id: read.get("id")?, kind: body.kind, by: body.by };
+        let kind = SignalKind::read(read.get("body")?).map_err(|error| read.corrupt("body", json_problem(&error)))?;
+        let signal = Signal { id: read.get("id")?, kind, by: read.json::<By>("body")?.by };
         match signals.last_mut().filter(|(last, _)| *last == run) {
             Some((_, of_run)) => of_run.push(signal),
             None => signals.push((run, vec![signal])),

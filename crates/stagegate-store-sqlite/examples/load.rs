@@ -45,7 +45,7 @@ struct Load {
 impl Load {
     fn run(&self, n: usize) -> NewRun {
         let id = RunId::new(self.now + Duration::from_micros(n as u64 * 500), random(n));
-        let event = |seq, kind| Event { seq, at: self.now, kind };
+        let event = |seq, kind| Event::new(seq, self.now, kind);
         NewRun {
             id,
             tenant: self.tenant.clone(),
@@ -102,7 +102,7 @@ impl Load {
             stages.push(self.record(n + 1, StageState::Running));
             kinds.push(started(&self.stages[n + 1]));
         }
-        let event = |(seq, kind)| Event { seq, at: self.now, kind };
+        let event = |(seq, kind)| Event::new(seq, self.now, kind);
         Commit {
             lease: Lease { run, epoch: Epoch(1) },
             events: (first_seq..).zip(kinds).map(event).collect(),

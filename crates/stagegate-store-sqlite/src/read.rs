@@ -178,7 +178,7 @@ pub(crate) async fn events(db: &Db, tenant: &TenantId, run: RunId, after: u64, l
         .fetch_all(db.read().await?.conn())
         .await
         .sql()?;
-    rows.iter().map(|row| Cells::new(row, "events", || run.to_string()).json("body")).collect()
+    rows.iter().map(|row| Cells::new(row, "events", || run.to_string()).read("body", Event::read_whole)).collect()
 }
 
 pub(crate) async fn news(db: &Db, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
@@ -190,7 +190,7 @@ pub(crate) async fn news(db: &Db, seen: &[(RunId, u64)], limit: u32) -> StoreRes
     let mut found: Vec<(RunId, Vec<Event>)> = Vec::new();
     for row in &rows {
         let run = records::run_id(row, "events", "run_id")?;
-        let event = Cells::new(row, "events", || run.to_string()).json("body")?;
+        let event = Cells::new(row, "events", || run.to_string()).read("body", Event::read_whole)?;
         match found.last_mut() {
             Some((last, events)) if *last == run => events.push(event),
             _ => found.push((run, vec![event])),

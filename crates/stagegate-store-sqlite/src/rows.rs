@@ -47,8 +47,12 @@ pub(crate) fn int(count: u64) -> i64 {
 
 /// JSON as stored.
 pub(crate) fn json<T: Serialize + ?Sized>(value: &T) -> StoreResult<String> {
-    serde_json::to_string(value)
-        .map_err(|error| StoreError::Defect(format!("a value cannot be written as JSON: {error}")))
+    serde_json::to_string(value).map_err(|error| unencodable(&error))
+}
+
+/// A value of ours that cannot be written as JSON, which cannot happen with string keys.
+pub(crate) fn unencodable(error: &serde_json::Error) -> StoreError {
+    StoreError::Defect(format!("a value cannot be written as JSON: {error}"))
 }
 
 /// JSON as stored, of what may be missing.
@@ -172,6 +176,15 @@ impl<'r, K: Fn() -> String> Cells<'r, K> {
             T::deserialize(text).map_err(|error| self.corrupt(column, error))
         };
         stored.map(read).transpose()
+    }
+
+    /// JSON that is read in a way of its own.
+    pub(crate) fn read<T>(
+        &self,
+        column: &'static str,
+        read: impl Fn(&str) -> Result<T, serde_json::Error>,
+    ) -> StoreResult<T> {
+        read(self.get(column)?).map_err(|error| self.corrupt(column, error))
     }
 
     /// JSON.

@@ -11,7 +11,7 @@ use crate::{
     db::{Db, Lane},
     error::Sql,
     records::run_id,
-    rows::{Cells, id_list, json, lease_list, ms, now_ms},
+    rows::{Cells, id_list, lease_list, ms, now_ms, unencodable},
 };
 
 // signal-head
@@ -80,16 +80,14 @@ pub(crate) async fn signal(db: &Db, signal: &NewSignal) -> StoreResult<Signalled
     let (state, cancelled) = (cells.word::<RunState>("state")?, cells.get::<bool>("cancel_requested")?);
     let owner = cells.get::<Option<Uuid>>("owner")?.map(ReplicaId);
     let next = match &signal.kind {
-        SignalKind::Retry { .. }
-            if matches!(state, RunState::Queued | RunState::Running | RunState::Waiting | RunState::Succeeded) =>
-        {
+        SignalKind::Retry { .. } if !state.is_terminal() || state == RunState::Succeeded => {
             Next::Answer(Signalled::WrongRunState(state))
         }
         SignalKind::Retry { .. } if cells.get("purged")? => Next::Answer(Signalled::Purged),
         SignalKind::Retry { .. } => Next::Reopen,
         _ if state.is_terminal() => Next::Answer(Signalled::WrongRunState(state)),
         SignalKind::Cancel if cancelled => Next::Answer(Signalled::Accepted { owner }),
-        SignalKind::Cancel => Next::Leave,
+        SignalKind::Cancel | SignalKind::Unknown(_) => Next::Leave,
         SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => decide(tx.conn(), signal, stage).await?,
     };
     let answer = match next {
@@ -134,15 +132,11 @@ async fn reopen(conn: &mut SqliteConnection, signal: &NewSignal) -> StoreResult<
 }
 
 async fn insert(conn: &mut SqliteConnection, signal: &NewSignal) -> StoreResult<()> {
-    let stage = match &signal.kind {
-        SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => Some(stage.as_str()),
-        SignalKind::Cancel | SignalKind::Retry { .. } => None,
-    };
     sqlx::query(INSERT)
         .bind(signal.run.0)
         .bind(signal.tenant.as_str())
-        .bind(json(&signal.kind)?)
-        .bind(stage)
+        .bind(signal.kind.body().map_err(|error| unencodable(&error))?)
+        .bind(signal.kind.stage().map(StageId::as_str))
         .bind(signal.by.as_deref())
         .execute(conn)
         .await
@@ -162,7 +156,8 @@ pub(crate) async fn signals(db: &Db, leases: &[Lease]) -> StoreResult<Vec<(RunId
     for row in sqlx::query(PENDING).bind(owned.as_str()).fetch_all(tx.conn()).await.sql()? {
         let run = run_id(&row, "signals", "run_id")?;
         let cells = Cells::new(&row, "signals", || run.to_string());
-        let signal = Signal { id: cells.get("id")?, kind: cells.json("kind")?, by: cells.get("asked_by")? };
+        let kind = cells.read("kind", SignalKind::read)?;
+        let signal = Signal { id: cells.get("id")?, kind, by: cells.get("asked_by")? };
         match found.last_mut() {
             Some((last, signals)) if *last == run => signals.push(signal),
             _ => found.push((run, vec![signal])),

@@ -7,7 +7,7 @@ use futures::StreamExt as _;
 use reqwest::{Method, StatusCode};
 use serde_json::Value;
 use sse_stream::SseStream;
-use stagegate_core::{Code, Error, Event, EventKind, Violation};
+use stagegate_core::{Code, Error, Event, Violation};
 
 /// How long one request may take; event streams are exempt.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -117,7 +117,7 @@ impl Client {
             }
             *last_seq = event.seq;
             seen(&event);
-            if matches!(event.kind, EventKind::RunFinished { .. }) {
+            if event.kind.ends_run() {
                 return Ok(Some(event));
             }
         }

@@ -109,7 +109,8 @@ impl Progress {
             EventKind::RunAccepted { .. }
             | EventKind::RunStarted
             | EventKind::StageStarted { .. }
-            | EventKind::RunFinished { .. } => return None,
+            | EventKind::RunFinished { .. }
+            | EventKind::Unknown(_) => return None,
             EventKind::RunResumed { checkpoints } => {
                 styled(WARN, &format!("↷ resumed: {checkpoints} stages have their checkpoint already"))
             }
@@ -224,14 +225,14 @@ mod tests {
     }
 
     fn line(progress: &Progress, at: DateTime<Utc>, kind: EventKind) -> String {
-        let line = progress.describe(&Event { seq: 1, at, kind }).expect("a line");
+        let line = progress.describe(&Event::new(1, at, kind)).expect("a line");
         anstream::adapter::strip_str(&line).to_string()
     }
 
     #[test]
     fn a_failed_gate_tells_its_score_its_price_its_time_and_its_reason() {
         let mut progress = Progress::new(["design"], false);
-        progress.event(&Event { seq: 1, at: at(1), kind: EventKind::StageStarted { stage: stage(), attempt: 1 } });
+        progress.event(&Event::new(1, at(1), EventKind::StageStarted { stage: stage(), attempt: 1 }));
         let retrying = EventKind::StageRetrying {
             stage: stage(),
             attempt: 1,

@@ -71,7 +71,7 @@ impl Accept {
             start_at: self.start_at,
             limits: self.limits,
             deadline_at,
-            events: vec![Event { seq: 1, at: now, kind: accepted }],
+            events: vec![Event::new(1, now, accepted)],
             stages: Vec::new(),
             lease_to,
         };
@@ -111,6 +111,7 @@ fn leased(new: &NewRun, pipeline: Arc<Pipeline>, park_after: Duration) -> Run {
         started_at: None,
         finished_at: None,
         last_signal: 0,
+        has_unknown_signal: false,
         outputs: Arc::new(vec![None; stages.len()]),
         stages,
         draft: Draft::default(),

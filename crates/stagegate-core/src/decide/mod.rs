@@ -119,6 +119,8 @@ pub struct Run {
     started_at: Option<DateTime<Utc>>,
     finished_at: Option<DateTime<Utc>>,
     stages: Vec<StageRun>,
+    /// It was asked something that this release does not know.
+    has_unknown_signal: bool,
     /// The newest signal that was taken in. Until its commit is durable it can be read again.
     last_signal: i64,
     /// By stage index; shared with the attempts that render from it.
@@ -175,6 +177,7 @@ impl Run {
             started_at: run.started_at,
             finished_at: run.finished_at,
             stages: states,
+            has_unknown_signal: false,
             last_signal: 0,
             outputs: Arc::new(outputs),
             draft: Draft::default(),
@@ -246,6 +249,10 @@ impl Run {
         // What came before a retry was meant for the life that had ended.
         let moot = signals.iter().rposition(|signal| matches!(signal.kind, SignalKind::Retry { .. })).unwrap_or(0);
         for (index, signal) in signals.into_iter().enumerate() {
+            if matches!(signal.kind, SignalKind::Unknown(_)) && index >= moot {
+                self.has_unknown_signal = true; // Left for a replica that knows it.
+                continue;
+            }
             self.draft.consumed.push(signal.id);
             if index < moot || self.state.is_terminal() {
                 continue;
@@ -260,6 +267,7 @@ impl Run {
                 SignalKind::Retry { deadline_at } => self.reopen(deadline_at, now),
                 SignalKind::Approve { stage } => self.approve(&stage, now),
                 SignalKind::Reject { stage, reason } => self.reject(&stage, &reason, now),
+                SignalKind::Unknown(_) => {}
             }
         }
     }
@@ -286,6 +294,11 @@ impl Run {
             self.draft.touch(index);
         }
         self.emit(now, EventKind::RunRetried { stages });
+    }
+
+    /// Whether it was asked something that this release does not know: another replica may.
+    pub fn has_unknown_signal(&self) -> bool {
+        self.has_unknown_signal
     }
 
     fn expire(&mut self, now: DateTime<Utc>) {
@@ -414,7 +427,9 @@ impl Run {
         let next = self.stages.iter().filter_map(|stage| stage.record.not_before).min();
         let until = next.map_or(self.deadline_at, |next| next.min(self.deadline_at));
         let pause = (until - now).to_std().unwrap_or(Duration::ZERO);
-        if pause <= self.park_after {
+        if pause <= self.park_after || self.has_unknown_signal {
+            // A parked run with a signal that nobody consumes would be claimed again at once. The driver hands it back
+            // after a while, so that a replica that knows the signal may take it.
             return; // The timer (of the stage or of the deadline) is already set.
         }
         self.state = RunState::Waiting;
@@ -449,7 +464,7 @@ impl Run {
 
     fn emit(&mut self, now: DateTime<Utc>, kind: EventKind) {
         self.last_seq += 1;
-        self.draft.events.push(crate::Event { seq: self.last_seq, at: now, kind });
+        self.draft.events.push(crate::Event::new(self.last_seq, now, kind));
     }
 
     fn stages_done(&self) -> usize {

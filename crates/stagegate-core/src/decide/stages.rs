@@ -329,7 +329,7 @@ fn reasons(assessments: &[Assessment]) -> String {
         .iter()
         .filter(|assessment| !assessment.passed)
         .map(|assessment| match assessment.evaluator {
-            Evaluator::Check => format!("{}: {}", assessment.name, assessment.reason),
+            Evaluator::Check | Evaluator::Unknown(_) => format!("{}: {}", assessment.name, assessment.reason),
             Evaluator::Judge => {
                 let Assessment { name, score, threshold, reason, .. } = assessment;
                 format!("{name} gave {score:.2}, {threshold:.2} is needed: {reason}")

@@ -54,6 +54,7 @@ impl Check {
 impl Pipeline {
     /// Reads an answer as the stage's output: text as it is; JSON parsed (a fenced code block around it is taken
     /// off). An answer that is no JSON is told by the assessment that says so.
+    #[expect(clippy::result_large_err, reason = "it is kept with the attempt, not passed on")]
     pub fn read_output(&self, stage: usize, content: &str) -> Result<Value, Assessment> {
         match self.stages[stage].output {
             OutputFormat::Text => Ok(Value::String(content.to_owned())),

@@ -138,7 +138,9 @@ impl Checks {
                 // A second one wakes nobody.
                 SignalKind::Cancel if book.cancel_at.is_some() => {}
                 SignalKind::Cancel => (book.cancel_at, book.claimable_at) = (Some(now), Some(now)),
-                SignalKind::Approve { .. } | SignalKind::Reject { .. } => book.claimable_at = Some(now),
+                SignalKind::Approve { .. } | SignalKind::Reject { .. } | SignalKind::Unknown(_) => {
+                    book.claimable_at = Some(now);
+                }
             }
         }
     }

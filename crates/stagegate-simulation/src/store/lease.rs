@@ -195,8 +195,7 @@ impl State {
         let (state, owner) = (row.record.state, row.owner);
         match &signal.kind {
             SignalKind::Retry { deadline_at } => {
-                let alive = [RunState::Queued, RunState::Running, RunState::Waiting, RunState::Succeeded];
-                if alive.contains(&state) {
+                if !state.is_terminal() || state == RunState::Succeeded {
                     return Signalled::WrongRunState(state);
                 }
                 if row.record.purged_at.is_some() {
@@ -218,7 +217,7 @@ impl State {
                 let Some(standing) = row.stages.get(stage).map(|stage| stage.state) else {
                     return Signalled::StageNotHeld(None);
                 };
-                let pending = row.signals.iter().any(|signal| decided(&signal.kind) == Some(stage));
+                let pending = row.signals.iter().any(|signal| signal.kind.stage() == Some(stage));
                 if standing != StageState::Held || pending {
                     return Signalled::StageNotHeld(Some(standing));
                 }
@@ -228,6 +227,7 @@ impl State {
                 row.record.cancel_requested = true;
                 row.wake(now);
             }
+            SignalKind::Unknown(_) => row.wake(now),
         }
         self.last_signal += 1;
         row.signals.push(Signal { id: self.last_signal, kind: signal.kind.clone(), by: signal.by.clone() });
@@ -244,14 +244,6 @@ impl State {
             }
         }
         found
-    }
-}
-
-/// The stage that a decision is about.
-fn decided(kind: &SignalKind) -> Option<&stagegate_core::StageId> {
-    match kind {
-        SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => Some(stage),
-        SignalKind::Cancel | SignalKind::Retry { .. } => None,
     }
 }
 

@@ -103,14 +103,14 @@ pub fn shares(named: &[(&str, u32, Option<u32>)]) -> Shares {
 
 /// The first event of a run.
 pub fn accepted(ms: i64) -> Event {
-    Event { seq: 1, at: at(ms), kind: EventKind::RunAccepted { pipeline: pipeline("brief-to-spec"), version: 1 } }
+    Event::new(1, at(ms), EventKind::RunAccepted { pipeline: pipeline("brief-to-spec"), version: 1 })
 }
 
 /// A run that this replica takes in the same insert, with its first stage under way.
 pub fn leased_run(ms: i64, to: ReplicaId) -> NewRun {
     let mut run = new_run(ms);
     run.lease_to = Some(to);
-    run.events.push(Event { seq: 2, at: at(ms), kind: EventKind::RunStarted });
+    run.events.push(Event::new(2, at(ms), EventKind::RunStarted));
     run.events.push(event(3, ms, "s1"));
     run.stages = vec![StageRecord {
         state: StageState::Running,
@@ -123,7 +123,7 @@ pub fn leased_run(ms: i64, to: ReplicaId) -> NewRun {
 
 /// An event about a stage.
 pub fn event(seq: u64, ms: i64, of: &str) -> Event {
-    Event { seq, at: at(ms), kind: EventKind::StageStarted { stage: stage(of), attempt: 1 } }
+    Event::new(seq, at(ms), EventKind::StageStarted { stage: stage(of), attempt: 1 })
 }
 
 /// An idempotency key whose request is told by a byte.

@@ -37,6 +37,7 @@ pub mod retention;
 pub mod signals;
 pub mod starts;
 pub mod submits;
+pub mod vocabulary;
 
 use std::{any::Any, sync::Arc};
 
@@ -199,6 +200,13 @@ macro_rules! store_contract {
                 a_deleted_run_is_gone_whole
                 a_deleted_runs_idempotency_key_is_free_again
                 a_run_that_is_being_retried_is_not_deleted
+            }
+            vocabulary {
+                an_unknown_event_comes_back_byte_for_byte
+                unknown_fields_of_a_known_event_come_back_byte_for_byte
+                unknown_words_of_rows_come_back_as_they_were
+                an_unknown_run_state_is_shown_as_it_is
+                an_unknown_signal_is_carried_until_it_is_consumed
             }
             keys {
                 a_key_is_found_by_its_hash

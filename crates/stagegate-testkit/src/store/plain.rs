@@ -108,7 +108,7 @@ pub(super) fn passing(lease: Lease, last_seq: u64, ended: &[(&str, i64)], begun:
         let running = StageRecord { state: StageState::Running, attempt: 1, ..StageRecord::pending(stage(of)) };
         plain.stages.push(StageRecord { started_at: Some(at(last)), ..running });
     }
-    plain.events = (last_seq + 1..).zip(kinds).map(|(seq, (ms, kind))| Event { seq, at: at(ms), kind }).collect();
+    plain.events = (last_seq + 1..).zip(kinds).map(|(seq, (ms, kind))| Event::new(seq, at(ms), kind)).collect();
     plain
 }
 
@@ -123,7 +123,7 @@ fn ending(lease: Lease, last_seq: u64, ended: &[(&str, i64)], of: &[&str]) -> Co
     let ms = ended.last().map_or(10, |(_, ms)| *ms);
     let seq = last_seq + 1 + last.events.len() as u64;
     let kind = EventKind::RunFinished { state: RunState::Succeeded, failure: None, totals: Totals::default() };
-    last.events.push(Event { seq, at: at(ms), kind });
+    last.events.push(Event::new(seq, at(ms), kind));
     Commit {
         state: RunState::Succeeded,
         finished_at: Some(at(ms)),
@@ -194,7 +194,7 @@ impl Story {
         };
         let begun = EventKind::StageStarted { stage: stage("s6"), attempt: 2 };
         Commit {
-            events: vec![Event { seq: last_seq + 1, at: at(50), kind: begun }],
+            events: vec![Event::new(last_seq + 1, at(50), begun)],
             stages: vec![again],
             attempts: vec![(stage("s6"), attempt)],
             ..step(self.lease, last_seq)

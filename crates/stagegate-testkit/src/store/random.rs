@@ -272,11 +272,11 @@ impl World {
     }
 
     fn event(&self, seq: u64, kind: EventKind) -> Event {
-        Event { seq, at: at(self.now), kind }
+        Event::new(seq, at(self.now), kind)
     }
 
     fn stage_record(&mut self, id: &str) -> StageRecord {
-        let state = pick(&mut self.rng, &StageState::ALL).unwrap_or_default();
+        let state = pick(&mut self.rng, StageState::ALL).unwrap_or_default();
         let some = self.rng.random_bool(0.5);
         StageRecord {
             id: stage(id),
@@ -559,7 +559,7 @@ impl World {
         } else {
             Labels::new()
         };
-        let states: Vec<RunState> = RunState::ALL.into_iter().filter(|_| self.rng.random_bool(0.5)).collect();
+        let states: Vec<RunState> = RunState::ALL.iter().copied().filter(|_| self.rng.random_bool(0.5)).collect();
         let query = RunQuery {
             tenant: of,
             pipeline: self.rng.random_bool(0.3).then(|| pipeline(pick(&mut self.rng, &PIPELINES).unwrap_or("a"))),

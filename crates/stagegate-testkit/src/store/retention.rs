@@ -60,7 +60,7 @@ pub async fn retention_walks_through_all_runs(subject: Subject) {
         finished_at,
         purged: false,
     };
-    for (n, state) in (0..).zip(RunState::ALL.into_iter().filter(|state| state.is_terminal())) {
+    for (n, state) in (0..).zip(RunState::ALL.iter().copied().filter(|state| state.is_terminal())) {
         let (run, _) = ended(store, n, owner, state).await;
         expected.push(kept(&run, state, Some(at(20))));
     }

@@ -50,9 +50,9 @@ impl FromQuery for RunsQuery {
 
     fn read(fields: &mut Fields) -> Self {
         let PageQuery { cursor, limit } = PageQuery::read(fields);
-        let states = RunState::ALL.map(RunState::as_str).join(", ");
+        let states = RunState::ALL.iter().map(|state| state.as_str()).collect::<Vec<_>>().join(", ");
         let mut state = fields
-            .many("state", true, |text| RunState::parse(text).ok_or_else(|| format!("a state is one of {states}")));
+            .many("state", true, |text| RunState::known(text).ok_or_else(|| format!("a state is one of {states}")));
         // The same filters in another order are the same list.
         state.sort_by_key(|state| state.as_str());
         state.dedup();
