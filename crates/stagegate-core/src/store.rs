@@ -75,6 +75,27 @@ impl StoreError {
 /// The result of a store method.
 pub type StoreResult<T> = Result<T, StoreError>;
 
+/// Whether the disk was full when runs were last written, so that a store's answer to [`Store::ping`] tells of it.
+#[derive(Debug, Default)]
+pub struct DiskWatch(std::sync::atomic::AtomicBool);
+
+impl DiskWatch {
+    /// Notes what came of a write.
+    pub fn note<T>(&self, written: StoreResult<T>) -> StoreResult<T> {
+        match &written {
+            Ok(_) => self.0.store(false, std::sync::atomic::Ordering::Relaxed),
+            Err(StoreError::Full(_)) => self.0.store(true, std::sync::atomic::Ordering::Relaxed),
+            Err(_) => {}
+        }
+        written
+    }
+
+    /// Whether it was full.
+    pub fn is_full(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
 // ---- Pipelines ----------------------------------------------------------------------------------------------
 
 /// A definition to be registered.
@@ -204,6 +225,8 @@ pub struct Pulse {
     pub signalled: Vec<RunId>,
     /// What every live replica can read and do; see [`Capabilities::common`].
     pub common: Capabilities,
+    /// The database's time, between when it was asked and when it answered; None where it was not told.
+    pub now: Option<DateTime<Utc>>,
 }
 
 /// A replica's exclusive right to execute a run.
@@ -528,7 +551,8 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Revokes a key; false where there is none. Revoking twice changes nothing.
     async fn revoke_key(&self, id: KeyId, now: DateTime<Utc>) -> StoreResult<bool>;
 
-    /// Answers if the database does.
+    /// Answers if the database does. Where its disk was full when runs were last written, it is tried with a write of
+    /// its own, and fails with [`StoreError::Full`] until one succeeds.
     async fn ping(&self) -> StoreResult<()>;
 
     /// `postgres` or `sqlite`, for people and metrics.

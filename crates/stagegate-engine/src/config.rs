@@ -44,6 +44,9 @@ pub struct EngineConfig {
     /// How long after the last replica of the previous release was seen this release writes nothing that the previous one
     /// cannot read. So long you can go back to it; after that the database refuses its replicas.
     pub way_back: Span,
+    /// How far a machine's clock may be from the database's, by which all is judged. Past it the replica takes no work and
+    /// `/readyz` says so, until the clock is set.
+    pub clock_skew_max: Span,
 }
 
 /// What one tenant may have.
@@ -98,6 +101,7 @@ impl Default for EngineConfig {
             retention: default_retention(),
             retention_every: Span(Duration::from_mins(15)),
             way_back: Span(Duration::from_hours(1)),
+            clock_skew_max: Span(Duration::from_secs(30)),
         }
     }
 }

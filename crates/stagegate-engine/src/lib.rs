@@ -10,6 +10,7 @@ mod api;
 mod batch;
 mod books;
 mod budget;
+mod clock;
 pub mod config;
 mod follow;
 mod kinds;
@@ -43,6 +44,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
 pub use follow::EventBatch;
 
+use clock::DatabaseClock;
 use pipelines::Pipelines;
 use shared::Shared;
 
@@ -99,11 +101,15 @@ impl Engine {
         let submits = writer::submits(&background, &store, batch_max);
         let pipelines = Pipelines::new(&background, Arc::clone(&store));
         let replica = replica::new_replica_id(clock.now(), rng.random());
+        let clock = Arc::new(DatabaseClock::new(clock, config.clock_skew_max.0, metrics.clone()));
         let shared = Shared::new(config, store, llm, metrics, clock, rng, steps, submits, pipelines, replica, hints);
         let shared = Arc::new(shared);
         let entered = Instant::now();
         let pulse = shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
         shared.learn_common(pulse.common);
+        if let Some(now) = pulse.now {
+            shared.database_clock.learn(now, entered);
+        }
         let stop = CancellationToken::new();
         background.spawn(replica::beat(Arc::clone(&shared), entered, stop.clone()));
         background.spawn(replica::claim(Arc::clone(&shared)));
@@ -275,6 +281,11 @@ impl Engine {
     /// The clock that everything here runs by.
     pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.shared.clock
+    }
+
+    /// Whether this machine's clock is further from the database's than it may be: this replica takes no work.
+    pub fn is_skewed(&self) -> bool {
+        self.shared.database_clock.is_skewed()
     }
 
     /// This life of this replica.

@@ -92,6 +92,9 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
             Some((asked, Ok(pulse))) if pulse.alive => {
                 (renewed, next) = (asked, asked + every);
                 shared.learn_common(pulse.common);
+                if let Some(now) = pulse.now {
+                    shared.database_clock.learn(now, asked);
+                }
                 shared.renewed(renewed + fence_after);
                 if shared.life().is_none() {
                     shared.begin_life(beat.replica);
@@ -172,7 +175,7 @@ pub(crate) async fn claim(shared: Arc<Shared>) {
 
 /// One look for work, as much as there is room for. Returns how many runs it took up.
 async fn look(shared: &Arc<Shared>, first: OwnedSemaphorePermit) -> Result<usize, Error> {
-    let Some(life) = shared.life() else { return Ok(0) };
+    let Some(life) = shared.life().filter(|_| !shared.database_clock.is_skewed()) else { return Ok(0) };
     let mut permits = vec![first];
     while permits.len() < CLAIM_MAX
         && let Ok(permit) = Arc::clone(&shared.room).try_acquire_owned()

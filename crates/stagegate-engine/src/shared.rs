@@ -34,6 +34,7 @@ use tracing::Instrument;
 use crate::{
     admission::Admission,
     batch::Batcher,
+    clock::DatabaseClock,
     config::EngineConfig,
     follow::Hub,
     pipelines::Pipelines,
@@ -73,7 +74,10 @@ pub(crate) struct Shared {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) llm: Arc<Llm>,
     pub(crate) metrics: Metrics,
+    /// What is judged by time is judged by this: the database's time.
     pub(crate) clock: Arc<dyn Clock>,
+    /// The same, where heartbeats correct it.
+    pub(crate) database_clock: Arc<DatabaseClock>,
     rng: Mutex<StdRng>,
     /// Until when the leases count, as far as the last heartbeat told; None before the first.
     fence_at: Mutex<Option<Instant>>,
@@ -118,7 +122,7 @@ impl Shared {
         store: Arc<dyn Store>,
         llm: Arc<Llm>,
         metrics: Metrics,
-        clock: Arc<dyn Clock>,
+        database_clock: Arc<DatabaseClock>,
         rng: StdRng,
         steps: Batcher<Commit, Committed>,
         submits: Batcher<NewRun, Submitted>,
@@ -133,7 +137,8 @@ impl Shared {
             store,
             llm,
             metrics,
-            clock,
+            clock: Arc::<DatabaseClock>::clone(&database_clock),
+            database_clock,
             rng: Mutex::new(rng),
             hub: Arc::default(),
             whisper: Whisper::new(hints),

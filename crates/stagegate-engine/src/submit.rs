@@ -26,6 +26,10 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         return Err(Error::new(Code::Draining, "this replica is shutting down; send the request again")
             .retry_after(std::time::Duration::from_secs(1)));
     }
+    if shared.database_clock.is_skewed() {
+        let message = "this replica's clock is too far from the database's (engine.clock_skew_max); ask another one";
+        return Err(Error::new(Code::Unavailable, message).retry_after(std::time::Duration::from_secs(1)));
+    }
     let Submit { tenant, pipeline, version, input, cache_mode, priority, labels, idempotency, start_at, request_id } =
         submit;
     let (pipeline, version) = crate::known_pipeline(shared, &tenant, &pipeline, version).await?;

@@ -197,22 +197,93 @@ fn answer(answers: Vec<Answer>, results: Vec<Committed>) {
 /// the next look at what this replica owns resolve.
 pub(crate) fn submits(tracker: &TaskTracker, store: &Arc<dyn Store>, batch_max: usize) -> Batcher<NewRun, Submitted> {
     let store = Arc::clone(store);
-    Batcher::start(tracker, batch_max, move |batch| write_submits(Arc::clone(&store), batch))
+    Batcher::start(tracker, batch_max, move |batch| {
+        write_submits(Arc::clone(&store), batch, |store, runs| store.submit(runs))
+    })
 }
 
-async fn write_submits(store: Arc<dyn Store>, batch: Vec<Entry<NewRun, Submitted>>) {
-    let (runs, answers): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-    match store.submit(&runs).await {
-        Ok(results) => {
-            for (answer, result) in answers.into_iter().zip(results) {
-                let _ = answer.send(Ok(result)); // A caller who hung up finds its run by its key.
+/// [`Store::submit`].
+type Insert = for<'a> fn(&'a dyn Store, &'a [NewRun]) -> BoxFuture<'a, StoreResult<Vec<Submitted>>>;
+
+/// Writes a batch. One that the store refuses for good holds a run that cannot be taken: it is halved until that one fails
+/// alone, with its reason.
+async fn write_submits(store: Arc<dyn Store>, batch: Vec<Entry<NewRun, Submitted>>, insert: Insert) {
+    let (mut runs, mut answers): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+    // What is still to be written ends in parts of these sizes.
+    let mut parts = vec![runs.len()];
+    while let Some(size) = parts.pop() {
+        let part = runs.split_off(runs.len() - size);
+        match insert(&*store, &part).await {
+            Ok(results) => {
+                for (answer, result) in answers.split_off(answers.len() - size).into_iter().zip(results) {
+                    let _ = answer.send(Ok(result)); // A caller who hung up finds its run by its key.
+                }
+            }
+            Err(error) if size > 1 && !error.is_retryable() => {
+                tracing::error!(%error, runs = size, "the store refused a batch of submits; it is halved");
+                runs.extend(part);
+                parts.extend([size / 2, size - size / 2]);
+            }
+            Err(error) => {
+                let error = Error::from(error);
+                for answer in answers.split_off(answers.len() - size) {
+                    let _ = answer.send(Err(error.clone()));
+                }
             }
         }
-        Err(error) => {
-            let error = Error::from(error);
-            for answer in answers {
-                let _ = answer.send(Err(error.clone()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stagegate_core::Code;
+    use stagegate_store_sqlite::SqliteStore;
+    use stagegate_testkit::store::fixtures::new_run;
+
+    use super::*;
+
+    const BAD: i16 = 13;
+
+    /// Refuses a batch with a bad run, as a database does: whole.
+    fn refusing<'a>(store: &'a dyn Store, runs: &'a [NewRun]) -> BoxFuture<'a, StoreResult<Vec<Submitted>>> {
+        if runs.iter().any(|run| run.priority == BAD) {
+            return std::future::ready(Err(StoreError::Defect("no such value".to_owned()))).boxed();
+        }
+        store.submit(runs)
+    }
+
+    fn away<'a>(_: &'a dyn Store, _: &'a [NewRun]) -> BoxFuture<'a, StoreResult<Vec<Submitted>>> {
+        std::future::ready(Err(StoreError::Unavailable("away".to_owned()))).boxed()
+    }
+
+    async fn written(runs: Vec<NewRun>, insert: Insert) -> Vec<Result<Submitted, Error>> {
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::in_memory().await.expect("a store"));
+        let (mut batch, mut answers) = (Vec::new(), Vec::new());
+        for run in runs {
+            let (answer, answered) = tokio::sync::oneshot::channel();
+            batch.push((run, answer));
+            answers.push(answered);
+        }
+        write_submits(store, batch, insert).await;
+        futures::future::join_all(answers).await.into_iter().map(|answer| answer.expect("answered")).collect()
+    }
+
+    #[tokio::test]
+    async fn a_submit_that_the_store_refuses_fails_alone_with_its_reason() {
+        let run = |n: i64| NewRun { priority: if n == 3 || n == 7 { BAD } else { 0 }, ..new_run(n) };
+        for (n, answer) in (0..).zip(written((0..11).map(run).collect(), refusing).await) {
+            match answer {
+                Ok(answer) => assert!(n != 3 && n != 7 && matches!(answer, Submitted::Accepted(None)), "{n}"),
+                Err(error) => {
+                    assert!((n == 3 || n == 7) && error.to_string().contains("no such value"), "{n}: {error}")
+                }
             }
         }
+    }
+
+    #[tokio::test]
+    async fn submits_that_meet_an_outage_are_asked_for_once_and_all_told() {
+        let answers = written((0..4).map(new_run).collect(), away).await;
+        assert!(answers.iter().all(|answer| matches!(answer, Err(error) if error.code == Code::Unavailable)));
     }
 }

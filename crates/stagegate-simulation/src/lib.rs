@@ -59,6 +59,8 @@ pub enum Flaw {
     StartIgnored,
     /// A claim takes whoever has waited longest, whatever the priorities.
     PriorityIgnored,
+    /// A heartbeat does not tell the database's time, so that replicas judge by clocks that are wrong.
+    TimeUntold,
     /// The first call makes its driver panic; the engine catches that and goes on.
     DriverPanics,
 }

@@ -53,8 +53,14 @@ fn refused(name: &'static str, error: &dyn DatabaseError) -> StoreError {
         other if ["08", "53", "57", "58"].iter().any(|class| other.starts_with(class)) => {
             StoreError::Unavailable(format!("{name}: {} ({code})", error.message()))
         }
-        // wrong password, no such database, role or right: these messages name objects, no values
-        other if ["28", "3D", "42", "3F"].iter().any(|class| other.starts_with(class)) => {
+        // A password that was rotated, or a role that may not log in just now: the same as a database that is away. It
+        // needs somebody's hand, and no run may fail meanwhile.
+        other if other.starts_with("28") => StoreError::Unavailable(format!(
+            "{name}: the database refuses the login: {} ({code}); is the password in the database's URL still right?",
+            error.message()
+        )),
+        // no such database, role or right: these messages name objects, no values
+        other if ["3D", "42", "3F"].iter().any(|class| other.starts_with(class)) => {
             StoreError::Defect(format!("{name}: {} ({code})", error.message()))
         }
         _ => {

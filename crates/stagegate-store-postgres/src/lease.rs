@@ -38,7 +38,8 @@ WITH beat AS (
 )
 SELECT EXISTS (SELECT FROM beat) AS alive,
        ARRAY(SELECT r.id FROM runs r JOIN beat ON beat.id = r.owner WHERE r.signalled ORDER BY r.id) AS signalled,
-       common_capabilities_3($1, $6, $7, $8 * interval '1 millisecond') AS common";
+       common_capabilities_3($1, $6, $7, $8 * interval '1 millisecond') AS common,
+       clock_timestamp() AS moment";
 
 /// Takes runs that can go on: one look at some of the lanes. What it does is told at the function (migration 0003).
 pub const CLAIM: &str = "/* runs.claim */
@@ -125,7 +126,8 @@ pub(crate) async fn heartbeat(pool: &Pool, compact: &Gate, beat: &Heartbeat) -> 
     let (signalled, common): (Vec<Uuid>, Vec<String>) = (read.get("signalled")?, read.get("common")?);
     let common = Capabilities::of_words(common.iter().map(String::as_str));
     compact.learn(&common);
-    Ok(Pulse { alive: read.get("alive")?, signalled: signalled.into_iter().map(RunId).collect(), common })
+    let signalled = signalled.into_iter().map(RunId).collect();
+    Ok(Pulse { alive: read.get("alive")?, signalled, common, now: Some(read.get("moment")?) })
 }
 
 /// For how many tenants with many lanes it is remembered where the next look goes on.

@@ -31,9 +31,9 @@ use stagegate_core::{
     Event, KeyId, PipelineName, ReplicaId, RunId, Secret, StageId, Store, StoreResult, TenantId,
     fair::Shares,
     store::{
-        ApiKey, Backlog, Commit, Committed, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal, NewVersion,
-        PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot,
-        StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal,
+        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
+        Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -49,7 +49,13 @@ pub struct PostgresStore {
     pool: Pool,
     turn: Arc<lease::Turn>,
     compact: compact::Gate,
+    disk: Arc<DiskWatch>,
 }
+
+/// Writes where payloads go, and more than the free room of a page.
+const TRIAL: &str = "/* ping.write */
+INSERT INTO run_payloads (run_id, tenant, input)
+SELECT gen_random_uuid(), '', string_agg(md5(random()::text), '') FROM generate_series(1, 2000)";
 
 impl PostgresStore {
     /// Connects, so that a wrong address is told at once. Does not look at the schema.
@@ -58,6 +64,7 @@ impl PostgresStore {
             pool: Pool::connect(url, pool, metrics).await?,
             turn: Arc::default(),
             compact: compact::Gate::default(),
+            disk: Arc::default(),
         })
     }
 
@@ -122,7 +129,7 @@ impl Store for PostgresStore {
     }
 
     async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
-        submit::submit(&self.pool, runs, self.compact.is_open()).await
+        self.disk.note(submit::submit(&self.pool, runs, self.compact.is_open()).await)
     }
 
     async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
@@ -170,7 +177,7 @@ impl Store for PostgresStore {
     }
 
     async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
-        commit::commit(&self.pool, commits, self.compact.is_open()).await
+        self.disk.note(commit::commit(&self.pool, commits, self.compact.is_open()).await)
     }
 
     async fn release(&self, leases: &[Lease]) -> StoreResult<()> {
@@ -231,7 +238,13 @@ impl Store for PostgresStore {
 
     async fn ping(&self) -> StoreResult<()> {
         let mut connection = self.pool.acquire("ping").await?;
-        connection.rows("ping", sqlx::query("/* ping */ SELECT 1")).await.map(|_| ())
+        connection.rows("ping", sqlx::query("/* ping */ SELECT 1")).await?;
+        if self.disk.is_full() {
+            // Ends with its connection, and leaves nothing.
+            connection.begin().await?;
+            self.disk.note(connection.rows("ping.write", sqlx::query(TRIAL)).await)?;
+        }
+        Ok(())
     }
 
     fn kind(&self) -> &'static str {

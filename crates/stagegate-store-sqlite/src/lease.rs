@@ -30,6 +30,9 @@ const BEAT: &str = concat!(
      WHERE dead_at IS NULL RETURNING id"
 );
 
+// database-time
+const NOW: &str = concat!("SELECT ", now_ms!());
+
 // signalled-runs
 pub(crate) const SIGNALLED: &str = "SELECT id FROM runs WHERE owner = ?1 AND signalled = 1";
 
@@ -88,9 +91,11 @@ pub(crate) async fn heartbeat(db: &Db, beat: &Heartbeat) -> StoreResult<Pulse> {
         let runs: Vec<Uuid> = sqlx::query_scalar(SIGNALLED).bind(beat.replica.0).fetch_all(tx.conn()).await.sql()?;
         signalled.extend(runs.into_iter().map(RunId));
     }
+    let now: i64 = sqlx::query_scalar(NOW).fetch_one(tx.conn()).await.sql()?;
+    let now = chrono::DateTime::from_timestamp_millis(now);
     tx.commit().await?;
     // One process uses the file: what it can do is common.
-    Ok(Pulse { alive: alive.is_some(), signalled, common: beat.capabilities.clone() })
+    Ok(Pulse { alive: alive.is_some(), signalled, common: beat.capabilities.clone(), now })
 }
 
 /// Declares dead the replicas that are out of time; their runs are ready.

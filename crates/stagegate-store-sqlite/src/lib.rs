@@ -43,9 +43,9 @@ use stagegate_core::{
     cache::CacheTier,
     fair::Shares,
     store::{
-        ApiKey, Backlog, Commit, Committed, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal, NewVersion,
-        PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot,
-        StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal,
+        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
+        Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -58,6 +58,7 @@ use error::Sql;
 #[derive(Debug, Clone)]
 pub struct SqliteStore {
     db: Arc<Db>,
+    disk: Arc<DiskWatch>,
 }
 
 impl SqliteStore {
@@ -76,7 +77,7 @@ impl SqliteStore {
     async fn open_with(options: SqliteConnectOptions, path: &Path, metrics: Metrics) -> StoreResult<Self> {
         schema::create_file(path)?;
         let writer = schema::open(&options, path).await?;
-        Ok(Self { db: Arc::new(Db::new(options, writer, None, metrics)) })
+        Ok(Self { db: Arc::new(Db::new(options, writer, None, metrics)), disk: Arc::default() })
     }
 
     /// A store that lives in memory, for tests: gone with its last clone.
@@ -86,7 +87,7 @@ impl SqliteStore {
         let options = schema::memory_options(&name);
         let anchor = options.connect().await.sql()?;
         let writer = schema::open(&options, Path::new(&name)).await?;
-        Ok(Self { db: Arc::new(Db::new(options, writer, Some(anchor), Metrics::new())) })
+        Ok(Self { db: Arc::new(Db::new(options, writer, Some(anchor), Metrics::new())), disk: Arc::default() })
     }
 
     /// The response cache's shared tier, in the same file.
@@ -109,6 +110,21 @@ async fn ping(db: &Db) -> StoreResult<()> {
     // ping: reads the file, not just the connection.
     let _: i64 =
         sqlx::query_scalar("SELECT count(*) FROM cache_size").fetch_one(db.read().await?.conn()).await.sql()?;
+    Ok(())
+}
+
+/// Writes some pages where no tenant can be, and removes them.
+async fn try_to_write(db: &Db) -> StoreResult<()> {
+    // ping-write, ping-unwrite
+    let statements = [
+        "INSERT INTO cache_floors (tenant, scope, floor) VALUES ('', hex(randomblob(100000)), 0)",
+        "DELETE FROM cache_floors WHERE tenant = ''",
+    ];
+    for sql in statements {
+        let mut tx = db.write(db::Lane::Runs).await?;
+        sqlx::query(sql).execute(tx.conn()).await.sql()?;
+        tx.commit().await?;
+    }
     Ok(())
 }
 
@@ -147,7 +163,7 @@ impl Store for SqliteStore {
     }
 
     async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
-        submit::submit(&self.db, runs).await
+        self.disk.note(submit::submit(&self.db, runs).await)
     }
 
     async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
@@ -195,7 +211,7 @@ impl Store for SqliteStore {
     }
 
     async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {
-        commit::commit(&self.db, commits).await
+        self.disk.note(commit::commit(&self.db, commits).await)
     }
 
     async fn release(&self, leases: &[Lease]) -> StoreResult<()> {
@@ -255,7 +271,8 @@ impl Store for SqliteStore {
     }
 
     async fn ping(&self) -> StoreResult<()> {
-        ping(&self.db).await
+        ping(&self.db).await?;
+        if self.disk.is_full() { self.disk.note(try_to_write(&self.db).await) } else { Ok(()) }
     }
 
     fn kind(&self) -> &'static str {

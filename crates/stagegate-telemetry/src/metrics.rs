@@ -134,6 +134,8 @@ catalogue! {
     leases_held: IntGauge = "stagegate_leases_held" [];
     /// Leases that this replica lost to a take-over.
     leases_lost: IntCounter = "stagegate_leases_lost_total" [];
+    /// Seconds by which this machine's clock is ahead of the database's, as of the last heartbeat.
+    clock_skew: Gauge = "stagegate_clock_skew_seconds" [];
     /// Runs that this replica claimed from the queue or from dead replicas.
     runs_claimed: IntCounter = "stagegate_runs_claimed_total" [];
 

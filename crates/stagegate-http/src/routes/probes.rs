@@ -124,6 +124,10 @@ async fn look(shared: &Shared) -> Readiness {
     let store = shared.engine.store();
     let (ping, health) = tokio::join!(timed(store.ping()), timed(shared.engine.llm().health()));
     let mut dependencies = of_store(store.kind(), ping);
+    if shared.engine.is_skewed() {
+        let message = "this machine's clock is too far from the database's (engine.clock_skew_max): set it";
+        dependencies.push(dependency("clock", store.kind(), Condition::Down, None, Some(message)));
+    }
     match health {
         Some((health, _)) => dependencies.extend(of_llm(&health)),
         None => dependencies.push(dependency(
@@ -166,6 +170,11 @@ fn of_store(kind: &str, ping: Option<(Result<(), StoreError>, Duration)>) -> Vec
             tracing::warn!(%error, "the database's schema does not fit");
             let message = "the schema does not fit this binary: see `stagegate migrate`";
             vec![store(Condition::Ok, Some(latency), None), schema(Condition::Down, Some(message))]
+        }
+        Some((Err(error @ StoreError::Full(_)), latency)) => {
+            tracing::warn!(%error, "the store's disk is full");
+            let message = "its disk is full: nothing is accepted until there is room";
+            vec![store(Condition::Down, Some(latency), Some(message))]
         }
         Some((Err(error), latency)) => {
             tracing::warn!(%error, "the store does not answer a probe");

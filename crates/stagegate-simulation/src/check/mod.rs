@@ -32,6 +32,8 @@ pub enum Promise {
     SlotsAreLeases,
     /// A run that is to start later does not start before.
     StartIsKept,
+    /// A run does not expire before its deadline, by the database's time.
+    DeadlineIsKept,
     /// A claim passes over nobody of a higher priority who waits in the same lane.
     PriorityIsKept,
     /// Nothing panics, whoever catches it.
@@ -51,6 +53,7 @@ impl fmt::Display for Promise {
             Self::EventsAreComplete => "7, events are complete",
             Self::SlotsAreLeases => "11, slots are leases",
             Self::StartIsKept => "that a run starts when it is due",
+            Self::DeadlineIsKept => "that a run does not expire before its deadline",
             Self::PriorityIsKept => "that priority goes first",
             Self::NoPanic => "that nothing panics",
         })

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use stagegate_core::{
-    Epoch, Event, EventKind, ReplicaId, RunId, StageId, Totals,
+    Epoch, Event, EventKind, ReplicaId, RunId, RunState, StageId, Totals,
     fair::Limits,
     store::{
         Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, SignalKind, Signalled, Submitted,
@@ -13,11 +13,16 @@ use stagegate_core::{
 use super::{Checked, Checks, Promise};
 use crate::store::{EPOCH_MS, State};
 
+/// How far a replica's time may be from the database's, at most: what an answer takes that is slow.
+const CLOCK_ERROR_MAX_MS: i64 = 2_000;
+
 /// What is known of a run.
 #[derive(Debug)]
 pub(super) struct Book {
     pub(super) name: String,
     pub(super) pipeline: stagegate_core::PipelineName,
+    /// When it expires, in milliseconds of the world.
+    pub(super) deadline_ms: i64,
     pub(super) cancel_at: Option<i64>,
     pub(super) checkpoints: BTreeSet<StageId>,
     pub(super) started: BTreeSet<StageId>,
@@ -62,6 +67,7 @@ impl Checks {
             priority: new.priority,
             starts_at,
             claimable_at: Some(starts_at.map_or(self.now_ms, |at| at.max(self.now_ms))),
+            deadline_ms: new.deadline_at.timestamp_millis() - EPOCH_MS,
             cancel_at: None,
             checkpoints: BTreeSet::new(),
             started: BTreeSet::new(),
@@ -187,6 +193,7 @@ impl Checks {
     }
 
     fn event(&mut self, run: RunId, event: &Event) -> Checked {
+        let now = self.now_ms;
         let Some(book) = self.runs.get_mut(&run) else { return Ok(()) };
         book.last_seq = event.seq;
         let name = book.name.clone();
@@ -196,8 +203,17 @@ impl Checks {
             return self.broken(Promise::AcceptedMeansFinished, format!("{name} {what}: {}", event.kind.name()));
         }
         match &event.kind {
-            EventKind::RunFinished { .. } => book.ended = true,
-            EventKind::RunRetried { .. } => book.ended = false,
+            EventKind::RunFinished { state, .. } => {
+                book.ended = true;
+                let early_ms = book.deadline_ms - now;
+                if *state == RunState::Expired && early_ms > CLOCK_ERROR_MAX_MS {
+                    return self.broken(Promise::DeadlineIsKept, format!("{name} expired {early_ms} ms too early"));
+                }
+            }
+            EventKind::RunRetried { .. } => {
+                // Its new deadline is not told here: it is taken for any.
+                (book.ended, book.deadline_ms) = (false, i64::MIN / 2);
+            }
             EventKind::StageStarted { stage, .. } => {
                 book.started.insert(stage.clone());
                 if let Some(book) = self.runs.get(&run) {

@@ -37,7 +37,8 @@ impl State {
         let signalled = marked.map(|row| row.record.id).collect();
         let live = self.replicas.values().filter(|replica| replica.is_alive(now));
         let common = live.fold(beat.capabilities.clone(), |common, replica| common.and(&replica.capabilities));
-        Pulse { alive: true, signalled, common }
+        let told = chrono::DateTime::from_timestamp_millis(now).filter(|_| flaw != Flaw::TimeUntold);
+        Pulse { alive: true, signalled, common, now: told }
     }
 
     fn owned_rows(&self, replica: ReplicaId) -> impl Iterator<Item = &Row> {

@@ -71,6 +71,11 @@ fn a_claim_before_the_start_is_caught() {
 }
 
 #[test]
+fn a_heartbeat_that_does_not_tell_the_time_is_caught() {
+    assert_eq!(caught(Flaw::TimeUntold), Promise::DeadlineIsKept);
+}
+
+#[test]
 fn a_claim_that_ignores_priorities_is_caught() {
     assert_eq!(caught(Flaw::PriorityIgnored), Promise::PriorityIsKept);
 }

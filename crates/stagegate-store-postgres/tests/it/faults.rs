@@ -287,3 +287,47 @@ async fn a_run_that_somebody_holds_does_not_keep_the_others_from_being_handed_ba
     both.sort_unstable();
     assert_eq!(taken, both, "what a replica that left still owned is found by a claim");
 }
+
+#[tokio::test]
+async fn a_ping_tells_of_a_full_disk_until_a_write_succeeds() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let full = "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$;
+                CREATE TRIGGER full_disk BEFORE INSERT ON run_payloads FOR EACH ROW EXECUTE FUNCTION full_disk()";
+    connection.execute(full).await.expect("fills the disk");
+    store.ping().await.expect("nothing was written yet");
+    let error = store.submit(&[new_run(1)]).await.expect_err("the disk is full");
+    assert!(matches!(error, StoreError::Full(_)), "{error}");
+    for _ in 0..2 {
+        let error = store.ping().await.expect_err("the disk is full");
+        assert!(matches!(error, StoreError::Full(_)), "{error}");
+    }
+    connection.execute("DROP TRIGGER full_disk ON run_payloads").await.expect("makes room");
+    store.ping().await.expect("there is room");
+    store.submit(&[new_run(1)]).await.expect("accepted");
+    let row: (i64,) =
+        sqlx::query_as("SELECT count(*) FROM run_payloads").fetch_one(&mut connection).await.expect("reads");
+    assert_eq!(row.0, 1, "the trial left nothing");
+}
+
+#[tokio::test]
+async fn a_login_that_is_refused_for_a_while_is_an_outage() {
+    let (_store, server, database) = private(&PoolConfig::default()).await;
+    let mut operator = PgConnection::connect(database.url()).await.expect("connects");
+    operator.execute("CREATE ROLE rotated SUPERUSER LOGIN").await.expect("makes a role");
+    let url = database.url().replace("stagegate@", "rotated@");
+    assert_ne!(url, database.url());
+    let store = crate::connect(&url, &PoolConfig::default()).await;
+    store.ping().await.expect("it may log in");
+    operator.execute("ALTER ROLE rotated NOLOGIN").await.expect("alters");
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'rotated'";
+    operator.execute(end).await.expect("ends its sessions");
+    for _ in 0..3 {
+        let error = store.ping().await.expect_err("it may not log in");
+        assert!(error.is_retryable(), "{error}");
+    }
+    operator.execute("ALTER ROLE rotated LOGIN").await.expect("alters");
+    until_answered(|| store.ping()).await;
+    drop(server);
+}

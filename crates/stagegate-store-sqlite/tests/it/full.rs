@@ -70,3 +70,21 @@ async fn a_commit_that_does_not_fit_can_be_repeated() {
     }
     assert_eq!(commit(&store, &step(lease, 3)).await, Committed::Now, "a small one fits");
 }
+
+#[tokio::test]
+async fn a_ping_tells_of_a_full_disk_until_a_write_succeeds() {
+    let (_folder, path) = folder();
+    let store = bounded(&path).await;
+    store.ping().await.expect("there is room");
+    let big = |n| NewRun { input: json!("x".repeat(50_000)).into(), ..new_run(n) };
+    let mut n = 0;
+    while store.submit(&[big(n)]).await.is_ok() {
+        n += 1;
+    }
+    for _ in 0..2 {
+        let error = store.ping().await.expect_err("the disk is full");
+        assert!(matches!(error, StoreError::Full(_)), "{error}");
+    }
+    submit(&store, &new_run(1_000)).await;
+    store.ping().await.expect("a write succeeded");
+}
