@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::{
-    StoreError,
+    StoreError, evaluation,
     word::{self, Word},
 };
 
@@ -351,13 +351,25 @@ impl From<StoreError> for Error {
     }
 }
 
-/// The known word that is nearest to `given`, if any is near enough to be what was meant.
+/// The longest word that is compared with others, in bytes: comparing costs the product of two lengths.
+const COMPARED_MAX_BYTES: usize = 64;
+/// The most words that one is compared with.
+const COMPARED_MAX: usize = 1_000;
+
+/// The known word that is nearest to `given`, if any is near enough to be what was meant. Long words and long lists are
+/// not gone through to their end, nor is anything once an evaluation has compared enough: it is a courtesy.
 pub fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if given.len() > COMPARED_MAX_BYTES {
+        return None;
+    }
     let length = given.chars().count();
     // Less than its length, or any word would do for a short one.
     let limit = (length / 3).max(2).min(length.saturating_sub(1));
     known
         .into_iter()
+        .take(COMPARED_MAX)
+        .filter(|word| word.len() <= COMPARED_MAX_BYTES && word.len().abs_diff(given.len()) <= 4 * limit)
+        .take_while(|_| evaluation::may_compare())
         .map(|word| (strsim::damerau_levenshtein(given, word), word))
         .filter(|(distance, _)| *distance <= limit)
         .min()
@@ -385,5 +397,25 @@ mod tests {
         assert_eq!(nearest("prmpt", ["prompt", "params"]), Some("prompt"));
         assert_eq!(nearest("zebra", ["prompt", "params"]), None);
         assert_eq!(nearest("zz", ["a", "of"]), None);
+    }
+
+    #[test]
+    fn words_that_are_long_or_many_are_not_compared() {
+        let long = "a".repeat(60_000);
+        assert_eq!(nearest(&long, [long.as_str(), "a"]), None);
+        assert_eq!(nearest("prmpt", [long.as_str(), "prompt"]), Some("prompt"));
+        let asked = std::cell::Cell::new(0);
+        let many = (0..100_000).map(|_| {
+            asked.set(asked.get() + 1);
+            "params"
+        });
+        assert_eq!(nearest("prmpt", many), None);
+        assert_eq!(asked.get(), COMPARED_MAX);
+    }
+
+    #[test]
+    fn an_evaluation_stops_comparing_when_it_has_compared_enough() {
+        let found = evaluation::brief(|| (0..30_000).filter(|_| nearest("prmpt", ["prompt"]).is_some()).count());
+        assert_eq!(found, Ok(20_000));
     }
 }

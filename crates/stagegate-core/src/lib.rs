@@ -9,6 +9,7 @@ pub mod capability;
 pub mod clock;
 pub mod decide;
 pub mod error;
+pub mod evaluation;
 pub mod event;
 pub mod fair;
 pub mod hint;

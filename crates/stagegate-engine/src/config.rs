@@ -47,6 +47,14 @@ pub struct EngineConfig {
     /// How far a machine's clock may be from the database's, by which all is judged. Past it the replica takes no work and
     /// `/readyz` says so, until the clock is set.
     pub clock_skew_max: Span,
+    /// How long one evaluation of templates, checks, schemas or a definition may take on its thread. What cannot be
+    /// interrupted and would by its price take longer is refused before it starts.
+    pub evaluation_timeout: Span,
+    /// Threads for evaluations that are not small. Left out: one less than the machine has cores, at least 2. A tenant
+    /// never has all of them.
+    #[schemars(range(min = 1, max = 1024))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evaluation_threads: Option<usize>,
 }
 
 /// What one tenant may have.
@@ -76,6 +84,12 @@ impl EngineConfig {
         self.tenants.get(tenant).copied().unwrap_or(self.tenant_defaults)
     }
 
+    /// Threads for evaluations.
+    pub(crate) fn evaluation_threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.evaluation_threads.unwrap_or_else(|| (cores() - 1).max(2))
+    }
+
     /// The shares by which waiting runs are taken.
     pub fn shares(&self) -> Shares {
         let share = |limits: &TenantLimits| Share { weight: limits.weight.max(1), max_runs: limits.max_runs };
@@ -102,6 +116,8 @@ impl Default for EngineConfig {
             retention_every: Span(Duration::from_mins(15)),
             way_back: Span(Duration::from_hours(1)),
             clock_skew_max: Span(Duration::from_secs(30)),
+            evaluation_timeout: Span(Duration::from_secs(30)),
+            evaluation_threads: None,
         }
     }
 }

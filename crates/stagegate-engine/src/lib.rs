@@ -12,6 +12,7 @@ mod books;
 mod budget;
 mod clock;
 pub mod config;
+mod evaluation;
 mod follow;
 mod kinds;
 mod observe;
@@ -32,7 +33,6 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::Value;
 use stagegate_core::{
     Capability, Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, StageState, Store, TenantId,
-    Violation,
     hint::Hints,
     store::{NewSignal, NewVersion, PipelineVersion, RunRecord, SignalKind, Signalled},
 };
@@ -45,6 +45,7 @@ pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
 pub use follow::EventBatch;
 
 use clock::DatabaseClock;
+use evaluation::Evaluations;
 use pipelines::Pipelines;
 use shared::Shared;
 
@@ -81,11 +82,14 @@ impl Engine {
         clock: Arc<dyn Clock>,
         hints: Option<Arc<dyn Hints>>,
     ) -> Result<Self, Error> {
-        Self::start_seeded(config, store, llm, metrics, clock, hints, StdRng::from_os_rng()).await
+        let longest = config.evaluation_timeout.0;
+        let evaluations = Evaluations::pooled(config.evaluation_threads(), longest, metrics.clone());
+        let rng = StdRng::from_os_rng();
+        Self::start_with(config, store, llm, metrics, clock, hints, rng, evaluations).await
     }
 
-    /// The same, with everything that it draws at random (ids, jitter) drawn from `rng`: for simulations, which must
-    /// be repeatable.
+    /// The same, with everything that it draws at random (ids, jitter) drawn from `rng`, and on no thread but the
+    /// runtime's: for simulations, which must be repeatable.
     pub async fn start_seeded(
         config: config::EngineConfig,
         store: Arc<dyn Store>,
@@ -93,17 +97,45 @@ impl Engine {
         metrics: Metrics,
         clock: Arc<dyn Clock>,
         hints: Option<Arc<dyn Hints>>,
-        mut rng: StdRng,
+        rng: StdRng,
     ) -> Result<Self, Error> {
+        let evaluations = Evaluations::inline(config.evaluation_timeout.0, metrics.clone());
+        Self::start_with(config, store, llm, metrics, clock, hints, rng, evaluations).await
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "each is a part that the engine is made of")]
+    async fn start_with(
+        config: config::EngineConfig,
+        store: Arc<dyn Store>,
+        llm: Arc<Llm>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+        hints: Option<Arc<dyn Hints>>,
+        mut rng: StdRng,
+        evaluations: Evaluations,
+    ) -> Result<Self, Error> {
+        let evaluations = Arc::new(evaluations);
         let background = TaskTracker::new();
         let batch_max = config.commit_batch_max;
         let steps = writer::steps(&background, &store, &metrics, batch_max);
         let submits = writer::submits(&background, &store, batch_max);
-        let pipelines = Pipelines::new(&background, Arc::clone(&store));
+        let pipelines = Pipelines::new(&background, Arc::clone(&store), Arc::clone(&evaluations));
         let replica = replica::new_replica_id(clock.now(), rng.random());
         let clock = Arc::new(DatabaseClock::new(clock, config.clock_skew_max.0, metrics.clone()));
-        let shared = Shared::new(config, store, llm, metrics, clock, rng, steps, submits, pipelines, replica, hints);
-        let shared = Arc::new(shared);
+        let shared = Arc::new(Shared::new(
+            config,
+            store,
+            llm,
+            metrics,
+            clock,
+            rng,
+            steps,
+            submits,
+            pipelines,
+            evaluations,
+            replica,
+            hints,
+        ));
         let entered = Instant::now();
         let pulse = shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
         shared.learn_common(pulse.common);
@@ -121,8 +153,7 @@ impl Engine {
 
     /// Registers a definition (YAML or JSON text). The flag tells whether the version is new.
     pub async fn register(&self, tenant: &TenantId, source: &str) -> Result<(PipelineVersion, bool), Error> {
-        let pipeline =
-            self.validate(source).map_err(|violations| Error::violations(Code::InvalidDefinition, violations))?;
+        let pipeline = self.validate(tenant, source).await?;
         let new = NewVersion {
             tenant: tenant.clone(),
             name: pipeline.name,
@@ -133,16 +164,20 @@ impl Engine {
         Ok(self.shared.store.register(&new).await?)
     }
 
-    /// Every mistake of a definition, models included; the pipeline where there is none.
-    pub fn validate(&self, source: &str) -> Result<Pipeline, Vec<Violation>> {
-        Pipeline::parse(source, &*self.shared.llm)
+    /// The pipeline that a definition stands for; else every mistake of it, models included, as the violations of an
+    /// [`Code::InvalidDefinition`].
+    pub async fn validate(&self, tenant: &TenantId, source: &str) -> Result<Pipeline, Error> {
+        let (source, llm) = (source.to_owned(), Arc::clone(&self.shared.llm));
+        let read = self.shared.evaluations.evaluate_large(tenant, move || Pipeline::parse(&source, &*llm)).await?;
+        read.map_err(|violations| Error::violations(Code::InvalidDefinition, violations))
     }
 
     /// Accepts a run. The flag tells whether it is new, or the one that the idempotency key stands for.
     pub async fn submit(&self, submit: Submit) -> Result<(RunRecord, bool), Error> {
+        let judged = submit::judge(&self.shared, submit).await?;
         // In a task of its own: a caller who hangs up must not leave the insert without a driver.
         let shared = Arc::clone(&self.shared);
-        let submitted = tokio::spawn(async move { submit::submit(&shared, submit).await });
+        let submitted = tokio::spawn(async move { submit::submit(&shared, judged).await });
         submitted.await.map_err(|_| Error::new(Code::Internal, "the submit did not end as it should"))?
     }
 
@@ -152,10 +187,9 @@ impl Engine {
         tenant: &TenantId,
         pipeline: Arc<Pipeline>,
         version: u32,
-        input: &Value,
+        input: Arc<Value>,
     ) -> Result<Plan, Error> {
-        pipeline.check_input(input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
-        plan::plan(&self.shared.llm, tenant, &pipeline, version, input).await
+        plan::plan(&self.shared, tenant, pipeline, version, input).await
     }
 
     /// A registered version, compiled. None for the newest.

@@ -8,7 +8,10 @@ use std::{
 use stagegate_core::{Code, Error, Pipeline, PipelineName, Store, TenantId, store::PipelineVersion};
 use tokio_util::task::TaskTracker;
 
-use crate::batch::{Batcher, Entry};
+use crate::{
+    batch::{Batcher, Entry},
+    evaluation::Evaluations,
+};
 
 /// Compiled versions kept in memory; past it the table starts over.
 const COMPILED_MAX: usize = 512;
@@ -23,14 +26,15 @@ type Newest = Option<Arc<PipelineVersion>>;
 pub(crate) struct Pipelines {
     store: Arc<dyn Store>,
     newest: Batcher<Name, Newest>,
+    evaluations: Arc<Evaluations>,
     compiled: Mutex<HashMap<(TenantId, PipelineName, u32), Arc<Pipeline>>>,
 }
 
 impl Pipelines {
-    pub(crate) fn new(tracker: &TaskTracker, store: Arc<dyn Store>) -> Self {
+    pub(crate) fn new(tracker: &TaskTracker, store: Arc<dyn Store>, evaluations: Arc<Evaluations>) -> Self {
         let asked = Arc::clone(&store);
         let newest = Batcher::start(tracker, LOOKS_MAX, move |batch| look(Arc::clone(&asked), batch));
-        Self { store, newest, compiled: Mutex::default() }
+        Self { store, newest, evaluations, compiled: Mutex::default() }
     }
 
     /// A version, or with None the newest at this moment: one that was registered before is seen.
@@ -54,8 +58,9 @@ impl Pipelines {
         if let Some(pipeline) = self.compiled(tenant, name, version) {
             return Ok(Some((pipeline, version)));
         }
-        let pipeline = Pipeline::from_stored(record.definition.clone())
-            .map_err(|violations| Error::violations(Code::InvalidDefinition, violations))?;
+        let definition = record.definition.clone();
+        let compiling = self.evaluations.evaluate_large(tenant, move || Pipeline::from_stored(definition));
+        let pipeline = compiling.await?.map_err(|violations| Error::violations(Code::InvalidDefinition, violations))?;
         let pipeline = Arc::new(pipeline);
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         if compiled.len() >= COMPILED_MAX {

@@ -4,14 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use stagegate_core::{
-    Error, Failure, Pipeline, RunId, StageId, TenantId, Usd,
+    Code, Error, Failure, Pipeline, RunId, StageId, TenantId, Usd,
     pipeline::{Cache, CacheMode, ModelWork, RenderContext, Rendered, Work},
 };
-use stagegate_llm::{CallContext, Llm, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
+use stagegate_llm::{CallContext, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::{Plan, PlannedOutcome, PlannedStage, kinds};
+use crate::{Plan, PlannedOutcome, PlannedStage, evaluation::Unevaluated, kinds, shared::Shared};
 
 /// Characters in a token, on average over English text: for estimates only.
 const CHARS_PER_TOKEN: u64 = 4;
@@ -26,17 +26,22 @@ const NO_RUN: &str = "00000000-0000-0000-0000-000000000000";
 
 /// See [`crate::Engine::plan`].
 pub(crate) async fn plan(
-    llm: &Llm,
+    shared: &Shared,
     tenant: &TenantId,
-    pipeline: &Pipeline,
+    pipeline: Arc<Pipeline>,
     version: u32,
-    input: &Value,
+    input: Arc<Value>,
 ) -> Result<Plan, Error> {
-    let outputs = vec![None; pipeline.stages.len()];
-    let mut planner = Planner { llm, tenant, pipeline, version, input, outputs, stages: Vec::new() };
+    let (judged, seen) = (Arc::clone(&pipeline), Arc::clone(&input));
+    let fits = move || judged.check_input(&seen).map(|()| tokens(seen.to_string().len()));
+    let input_tokens = shared.evaluations.evaluate(tenant, fits).await?;
+    let input_tokens = input_tokens.map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
+    let outputs = Arc::new(vec![None; pipeline.stages.len()]);
+    let mut planner =
+        Planner { shared, tenant, pipeline: &pipeline, version, input, input_tokens, outputs, stages: Vec::new() };
     for index in 0..pipeline.stages.len() {
         let (stage, output) = planner.stage(index).await?;
-        planner.outputs[index] = output.map(Arc::new);
+        Arc::make_mut(&mut planner.outputs)[index] = output.map(Arc::new);
         planner.stages.push(stage);
     }
     let stages = planner.stages;
@@ -48,19 +53,20 @@ pub(crate) async fn plan(
         worst_case_usd: stages.iter().map(|stage| stage.worst_case_usd).sum(),
         budget_usd: pipeline.budget.as_ref().map(|budget| budget.max_cost_usd),
         tokens: stages.iter().filter(bought).map(|stage| stage.input_tokens + stage.output_tokens).sum(),
-        critical_path: critical_path(pipeline, &stages),
+        critical_path: critical_path(&pipeline, &stages),
         stages,
     })
 }
 
 /// A plan under way: what is known of the stages so far.
 struct Planner<'a> {
-    llm: &'a Llm,
+    shared: &'a Shared,
     tenant: &'a TenantId,
-    pipeline: &'a Pipeline,
+    pipeline: &'a Arc<Pipeline>,
     version: u32,
-    input: &'a Value,
-    outputs: Vec<Option<Arc<Value>>>,
+    input: Arc<Value>,
+    input_tokens: u64,
+    outputs: Arc<Vec<Option<Arc<Value>>>>,
     stages: Vec<PlannedStage>,
 }
 
@@ -83,10 +89,13 @@ impl Planner<'_> {
         match &stage.work {
             Work::Model(work) => self.model(index, work, known, planned).await,
             Work::Transform if known => {
-                let Rendered::Text(text) = self.pipeline.render(index, &self.context()).map_err(refused)? else {
-                    return Ok((planned, None));
+                let rendered = move |pipeline: &Pipeline, context: &RenderContext<'_>| {
+                    pipeline.render(index, context).map(|rendered| match rendered {
+                        Rendered::Text(text) => pipeline.read_output(index, &text).ok(),
+                        Rendered::Messages(_) => None,
+                    })
                 };
-                Ok((planned, self.pipeline.read_output(index, &text).ok()))
+                Ok((planned, self.evaluate(rendered).await?.map_err(refused)?))
             }
             Work::Transform => Ok((planned, None)),
         }
@@ -102,28 +111,32 @@ impl Planner<'_> {
         planned.model = work.models.first().cloned();
         let longest = u64::from(work.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS));
         if known {
-            let request = kinds::request(self.pipeline, index, work, &self.context(), None).map_err(refused)?;
+            let request = move |pipeline: &Pipeline, context: &RenderContext<'_>| match &pipeline.stages[index].work {
+                Work::Model(work) => kinds::request(pipeline, index, work, context, None).map(Some),
+                Work::Transform => Ok(None),
+            };
+            let Some(request) = self.evaluate(request).await?.map_err(refused)? else { return Ok((planned, None)) };
             if let Some(hit) = self.peek(index, &work.cache, &request).await {
-                return Ok(self.hit(index, work, &hit, planned).await);
+                return self.hit(index, work, hit, planned).await;
             }
             planned.input_tokens = tokens(request.messages.iter().map(|message| message.content.len()).sum());
-            planned.worst_case_usd = self.llm.worst_case(&request).unwrap_or_default();
+            planned.worst_case_usd = self.shared.llm.worst_case(&request).unwrap_or_default();
         } else {
             // What it needs is not known yet: its own text, the input, and what its needs will probably answer.
             let needs = &self.pipeline.stages[index].needs;
             let answers: u64 = needs.iter().map(|need| self.stages[*need].output_tokens).sum();
-            planned.input_tokens = answers + tokens(self.input.to_string().len()) + JUDGE_TOKENS;
-            let dearest = work
-                .models
-                .iter()
-                .filter_map(|model| self.llm.estimate(std::slice::from_ref(model), 2 * planned.input_tokens, longest));
+            planned.input_tokens = answers + self.input_tokens + JUDGE_TOKENS;
+            let dearest = work.models.iter().filter_map(|model| {
+                self.shared.llm.estimate(std::slice::from_ref(model), 2 * planned.input_tokens, longest)
+            });
             planned.worst_case_usd = dearest.max().unwrap_or_default();
         }
         planned.outcome = PlannedOutcome::Buy;
         planned.output_tokens = EXPECTED_OUTPUT_TOKENS.min(longest);
         let judged = u64::from(self.pipeline.stages[index].gate.judge.is_some());
         let judge_tokens = judged * (planned.output_tokens + JUDGE_TOKENS);
-        planned.cost_usd = self.llm.estimate(&work.models, planned.input_tokens + judge_tokens, planned.output_tokens);
+        planned.cost_usd =
+            self.shared.llm.estimate(&work.models, planned.input_tokens + judge_tokens, planned.output_tokens);
         Ok((planned, None))
     }
 
@@ -132,9 +145,9 @@ impl Planner<'_> {
         &self,
         index: usize,
         work: &ModelWork,
-        hit: &Reply,
+        hit: Reply,
         mut planned: PlannedStage,
-    ) -> (PlannedStage, Option<Value>) {
+    ) -> Result<(PlannedStage, Option<Value>), Error> {
         planned.outcome = PlannedOutcome::Hit;
         for call in &hit.calls {
             planned.input_tokens += call.usage.total_tokens() - call.usage.output_tokens;
@@ -142,22 +155,35 @@ impl Planner<'_> {
             planned.saved_usd += call.saved_usd;
         }
         let stage = &self.pipeline.stages[index];
-        let output = self.pipeline.read_output(index, &hit.content).ok();
-        let rubric = self.pipeline.render_rubric(index, &self.context()).ok().flatten();
-        if let (Some(judge), Some(rubric), Some(output)) = (&stage.gate.judge, rubric, &output) {
+        let content = hit.content;
+        let read = move |pipeline: &Pipeline, context: &RenderContext<'_>| {
+            (pipeline.read_output(index, &content).ok(), pipeline.render_rubric(index, context).ok().flatten())
+        };
+        let (output, rubric) = self.evaluate(read).await?;
+        let text =
+            output.as_ref().map(|output: &Value| output.as_str().map_or_else(|| output.to_string(), str::to_owned));
+        if let (Some(judge), Some(rubric), Some(output)) = (&stage.gate.judge, rubric, &text) {
             let (request, cache) = kinds::judge_request(judge, &stage.work, &rubric, output);
             if let Some(verdict) = self.peek(index, &cache, &request).await {
                 planned.saved_usd += verdict.calls.iter().map(|call| call.saved_usd).sum();
             } else {
-                planned.cost_usd = self.llm.estimate(&work.models, planned.output_tokens + JUDGE_TOKENS, JUDGE_TOKENS);
-                planned.worst_case_usd = self.llm.worst_case(&request).unwrap_or_default();
+                planned.cost_usd =
+                    self.shared.llm.estimate(&work.models, planned.output_tokens + JUDGE_TOKENS, JUDGE_TOKENS);
+                planned.worst_case_usd = self.shared.llm.worst_case(&request).unwrap_or_default();
             }
         }
-        (planned, output)
+        Ok((planned, output))
     }
 
-    fn context(&self) -> RenderContext<'_> {
-        RenderContext { run_id: NO_RUN, input: self.input, outputs: &self.outputs }
+    /// Evaluates with what the plan knows so far.
+    async fn evaluate<T: Send + 'static>(
+        &self,
+        work: impl Fn(&Pipeline, &RenderContext<'_>) -> T + Send + 'static,
+    ) -> Result<T, Unevaluated> {
+        let (pipeline, input, outputs) =
+            (Arc::clone(self.pipeline), Arc::clone(&self.input), Arc::clone(&self.outputs));
+        let seen = move || work(&pipeline, &RenderContext { run_id: NO_RUN, input: &input, outputs: &outputs });
+        self.shared.evaluations.evaluate(self.tenant, seen).await
     }
 
     async fn peek(&self, index: usize, cache: &Cache, request: &Request) -> Option<Reply> {
@@ -176,7 +202,7 @@ impl Planner<'_> {
             deadline: Instant::now() + PEEK_TIMEOUT,
             purse: None,
         };
-        self.llm.peek(&call, request).await
+        self.shared.llm.peek(&call, request).await
     }
 }
 

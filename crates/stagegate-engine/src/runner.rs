@@ -14,7 +14,7 @@ use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
-    Code, Error, Verdict,
+    Code, Error, Failure, Json, Verdict,
     decide::{AttemptResult, Effect, Outcome, Run, Stimulus},
     pipeline::{Part, Seen, Work},
     store::{Committed, Disposition, Signal},
@@ -93,6 +93,7 @@ pub(crate) enum Ended {
 
 type AttemptFuture = BoxFuture<'static, (usize, u32, Attempted)>;
 type SignalsFuture = BoxFuture<'static, Vec<Signal>>;
+type RenderingFuture = BoxFuture<'static, Result<Json, Failure>>;
 
 /// A run, and what is under way for it.
 pub(crate) struct Driver {
@@ -106,6 +107,8 @@ pub(crate) struct Driver {
     timers: BTreeSet<(DateTime<Utc>, usize)>,
     /// When it is handed back because it was asked something that this release does not know.
     hand_back_at: Option<DateTime<Utc>>,
+    /// The run's output, where it is large.
+    rendering: Option<RenderingFuture>,
     /// The answer of the attempt last ended of a stage, until its verdict is durable.
     replies: Vec<(usize, Reply)>,
 }
@@ -131,7 +134,7 @@ impl Driver {
         let max = run.pipeline().budget.as_ref().map(|budget| budget.max_cost_usd);
         let budget = max.map(|max| Arc::new(Budget::new(max, run.totals().cost_usd)));
         let (attempts, open, timers, replies) = (FuturesUnordered::new(), Vec::new(), BTreeSet::new(), Vec::new());
-        Self { shared, handle, run, budget, attempts, open, timers, hand_back_at: None, replies }
+        Self { shared, handle, run, budget, attempts, open, timers, hand_back_at: None, rendering: None, replies }
     }
 
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
@@ -162,7 +165,7 @@ impl Driver {
                 committing = self.begin_commit();
             }
             let draining = self.shared.drain.is_cancelled();
-            if draining && committing.is_none() && self.attempts.is_empty() {
+            if draining && committing.is_none() && self.attempts.is_empty() && self.rendering.is_none() {
                 return Ended::HandBack;
             }
             if committing.is_none() && self.is_for_others() {
@@ -188,6 +191,10 @@ impl Driver {
                 signals = read(&mut reading), if reading.is_some() => {
                     reading = None;
                     self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
+                }
+                output = rendered(&mut self.rendering), if self.rendering.is_some() => {
+                    self.rendering = None;
+                    self.run.on(Stimulus::Rendered(output), self.shared.clock.now(), 0.0);
                 }
                 Some((stage, attempt, attempted)) = self.attempts.next() => {
                     self.attempted(stage, attempt, attempted);
@@ -269,6 +276,7 @@ impl Driver {
                 Effect::WakeAt { stage, at } => {
                     self.timers.insert((at, stage));
                 }
+                Effect::RenderOutput => self.rendering = Some(self.render_output()),
                 Effect::Abort => self.abandon(),
                 Effect::Judged { stage, verdict, gate_failed, mended, .. } => {
                     let reply = self.take_reply(stage);
@@ -280,6 +288,21 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// The run's output, rendered beside whatever else goes on.
+    fn render_output(&self) -> RenderingFuture {
+        let (run, evaluations) = (&self.run, Arc::clone(&self.shared.evaluations));
+        let (pipeline, input, outputs) = (Arc::clone(run.pipeline()), run.input().clone(), Arc::clone(run.outputs()));
+        let (tenant, run_id) = (run.tenant().clone(), run.lease().run.to_string());
+        async move {
+            let output = move || {
+                let seen = Seen::parse(&pipeline, Part::Output, &input, &outputs);
+                pipeline.render_output(&seen.context(&run_id)).map(Json::from)
+            };
+            evaluations.evaluate_large(&tenant, output).await.unwrap_or_else(|late| Err(late.failure(None)))
+        }
+        .boxed()
     }
 
     fn start(&mut self, stage: usize, attempt: u32) {
@@ -307,6 +330,7 @@ impl Driver {
         }
         self.attempts.clear();
         self.timers.clear();
+        self.rendering = None;
     }
 
     fn context(&self, stage: usize, attempt: u32, now: DateTime<Utc>, books: Arc<Books>) -> AttemptContext {
@@ -315,6 +339,7 @@ impl Driver {
         let left = (run.deadline_at() - now).to_std().unwrap_or(Duration::ZERO) + Duration::from_secs(1);
         AttemptContext {
             llm: Arc::clone(&self.shared.llm),
+            evaluations: Arc::clone(&self.shared.evaluations),
             tenant: run.tenant().clone(),
             pipeline: Arc::clone(run.pipeline()),
             version: run.version(),
@@ -363,12 +388,7 @@ impl Driver {
         // No call is made, so that the attempt does not matter.
         let context = self.context(stage, 0, self.shared.clock.now(), Books::open(None, 0));
         let Work::Model(work) = &context.stage().work else { return };
-        let first = {
-            let run_id = context.run.to_string();
-            let seen = Seen::parse(&context.pipeline, Part::Work(stage), &context.input, &context.outputs);
-            kinds::request(&context.pipeline, stage, work, &seen.context(&run_id), None)
-        };
-        if let Ok(first) = first {
+        if let Ok(first) = kinds::rendered_request(&context, None).await {
             let call = context.call_context(&work.cache);
             self.shared.llm.remember(&call, &first, &reply).await;
         }
@@ -436,6 +456,13 @@ impl Driver {
 async fn read(reading: &mut Option<SignalsFuture>) -> Vec<Signal> {
     match reading {
         Some(reading) => reading.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn rendered(rendering: &mut Option<RenderingFuture>) -> Result<Json, Failure> {
+    match rendering {
+        Some(rendering) => rendering.await,
         None => std::future::pending().await,
     }
 }

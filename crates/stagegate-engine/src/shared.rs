@@ -36,6 +36,7 @@ use crate::{
     batch::Batcher,
     clock::DatabaseClock,
     config::EngineConfig,
+    evaluation::Evaluations,
     follow::Hub,
     pipelines::Pipelines,
     runner::{Driver, Ended, Handle},
@@ -107,6 +108,7 @@ pub(crate) struct Shared {
     pipelines: Pipelines,
     /// What every live replica can read and do, as the last heartbeat told.
     common: Mutex<Capabilities>,
+    pub(crate) evaluations: Arc<Evaluations>,
 }
 
 impl Drop for Shared {
@@ -127,6 +129,7 @@ impl Shared {
         steps: Batcher<Commit, Committed>,
         submits: Batcher<NewRun, Submitted>,
         pipelines: Pipelines,
+        evaluations: Arc<Evaluations>,
         replica: ReplicaId,
         hints: Option<Arc<dyn Hints>>,
     ) -> Self {
@@ -157,6 +160,7 @@ impl Shared {
             untold: Mutex::default(),
             pipelines,
             common: Mutex::default(),
+            evaluations,
         }
     }
 

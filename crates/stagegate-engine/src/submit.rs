@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Code, Error, Json, RunId, RunState, Totals,
+    Code, Error, Json, Pipeline, RunId, RunState, Totals,
     decide::Accept,
+    fair::Limits,
     pipeline::SPAN_MAX,
     store::{NewRun, RunRecord, Submitted},
 };
@@ -20,8 +21,17 @@ use crate::{
 const LABELS_MAX: usize = 32;
 const LABEL_MAX_CHARS: usize = 128;
 
-/// See [`crate::Engine::submit`].
-pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunRecord, bool), Error> {
+/// A submit whose pipeline is known and whose input fits it.
+#[derive(Debug)]
+pub(crate) struct Judged {
+    submit: Submit,
+    pipeline: Arc<Pipeline>,
+    version: u32,
+    limits: Limits,
+}
+
+/// Finds the pipeline and judges the input. Changes nothing, so that a caller who hangs up costs no more.
+pub(crate) async fn judge(shared: &Arc<Shared>, mut submit: Submit) -> Result<Judged, Error> {
     if shared.drain.is_cancelled() {
         return Err(Error::new(Code::Draining, "this replica is shutting down; send the request again")
             .retry_after(std::time::Duration::from_secs(1)));
@@ -30,13 +40,24 @@ pub(crate) async fn submit(shared: &Arc<Shared>, submit: Submit) -> Result<(RunR
         let message = "this replica's clock is too far from the database's (engine.clock_skew_max); ask another one";
         return Err(Error::new(Code::Unavailable, message).retry_after(std::time::Duration::from_secs(1)));
     }
-    let Submit { tenant, pipeline, version, input, cache_mode, priority, labels, idempotency, start_at, request_id } =
-        submit;
-    let (pipeline, version) = crate::known_pipeline(shared, &tenant, &pipeline, version).await?;
-    pipeline.check_input(&input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
-    check_labels(&labels)?;
-    let limits = pipeline.limits(&input).map_err(|violation| Error::violations(Code::InvalidInput, vec![violation]))?;
+    let (pipeline, version) = crate::known_pipeline(shared, &submit.tenant, &submit.pipeline, submit.version).await?;
+    check_labels(&submit.labels)?;
+    let input = Arc::new(std::mem::take(&mut submit.input));
+    let (judged, seen) = (Arc::clone(&pipeline), Arc::clone(&input));
+    let fits = move || {
+        judged.check_input(&seen)?;
+        judged.limits(&seen).map_err(|violation| vec![violation])
+    };
+    let limits = shared.evaluations.evaluate(&submit.tenant, fits).await?;
+    let limits = limits.map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
+    submit.input = Arc::unwrap_or_clone(input);
+    Ok(Judged { submit, pipeline, version, limits })
+}
 
+/// See [`crate::Engine::submit`].
+pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<(RunRecord, bool), Error> {
+    let Judged { submit, pipeline, version, limits } = judged;
+    let Submit { tenant, input, cache_mode, priority, labels, idempotency, start_at, request_id, .. } = submit;
     let now = shared.clock.now();
     let start_at = start_at.filter(|at| *at > now);
     check_start(start_at, now)?;

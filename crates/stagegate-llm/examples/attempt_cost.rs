@@ -227,7 +227,7 @@ impl Bench {
     }
 
     fn render(&self, n: usize) -> Vec<Message> {
-        let input = json!({ "brief": format!("Brief number {n}. {}", "A shop that sells tea. ".repeat(8)) });
+        let input = Arc::new(json!({ "brief": format!("Brief number {n}. {}", "A shop that sells tea. ".repeat(8)) }));
         let run_id = "0193";
         let context = RenderContext { run_id, input: &input, outputs: &self.outputs };
         match self.pipeline.render(n % self.pipeline.stages.len(), &context).expect("it renders") {
@@ -273,8 +273,9 @@ impl Bench {
 
     fn assess(&self, n: usize, answer: &str) {
         let stage = n % self.pipeline.stages.len();
-        let output = self.pipeline.read_output(stage, answer).expect("the right form");
-        let context = RenderContext { run_id: "0193", input: &Value::Null, outputs: &self.outputs };
+        let output = Arc::new(self.pipeline.read_output(stage, answer).expect("the right form"));
+        let input = Arc::new(Value::Null);
+        let context = RenderContext { run_id: "0193", input: &input, outputs: &self.outputs };
         let assessments = self.pipeline.assess(stage, &output, &context);
         assert!(assessments.iter().all(|assessment| assessment.passed), "{assessments:?}");
     }

@@ -42,6 +42,10 @@ pub(crate) fn pipeline(rng: &mut StdRng, n: usize) -> Made {
     } else if rng.random_bool(0.05) {
         definition["concurrency"] = json!({ "key": "input.tag" });
     }
+    if count % 4 == 1 {
+        // Too large to be rendered while deciding, so that a run can be lost between its last checkpoint and its end.
+        definition["output"] = json!({ "text": "{% for i in range(2000) %}{{ i }}{% endfor %}" });
+    }
     let name = PipelineName::new(name).unwrap_or_else(|error| unreachable!("{error}"));
     Made { name, source: definition.to_string(), needs }
 }

@@ -83,6 +83,14 @@ catalogue! {
     run_duration: HistogramVec = "stagegate_run_duration_seconds" ["state"] LONG_S;
     /// Runs that this replica executes.
     runs_in_flight: IntGauge = "stagegate_runs_in_flight" [];
+
+    /// Large evaluations of templates, checks, schemas and definitions, by outcome (done, too_long, panicked, abandoned).
+    /// Small ones run at once and are not counted.
+    evaluations: IntCounterVec = "stagegate_evaluations_total" ["outcome"];
+    /// Seconds that a large evaluation took, its wait for a thread included.
+    evaluation_duration: Histogram = "stagegate_evaluation_duration_seconds" [] LATENCY_S;
+    /// Large evaluations that wait for a thread.
+    evaluations_waiting: IntGauge = "stagegate_evaluations_waiting" [];
     /// Seconds that an attempt at a stage took, by the gate's verdict.
     stage_duration: HistogramVec = "stagegate_stage_attempt_duration_seconds" ["verdict"] LONG_S;
     /// Stages that ended, by outcome: succeeded, failed, held.

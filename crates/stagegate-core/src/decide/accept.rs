@@ -112,6 +112,7 @@ fn leased(new: &NewRun, pipeline: Arc<Pipeline>, park_after: Duration) -> Run {
         finished_at: None,
         last_signal: 0,
         has_unknown_signal: false,
+        is_rendering: false,
         outputs: Arc::new(vec![None; stages.len()]),
         stages,
         draft: Draft::default(),

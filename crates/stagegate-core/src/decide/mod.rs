@@ -21,6 +21,7 @@ use crate::{
     Assessment, Attempt, Checkpoint, Code, EventKind, Failure, Json, LedgerEntry, ModelRef, Origin, Pipeline, RunState,
     StageState, TenantId, Totals, Verdict,
     decide::step::Draft,
+    evaluation,
     pipeline::{CacheMode, Part, Seen},
     store::{Disposition, Lease, Signal, SignalKind, Snapshot, StageRecord},
 };
@@ -44,6 +45,8 @@ pub enum Stimulus {
         /// The stage.
         stage: usize,
     },
+    /// The run's output was rendered, as an [`Effect::RenderOutput`] asked.
+    Rendered(Result<Json, Failure>),
     /// Somebody asks something.
     Signalled(Vec<Signal>),
     /// The run's deadline passed.
@@ -123,6 +126,8 @@ pub struct Run {
     has_unknown_signal: bool,
     /// The newest signal that was taken in. Until its commit is durable it can be read again.
     last_signal: i64,
+    /// Whether every stage has succeeded and the output is being rendered.
+    is_rendering: bool,
     /// By stage index; shared with the attempts that render from it.
     outputs: Arc<Vec<Option<Json>>>,
     draft: Draft,
@@ -179,6 +184,7 @@ impl Run {
             stages: states,
             has_unknown_signal: false,
             last_signal: 0,
+            is_rendering: false,
             outputs: Arc::new(outputs),
             draft: Draft::default(),
             pipeline,
@@ -198,6 +204,11 @@ impl Run {
             Stimulus::Due { stage } => {
                 if self.stages[stage].record.state == StageState::Waiting {
                     self.start_attempt(stage, now);
+                }
+            }
+            Stimulus::Rendered(output) => {
+                if std::mem::take(&mut self.is_rendering) && !self.state.is_terminal() {
+                    self.conclude(output, now);
                 }
             }
             Stimulus::Signalled(signals) => self.on_signals(signals, now),
@@ -438,12 +449,30 @@ impl Run {
         self.draft.effects.retain(|effect| !effect.is_work());
     }
 
+    /// Every stage has succeeded: a small output is rendered at once, a large one where it delays nothing else.
     fn succeed(&mut self, now: DateTime<Utc>) {
+        if self.is_rendering {
+            return;
+        }
         let id = self.lease.run.to_string();
-        let seen = Seen::parse(&self.pipeline, Part::Output, &self.input, &self.outputs);
-        match self.pipeline.render_output(&seen.context(&id)) {
+        let render = || {
+            let seen = Seen::parse(&self.pipeline, Part::Output, &self.input, &self.outputs);
+            self.pipeline.render_output(&seen.context(&id)).map(Json::from)
+        };
+        match evaluation::brief(render) {
+            Ok(output) => self.conclude(output, now),
+            // On the pool it is fenced as well, and its end is told there.
+            Err(_) => {
+                self.is_rendering = true;
+                self.draft.effects.push(Effect::RenderOutput);
+            }
+        }
+    }
+
+    fn conclude(&mut self, output: Result<Json, Failure>, now: DateTime<Utc>) {
+        match output {
             Ok(output) => {
-                self.draft.output = Some(output.into());
+                self.draft.output = Some(output);
                 self.draft.output_of = self.pipeline.default_output_of();
                 self.finish(RunState::Succeeded, now);
             }

@@ -36,6 +36,9 @@ pub enum Effect {
         /// When.
         at: DateTime<Utc>,
     },
+    /// Render the run's output, which is too large to be rendered while deciding; then give a
+    /// [`super::Stimulus::Rendered`].
+    RenderOutput,
     /// Abandon every attempt under way.
     Abort,
     /// A gate has spoken: evict the answer where it failed; where a retry passed, keep it for the first request too.
@@ -56,7 +59,7 @@ pub enum Effect {
 impl Effect {
     /// Whether it begins something, which a stopped or parked run must not.
     pub(super) fn is_work(&self) -> bool {
-        matches!(self, Self::Start { .. } | Self::WakeAt { .. })
+        matches!(self, Self::Start { .. } | Self::WakeAt { .. } | Self::RenderOutput)
     }
 }
 

@@ -467,3 +467,36 @@ proptest! {
         prop_assert!(run.state.is_terminal() || busy, "a run that has not ended has something to wait for");
     }
 }
+
+const LARGE: &str = "
+name: large
+stages:
+  - { id: one, transform: x }
+output: { text: '{% for i in range(9000) %}{{ i }} {% endfor %}' }
+";
+
+#[test]
+fn a_large_output_is_rendered_after_the_last_checkpoint_is_durable() {
+    let (_, mut run, _) = begin(LARGE);
+    let step = attempted(&mut run, 0, 1, output(true, true));
+    assert!(step.effects.contains(&Effect::RenderOutput), "{:?}", step.effects);
+    assert_eq!((step.commit.checkpoints.len(), step.commit.then), (1, Disposition::Keep));
+    run.on(Stimulus::Signalled(Vec::new()), at(2), 0.0);
+    assert!(run.take_step().is_none(), "it is asked for once");
+    run.on(Stimulus::Rendered(Ok(json!({ "text": "…" }).into())), at(3), 0.0);
+    let step = run.take_step().expect("the end");
+    assert_eq!((step.commit.output, step.commit.then), (Some(json!({ "text": "…" }).into()), Disposition::End));
+    assert_eq!(run.state(), RunState::Succeeded);
+}
+
+#[test]
+fn an_output_that_comes_after_the_end_changes_nothing() {
+    let (_, mut run, _) = begin(LARGE);
+    attempted(&mut run, 0, 1, output(true, true));
+    run.on(Stimulus::DeadlinePassed, at(1_000_000), 0.0);
+    let step = run.take_step().expect("the end");
+    assert!(step.effects.contains(&Effect::Abort));
+    run.on(Stimulus::Rendered(Ok(json!({}).into())), at(1_000_001), 0.0);
+    assert!(run.take_step().is_none());
+    assert_eq!(run.state(), RunState::Expired);
+}

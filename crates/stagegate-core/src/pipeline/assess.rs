@@ -1,7 +1,7 @@
 //! What an output is worth without asking a model: owns reading an answer and the deterministic assessments. Decides
 //! nothing; that is the gate's.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use jsonschema::error::ValidationErrorKind;
 use serde_json::Value;
@@ -13,7 +13,7 @@ use super::{
     path::{Path, cut},
     schema,
 };
-use crate::{Assessment, Code, Evaluator, Violation};
+use crate::{Assessment, Code, Evaluator, Violation, evaluation};
 
 /// The version of these rules; a verdict is stored with it.
 const RULES_VERSION: u32 = 1;
@@ -56,6 +56,7 @@ impl Pipeline {
     /// off). An answer that is no JSON is told by the assessment that says so.
     #[expect(clippy::result_large_err, reason = "it is kept with the attempt, not passed on")]
     pub fn read_output(&self, stage: usize, content: &str) -> Result<Value, Assessment> {
+        let _ = evaluation::pay(content.len() as u64); // Where it may not go on here, what it gives is thrown away.
         match self.stages[stage].output {
             OutputFormat::Text => Ok(Value::String(content.to_owned())),
             OutputFormat::Json { .. } => serde_json::from_str(unfenced(content)).map_err(|error| {
@@ -66,12 +67,13 @@ impl Pipeline {
     }
 
     /// The deterministic assessments of an output: its schema first, then the gate's checks, all of them.
-    pub fn assess(&self, stage: usize, output: &Value, context: &RenderContext<'_>) -> Vec<Assessment> {
+    pub fn assess(&self, stage: usize, output: &Arc<Value>, context: &RenderContext<'_>) -> Vec<Assessment> {
         let compiled = &self.compiled.stages[stage];
         let own = compiled.schema.iter().map(|validator| assess_schema(validator, output));
         let checks = self.stages[stage].gate.checks.iter().zip(&compiled.checks);
-        let text = match output {
+        let text = match output.as_ref() {
             Value::String(text) => Cow::Borrowed(text.as_str()),
+            _ if compiled.checks.is_empty() => Cow::Borrowed(""),
             json => Cow::Owned(json.to_string()),
         };
         own.chain(checks.map(|(check, compiled)| self.assess_check(check, compiled, output, &text, context))).collect()
@@ -81,10 +83,13 @@ impl Pipeline {
         &self,
         check: &Check,
         compiled: &CompiledCheck,
-        output: &Value,
+        output: &Arc<Value>,
         text: &str,
         context: &RenderContext<'_>,
     ) -> Assessment {
+        if evaluation::pay(text.len() as u64).is_err() {
+            return assessment(check.name(), false, "the check was ended early".to_owned());
+        }
         let chars = || text.chars().count();
         let told = |chars| schema::counted(chars, "character");
         let number = |limit: &u32| usize::try_from(*limit).unwrap_or(usize::MAX);
@@ -118,6 +123,11 @@ impl Pipeline {
                         cut(part, 200)
                     ),
                 )
+            }
+            (Check::Matches(_) | Check::NotMatches(_), CompiledCheck::Regex(regex))
+                if let Err(why) = regex.claim(text) =>
+            {
+                (false, why)
             }
             (Check::Matches(pattern), CompiledCheck::Regex(regex)) => match regex.find(text) {
                 Some(_) => (true, format!("matches `{}`, as it must", cut(pattern, 200))),

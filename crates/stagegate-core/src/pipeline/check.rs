@@ -1,26 +1,30 @@
 //! Everything that a schema cannot say: owns the meaning of a definition, and what it takes to run it compiled once.
 //! Each part is looked at even where its neighbour is broken, so that an author sees every mistake at once.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    hash::{DefaultHasher, Hash, Hasher},
+    rc::Rc,
+};
 
-use regex::{Regex, RegexBuilder};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{
     Budget, Check, Definition, ModelChain, Models, Role, graph,
     json_schema::Schema,
-    path::{Path, cut},
+    path::{Path, cut, listed},
+    pattern::Pattern,
     schema,
     source::{MISTAKES_MAX, Source},
-    template::{Flaw, Scope, Template},
+    template::{Flaw, Keys, Scope, Template},
 };
-use crate::{Code, Violation, error::nearest};
+use crate::{Code, Violation, error::nearest, evaluation};
 
+/// The longest message of a mistake, and the longest that says what to do about it.
+const MESSAGE_MAX_CHARS: usize = 2_000;
 /// The most stages.
 const STAGES_MAX: usize = 100;
-/// The largest compiled regular expression, in bytes.
-pub(super) const REGEX_MAX_BYTES: usize = 256 * 1024;
 /// The most regular expressions in a definition, those in its schemas included.
 const REGEXES_MAX: usize = 200;
 
@@ -51,7 +55,7 @@ pub(super) struct CompiledStage {
 pub(super) enum CompiledCheck {
     /// Nothing; the check says it all.
     Plain,
-    Regex(Regex),
+    Regex(Pattern),
     Schema(Schema),
     Expression(Template),
 }
@@ -91,13 +95,15 @@ impl OutputNode {
 pub(super) struct Report<'a> {
     source: &'a Source,
     found: Vec<Violation>,
+    /// What was found, by a hash, so that nothing is told twice.
+    told: HashSet<u64>,
     /// How many regular expressions have been met.
     regexes: usize,
 }
 
 impl<'a> Report<'a> {
     pub(super) fn new(source: &'a Source, found: Vec<Violation>) -> Self {
-        Self { source, found, regexes: 0 }
+        Self { source, found, told: HashSet::new(), regexes: 0 }
     }
 
     fn add(&mut self, mut violation: Violation, path: &Path, at_key: bool) {
@@ -111,12 +117,14 @@ impl<'a> Report<'a> {
         violation.path = path.to_string();
         violation.line = violation.line.or(mark.map(|m| m.line));
         violation.column = violation.column.or(mark.map(|m| m.column));
-        let is_told = |v: &Violation| {
-            v.path == violation.path
-                && v.code == violation.code
-                && (v.code == Code::WrongValue || v.message == violation.message)
-        };
-        if !self.found.iter().any(is_told) {
+        violation.message = cut(&violation.message, MESSAGE_MAX_CHARS);
+        violation.mend = violation.mend.map(|mend| cut(&mend, MESSAGE_MAX_CHARS));
+        let mut hasher = DefaultHasher::new();
+        (&violation.path, violation.code).hash(&mut hasher);
+        if violation.code != Code::WrongValue {
+            violation.message.hash(&mut hasher);
+        }
+        if self.told.insert(hasher.finish()) {
             self.found.push(violation);
         }
     }
@@ -232,12 +240,13 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     let ids: Vec<&str> = draft.stages.iter().filter_map(|stage| stage.id).collect();
     let path = Path::root().key("defaults").key("model");
     check_chain(draft.default_model.as_ref(), &path, &draft, models, report);
-    let input_keys = declared_keys(draft.input);
-    let outputs: HashMap<&str, Vec<&str>> = draft
+    let input_keys = declared_keys(draft.input).map(Rc::new);
+    let outputs: HashMap<&str, Keys<'_>> = draft
         .stages
         .iter()
         .filter_map(|stage| Some((stage.id?, declared_keys(stage.raw.get("output")?.get("schema"))?)))
         .collect();
+    let outputs = Rc::new(outputs);
     let mut compiled = Compiled {
         input: draft.input.and_then(|schema| Schema::compile(schema, &Path::root().key("input"), report)),
         ..Compiled::default()
@@ -252,10 +261,13 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
                 upstream[index].iter().filter_map(|above| draft.stages[*above].id).collect()
             },
             input: input_keys.clone(),
-            outputs: outputs.clone(),
+            outputs: Rc::clone(&outputs),
             run: true,
             output: false,
         };
+        if !evaluation::is_wanted() {
+            break; // What was compiled so far is thrown away.
+        }
         check_kind(stage, report);
         check_models(stage, &draft, models, report);
         compiled.stages.push(compile_stage(stage, &scope, report));
@@ -325,6 +337,8 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> (Vec<Vec<usize>>, Vec<bo
             index_of.insert(id, index);
         }
     }
+    let mut known: Vec<&str> = index_of.keys().copied().collect();
+    known.sort_unstable();
     let mut edges = vec![Vec::new(); draft.stages.len()];
     let mut uncertain = vec![false; draft.stages.len()];
     for (index, stage) in draft.stages.iter().enumerate() {
@@ -334,7 +348,7 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> (Vec<Vec<usize>>, Vec<bo
             match index_of.get(need) {
                 None => {
                     uncertain[index] = true;
-                    report.at_value(&path, unknown_need(need, index_of.keys().copied()));
+                    report.at_value(&path, unknown_need(need, &known));
                 }
                 Some(needed) if *needed == index => {
                     let message = format!("stage `{need}` needs itself");
@@ -351,6 +365,7 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> (Vec<Vec<usize>>, Vec<bo
     for cycle in graph::cycles(&edges) {
         let named: Vec<_> = cycle.iter().chain(cycle.first()).filter_map(|stage| draft.stages[*stage].id).collect();
         let Some(first) = cycle.first() else { continue };
+        let named: Vec<_> = named.into_iter().map(|id| cut(id, 64)).collect();
         let message = format!("the stages need each other in a circle: {}", named.join(" → "));
         let violation = Violation::new(Code::Cycle, "", message).mend("remove one of these from a `needs`");
         report.at_value(&draft.stages[*first].path.key("needs"), violation);
@@ -358,12 +373,10 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> (Vec<Vec<usize>>, Vec<bo
     (edges, uncertain)
 }
 
-fn unknown_need<'a>(need: &str, ids: impl Iterator<Item = &'a str>) -> Violation {
-    let mut ids: Vec<_> = ids.collect();
-    ids.sort_unstable();
+fn unknown_need(need: &str, ids: &[&str]) -> Violation {
     let mend = match nearest(need, ids.iter().copied()) {
         Some(near) => format!("did you mean `{near}`?"),
-        None => format!("known stages: {}", ids.join(", ")),
+        None => format!("known stages: {}", listed(ids.iter().copied())),
     };
     Violation::new(Code::UnknownNeed, "", format!("there is no stage `{}`", cut(need, 80))).mend(mend)
 }
@@ -453,7 +466,7 @@ fn check_chain(
 
 /// The keys that a schema declares. None where it declares none, or says that there can be others: then any may be
 /// there. A key that is used but not declared is nearly always misspelt, and would fail every run.
-fn declared_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
+fn declared_keys(schema: Option<&Value>) -> Option<Keys<'_>> {
     const OPENERS: [&str; 8] =
         ["patternProperties", "$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "propertyNames"];
     let schema = schema?.as_object()?;
@@ -461,7 +474,7 @@ fn declared_keys(schema: Option<&Value>) -> Option<Vec<&str>> {
     if others || OPENERS.iter().any(|opener| schema.contains_key(*opener)) {
         return None;
     }
-    let keys: Vec<&str> = schema.get("properties")?.as_object()?.keys().map(String::as_str).collect();
+    let keys: Keys<'_> = schema.get("properties")?.as_object()?.keys().map(String::as_str).collect();
     (!keys.is_empty()).then_some(keys)
 }
 
@@ -534,7 +547,7 @@ fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Rep
             if report.has_too_many_regexes() {
                 return None;
             }
-            match RegexBuilder::new(pattern).size_limit(REGEX_MAX_BYTES).build() {
+            match Pattern::compile(pattern) {
                 Ok(regex) => Some(CompiledCheck::Regex(regex)),
                 Err(error) => {
                     let detail = error.to_string();

@@ -3,7 +3,8 @@
 //! A schema may look at one value many times: branches of `anyOf` that refer to the same definition, or that each refer
 //! back to the whole, double the work with every level. So the work is reckoned before any is done: for each depth of
 //! a value, the most that one way from its root down to a leaf can cost. What is dear for every value is refused at
-//! registration; what is dear for deep values alone refuses those.
+//! registration; what is dear for deep values alone refuses those. In the same way, what a schema does with each byte of
+//! the texts in a value is reckoned: patterns, formats and encodings.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,11 +12,15 @@ use jsonschema::{PatternOptions, ValidationError, Validator};
 use serde_json::Value;
 
 use super::{
-    check::{REGEX_MAX_BYTES, Report},
+    check::Report,
     path::{Path, cut},
+    pattern::{REGEX_MAX_BYTES, places},
     schema,
 };
-use crate::{Code, Violation};
+use crate::{
+    Code, Violation,
+    evaluation::{self, Interrupted, Unclaimed},
+};
 
 /// The depth of a value that every schema must be able to check, in levels.
 const DEPTH_MIN: usize = 4;
@@ -25,6 +30,13 @@ const DEPTH_MAX: usize = 64;
 const PATH_COST_MAX: f64 = 100_000.0;
 /// The most that checking one value may cost, in such steps: about a second.
 const VALUE_COST_MAX: f64 = 100_000_000.0;
+/// Where a value has more than this many parts, only the first way in which it does not fit is told: each is kept in
+/// memory, and there may be one for each part.
+const ALL_TOLD_MAX_VALUES: usize = 50_000;
+/// What reading a text as JSON or from its encoding costs, in steps for each byte.
+const CONTENT_COST: f64 = 3.0;
+/// What checking a text's format costs at most, in steps for each byte.
+const FORMAT_COST: f64 = 10.0;
 /// The most ways between the parts of a schema; it bounds the reckoning itself.
 const WAYS_MAX: usize = 20_000;
 
@@ -60,6 +72,8 @@ impl Schema {
         if report.count() > before || report.has_too_many_regexes() {
             return None;
         }
+        // What follows cannot be interrupted, and takes some microseconds for each part and pattern.
+        let _ = evaluation::pay(schema_bytes(schema));
         // Before it is compiled: that follows references too.
         let costs = match Graph::of(schema, &anchors).and_then(|graph| graph.costs()) {
             Ok(costs) => costs,
@@ -69,7 +83,8 @@ impl Schema {
             }
         };
         let patterns = PatternOptions::regex().size_limit(REGEX_MAX_BYTES).dfa_size_limit(REGEX_MAX_BYTES);
-        match jsonschema::options().offline().with_pattern_options(patterns).build(schema) {
+        let options = jsonschema::options().offline().with_pattern_options(patterns);
+        match options.with_content_media_type("application/json", is_json).build(schema) {
             Ok(validator) => Some(Self { validator, costs }),
             Err(error) => {
                 let violation = invalid(format!("the schema does not compile: {}", cut(&error.to_string(), 300)));
@@ -84,12 +99,23 @@ impl Schema {
         &'a self,
         value: &'a Value,
     ) -> Result<impl Iterator<Item = ValidationError<'a>> + 'a, String> {
-        if self.costs.allow(value) {
-            Ok(self.validator.iter_errors(value))
+        let size = Size::of(value);
+        self.costs.claim(&size)?;
+        let (mut all, mut first) = (None, None);
+        if self.validator.is_valid(value) {
+            // The way of nearly every value, and by far the cheapest.
+        } else if size.values <= ALL_TOLD_MAX_VALUES {
+            all = Some(self.validator.iter_errors(value));
         } else {
-            Err("is too large or nested too deeply for the branches and references of its schema".to_owned())
+            first = self.validator.validate(value).err();
         }
+        Ok(all.into_iter().flatten().chain(first))
     }
+}
+
+/// Whether a text is JSON; draft 7 asks that. It is read as often as the schema says so, so that it may end in between.
+fn is_json(text: &str) -> bool {
+    !evaluation::is_wanted() || serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok()
 }
 
 fn invalid(message: String) -> Violation {
@@ -175,41 +201,100 @@ fn look_through<'s>(
     }
 }
 
+/// About how much a schema is to compile.
+fn schema_bytes(schema: &Value) -> u64 {
+    let size = Size::of(schema);
+    (size.values as u64).saturating_mul(100).saturating_add(size.text_bytes as u64)
+}
+
+/// A cost for each value, and one for each byte of the texts.
+type Cost = [f64; 2];
+
+fn plus(a: Cost, b: Cost, times: f64) -> Cost {
+    [a[0] + b[0] * times, a[1] + b[1] * times]
+}
+
+fn larger(a: Cost, b: Cost) -> Cost {
+    [a[0].max(b[0]), a[1].max(b[1])]
+}
+
 /// What one way from the root to a leaf costs at most, by the depth of the value.
 #[derive(Debug)]
 struct Costs {
-    by_depth: Vec<f64>,
+    by_depth: Vec<Cost>,
     /// Whether deeper values than those cost no more.
     is_level: bool,
 }
 
 impl Costs {
-    fn allow(&self, value: &Value) -> bool {
-        let (depth, values) = measure(value);
+    /// Takes the price of checking a value; else, as the rest of a sentence, why it cannot be checked.
+    fn claim(&self, size: &Size) -> Result<(), String> {
+        let price = self.price(size);
+        let too_deep = || "is too large or nested too deeply for the branches and references of its schema".to_owned();
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and is never negative")]
+        let [values, texts] = price.map(|price| price as u64);
+        if price[0] > VALUE_COST_MAX {
+            return Err(too_deep());
+        }
+        match evaluation::claim(values.saturating_add(texts)) {
+            Ok(()) => Ok(()),
+            Err(Unclaimed::Interrupted) => Err(Interrupted::TOLD.to_owned()),
+            Err(Unclaimed::TooDear(_)) if values > texts => Err(too_deep()),
+            Err(Unclaimed::TooDear(times)) => Err(format!(
+                "has {} bytes of text, which the patterns, formats and encodings of its schema could take about {times} \
+                 times too long to check: write patterns that repeat less, or pass less text",
+                size.text_bytes
+            )),
+        }
+    }
+
+    fn price(&self, size: &Size) -> Cost {
         let last = self.by_depth.len() - 1;
-        let cost = if depth > last && !self.is_level { f64::INFINITY } else { self.by_depth[depth.min(last)] };
+        if size.depth > last && !self.is_level {
+            return [f64::INFINITY; 2];
+        }
+        let [value, byte] = self.by_depth[size.depth.min(last)];
         #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let values = values as f64;
-        cost * values <= VALUE_COST_MAX
+        let (values, bytes) = (size.values as f64, size.text_bytes as f64);
+        [value * values, byte * bytes]
     }
 }
 
-/// How many levels a value has below its root, and how many values are in it. Its depth was bounded where it was parsed.
-fn measure(value: &Value) -> (usize, usize) {
-    let all = |inner: &mut dyn Iterator<Item = &Value>| {
-        inner.map(measure).fold((0, 1), |(depth, values), (inner, more)| (depth.max(inner + 1), values + more))
-    };
-    match value {
-        Value::Array(items) => all(&mut items.iter()),
-        Value::Object(map) => all(&mut map.values()),
-        _ => (0, 1),
+/// How many levels a value has below its root, how many values are in it, and how long its texts are, keys included. Its
+/// depth was bounded where it was parsed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Size {
+    depth: usize,
+    values: usize,
+    text_bytes: usize,
+}
+
+impl Size {
+    fn of(value: &Value) -> Self {
+        let mut size = Self { depth: 0, values: 1, text_bytes: 0 };
+        match value {
+            Value::String(text) => size.text_bytes = text.len(),
+            Value::Array(items) => items.iter().for_each(|item| size.hold(Self::of(item))),
+            Value::Object(map) => map.iter().for_each(|(key, inner)| {
+                size.text_bytes += key.len();
+                size.hold(Self::of(inner));
+            }),
+            _ => {}
+        }
+        size
+    }
+
+    fn hold(&mut self, inner: Self) {
+        self.depth = self.depth.max(inner.depth + 1);
+        self.values += inner.values;
+        self.text_bytes += inner.text_bytes;
     }
 }
 
 /// A part of a schema, and the parts that it holds against the same value and against the values inside.
 #[derive(Debug, Default)]
 struct Part<'s> {
-    weight: f64,
+    weight: Cost,
     same: Vec<usize>,
     /// By the key of a map.
     keyed: Vec<(&'s str, usize)>,
@@ -239,6 +324,21 @@ impl Part<'_> {
 
 /// What is wrong, and what to do about it.
 type Flaw = (String, &'static str);
+
+/// What a keyword does with each byte of a text, or of the keys of a map.
+fn cost_of_texts(key: &str, inner: &Value) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    let search = |pattern: &str| places(pattern) as f64;
+    match (key, inner) {
+        ("pattern", Value::String(pattern)) => search(pattern),
+        ("patternProperties", Value::Object(patterns)) => patterns.keys().map(|pattern| search(pattern)).sum(),
+        ("contentMediaType" | "contentEncoding", _) => CONTENT_COST,
+        ("format", _) => FORMAT_COST,
+        ("enum", Value::Array(options)) => 0.1 * f64::from(u32::try_from(options.len()).unwrap_or(u32::MAX)),
+        ("const" | "minLength" | "maxLength" | "uniqueItems", _) => 0.1,
+        _ => 0.0,
+    }
+}
 
 /// The parts of a schema that can be reached from its root, which is the first.
 struct Graph<'s> {
@@ -276,13 +376,14 @@ impl<'s> Graph<'s> {
     }
 
     fn part(&mut self, schema: &'s Value) -> Result<Part<'s>, Flaw> {
-        let mut part = Part { weight: 1.0, ..Part::default() };
+        let mut part = Part { weight: [1.0, 0.1], ..Part::default() };
         for (key, inner) in schema.as_object().into_iter().flatten() {
             let list = || inner.as_array().into_iter().flatten();
             let named = || inner.as_object().into_iter().flatten();
             #[expect(clippy::cast_precision_loss, reason = "an estimate")]
             let members = list().count().max(named().count()) as f64;
-            part.weight += 1.0 + members;
+            part.weight[0] += 1.0 + members;
+            part.weight[1] += cost_of_texts(key, inner);
             match key.as_str() {
                 "allOf" | "anyOf" | "oneOf" => part.same.extend(self.indexes(list())),
                 "not" | "if" | "then" | "else" => part.same.push(self.index(inner)),
@@ -361,7 +462,7 @@ impl<'s> Graph<'s> {
         let closures = self.closures()?;
         // The others only ever stand in the closure of one of these.
         let entries: HashSet<usize> = self.parts.iter().flat_map(Part::inner).chain([0]).collect();
-        let mut costs = vec![0.0; self.parts.len()];
+        let mut costs = vec![[0.0; 2]; self.parts.len()];
         let (mut by_depth, mut is_level) = (Vec::new(), false);
         while !is_level && by_depth.len() <= DEPTH_MAX {
             let mut next = costs.clone();
@@ -371,11 +472,11 @@ impl<'s> Graph<'s> {
             is_level = next == costs;
             costs = next;
             by_depth.push(costs[0]);
-            if costs[0] > VALUE_COST_MAX {
+            if costs[0][0] > VALUE_COST_MAX {
                 break;
             }
         }
-        if by_depth[DEPTH_MIN.min(by_depth.len() - 1)] > PATH_COST_MAX {
+        if by_depth[DEPTH_MIN.min(by_depth.len() - 1)][0] > PATH_COST_MAX {
             let message = "checking a value against this schema could take too long: its branches multiply".to_owned();
             return Err((message, ENTANGLED));
         }
@@ -383,28 +484,30 @@ impl<'s> Graph<'s> {
     }
 
     /// What a value costs, given what the values inside do: the dearest way down, a key or an index.
-    fn cost(&self, closure: &[(usize, f64)], inside: &[f64]) -> f64 {
-        let (mut own, mut any_key, mut any_index) = (0.0, 0.0, 0.0);
+    fn cost(&self, closure: &[(usize, f64)], inside: &[Cost]) -> Cost {
+        let (mut own, mut any_key, mut any_index) = ([0.0; 2], [0.0; 2], [0.0; 2]);
         let (mut keys, mut indexes) = (HashMap::new(), HashMap::new());
-        let sum = |parts: &[usize]| parts.iter().map(|part| inside[*part]).sum::<f64>();
+        let sum = |parts: &[usize]| parts.iter().fold([0.0; 2], |sum, part| plus(sum, inside[*part], 1.0));
         for (index, times) in closure {
             let part = &self.parts[*index];
-            let other_key = part.other_key.map_or(0.0, |other| inside[other]);
-            let other_index = part.other_index.map_or(0.0, |other| inside[other]);
-            own += times * part.weight;
-            any_key += times * (other_key + sum(&part.any_key));
-            any_index += times * (other_index + sum(&part.any_index));
+            let other_key = part.other_key.map_or([0.0; 2], |other| inside[other]);
+            let other_index = part.other_index.map_or([0.0; 2], |other| inside[other]);
+            own = plus(own, part.weight, *times);
+            any_key = plus(any_key, plus(other_key, sum(&part.any_key), 1.0), *times);
+            any_index = plus(any_index, plus(other_index, sum(&part.any_index), 1.0), *times);
             for (key, inner) in &part.keyed {
-                *keys.entry(*key).or_insert(0.0) += times * (inside[*inner] - other_key);
+                let cost: &mut Cost = keys.entry(*key).or_default();
+                *cost = plus(*cost, plus(inside[*inner], other_key, -1.0), *times);
             }
             for (position, inner) in part.indexed.iter().enumerate() {
-                *indexes.entry(position).or_insert(0.0) += times * (inside[*inner] - other_index);
+                let cost: &mut Cost = indexes.entry(position).or_default();
+                *cost = plus(*cost, plus(inside[*inner], other_index, -1.0), *times);
             }
         }
-        let key = any_key + keys.into_values().fold(0.0, f64::max);
-        let index = any_index + indexes.into_values().fold(0.0, f64::max);
+        let key = plus(any_key, keys.into_values().fold([0.0; 2], larger), 1.0);
+        let index = plus(any_index, indexes.into_values().fold([0.0; 2], larger), 1.0);
         // Far above every limit, and far below what a float holds exactly enough to compare.
-        (own + key.max(index)).min(1e15)
+        plus(own, larger(key, index), 1.0).map(|cost| cost.min(1e15))
     }
 }
 
@@ -465,7 +568,8 @@ mod tests {
     fn what_multiplies_with_the_depth_takes_shallow_values_alone() {
         let branch = json!({ "properties": { "a": { "$ref": "#" } } });
         let costs = costs(&json!({ "type": "object", "anyOf": [branch, branch] })).expect("fine for shallow values");
-        assert!(costs.allow(&nested(8)) && !costs.allow(&nested(40)) && !costs.allow(&nested(120)));
+        let takes = |levels| costs.claim(&Size::of(&nested(levels))).is_ok();
+        assert!(takes(8) && !takes(40) && !takes(120));
     }
 
     #[test]
@@ -478,11 +582,35 @@ mod tests {
         ] });
         for schema in [tree, any_json, json!({ "properties": { "b": { "type": "string" } } })] {
             let costs = costs(&schema).expect("fine");
-            assert!(costs.allow(&nested(60)), "{schema}");
+            assert_eq!(costs.claim(&Size::of(&nested(60))), Ok(()), "{schema}");
         }
         let rows = json!({ "items": { "required": ["a"], "properties": { "a": { "type": "number" }, "b": {} } } });
         let many = Value::Array(vec![json!({ "a": 1, "b": 2 }); 200_000]);
-        assert!(costs(&rows).expect("fine").allow(&many));
+        assert_eq!(costs(&rows).expect("fine").claim(&Size::of(&many)), Ok(()));
+    }
+
+    fn claimed(schema: &Value, value: &Value) -> Result<(), String> {
+        let (costs, size) = (costs(schema).expect("fine"), Size::of(value));
+        let longest = std::time::Duration::from_secs(1);
+        evaluation::whole(&evaluation::Stop::default(), longest, || costs.claim(&size)).expect("finished")
+    }
+
+    #[test]
+    fn patterns_and_encodings_are_priced_by_the_texts_that_they_read() {
+        let text = json!({ "a": "01".repeat(50_000), "b": [{ "c": 1 }] });
+        let at = |schema: Value| json!({ "properties": { "a": schema } });
+        assert!(
+            claimed(&at(json!({ "pattern": "^[01]*1[01]{3000}$" })), &text)
+                .is_err_and(|why| why.contains("100003 bytes"))
+        );
+        let parses: Vec<_> = (0..500).map(|_| json!({ "contentMediaType": "application/json" })).collect();
+        assert!(claimed(&at(json!({ "allOf": parses })), &text).is_err_and(|why| why.contains("encodings")));
+        for schema in [json!({ "pattern": "^[a-z0-9 ,.-]{1,200}$" }), json!({ "format": "email" }), parses[0].clone()] {
+            assert_eq!(claimed(&at(schema.clone()), &text), Ok(()), "{schema}");
+        }
+        let keys = json!({ "patternProperties": { "^[01]*1[01]{3000}$": true } });
+        let many: serde_json::Map<String, Value> = (0..20_000).map(|n| (format!("key-{n}"), Value::Null)).collect();
+        assert!(claimed(&keys, &Value::Object(many)).is_err(), "keys are texts too");
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod graph;
 mod json;
 mod json_schema;
 mod path;
+mod pattern;
 mod render;
 mod resolve;
 mod schema;
@@ -136,7 +137,7 @@ pub struct RenderContext<'a> {
     /// The run's id, or a placeholder where there is none yet (a plan).
     pub run_id: &'a str,
     /// The run's input.
-    pub input: &'a Value,
+    pub input: &'a Arc<Value>,
     /// The outputs that are there, by stage index.
     pub outputs: &'a [Option<Arc<Value>>],
 }
@@ -158,7 +159,7 @@ pub enum Part {
 /// is dropped as soon as the part is rendered.
 #[derive(Debug)]
 pub struct Seen {
-    input: Value,
+    input: Arc<Value>,
     outputs: Vec<Option<Arc<Value>>>,
 }
 

@@ -99,6 +99,21 @@ pub(super) fn cut(text: &str, max: usize) -> String {
     }
 }
 
+/// The most names that a message lists, and the longest that it shows of one.
+const LISTED_MAX: usize = 20;
+const NAME_MAX_CHARS: usize = 64;
+
+/// Names in a message: some of them where there are many.
+pub(super) fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    let mut names = names.into_iter();
+    let mut told: Vec<String> = names.by_ref().take(LISTED_MAX).map(|name| cut(name, NAME_MAX_CHARS)).collect();
+    match names.count() {
+        0 => {}
+        more => told.push(format!("and {more} more")),
+    }
+    told.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,5 +123,13 @@ mod tests {
         let path = Path::root().key("stages").index(2).key("gate").key("a.b").key("c");
         assert_eq!(path.to_string(), r#"stages[2].gate["a.b"].c"#);
         assert_eq!(Path::root().to_string(), "");
+    }
+
+    #[test]
+    fn a_long_list_of_names_is_told_in_part() {
+        assert_eq!(listed(["a", "b"]), "a, b");
+        let long = "x".repeat(4_000);
+        let told = listed(std::iter::repeat_n(long.as_str(), 90));
+        assert!(told.ends_with("and 70 more") && told.len() < 2_000, "{told}");
     }
 }

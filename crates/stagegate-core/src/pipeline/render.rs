@@ -10,7 +10,11 @@ use super::{
     path::Path,
     template::{Template, Vars},
 };
-use crate::{Code, Failure, Json, StageId, Violation, fair::Limits};
+use crate::{
+    Code, Failure, Json, StageId, Violation,
+    evaluation::{self, Interrupted},
+    fair::Limits,
+};
 
 /// The most that the templates of an output mapping may give together, in bytes.
 const OUTPUT_MAX_BYTES: usize = 16 * 1024 * 1024;
@@ -22,17 +26,23 @@ const VALUE_BYTES: usize = 8;
 impl Seen {
     /// Parses what a part of the pipeline names.
     pub fn parse(pipeline: &Pipeline, part: Part, input: &Json, outputs: &[Option<Json>]) -> Self {
-        let mut seen = Self { input: Value::Null, outputs: vec![None; outputs.len()] };
+        // Where there is not enough left to parse it, what follows is thrown away.
+        let parse = |json: &Json| match evaluation::pay(json.text_bytes()) {
+            Ok(()) => json.parse(),
+            Err(Interrupted) => Value::Null,
+        };
+        let (mut input_seen, mut outputs_seen) = (None, vec![None; outputs.len()]);
         pipeline.each_named(part, |named| match named {
-            None if seen.input.is_null() => seen.input = input.parse(),
-            None => {}
+            None => {
+                input_seen.get_or_insert_with(|| Arc::new(parse(input)));
+            }
             Some(stage) => {
-                if let (Some(place @ None), Some(Some(output))) = (seen.outputs.get_mut(stage), outputs.get(stage)) {
-                    *place = Some(Arc::new(output.parse()));
+                if let (Some(place @ None), Some(Some(output))) = (outputs_seen.get_mut(stage), outputs.get(stage)) {
+                    *place = Some(Arc::new(parse(output)));
                 }
             }
         });
-        seen
+        Self { input: input_seen.unwrap_or_default(), outputs: outputs_seen }
     }
 
     /// What that takes in memory, in bytes.
@@ -85,13 +95,13 @@ impl Pipeline {
     pub(super) fn with_vars<'a, T>(
         &self,
         context: &RenderContext<'a>,
-        output: Option<&'a Value>,
+        output: Option<&'a Arc<Value>>,
         run: impl FnOnce(&Vars<'_>) -> T,
     ) -> T {
         let outputs = context.outputs;
         let stage = |id: &str| {
             let index = self.stage_index(id)?;
-            outputs.get(index)?.as_deref()
+            outputs.get(index)?.as_ref()
         };
         run(&Vars { run_id: context.run_id, input: context.input, stage: &stage, output })
     }
@@ -122,7 +132,7 @@ impl Pipeline {
 
     /// What bounds how many runs are under way beside one with this input. Fails where the concurrency key gives nothing
     /// to count by.
-    pub fn limits(&self, input: &Value) -> Result<Limits, Violation> {
+    pub fn limits(&self, input: &Arc<Value>) -> Result<Limits, Violation> {
         let Some(concurrency) = &self.concurrency else { return Ok(Limits::default()) };
         let key = match &self.compiled.concurrency_key {
             None => None,
@@ -161,6 +171,9 @@ impl Pipeline {
                 message: format!("the run's output could not be made: stage `{}` has none yet", stage.id),
                 stage: Some(stage.id.clone()),
             })?;
+            if evaluation::pay(bytes(output) as u64).is_err() {
+                return Err(Failure { code: Code::TemplateFailed, message: Interrupted::TOLD.to_owned(), stage: None });
+            }
             outputs.insert(stage.id.to_string(), output.as_ref().clone());
         }
         Ok(Value::Object(outputs))

@@ -18,6 +18,8 @@ use crate::{Code, ModelRef, PipelineName, StageId, Violation, error::nearest};
 
 /// The most mistakes that one check lists.
 const LISTED_MAX: usize = 100;
+/// The most unknown keys among which a missing one is looked for.
+const COMPARED_MAX: usize = 100;
 
 /// A mistake of form, and where its position is to be looked for.
 #[derive(Debug)]
@@ -102,7 +104,7 @@ fn translate(error: &ValidationError<'_>, found: &mut Vec<Mistake>) {
             let key = property.as_str().unwrap_or_default();
             let known = place.keys();
             let mut others = value.as_object().into_iter().flat_map(Map::keys).filter(|k| !known.contains(&k.as_str()));
-            if others.any(|other| nearest(&cut(other, 80), [key]).is_some()) {
+            if others.by_ref().take(COMPARED_MAX).any(|other| nearest(&cut(other, 80), [key]).is_some()) {
                 return; // Misspelt, and told as that.
             }
             let violation = Violation::new(Code::MissingKey, "", format!("`{key}` is missing"));

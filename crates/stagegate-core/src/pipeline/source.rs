@@ -358,6 +358,7 @@ impl Reader {
                         self.note(mistake);
                     }
                 }
+                Some((text, _)) if values.contains_key(&text) && self.mistakes.len() >= MISTAKES_MAX => {}
                 Some((text, key_at)) if values.contains_key(&text) => {
                     let first = spots.get(&text).and_then(|spot| spot.key);
                     self.note(duplicate_key(self.path().key(&text).to_string(), &text, key_at, first));

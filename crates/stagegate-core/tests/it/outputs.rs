@@ -10,7 +10,7 @@ use stagegate_core::{
 
 use crate::valid;
 
-fn context<'a>(input: &'a Value, outputs: &'a [Option<Arc<Value>>]) -> RenderContext<'a> {
+fn context<'a>(input: &'a Arc<Value>, outputs: &'a [Option<Arc<Value>>]) -> RenderContext<'a> {
     RenderContext { run_id: "run-1", input, outputs }
 }
 
@@ -87,7 +87,7 @@ fn an_input_that_does_not_fit_is_told_whole() {
 #[test]
 fn prompts_are_rendered_from_what_is_upstream() {
     let pipeline = pipeline();
-    let input = json!({"brief": "the <brief>", "size": 2});
+    let input = Arc::new(json!({"brief": "the <brief>", "size": 2}));
     let outputs = [Some(Arc::new(json!({"z": 1, "items": ["b", "a"]}))), Some(Arc::new(json!("t\n"))), None];
     let context = context(&input, &outputs);
     let message = |role, content: &str| Message { role, content: content.to_owned() };
@@ -107,7 +107,7 @@ fn prompts_are_rendered_from_what_is_upstream() {
 #[test]
 fn a_template_that_fails_names_its_stage_and_the_cause() {
     let pipeline = pipeline();
-    let input = json!({"brief": "b", "size": 2});
+    let input = Arc::new(json!({"brief": "b", "size": 2}));
     let outputs = [Some(Arc::new(json!({"other": 1}))), None, None];
     let failure = pipeline.render(1, &context(&input, &outputs)).expect_err("no items");
     assert_eq!((failure.code, failure.stage.as_ref().map(StageId::as_str)), (Code::TemplateFailed, Some("text")));
@@ -119,7 +119,7 @@ fn a_template_that_fails_names_its_stage_and_the_cause() {
 #[test]
 fn an_output_mapping_keeps_the_types_of_single_expressions() {
     let pipeline = pipeline();
-    let input = json!({"brief": "b", "size": 2});
+    let input = Arc::new(json!({"brief": "b", "size": 2}));
     let outputs = [Some(Arc::new(json!({"items": ["b", "a"]}))), None, Some(Arc::new(json!("end")))];
     assert_eq!(
         pipeline.render_output(&context(&input, &outputs)),
@@ -136,10 +136,10 @@ fn an_output_mapping_keeps_the_types_of_single_expressions() {
 #[test]
 fn every_check_says_what_it_found() {
     let pipeline = pipeline();
-    let input = json!({"brief": "b", "size": 2});
+    let input = Arc::new(json!({"brief": "b", "size": 2}));
     let outputs = [None, None, None];
     let told = |output: Value| -> Vec<(String, bool, String)> {
-        let assessments = pipeline.assess(0, &output, &context(&input, &outputs));
+        let assessments = pipeline.assess(0, &Arc::new(output), &context(&input, &outputs));
         assert!(assessments.iter().all(|a| a.version == 1 && a.threshold >= 1.0 && (a.score >= 1.0) == a.passed));
         assessments.into_iter().map(|a| (a.name, a.passed, a.reason)).collect()
     };
@@ -210,7 +210,7 @@ fn an_output_mapping_is_bounded_in_templates_and_in_bytes() {
     let pipeline = valid(&text(200));
     let render = |bytes: usize| {
         let outputs = [Some(Arc::new(json!("x".repeat(bytes))))];
-        pipeline.render_output(&context(&json!({}), &outputs))
+        pipeline.render_output(&context(&Arc::new(json!({})), &outputs))
     };
     assert!(render(1_000).is_ok());
     let failure = render(100_000).expect_err("20 MB");

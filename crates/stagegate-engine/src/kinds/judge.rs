@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use stagegate_core::{
-    Assessment, CallPurpose, Code, Evaluator,
+    Assessment, CallPurpose, Code, Evaluator, Json,
     decide::AttemptResult,
     pipeline::{Cache, Judge, Message, ModelWork, OutputFormat, Params, Part, Role, Work},
 };
@@ -40,14 +40,14 @@ struct Verdict {
 }
 
 /// The judge's assessment; None where the stage has no judge.
-pub(super) async fn judge(context: &AttemptContext, output: &Value) -> Result<Option<Assessment>, Stopped> {
+pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Option<Assessment>, Stopped> {
     let stage = context.stage();
     let Some(judge) = &stage.gate.judge else { return Ok(None) };
-    let rubric = context
-        .with_render(Part::Rubric(context.stage), |render| context.pipeline.render_rubric(context.stage, render))
-        .map_err(failed_render)?
-        .unwrap_or_default();
-    let (request, cache) = request(judge, &stage.work, &rubric, output);
+    let index = context.stage;
+    let rubric =
+        context.evaluate(Part::Rubric(index), move |pipeline, seen| pipeline.render_rubric(index, seen)).await?;
+    let rubric = rubric.map_err(failed_render)?.unwrap_or_default();
+    let (request, cache) = request(judge, &stage.work, &rubric, &output.to_plain_text());
     let reply = context.complete(&context.call_context(&cache), &request).await.map_err(failed_call)?;
     let Some(verdict) = read(&reply.content) else {
         // The judge failed at its task, the output is not to blame: the attempt is repeated, its answer is cached.
@@ -72,16 +72,12 @@ pub(super) async fn judge(context: &AttemptContext, output: &Value) -> Result<Op
 }
 
 /// The request that has an output judged, and how its verdict is cached: as the stage's answers are.
-pub(crate) fn request(judge: &Judge, work: &Work, rubric: &str, output: &Value) -> (Request, Cache) {
+pub(crate) fn request(judge: &Judge, work: &Work, rubric: &str, output: &str) -> (Request, Cache) {
     let (stage_models, cache) = match work {
         Work::Model(ModelWork { models, cache, .. }) => (models.as_slice(), cache.clone()),
         Work::Transform => (&[][..], Cache::default()),
     };
     let models = judge.model.as_ref().map_or(stage_models, |chain| chain.models()).to_vec();
-    let output = match output {
-        Value::String(text) => text.clone(),
-        json => json.to_string(),
-    };
     let request = Request {
         models,
         messages: vec![

@@ -6,7 +6,7 @@ mod model;
 mod transform;
 
 pub(crate) use judge::request as judge_request;
-pub(crate) use model::request;
+pub(crate) use model::{rendered_request, request};
 
 use std::sync::Arc;
 
@@ -18,12 +18,13 @@ use stagegate_core::{
 use stagegate_llm::{CallContext, CallError, Llm, Reply, Request, purse::Purse};
 use tokio::time::Instant;
 
-use crate::books::Books;
+use crate::{books::Books, evaluation::Evaluations};
 
 /// Everything that an attempt works with. It holds no store: an attempt cannot write.
 #[derive(Debug)]
 pub(crate) struct AttemptContext {
     pub(crate) llm: Arc<Llm>,
+    pub(crate) evaluations: Arc<Evaluations>,
     pub(crate) tenant: TenantId,
     pub(crate) pipeline: Arc<Pipeline>,
     pub(crate) version: u32,
@@ -63,11 +64,23 @@ impl AttemptContext {
         &self.pipeline.stages[self.stage]
     }
 
-    /// Renders a part of the pipeline with what it names.
-    fn with_render<T>(&self, part: Part, render: impl FnOnce(&RenderContext<'_>) -> T) -> T {
-        let run_id = self.run.to_string();
-        let seen = Seen::parse(&self.pipeline, part, &self.input, &self.outputs);
-        render(&seen.context(&run_id))
+    /// Evaluates a part of the pipeline with what it names.
+    pub(crate) async fn evaluate<T: Send + 'static>(
+        &self,
+        part: Part,
+        work: impl Fn(&Pipeline, &RenderContext<'_>) -> T + Send + 'static,
+    ) -> Result<T, Stopped> {
+        let (pipeline, input, outputs) = (Arc::clone(&self.pipeline), self.input.clone(), Arc::clone(&self.outputs));
+        let run = self.run;
+        let seen = move || {
+            let run_id = run.to_string();
+            let seen = Seen::parse(&pipeline, part, &input, &outputs);
+            work(&pipeline, &seen.context(&run_id))
+        };
+        self.evaluations
+            .evaluate(&self.tenant, seen)
+            .await
+            .map_err(|unevaluated| failed_render(unevaluated.failure(Some(self.stage().id.clone()))))
     }
 
     pub(crate) fn call_context(&self, cache: &stagegate_core::pipeline::Cache) -> CallContext {
@@ -101,31 +114,39 @@ impl AttemptContext {
     }
 
     /// Measures an output: deterministic checks first, the judge only if they pass.
-    async fn assess(&self, content: &str, model: Option<ModelRef>, origin: Origin) -> Result<AttemptResult, Stopped> {
-        let output = match self.pipeline.read_output(self.stage, content) {
-            Ok(output) => output,
-            Err(assessment) => {
-                return Ok(AttemptResult::Output {
-                    output: content.into(),
-                    usable: false,
-                    assessments: vec![assessment],
-                    model,
-                    origin,
-                });
-            }
-        };
-        let mut assessments =
-            self.with_render(Part::Checks(self.stage), |context| self.pipeline.assess(self.stage, &output, context));
-        // The stage's own schema is assessed first; a `schema` check of the gate is a check like any other.
-        let has_schema = matches!(self.stage().output, OutputFormat::Json { schema: Some(_) });
-        let usable = !has_schema || assessments.first().is_none_or(|assessment| assessment.passed);
+    async fn assess(&self, content: String, model: Option<ModelRef>, origin: Origin) -> Result<AttemptResult, Stopped> {
+        let stage = self.stage;
+        let measure = move |pipeline: &Pipeline, seen: &RenderContext<'_>| measure(pipeline, stage, &content, seen);
+        let Measured { output, usable, mut assessments } = self.evaluate(Part::Checks(stage), measure).await?;
         if assessments.iter().all(|assessment| assessment.passed)
             && let Some(verdict) = judge::judge(self, &output).await?
         {
             assessments.push(verdict);
         }
-        Ok(AttemptResult::Output { output: output.into(), usable, assessments, model, origin })
+        Ok(AttemptResult::Output { output, usable, assessments, model, origin })
     }
+}
+
+/// An answer, read and held against the deterministic checks.
+struct Measured {
+    output: Json,
+    /// Whether it has the form that the stage's output must have.
+    usable: bool,
+    assessments: Vec<Assessment>,
+}
+
+fn measure(pipeline: &Pipeline, stage: usize, content: &str, context: &RenderContext<'_>) -> Measured {
+    let output = match pipeline.read_output(stage, content) {
+        Ok(output) => Arc::new(output),
+        Err(assessment) => {
+            return Measured { output: content.into(), usable: false, assessments: vec![assessment] };
+        }
+    };
+    let assessments = pipeline.assess(stage, &output, context);
+    // The stage's own schema is assessed first; a `schema` check of the gate is a check like any other.
+    let has_schema = matches!(pipeline.stages[stage].output, OutputFormat::Json { schema: Some(_) });
+    let usable = !has_schema || assessments.first().is_none_or(|assessment| assessment.passed);
+    Measured { output: Arc::unwrap_or_clone(output).into(), usable, assessments }
 }
 
 fn failed_call(error: CallError) -> Stopped {

@@ -1,9 +1,9 @@
 //! The `prompt` and `messages` kind: a model is asked. Owns how a stage becomes a request, critique included.
 
 use stagegate_core::{
-    CallPurpose, Failure, Origin,
+    CallPurpose, Code, Failure, Origin,
     decide::{AttemptResult, Critique},
-    pipeline::{Message, ModelWork, Part, RenderContext, Rendered, Role},
+    pipeline::{Message, ModelWork, Part, RenderContext, Rendered, Role, Work},
 };
 use stagegate_llm::{Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS, providers::sim::CRITIQUE_GREETING};
 
@@ -14,11 +14,7 @@ pub(super) async fn attempt(
     work: &ModelWork,
     kept: &mut Option<Reply>,
 ) -> Result<AttemptResult, Stopped> {
-    let request = context
-        .with_render(Part::Work(context.stage), |seen| {
-            request(&context.pipeline, context.stage, work, seen, context.critique.as_ref())
-        })
-        .map_err(failed_render)?;
+    let request = rendered_request(context, context.critique.clone()).await?;
     let reply = match context.complete(&context.call_context(&work.cache), &request).await {
         Ok(reply) => reply,
         Err(mut error) => {
@@ -32,7 +28,24 @@ pub(super) async fn attempt(
         reply.calls.last().map_or((None, Origin::None), |call| (Some(call.model.clone()), call.origin));
     let answer = reply.content.clone();
     *kept = Some(reply);
-    context.assess(&answer, model, origin).await
+    context.assess(answer, model, origin).await
+}
+
+/// The request of the attempt's stage.
+pub(crate) async fn rendered_request(
+    context: &AttemptContext,
+    critique: Option<Critique>,
+) -> Result<Request, AttemptResult> {
+    let stage = context.stage;
+    let rendered = context.evaluate(Part::Work(stage), move |pipeline, seen| match &pipeline.stages[stage].work {
+        Work::Model(work) => request(pipeline, stage, work, seen, critique.as_ref()),
+        Work::Transform => Err(Failure {
+            code: Code::Internal,
+            message: "a transform asks no model".to_owned(),
+            stage: Some(pipeline.stages[stage].id.clone()),
+        }),
+    });
+    rendered.await?.map_err(failed_render)
 }
 
 /// The request of a stage, with the previous answer and what was wrong with it where there is a critique.

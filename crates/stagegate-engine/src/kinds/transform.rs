@@ -9,12 +9,12 @@ use stagegate_core::{
 use super::{AttemptContext, Stopped, failed_render};
 
 pub(super) async fn attempt(context: &AttemptContext) -> Result<AttemptResult, Stopped> {
-    let rendered = context
-        .with_render(Part::Work(context.stage), |render| context.pipeline.render(context.stage, render))
-        .map_err(failed_render)?;
+    let stage = context.stage;
+    let rendered = context.evaluate(Part::Work(stage), move |pipeline, seen| pipeline.render(stage, seen)).await?;
+    let rendered = rendered.map_err(failed_render)?;
     let output = match rendered {
         Rendered::Text(text) => text,
         Rendered::Messages(messages) => messages.into_iter().map(|message| message.content).collect(),
     };
-    context.assess(&output, None, Origin::None).await
+    context.assess(output, None, Origin::None).await
 }

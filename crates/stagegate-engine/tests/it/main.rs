@@ -2,6 +2,7 @@
 
 mod bench;
 mod cache;
+mod evaluation;
 mod faults;
 mod faulty;
 mod follow;

@@ -1,6 +1,6 @@
 //! Runs from their acceptance to their end.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use serde_json::json;
 use stagegate_core::{Code, RunState, StageState, TenantId, Verdict};
@@ -150,15 +150,15 @@ async fn a_plan_spends_nothing_and_knows_what_is_cached() {
     let tenant = TenantId::default();
     let (version, _) = bench.engine.register(&tenant, &canonical()).await.expect("valid");
     let (pipeline, number) = bench.engine.pipeline(&tenant, &version.name, None).await.expect("there");
-    let input = json!({ "text": "hello" });
-    let plan = bench.engine.plan(&tenant, pipeline.clone(), number, &input).await.expect("a plan");
+    let input = Arc::new(json!({ "text": "hello" }));
+    let plan = bench.engine.plan(&tenant, pipeline.clone(), number, Arc::clone(&input)).await.expect("a plan");
     assert_eq!(bench.provider.call_count(), 0);
     assert!(plan.stages.iter().all(|stage| stage.outcome == PlannedOutcome::Buy));
     assert_eq!(plan.critical_path.len(), 4);
     assert!(plan.cost_usd.nanos() > 0 && plan.tokens > 0);
 
-    bench.run(&canonical(), input.clone()).await;
-    let plan = bench.engine.plan(&tenant, pipeline, number, &input).await.expect("a plan");
+    bench.run(&canonical(), json!({ "text": "hello" })).await;
+    let plan = bench.engine.plan(&tenant, pipeline, number, Arc::clone(&input)).await.expect("a plan");
     assert!(plan.stages.iter().all(|stage| stage.outcome == PlannedOutcome::Hit), "{plan:?}");
     assert_eq!(plan.cost_usd.nanos(), 0);
     assert!(plan.saved_usd.nanos() > 0 && plan.critical_path.is_empty());

@@ -63,17 +63,12 @@ pub(crate) async fn plan(
         (Some(name), None) => context.engine.pipeline(&context.tenant, &name, body.version).await?,
         (None, Some(definition)) => {
             let source = definition.as_str().map_or_else(|| definition.to_string(), str::to_owned);
-            let engine = context.engine.clone();
-            let checked = tokio::task::spawn_blocking(move || engine.validate(&source)).await;
-            let checked = checked.map_err(|error| Problem::new(Code::Internal, error.to_string()))?;
-            let pipeline = checked.map_err(|mistakes| Problem::violations(Code::InvalidDefinition, mistakes))?;
-            (pipeline.into(), 0)
+            (context.engine.validate(&context.tenant, &source).await?.into(), 0)
         }
         _ => {
             let violation = Violation::new(Code::WrongValue, "", "give either `pipeline` or `definition`");
             return Err(Problem::violations(Code::InvalidRequest, vec![violation]));
         }
     };
-    pipeline.check_input(&body.input).map_err(|mistakes| Problem::violations(Code::InvalidInput, mistakes))?;
-    Ok(Json(context.engine.plan(&context.tenant, pipeline, version, &body.input).await?))
+    Ok(Json(context.engine.plan(&context.tenant, pipeline, version, body.input.into()).await?))
 }

@@ -29,7 +29,11 @@ fn quiet_logs(loaded: &mut Loaded) -> Result<logs::Guard, Error> {
 }
 
 /// The mistakes of a definition, each told as compilers do: `file:line:column: SGnnnn path: message (mend)`.
-fn in_file(file: &str, violations: Vec<Violation>) -> Error {
+/// Any other error stays as it is.
+fn in_file(file: &str, error: Error) -> Error {
+    if error.code != Code::InvalidDefinition {
+        return error;
+    }
     let located = |violation: Violation| {
         let place = match (violation.line, violation.column) {
             (Some(line), Some(column)) => format!("{file}:{line}:{column}"),
@@ -39,5 +43,5 @@ fn in_file(file: &str, violations: Vec<Violation>) -> Error {
         let message = format!("{}{separator}{}: {}", violation.code, violation.path, violation.message);
         Violation { mend: violation.mend, ..Violation::new(Code::InvalidDefinition, place, message) }
     };
-    Error::violations(Code::InvalidDefinition, violations.into_iter().map(located).collect())
+    Error::violations(Code::InvalidDefinition, error.violations.into_iter().map(located).collect())
 }

@@ -66,11 +66,11 @@ impl Plan {
     }
 
     async fn plan_in(&self, daemon: &Daemon, source: &str) -> Result<Planned, Error> {
-        let refused = |violations| in_file(&self.file, violations);
-        let pipeline = Arc::new(daemon.engine.validate(source).map_err(refused)?);
+        let refused = |error| in_file(&self.file, error);
+        let pipeline = Arc::new(daemon.engine.validate(&self.tenant, source).await.map_err(refused)?);
         let input = files::input(self.input.as_deref(), &self.sets, &pipeline.definition)?;
         let version = self.version_of(daemon, &pipeline).await?;
-        daemon.engine.plan(&self.tenant, pipeline, version, &input).await
+        daemon.engine.plan(&self.tenant, pipeline, version, input.into()).await
     }
 
     /// The version that the definition has, or would get.

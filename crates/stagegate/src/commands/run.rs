@@ -92,8 +92,8 @@ impl Run {
     /// Submits and follows the run. Returns the exit code and the result.
     async fn run_in(&self, daemon: &Daemon, source: &str, signals: &mut Signals) -> Result<(u8, Option<Value>), Error> {
         let engine = &daemon.engine;
-        let refused = |violations| in_file(&self.file, violations);
-        let pipeline = engine.validate(source).map_err(refused)?;
+        let refused = |error| in_file(&self.file, error);
+        let pipeline = engine.validate(&self.tenant, source).await.map_err(refused)?;
         let input = files::input(self.input.as_deref(), &self.sets, &pipeline.definition)?;
         pipeline.check_input(&input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
         note_unfinished(engine, &self.tenant).await;

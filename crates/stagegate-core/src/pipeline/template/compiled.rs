@@ -9,7 +9,8 @@ use minijinja::{
 };
 use self_cell::self_cell;
 
-use super::{Kind, library, sandbox, tree};
+use super::{Kind, RENDERING_UNITS, library, sandbox, tree};
+use crate::evaluation::{self, Interrupted};
 
 /// What the template is called where the engine wants a name.
 const NAME: &str = "template";
@@ -74,6 +75,7 @@ impl Compiled {
 }
 
 fn run(code: &Code<'_>, context: Value, output: &mut Output<'_>) -> Result<Option<Value>, Error> {
+    evaluation::pay(RENDERING_UNITS).map_err(|_| library::failed(Interrupted::TOLD))?;
     library::charged(|| {
         eval(library::environment(), &code.instructions, context, &code.blocks, output, AutoEscape::None)
             .map(|(value, _)| value)

@@ -4,19 +4,23 @@
 use std::{borrow::Cow, cell::Cell, io, sync::LazyLock};
 
 use minijinja::{
-    Environment, Error, ErrorKind, State, UndefinedBehavior, Value, filters, functions, tests,
-    value::{Kwargs, Rest, ValueIter, ValueKind, ValueOrKwargs},
+    Environment, Error, ErrorKind, State, UndefinedBehavior, Value, filters, tests,
+    value::{Kwargs, Rest, Tuple, ValueIter, ValueKind, ValueOrKwargs},
 };
 
 use super::{
     FUEL,
-    sandbox::{CHARGE, NUMBER},
+    sandbox::{CHARGE, CYCLE, INDEXED, NUMBER, SLICE},
 };
+use crate::evaluation::{self, BRIEF_STEPS, Interrupted};
 
 /// The most bytes that one rendering may copy, join or compare.
 const WORK_MAX_BYTES: usize = 32 * 1024 * 1024;
 /// The deepest nesting of a value.
 const VALUE_MAX_DEPTH: usize = 64;
+
+/// The most numbers of a `range`.
+const RANGE_MAX: usize = 100_000;
 
 /// The filters that a template can use.
 pub(super) const FILTERS: &[&str] = &[
@@ -117,7 +121,9 @@ pub(super) fn failed(message: impl Into<Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message)
 }
 
-fn pay(bytes: usize) -> Result<(), Error> {
+/// Takes from the rendering's own budget, and from what the evaluation may spend where it runs.
+pub(super) fn pay(bytes: usize) -> Result<(), Error> {
+    evaluation::pay(bytes as u64).map_err(|_| failed(Interrupted::TOLD))?;
     WORK_LEFT.with(|left| {
         let rest = left.get().checked_sub(bytes);
         left.set(rest.unwrap_or(0));
@@ -150,6 +156,78 @@ fn pay_for(value: &Value, depth: usize) -> Result<(), Error> {
         }
         _ => pay(1),
     }
+}
+
+/// Pays for looking a place up: characters of a text and items of a computed list are counted from its start.
+fn pay_for_index(value: &Value) -> Result<(), Error> {
+    match value.kind() {
+        ValueKind::String => pay(value.as_str().map_or(0, str::len)),
+        ValueKind::Iterable => pay(value.len().unwrap_or(RANGE_MAX).saturating_mul(8)),
+        _ => Ok(()),
+    }
+}
+
+/// `range(stop)` or `range(start, stop, step)`. The library's own overflows at the ends of its numbers.
+fn range(lower: i64, upper: Option<i64>, step: Option<i64>) -> Result<Value, Error> {
+    let (start, stop, step) = (upper.map_or(0, |_| lower), upper.unwrap_or(lower), step.unwrap_or(1));
+    if step == 0 {
+        return Err(failed("`range` needs a step that is not 0"));
+    }
+    let way = (i128::from(stop) - i128::from(start)) * i128::from(step.signum());
+    let length = usize::try_from(way.max(0).unsigned_abs().div_ceil(u128::from(step.unsigned_abs())));
+    let Some(length) = length.ok().filter(|length| *length <= RANGE_MAX) else {
+        return Err(failed(format!("`range` gives at most {RANGE_MAX} numbers")));
+    };
+    // Each of them lies between start and stop.
+    let number = move |index: usize| start.wrapping_add(step.wrapping_mul(i64::try_from(index).unwrap_or(0)));
+    Ok(Value::make_iterable(move || (0..length).map(move |index| Value::from(number(index)))))
+}
+
+/// `value[start:stop:step]` of a text or a list, as a list that holds nothing of the one that it is a part of. The
+/// library's own is computed anew at each use, one inside the other, and overflows where its numbers are extreme.
+fn slice(value: &Value, start: Option<i64>, stop: Option<i64>, step: Option<i64>) -> Result<Value, Error> {
+    let step = step.unwrap_or(1);
+    if step == 0 {
+        return Err(failed("a slice needs a step that is not 0"));
+    }
+    match value.kind() {
+        ValueKind::Undefined => Err(Error::from(ErrorKind::UndefinedError)),
+        ValueKind::None => Ok(Value::from(Vec::<Value>::new())),
+        ValueKind::String => {
+            let text = value.as_str().unwrap_or_default();
+            pay(text.len().saturating_mul(5))?;
+            let chars: Vec<char> = text.chars().collect();
+            Ok(Value::from(places(chars.len(), start, stop, step).map(|place| chars[place]).collect::<String>()))
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            let mut items = Vec::new();
+            for item in value.try_iter()? {
+                pay(32)?;
+                items.push(item);
+            }
+            let part = places(items.len(), start, stop, step).map(|place| items[place].clone());
+            Ok(if value.is_tuple() { Value::from(Tuple::from(part.collect::<Vec<_>>())) } else { part.collect() })
+        }
+        kind => Err(failed(format!("a value of type {kind} cannot be sliced"))),
+    }
+}
+
+/// The places that a slice takes, in its order; all of them below `length`.
+fn places(length: usize, start: Option<i64>, stop: Option<i64>, step: i64) -> impl Iterator<Item = usize> {
+    let length = i128::try_from(length).unwrap_or(i128::MAX);
+    let (lowest, highest) = if step > 0 { (0, length) } else { (-1, length - 1) };
+    let place = |given: Option<i64>, otherwise: i128| {
+        given.map_or(otherwise, |given| {
+            let given = i128::from(given);
+            (if given < 0 { given + length } else { given }).clamp(lowest, highest)
+        })
+    };
+    let (start, stop) =
+        if step > 0 { (place(start, 0), place(stop, length)) } else { (place(start, length - 1), place(stop, -1)) };
+    let step = i128::from(step);
+    std::iter::successors(Some(start), move |place| Some(place + step))
+        .take_while(move |place| if step > 0 { *place < stop } else { *place > stop })
+        .filter_map(|place| usize::try_from(place).ok())
 }
 
 /// Writes into memory as long as the budget lasts.
@@ -212,25 +290,30 @@ pub(super) fn to_json(value: &Value) -> Result<serde_json::Value, Error> {
 
 /// An environment with everything that a template can use, and nothing else.
 pub(super) fn environment() -> &'static Environment<'static> {
-    static LIBRARY: LazyLock<Environment<'static>> = LazyLock::new(library);
-    &LIBRARY
+    static WHOLE: LazyLock<Environment<'static>> = LazyLock::new(|| library(FUEL));
+    static BRIEF: LazyLock<Environment<'static>> = LazyLock::new(|| library(BRIEF_STEPS));
+    if evaluation::is_brief() { &BRIEF } else { &WHOLE }
 }
 
-fn library() -> Environment<'static> {
+fn library(fuel: u64) -> Environment<'static> {
     let mut env = Environment::empty();
     env.set_undefined_behavior(UndefinedBehavior::Strict);
     env.set_recursion_limit(100);
     // Each rendering has all of it.
-    env.set_fuel(Some(FUEL));
+    env.set_fuel(Some(fuel));
     env.set_debug(true);
     env.set_formatter(|out, _, value| {
         let text = text(value)?;
         out.write_str(&text).map_err(|_| failed("the text could not be written"))
     });
-    env.add_function("range", |lower: isize, upper: Option<isize>, step: Option<isize>| {
-        functions::range(lower, upper, step)
-    });
+    env.add_function("range", range);
     env.add_filter(CHARGE, |value: Value| pay_for(&value, 0).map(|()| value));
+    env.add_filter(INDEXED, |value: Value| pay_for_index(&value).map(|()| value));
+    env.add_filter(SLICE, slice);
+    env.add_filter(CYCLE, |round: usize, values: Rest<Value>| match round.checked_rem(values.len()) {
+        Some(which) => Ok(values[which].clone()),
+        None => Err(failed("`loop.cycle` needs values to go through")),
+    });
     env.add_filter(
         NUMBER,
         |value: Value| {
@@ -371,7 +454,38 @@ fn paid(
             return Err(Error::from(ErrorKind::UndefinedError));
         }
         args.iter().try_for_each(|arg| pay_for(arg, 0))?;
-        inner.call(state, &args)
+        pay_for_attributes(&args)?;
+        let result = inner.call(state, &args)?;
+        // What would be computed anew at each use is computed once, here, where it is paid for.
+        if result.kind() == ValueKind::Iterable { result.try_iter().map(Value::from_iter) } else { Ok(result) }
+    }
+}
+
+/// A text among the arguments may be the path of an attribute, which is followed for each item.
+fn pay_for_attributes(args: &[Value]) -> Result<(), Error> {
+    let Some((value, more)) = args.split_first() else { return Ok(()) };
+    let items = if matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) { value.len().unwrap_or(1) } else { 1 };
+    let followed = |path: &Value| pay(path.as_str().map_or(0, str::len).saturating_mul(items));
+    for arg in more {
+        followed(arg)?;
+        if arg.kind() == ValueKind::Map {
+            for key in arg.try_iter()? {
+                followed(&arg.get_item(&key)?)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a number can be divided by another without rest; by zero none can.
+fn is_divisible(value: &Value, by: &Value) -> bool {
+    match (i128::try_from(value.clone()), i128::try_from(by.clone())) {
+        // There is no rest that does not fit: the smallest number divided by -1 is the only overflow, and divides.
+        (Ok(value), Ok(by)) => by != 0 && value.checked_rem(by).unwrap_or(0) == 0,
+        _ => match (f64::try_from(value.clone()), f64::try_from(by.clone())) {
+            (Ok(value), Ok(by)) => value % by == 0.0,
+            _ => false,
+        },
     }
 }
 
@@ -383,7 +497,7 @@ fn add_tests(env: &mut Environment<'static>) {
     for (name, test) in [
         ("boolean", Value::from_function(tests::is_boolean)),
         ("defined", Value::from_function(tests::is_defined)),
-        ("divisibleby", Value::from_function(tests::is_divisibleby)),
+        ("divisibleby", Value::from_function(is_divisible)),
         ("endingwith", Value::from_function(tests::is_endingwith)),
         ("even", Value::from_function(tests::is_even)),
         ("false", Value::from_function(tests::is_false)),

@@ -9,24 +9,24 @@
 //! has been stored in between.
 
 mod compiled;
+mod data;
 mod library;
 mod references;
 mod sandbox;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use minijinja::{
     Error, ErrorKind,
     machinery::{Token, ast, make_string_output, parse, parse_expr, tokenize},
     syntax::SyntaxConfig,
-    value::Serde,
 };
 use serde_json::Value;
 
-pub(super) use references::Scope;
+pub(super) use references::{Keys, Scope};
 
 use self::compiled::Compiled;
-use crate::Code;
+use crate::{Code, evaluation};
 
 /// The longest template, in bytes.
 pub(super) const TEMPLATE_MAX_BYTES: usize = 128 * 1024;
@@ -35,7 +35,9 @@ const TAG_MAX_TOKENS: usize = 300;
 /// The most `elif` in a template: each is a level of nesting.
 const ELIF_MAX: usize = 100;
 /// The most steps that a rendering may take.
-const FUEL: u64 = 200_000;
+const FUEL: u64 = 250_000;
+/// What a rendering costs beside the data that it handles, in units of [`evaluation`].
+const RENDERING_UNITS: u64 = 4_000;
 /// The longest text that a rendering may give, in bytes.
 pub(super) const RENDERED_MAX_BYTES: usize = 1024 * 1024;
 
@@ -55,11 +57,11 @@ pub(super) struct Flaw {
 #[derive(Clone, Copy)]
 pub(super) struct Vars<'a> {
     pub(super) run_id: &'a str,
-    pub(super) input: &'a Value,
+    pub(super) input: &'a Arc<Value>,
     /// The output of a stage, if it is there.
-    pub(super) stage: &'a dyn Fn(&str) -> Option<&'a Value>,
+    pub(super) stage: &'a dyn Fn(&str) -> Option<&'a Arc<Value>>,
     /// The output under judgement; for expressions.
-    pub(super) output: Option<&'a Value>,
+    pub(super) output: Option<&'a Arc<Value>>,
 }
 
 /// What a text is.
@@ -151,22 +153,22 @@ impl Template {
         }
     }
 
-    /// Only what the template names is converted.
+    /// Only what the template names is in it.
     fn context(&self, vars: &Vars<'_>) -> Result<minijinja::Value, String> {
         let mut stages = BTreeMap::new();
         for id in &self.stages {
             let output = (vars.stage)(id).ok_or_else(|| format!("the output of stage `{id}` is not there yet"))?;
-            let stage = BTreeMap::from([("output", minijinja::Value::from(Serde(output)))]);
+            let stage = BTreeMap::from([("output", data::view(output))]);
             stages.insert(id.as_str(), minijinja::Value::from(stage));
         }
         let run = BTreeMap::from([("id", minijinja::Value::from(vars.run_id))]);
         let mut context =
             BTreeMap::from([("stages", minijinja::Value::from(stages)), ("run", minijinja::Value::from(run))]);
         if self.input {
-            context.insert("input", minijinja::Value::from(Serde(vars.input)));
+            context.insert("input", data::view(vars.input));
         }
         if let Some(output) = vars.output {
-            context.insert("output", minijinja::Value::from(Serde(output)));
+            context.insert("output", data::view(output));
         }
         Ok(minijinja::Value::from(context))
     }
@@ -231,7 +233,10 @@ fn syntax_flaw(error: &Error) -> Flaw {
 fn describe(error: &Error, text: &str) -> String {
     let mut source = std::error::Error::source(error);
     let mut detail = match error.kind() {
-        ErrorKind::OutOfFuel => format!("it takes more than {FUEL} steps"),
+        ErrorKind::OutOfFuel => {
+            evaluation::out_of_steps();
+            format!("it takes more than {FUEL} steps")
+        }
         ErrorKind::UndefinedError => match error.detail() {
             Some(detail) => detail.to_owned(),
             None => match error.range().and_then(|range| text.get(range)) {

@@ -1,6 +1,9 @@
 //! What a template names: owns the check that everything it names will be there when it is rendered. Runs nothing.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    rc::Rc,
+};
 
 use minijinja::machinery::{
     Span,
@@ -8,7 +11,47 @@ use minijinja::machinery::{
 };
 
 use super::{Flaw, library};
-use crate::{Code, error::nearest};
+use crate::{
+    Code,
+    error::nearest,
+    pipeline::path::{cut, listed},
+};
+
+/// The most flaws of one template that are told.
+const FLAWS_MAX: usize = 100;
+
+/// The keys that a schema declares.
+#[derive(Debug, Clone, Default)]
+pub(in crate::pipeline) struct Keys<'a> {
+    in_order: Vec<&'a str>,
+    known: HashSet<&'a str>,
+}
+
+impl<'a> FromIterator<&'a str> for Keys<'a> {
+    fn from_iter<I: IntoIterator<Item = &'a str>>(keys: I) -> Self {
+        let in_order: Vec<&str> = keys.into_iter().collect();
+        Self { known: in_order.iter().copied().collect(), in_order }
+    }
+}
+
+impl<'a> Keys<'a> {
+    /// Whether there are none.
+    pub(in crate::pipeline) fn is_empty(&self) -> bool {
+        self.in_order.is_empty()
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.known.contains(key)
+    }
+
+    fn nearest(&self, key: &str) -> Option<&'a str> {
+        nearest(key, self.in_order.iter().copied())
+    }
+
+    fn told(&self) -> String {
+        listed(self.in_order.iter().copied())
+    }
+}
 
 /// What a template may name.
 #[derive(Debug, Clone, Default)]
@@ -20,9 +63,9 @@ pub(in crate::pipeline) struct Scope<'a> {
     /// Those whose outputs are there: the stages upstream.
     pub(in crate::pipeline) upstream: HashSet<&'a str>,
     /// The keys that the input's schema declares, where it declares any.
-    pub(in crate::pipeline) input: Option<Vec<&'a str>>,
+    pub(in crate::pipeline) input: Option<Rc<Keys<'a>>>,
     /// The keys that the schemas of the stages' outputs declare, where they declare any.
-    pub(in crate::pipeline) outputs: HashMap<&'a str, Vec<&'a str>>,
+    pub(in crate::pipeline) outputs: Rc<HashMap<&'a str, Keys<'a>>>,
     /// Whether `run` is known here.
     pub(in crate::pipeline) run: bool,
     /// Whether `output` is known here: an expression of a gate.
@@ -39,7 +82,7 @@ pub(super) struct Named {
 /// Walks the tree; every flaw at once.
 pub(super) fn check(tree: &Stmt<'_>, scope: &Scope<'_>) -> (Named, Vec<Flaw>) {
     let mut walker =
-        Walker { scope, locals: vec![HashSet::new()], named: Named::default(), flaws: Vec::new(), dashed: false };
+        Walker { scope, locals: vec![BTreeSet::new()], named: Named::default(), flaws: Vec::new(), dashed: false };
     walker.statement(tree);
     (walker.named, walker.flaws)
 }
@@ -47,7 +90,7 @@ pub(super) fn check(tree: &Stmt<'_>, scope: &Scope<'_>) -> (Named, Vec<Flaw>) {
 struct Walker<'a, 's> {
     scope: &'s Scope<'s>,
     /// The names that the template itself has given, innermost last.
-    locals: Vec<HashSet<&'a str>>,
+    locals: Vec<BTreeSet<&'a str>>,
     named: Named,
     flaws: Vec<Flaw>,
     /// Whether what was last looked at was the front of an id with `-`, which reads as a subtraction.
@@ -56,6 +99,9 @@ struct Walker<'a, 's> {
 
 impl<'a> Walker<'a, '_> {
     fn flaw(&mut self, span: Span, message: impl Into<String>, mend: impl Into<String>) {
+        if self.flaws.len() >= FLAWS_MAX {
+            return;
+        }
         self.flaws.push(Flaw {
             code: Code::TemplateReference,
             message: message.into(),
@@ -75,7 +121,7 @@ impl<'a> Walker<'a, '_> {
     }
 
     fn scoped(&mut self, inside: impl FnOnce(&mut Self)) {
-        self.locals.push(HashSet::new());
+        self.locals.push(BTreeSet::new());
         inside(self);
         self.locals.pop();
     }
@@ -297,7 +343,7 @@ impl<'a> Walker<'a, '_> {
             format!("write `{}`", stage_output(name))
         } else if let Some(near) = nearest(name, known) {
             format!("did you mean `{near}`?")
-        } else if self.scope.input.as_ref().is_some_and(|keys| keys.contains(&name)) {
+        } else if self.scope.input.as_ref().is_some_and(|keys| keys.has(name)) {
             format!("write `input.{name}`")
         } else {
             format!("known are {}", globals.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", "))
@@ -308,26 +354,27 @@ impl<'a> Walker<'a, '_> {
     fn input(&mut self, keys: &[Option<String>], span: Span) {
         self.named.input = true;
         let (Some(Some(key)), Some(known)) = (keys.first(), &self.scope.input) else { return };
-        if known.contains(&key.as_str()) {
+        if known.has(key) {
             return;
         }
-        let mend = match nearest(key, known.iter().copied()) {
+        let mend = match known.nearest(key) {
             Some(near) => format!("did you mean `input.{near}`?"),
-            None => format!("add it to the input's `properties`, which has: {}", known.join(", ")),
+            None => format!("add it to the input's `properties`, which has: {}", known.told()),
         };
-        self.flaw(span, format!("the input's schema declares no `{key}`"), mend);
+        self.flaw(span, format!("the input's schema declares no `{}`", cut(key, 80)), mend);
     }
 
     /// Checks a key of a stage's output, written after `prefix`, against what its schema declares.
     fn output_key(&mut self, id: &str, key: Option<&Option<String>>, prefix: &str, span: Span) {
         let (Some(Some(key)), Some(known)) = (key, self.scope.outputs.get(id)) else { return };
-        if known.contains(&key.as_str()) {
+        if known.has(key) {
             return;
         }
-        let mend = match nearest(key, known.iter().copied()) {
+        let mend = match known.nearest(key) {
             Some(near) => format!("did you mean `{prefix}.{near}`?"),
-            None => format!("add it to the output's `properties`, which has: {}", known.join(", ")),
+            None => format!("add it to the output's `properties`, which has: {}", known.told()),
         };
+        let (id, key) = (cut(id, 80), cut(key, 80));
         self.flaw(span, format!("the schema of the output of stage `{id}` declares no `{key}`"), mend);
     }
 
@@ -343,7 +390,7 @@ impl<'a> Walker<'a, '_> {
             let mend = match (mend, nearest(id, self.scope.stages.iter().copied())) {
                 (Some(known), _) => format!("write `{}`: an id with `-` stands in brackets", stage_output(known)),
                 (None, Some(near)) => format!("did you mean `{}`?", stage_output(near)),
-                (None, None) => format!("known stages: {}", self.scope.stages.join(", ")),
+                (None, None) => format!("known stages: {}", listed(self.scope.stages.iter().copied())),
             };
             return self.flaw(span, format!("there is no stage `{id}`"), mend);
         }

@@ -17,6 +17,12 @@ use minijinja::{
 pub(super) const CHARGE: &str = "(charge)";
 /// Passes numbers alone: texts and lists cannot be multiplied.
 pub(super) const NUMBER: &str = "(number)";
+/// Charges for looking a place up in its value.
+pub(super) const INDEXED: &str = "(indexed)";
+/// Takes a part of a text or a list.
+pub(super) const SLICE: &str = "(slice)";
+/// The value of `loop.cycle(…)` in this round.
+pub(super) const CYCLE: &str = "(cycle)";
 
 fn at<T>(span: Span, node: T) -> Spanned<T> {
     Spanned::new(node, span)
@@ -42,11 +48,16 @@ fn optional<'a>(expr: Option<&Expr<'a>>) -> Option<Expr<'a>> {
     expr.map(expression)
 }
 
+/// The arguments of what pays for them itself.
 fn arguments<'a>(args: &[CallArg<'a>]) -> Vec<CallArg<'a>> {
+    arguments_through(args, expression)
+}
+
+fn arguments_through<'a>(args: &[CallArg<'a>], single: impl Fn(&Expr<'a>) -> Expr<'a>) -> Vec<CallArg<'a>> {
     args.iter()
         .map(|arg| match arg {
-            CallArg::Pos(expr) => CallArg::Pos(expression(expr)),
-            CallArg::Kwarg(name, expr) => CallArg::Kwarg(name, expression(expr)),
+            CallArg::Pos(expr) => CallArg::Pos(single(expr)),
+            CallArg::Kwarg(name, expr) => CallArg::Kwarg(name, single(expr)),
             CallArg::PosSplat(expr) => CallArg::PosSplat(charge(expr)),
             CallArg::KwargSplat(expr) => CallArg::KwargSplat(charge(expr)),
         })
@@ -69,15 +80,13 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
     match expr {
         Expr::Var(node) => Expr::Var(at(span, ast::Var { id: node.id })),
         Expr::Const(node) => Expr::Const(at(span, ast::Const { value: node.value.clone() })),
-        Expr::Slice(node) => Expr::Slice(at(
-            span,
-            ast::Slice {
-                expr: charge(&node.expr),
-                start: optional(node.start.as_ref()),
-                stop: optional(node.stop.as_ref()),
-                step: optional(node.step.as_ref()),
-            },
-        )),
+        Expr::Slice(node) => {
+            let place = |part: Option<&Expr<'a>>| {
+                CallArg::Pos(optional(part).unwrap_or_else(|| Expr::Const(at(span, ast::Const { value: ().into() }))))
+            };
+            let args = vec![place(node.start.as_ref()), place(node.stop.as_ref()), place(node.step.as_ref())];
+            Expr::Filter(at(span, ast::Filter { name: SLICE, expr: Some(expression(&node.expr)), args }))
+        }
         Expr::UnaryOp(node) => {
             // Built anew because the operator is no copy.
             let op =
@@ -113,13 +122,25 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
             Expr::Test(at(span, ast::Test { name: node.name, expr, args }))
         }
         Expr::GetAttr(node) => Expr::GetAttr(at(span, ast::GetAttr { expr: expression(&node.expr), name: node.name })),
-        Expr::GetItem(node) => Expr::GetItem(at(
-            span,
-            ast::GetItem { expr: expression(&node.expr), subscript_expr: expression(&node.subscript_expr) },
-        )),
-        Expr::Call(node) => {
-            Expr::Call(at(span, ast::Call { expr: expression(&node.expr), args: arguments(&node.args) }))
+        Expr::GetItem(node) => {
+            let is_key = matches!(&node.subscript_expr, Expr::Const(key) if key.value.as_str().is_some());
+            let expr = expression(&node.expr);
+            // Only a map has keys, and finds them at once.
+            let expr = if is_key { expr } else { through(INDEXED, expr) };
+            Expr::GetItem(at(span, ast::GetItem { expr, subscript_expr: expression(&node.subscript_expr) }))
         }
+        Expr::Call(node) => match &node.expr {
+            Expr::GetAttr(method) if method.name == "cycle" => {
+                // The library's own divides by the number of its arguments, also where there are none.
+                let round = ast::GetAttr { expr: expression(&method.expr), name: "index0" };
+                let expr = Some(Expr::GetAttr(at(span, round)));
+                Expr::Filter(at(span, ast::Filter { name: CYCLE, expr, args: arguments(&node.args) }))
+            }
+            _ => {
+                let args = arguments_through(&node.args, charge);
+                Expr::Call(at(span, ast::Call { expr: expression(&node.expr), args }))
+            }
+        },
         Expr::List(node) => through(CHARGE, Expr::List(at(span, ast::List { items: all(&node.items) }))),
         Expr::Tuple(node) => through(CHARGE, Expr::Tuple(at(span, ast::Tuple { items: all(&node.items) }))),
         Expr::Map(node) => {

@@ -1,6 +1,6 @@
 //! What templates may do, what they may name, and what stops them.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, rc::Rc};
 
 use serde_json::{Value, json};
 
@@ -11,8 +11,8 @@ fn scope<'a>() -> Scope<'a> {
         stage: Some("spec"),
         stages: vec!["design", "test-plan", "spec", "later"],
         upstream: ["design", "test-plan"].into_iter().collect(),
-        outputs: HashMap::new(),
-        input: Some(vec!["brief", "title"]),
+        outputs: Rc::new(HashMap::new()),
+        input: Some(Rc::new(["brief", "title"].into_iter().collect())),
         run: true,
         output: false,
     }
@@ -24,6 +24,7 @@ fn input() -> Value {
 
 fn run<T>(render: impl FnOnce(&Vars<'_>) -> T) -> T {
     let (input, design, plan) = (input(), json!({"title": "D", "items": ["p", "q"]}), json!("plain\ntext"));
+    let (input, design, plan) = (Arc::new(input), Arc::new(design), Arc::new(plan));
     let stage = |id: &str| match id {
         "design" => Some(&design),
         "test-plan" => Some(&plan),
@@ -238,4 +239,171 @@ fn what_would_take_the_parser_too_deep_is_refused() {
     ] {
         assert!(Template::text(&template, &open()).is_err());
     }
+}
+
+/// What a template can be given that nobody meant.
+const ODD: &[&str] = &[
+    "0",
+    "1",
+    "-1",
+    "10",
+    "2.5",
+    "0.0",
+    "-0.0",
+    "1e308",
+    "9223372036854775807",
+    "(-9223372036854775807 - 1)",
+    "170141183460469231731687303715884105727",
+    "(-170141183460469231731687303715884105727 - 1)",
+    "true",
+    "none",
+    "''",
+    "'abc'",
+    "'\u{fc}\u{1F600}'",
+    "'99999999999999999999999999999999999999999'",
+    "'nan'",
+    "'-'",
+    "[]",
+    "[1, 2, 3]",
+    "[1, 'a', none, [2]]",
+    "[{'x': 1}, {'x': none}, {}]",
+    "{}",
+    "{'a': 1, 'b': [2]}",
+    "(1, 2)",
+    "range(3)",
+    "input",
+    "input.list",
+    "input.brief",
+    "input.n",
+    "stages.design.output",
+];
+
+const OPERATORS: &[&str] =
+    &["+", "-", "*", "/", "//", "%", "**", "~", "==", "!=", "<", "<=", ">", ">=", "in", "not in", "and", "or"];
+
+fn odd() -> impl proptest::strategy::Strategy<Value = String> {
+    use proptest::prelude::*;
+    let leaf = proptest::sample::select(ODD).prop_map(str::to_owned);
+    let name = |names: &'static [&'static str]| proptest::sample::select(names);
+    leaf.prop_recursive(3, 12, 3, move |inner| {
+        let few = proptest::collection::vec(inner.clone(), 0..3);
+        let one = || inner.clone();
+        prop_oneof![
+            (one(), name(OPERATORS), one()).prop_map(|(a, op, b)| format!("(({a}) {op} ({b}))")),
+            (one(), name(library::FILTERS), few.clone())
+                .prop_map(|(value, filter, args)| format!("(({value}) | {filter}({}))", args.join(", "))),
+            (one(), name(library::TESTS).prop_filter("a name", |test| test.chars().all(char::is_alphabetic)), one())
+                .prop_map(|(value, test, arg)| format!("(({value}) is {test} ({arg}))")),
+            (one(), name(library::TESTS), one())
+                .prop_map(|(value, test, arg)| format!("(({value}) | select('{test}', {arg}) | list)")),
+            (
+                one(),
+                name(&["attribute", "default", "reverse", "case_sensitive", "by", "precision", "base"]),
+                one(),
+                name(library::FILTERS)
+            )
+                .prop_map(|(value, key, arg, filter)| format!("(({value}) | {filter}({key}={arg}))")),
+            (one(), one(), one(), one()).prop_map(|(value, a, b, c)| format!("(({value})[({a}):({b}):({c})])")),
+            (one(), one()).prop_map(|(value, at)| format!("(({value})[({at})])")),
+            (one(), one(), one()).prop_map(|(a, b, c)| format!("(range({a}, {b}, {c}) | list)")),
+            one().prop_map(|value| format!("(-({value}))")),
+        ]
+    })
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(500))]
+    #[test]
+    fn no_expression_panics_whatever_its_values(expression in odd()) {
+        for text in [
+            format!("{{{{ {expression} }}}}"),
+            format!("{{% for x in {expression} %}}{{{{ loop.changed(x) }}}}{{{{ loop.cycle(*({expression})) }}}}{{% endfor %}}"),
+        ] {
+            if let Ok(template) = Template::text(&text, &open()) {
+                let whole = evaluation::whole(&evaluation::Stop::default(), std::time::Duration::from_secs(60), || {
+                    run(|vars| (template.render(vars), template.value(vars)))
+                });
+                proptest::prop_assert!(whole.is_ok(), "{text}: {whole:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn numbers_at_their_ends_give_a_value_or_an_error() {
+    let big = "170141183460469231731687303715884105727";
+    for (expression, expected) in [
+        ("1 is divisibleby 0", Some("false")),
+        ("10 is divisibleby input.zero", Some("false")),
+        ("[{'x':1}] | selectattr('x','divisibleby',0) | list", Some("[]")),
+        (&format!("(-{big}-1) is divisibleby -1"), Some("true")),
+        ("9 is divisibleby 3", Some("true")),
+        ("7.5 is divisibleby 2.5", Some("true")),
+        ("'abc'[::-9223372036854775807]", Some("c")),
+        ("'abc'[::-1]", Some("cba")),
+        ("'abc'[0:2:-1]", Some("")),
+        ("[1, 2, 3, 4][-3:-1]", Some("[2,3]")),
+        ("[1, 2, 3, 4][9223372036854775807:]", Some("[]")),
+        ("[1, 2, 3, 4][::2] | length", Some("2")),
+        ("range(10, 0, -3) | list", Some("[10,7,4,1]")),
+        (
+            "range(9223372036854775807,-9223372036854775807,-9223372036854775807) | list",
+            Some("[9223372036854775807,0]"),
+        ),
+        ("range(0, 10, 0) | list", None),
+        ("range(-9223372036854775807, 9223372036854775807) | list", None),
+        ("1 // 0", None),
+        ("1 % 0", None),
+        ("2 ** 1000000", None),
+        ("0 ** -1", None),
+    ] {
+        let rendered = render(&format!("{{{{ {} }}}}", expression.replace("input.zero", "(input.n - 3)")));
+        assert_eq!(rendered.as_deref().ok(), expected, "{expression}: {rendered:?}");
+    }
+    assert!(render("{% for x in [1] %}{{ loop.cycle() }}{% endfor %}").is_err());
+    assert_eq!(render("{% for x in range(4) %}{{ loop.cycle('a', 'b') }}{% endfor %}").as_deref(), Ok("abab"));
+}
+
+/// Renders as a whole evaluation with a watchful caller, and says how many units it would have taken.
+#[test]
+fn what_looks_at_much_data_again_and_again_is_charged_for_it() {
+    let again = |inside: &str| format!("{{% for i in range(5000) %}}{inside}{{% endfor %}}");
+    for template in [
+        again("{% if loop.changed(input.long) %}{% endif %}"),
+        again("{% if input.long[i] %}{% endif %}"),
+        again("{% if input.long[-1] %}{% endif %}"),
+        again("{% if input.long[1:3] %}{% endif %}"),
+        again("{% if input.long | last %}{% endif %}"),
+        again("{% if 'y' in input.long %}{% endif %}"),
+        again("{% if input.long is upper %}{% endif %}"),
+        format!("{{% set xs = range(90000) | map('string') | list %}}{}", again("{% if xs[1:2] %}{% endif %}")),
+        format!("{{% set xs = range(90000) | reverse %}}{}", again("{% if 'y' in xs %}{% endif %}")),
+        format!("{{{{ range(90000) | map('string') | map(attribute='{}') | list | length }}}}", "0.".repeat(500) + "0"),
+    ] {
+        let shown: String = template.chars().take(120).collect();
+        let template = Template::text(&template, &open()).unwrap_or_else(|flaws| panic!("{shown}: {flaws:?}"));
+        let error = run(|vars| template.render(vars)).expect_err(&shown);
+        assert!(error.contains("bytes of data"), "{shown}: {error}");
+    }
+}
+
+#[test]
+fn naming_one_key_of_a_large_input_costs_that_key() {
+    let input = Arc::new(json!({ "b": 1, "a": vec![0; 450_000] }));
+    let template = Template::text("{{ input.b }}", &open()).expect("valid");
+    let stage = |_: &str| None;
+    let vars = Vars { run_id: "r", input: &input, stage: &stage, output: None };
+    let texts = evaluation::brief(|| (0..50).map(|_| template.render(&vars)).collect::<Vec<_>>()).expect("small");
+    assert!(texts.iter().all(|text| text.as_deref() == Ok("1")));
+}
+
+#[test]
+fn a_large_rendering_ends_early_inline_and_is_whole_elsewhere() {
+    let template = Template::text("{% for i in range(20000) %}{{ i }}{% endfor %}", &open()).expect("valid");
+    let brief = evaluation::brief(|| run(|vars| template.render(vars)));
+    assert_eq!(brief, Err(evaluation::Unfinished::TooLong));
+    let whole = evaluation::whole(&evaluation::Stop::default(), std::time::Duration::from_secs(1), || {
+        run(|vars| template.render(vars))
+    });
+    assert_eq!(whole.map(|text| text.map(|text| text.len())), Ok(Ok(88_890)));
 }

@@ -31,9 +31,10 @@ pub(crate) struct Validation {
     responses((status = 200, description = "What was found.", body = Validation))
 )]
 pub(crate) async fn validate(context: Context<Viewer>, Source(source): Source) -> Result<Json<Validation>, Problem> {
-    let engine = context.engine.clone();
-    // A large definition takes a while to check; other requests need the thread.
-    let checked = tokio::task::spawn_blocking(move || engine.validate(&source).err()).await;
-    let violations = checked.map_err(|error| Problem::new(Code::Internal, error.to_string()))?.unwrap_or_default();
+    let violations = match context.engine.validate(&context.tenant, &source).await {
+        Ok(_) => Vec::new(),
+        Err(error) if error.code == Code::InvalidDefinition => error.violations,
+        Err(error) => return Err(error.into()),
+    };
     Ok(Json(Validation { valid: violations.is_empty(), violations }))
 }

@@ -1,0 +1,248 @@
+//! Evaluating what a caller wrote (templates, expressions, checks, schemas, definitions): owns what one evaluation may
+//! spend, whether it is still wanted, and the fence around it. Runs no threads and reads no clock: whoever has a pool
+//! asks an evaluation to stop through a [`Stop`].
+//!
+//! The work is measured where it is done, in units of about ten nanoseconds at worst ([`pay`]). What cannot be
+//! interrupted (a regular expression, a JSON Schema) says its price before it starts ([`claim`]).
+//!
+//! An evaluation belongs to one thread from its beginning to its end, so that its meter is the thread's.
+
+use std::{
+    cell::RefCell,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+/// What an evaluation may spend where it runs inline, in units: at worst about two milliseconds, mostly much less.
+const BRIEF_UNITS: u64 = 256 * 1024;
+/// The steps that a rendering may take inline.
+pub(crate) const BRIEF_STEPS: u64 = 1_000;
+/// The names that one evaluation compares to suggest what was meant.
+const COMPARISONS_MAX: u32 = 20_000;
+/// Units in a second, at worst.
+const UNITS_PER_SECOND: u64 = 100_000_000;
+
+/// Asks an evaluation to stop. It does at its next step that can be interrupted.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Nobody waits for the result any more.
+    pub fn ask(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was asked to stop.
+    pub fn is_asked(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Why an evaluation has no result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unfinished {
+    /// It is more than may run inline: begin it again where it may take longer.
+    TooLong,
+    /// It was asked to stop.
+    Stopped,
+    /// It panicked: a defect, which the panic hook has told with its place.
+    Panicked,
+}
+
+/// The meter of the evaluation that is under way on this thread.
+#[derive(Debug)]
+struct Meter {
+    units_left: u64,
+    is_brief: bool,
+    comparisons_left: u32,
+    /// The dearest step that cannot be interrupted.
+    claim_max: u64,
+    stop: Option<Stop>,
+    /// Why whatever it gives is to be thrown away.
+    broken: Option<Unfinished>,
+}
+
+thread_local! {
+    static METER: RefCell<Option<Meter>> = const { RefCell::new(None) };
+}
+
+/// Puts the meter back that was there before, also after a panic.
+struct Restore(Option<Meter>);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        METER.with(|meter| *meter.borrow_mut() = self.0.take());
+    }
+}
+
+/// Runs a small evaluation here and now. What turns out to be large ends early, with [`Unfinished::TooLong`].
+pub fn brief<T>(work: impl FnOnce() -> T) -> Result<T, Unfinished> {
+    metered(
+        Meter {
+            units_left: BRIEF_UNITS,
+            is_brief: true,
+            comparisons_left: COMPARISONS_MAX,
+            claim_max: u64::MAX,
+            stop: None,
+            broken: None,
+        },
+        work,
+    )
+}
+
+/// Runs a whole evaluation. It ends early where it is asked to. What cannot be interrupted and would by its price take
+/// longer than `longest` is refused by the evaluation itself.
+pub fn whole<T>(stop: &Stop, longest: std::time::Duration, work: impl FnOnce() -> T) -> Result<T, Unfinished> {
+    metered(
+        Meter {
+            units_left: u64::MAX,
+            is_brief: false,
+            comparisons_left: COMPARISONS_MAX,
+            claim_max: longest.as_secs().saturating_mul(UNITS_PER_SECOND),
+            stop: Some(stop.clone()),
+            broken: None,
+        },
+        work,
+    )
+}
+
+fn metered<T>(meter: Meter, work: impl FnOnce() -> T) -> Result<T, Unfinished> {
+    let restore = Restore(METER.with(|now| now.borrow_mut().replace(meter)));
+    // The work owns or shares what it reads, and what it was making is thrown away.
+    let result = catch_unwind(AssertUnwindSafe(work)).map_err(|_| Unfinished::Panicked)?;
+    let broken = METER.with(|meter| meter.borrow().as_ref().and_then(|meter| meter.broken));
+    drop(restore);
+    broken.map_or(Ok(result), Err)
+}
+
+fn with<T>(otherwise: T, look: impl FnOnce(&mut Meter) -> T) -> T {
+    METER.with(|meter| meter.borrow_mut().as_mut().map_or(otherwise, look))
+}
+
+/// Whether the evaluation under way on this thread is still wanted: what has long steps of its own asks between them.
+pub fn is_wanted() -> bool {
+    pay(0).is_ok()
+}
+
+/// The evaluation ends early; what it gives is thrown away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Interrupted;
+
+impl Interrupted {
+    /// What is told where an error must be made of it; it is thrown away with the rest.
+    pub(crate) const TOLD: &str = "the evaluation was ended early";
+}
+
+/// Takes the price of the work that follows, in units.
+pub(crate) fn pay(units: u64) -> Result<(), Interrupted> {
+    with(Ok(()), |meter| {
+        if meter.broken.is_some() {
+            return Err(Interrupted);
+        }
+        if meter.stop.as_ref().is_some_and(Stop::is_asked) {
+            meter.broken = Some(Unfinished::Stopped);
+            return Err(Interrupted);
+        }
+        match meter.units_left.checked_sub(units) {
+            Some(left) => meter.units_left = left,
+            None if meter.is_brief => {
+                meter.broken = Some(Unfinished::TooLong);
+                return Err(Interrupted);
+            }
+            None => meter.units_left = 0,
+        }
+        Ok(())
+    })
+}
+
+/// Why a step that cannot be interrupted does not start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unclaimed {
+    /// The evaluation ends early.
+    Interrupted,
+    /// It could take too long: this many times what is allowed.
+    TooDear(u64),
+}
+
+/// The same for a step that cannot be interrupted: one that is too dear is refused before it starts.
+pub(crate) fn claim(units: u64) -> Result<(), Unclaimed> {
+    let claim_max = with(u64::MAX, |meter| meter.claim_max);
+    if units > claim_max {
+        return Err(Unclaimed::TooDear(units.div_ceil(claim_max.max(1))));
+    }
+    pay(units).map_err(|_| Unclaimed::Interrupted)
+}
+
+/// Whether the evaluation runs inline, so that its renderings have [`BRIEF_STEPS`] alone.
+pub(crate) fn is_brief() -> bool {
+    with(false, |meter| meter.is_brief)
+}
+
+/// A rendering has used up its steps. Where it had fewer than it may take at all, it begins again where it has them.
+pub(crate) fn out_of_steps() {
+    with((), |meter| {
+        if meter.is_brief {
+            meter.broken.get_or_insert(Unfinished::TooLong);
+        }
+    });
+}
+
+/// Whether one name more may be compared. Suggestions are a courtesy: they end where they would become work.
+pub(crate) fn may_compare() -> bool {
+    with(true, |meter| {
+        let left = meter.comparisons_left.checked_sub(1);
+        meter.comparisons_left = left.unwrap_or(0);
+        left.is_some()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn what_is_large_ends_early_inline_and_runs_to_its_end_elsewhere() {
+        let work = || (0..10_000).map(|_| pay(1_000)).filter(Result::is_ok).count();
+        assert_eq!(brief(work), Err(Unfinished::TooLong));
+        assert_eq!(whole(&Stop::default(), Duration::from_secs(1), work), Ok(10_000));
+    }
+
+    #[test]
+    fn what_nobody_waits_for_stops_at_its_next_step() {
+        let stop = Stop::default();
+        let asked = stop.clone();
+        let mut done = 0;
+        let ended = whole(&stop, Duration::from_secs(1), || {
+            while pay(1).is_ok() {
+                done += 1;
+                if done == 3 {
+                    asked.ask();
+                }
+            }
+        });
+        assert_eq!((ended, done), (Err(Unfinished::Stopped), 3));
+    }
+
+    #[test]
+    fn what_cannot_be_interrupted_is_refused_by_its_price() {
+        let price = 3 * UNITS_PER_SECOND;
+        let claimed = |longest| whole(&Stop::default(), Duration::from_secs(longest), || claim(price));
+        assert_eq!(claimed(2), Ok(Err(Unclaimed::TooDear(2))));
+        assert_eq!(claimed(3), Ok(Ok(())));
+    }
+
+    #[test]
+    fn a_panic_ends_its_own_evaluation_alone() {
+        let outer = brief(|| {
+            let inner = brief(|| -> u8 { std::panic::resume_unwind(Box::new("a defect")) });
+            (inner, pay(1))
+        });
+        assert_eq!(outer, Ok((Err(Unfinished::Panicked), Ok(()))));
+        assert_eq!(pay(u64::MAX), Ok(()), "no meter is left behind");
+    }
+}

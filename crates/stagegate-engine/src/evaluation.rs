@@ -1,0 +1,505 @@
+//! Where callers' words are evaluated (templates, checks, schemas, definitions): owns who may use how much of the
+//! machine for it. Decides nothing, and knows nothing of what is evaluated.
+//!
+//! Most evaluations take microseconds: they run where they are asked for, up to a small measure of work
+//! ([`stagegate_core::evaluation`]). What turns out to be larger begins again on threads of its own, so that a template
+//! or a regular expression never holds up what else this replica does: heartbeats, probes, other runs. A tenant never has
+//! all of these threads, and the tenants that wait take turns. An evaluation that nobody waits for any more stops.
+//!
+//! In a simulation everything runs inline.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fmt,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use stagegate_core::{
+    Code, Error, Failure, StageId, TenantId,
+    evaluation::{Stop, Unfinished, brief, whole},
+};
+use stagegate_telemetry::Metrics;
+use tokio::{sync::oneshot, time::Instant};
+
+/// How long a thread waits for work before it ends.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// Why an evaluation has no result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unevaluated {
+    /// It took longer than it may.
+    TooLong(Duration),
+    /// A defect of ours.
+    Panicked,
+    /// The engine is gone.
+    Gone,
+}
+
+impl Unevaluated {
+    fn told(self) -> (Code, String) {
+        match self {
+            Self::TooLong(longest) => (
+                Code::TemplateFailed,
+                format!(
+                    "evaluating this took longer than the {longest:?} that it may (engine.evaluation_timeout): write \
+                     simpler templates, patterns and schemas, or pass less data"
+                ),
+            ),
+            Self::Panicked => (
+                Code::Internal,
+                "evaluating this failed by a defect of Stagegate's; the log has its place. Please report it".to_owned(),
+            ),
+            Self::Gone => (Code::Draining, "this replica is shutting down; send the request again".to_owned()),
+        }
+    }
+
+    /// As the end of an attempt or a run.
+    pub(crate) fn failure(self, stage: Option<StageId>) -> Failure {
+        let (code, message) = self.told();
+        Failure { code, message, stage }
+    }
+}
+
+impl From<Unevaluated> for Error {
+    fn from(unevaluated: Unevaluated) -> Self {
+        let (code, detail) = unevaluated.told();
+        Self::new(code, detail)
+    }
+}
+
+/// The way to evaluate what a caller wrote.
+#[derive(Debug)]
+pub(crate) struct Evaluations {
+    /// None runs everything inline.
+    pool: Option<Pool>,
+    longest: Duration,
+    metrics: Metrics,
+}
+
+impl Evaluations {
+    /// Everything runs where it is asked for: for simulations.
+    pub(crate) fn inline(longest: Duration, metrics: Metrics) -> Self {
+        Self { pool: None, longest, metrics }
+    }
+
+    /// What is large runs on threads of its own, which are started when they are needed.
+    pub(crate) fn pooled(threads: usize, longest: Duration, metrics: Metrics) -> Self {
+        Self { pool: Some(Pool::new(threads)), longest, metrics }
+    }
+
+    /// Evaluates inline if that is quickly done, else on the pool: so `work` may be begun twice. Dropped, it stops.
+    pub(crate) async fn evaluate<T, W>(&self, tenant: &TenantId, work: W) -> Result<T, Unevaluated>
+    where
+        T: Send + 'static,
+        W: Fn() -> T + Send + 'static,
+    {
+        match brief(&work) {
+            Ok(result) => Ok(result),
+            Err(Unfinished::Panicked) => {
+                self.metrics.evaluations.with_label_values(&["panicked"]).inc();
+                Err(Unevaluated::Panicked)
+            }
+            // Rare, and larger than what thousands of attempts should hold.
+            Err(Unfinished::TooLong | Unfinished::Stopped) => Box::pin(self.evaluate_large(tenant, work)).await,
+        }
+    }
+
+    /// The same for what is known to be large.
+    pub(crate) async fn evaluate_large<T, W>(&self, tenant: &TenantId, work: W) -> Result<T, Unevaluated>
+    where
+        T: Send + 'static,
+        W: FnOnce() -> T + Send + 'static,
+    {
+        let began = Instant::now();
+        let longest = self.longest;
+        let result = match &self.pool {
+            None => whole(&Stop::default(), longest, work).map_err(|unfinished| self.unevaluated(unfinished)),
+            Some(pool) => self.on_pool(pool, tenant, work).await,
+        };
+        let outcome = match &result {
+            Ok(_) => "done",
+            Err(Unevaluated::TooLong(_)) => "too_long",
+            Err(Unevaluated::Panicked) => "panicked",
+            Err(Unevaluated::Gone) => "abandoned",
+        };
+        self.metrics.evaluations.with_label_values(&[outcome]).inc();
+        self.metrics.evaluation_duration.observe(began.elapsed().as_secs_f64());
+        result
+    }
+
+    async fn on_pool<T, W>(&self, pool: &Pool, tenant: &TenantId, work: W) -> Result<T, Unevaluated>
+    where
+        T: Send + 'static,
+        W: FnOnce() -> T + Send + 'static,
+    {
+        let (longest, stop, span) = (self.longest, Stop::default(), tracing::Span::current());
+        let (start, started) = oneshot::channel();
+        let (end, ended) = oneshot::channel();
+        let asked = stop.clone();
+        let job = move || {
+            // Whoever waits may be gone: then nothing is done.
+            if start.send(()).is_ok() {
+                let _ = end.send(span.in_scope(|| whole(&asked, longest, work)));
+            }
+        };
+        let waiting = Waiting::enter(&self.metrics);
+        let _wanted = Wanted { stop, job: pool.offer(tenant, Box::new(job)) };
+        // Its time begins when it does: to wait for others is no fault of its own.
+        started.await.map_err(|_| Unevaluated::Gone)?;
+        drop(waiting);
+        match tokio::time::timeout(longest, ended).await {
+            Ok(Ok(result)) => result.map_err(|unfinished| self.unevaluated(unfinished)),
+            Ok(Err(_)) => Err(Unevaluated::Gone),
+            Err(_) => Err(Unevaluated::TooLong(longest)),
+        }
+    }
+
+    fn unevaluated(&self, unfinished: Unfinished) -> Unevaluated {
+        match unfinished {
+            Unfinished::Panicked => Unevaluated::Panicked,
+            Unfinished::TooLong | Unfinished::Stopped => Unevaluated::TooLong(self.longest),
+        }
+    }
+}
+
+/// Counts an evaluation among those that wait for a thread.
+struct Waiting<'a>(&'a Metrics);
+
+impl<'a> Waiting<'a> {
+    fn enter(metrics: &'a Metrics) -> Self {
+        metrics.evaluations_waiting.inc();
+        Self(metrics)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.evaluations_waiting.dec();
+    }
+}
+
+/// Dropped, it stops the evaluation, or takes it out of the queue with all that it holds.
+struct Wanted {
+    stop: Stop,
+    job: Arc<Job>,
+}
+
+impl Drop for Wanted {
+    fn drop(&mut self) {
+        self.stop.ask();
+        drop(self.job.take());
+    }
+}
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Work that waits for a thread, unless it was taken back.
+struct Job(Mutex<Option<Work>>);
+
+impl Job {
+    fn take(&self) -> Option<Work> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Threads that evaluate, and what waits for them.
+struct Pool(Arc<Lanes>);
+
+struct Lanes {
+    state: Mutex<State>,
+    /// There is work, or the pool is closed.
+    ready: Condvar,
+    threads_max: usize,
+}
+
+#[derive(Default)]
+struct State {
+    /// One for each tenant that has something waiting or running.
+    lanes: BTreeMap<TenantId, Lane>,
+    /// Those that have something waiting, in the order of their turns.
+    turns: VecDeque<TenantId>,
+    /// Work in all lanes, also what was taken back since.
+    queued: usize,
+    threads: usize,
+    idle: usize,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Lane {
+    waiting: VecDeque<Arc<Job>>,
+    running: usize,
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("threads_max", &self.0.threads_max).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.closed = true;
+        state.lanes.clear();
+        state.turns.clear();
+        drop(state);
+        self.0.ready.notify_all();
+    }
+}
+
+impl Pool {
+    fn new(threads: usize) -> Self {
+        Self(Arc::new(Lanes { state: Mutex::default(), ready: Condvar::new(), threads_max: threads.max(1) }))
+    }
+
+    /// Queues work behind that of its own tenant.
+    fn offer(&self, tenant: &TenantId, work: Work) -> Arc<Job> {
+        let job = Arc::new(Job(Mutex::new(Some(work))));
+        let mut state = self.0.state();
+        let lane = state.lanes.entry(tenant.clone()).or_default();
+        lane.waiting.push_back(Arc::clone(&job));
+        if lane.waiting.len() == 1 {
+            state.turns.push_back(tenant.clone());
+        }
+        state.queued += 1;
+        if state.queued > state.idle && state.threads < self.0.threads_max {
+            state.threads += 1;
+            let lanes = Arc::clone(&self.0);
+            if let Err(error) = thread::Builder::new().name("evaluation".to_owned()).spawn(move || lanes.serve()) {
+                state.threads -= 1;
+                tracing::error!(%error, threads = state.threads, "no thread could be started to evaluate on");
+                if state.threads == 0 {
+                    drop(state);
+                    job.take().into_iter().for_each(|work| work());
+                }
+            }
+        } else {
+            self.0.ready.notify_one();
+        }
+        job
+    }
+}
+
+impl Lanes {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The most threads that one tenant has: one is kept for the others, who else would wait as long as it likes.
+    fn share(&self) -> usize {
+        (self.threads_max - 1).max(1)
+    }
+
+    /// A thread's life.
+    fn serve(&self) {
+        let mut state = self.state();
+        loop {
+            if let Some((tenant, work)) = state.next(self.share()) {
+                drop(state);
+                work();
+                state = self.state();
+                state.ended(&tenant);
+            } else if state.closed {
+                break;
+            } else {
+                state.idle += 1;
+                let (woken, waited) = self.ready.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner);
+                state = woken;
+                state.idle -= 1;
+                if waited.timed_out() && state.turns.is_empty() {
+                    break;
+                }
+            }
+        }
+        state.threads -= 1;
+    }
+}
+
+impl State {
+    /// The next work of the tenant whose turn it is, among those that do not have their share already.
+    fn next(&mut self, share: usize) -> Option<(TenantId, Work)> {
+        for _ in 0..self.turns.len() {
+            let tenant = self.turns.pop_front()?;
+            let Some(lane) = self.lanes.get_mut(&tenant) else { continue };
+            if lane.running >= share {
+                self.turns.push_back(tenant);
+                continue;
+            }
+            let mut work = None;
+            while work.is_none()
+                && let Some(job) = lane.waiting.pop_front()
+            {
+                self.queued -= 1;
+                work = job.take();
+            }
+            if !lane.waiting.is_empty() {
+                self.turns.push_back(tenant.clone());
+            }
+            match work {
+                Some(work) => {
+                    lane.running += 1;
+                    return Some((tenant, work));
+                }
+                None => self.forget_idle(&tenant),
+            }
+        }
+        None
+    }
+
+    fn ended(&mut self, tenant: &TenantId) {
+        if let Some(lane) = self.lanes.get_mut(tenant) {
+            lane.running -= 1;
+        }
+        self.forget_idle(tenant);
+    }
+
+    fn forget_idle(&mut self, tenant: &TenantId) {
+        if self.lanes.get(tenant).is_some_and(|lane| lane.running == 0 && lane.waiting.is_empty()) {
+            self.lanes.remove(tenant);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{
+            atomic::{AtomicUsize, Ordering},
+            mpsc,
+        },
+        time::Duration,
+    };
+
+    use futures::FutureExt;
+    use stagegate_core::evaluation::is_wanted;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(600);
+
+    fn tenant(name: &str) -> TenantId {
+        TenantId::new(name).expect("valid")
+    }
+
+    fn pooled(threads: usize, longest: Duration) -> Arc<Evaluations> {
+        Arc::new(Evaluations::pooled(threads, longest, Metrics::new()))
+    }
+
+    /// Work that has begun and goes on until it is let go.
+    async fn held(evaluations: &Arc<Evaluations>, of: &str) -> (mpsc::Sender<()>, tokio::task::JoinHandle<()>) {
+        let (release, released) = mpsc::channel::<()>();
+        let (begin, begun) = oneshot::channel();
+        let (evaluations, of) = (Arc::clone(evaluations), tenant(of));
+        let task = tokio::spawn(async move {
+            let work = move || {
+                let _ = begin.send(());
+                let _ = released.recv();
+            };
+            evaluations.evaluate_large(&of, work).await.expect("done");
+        });
+        begun.await.expect("it begins");
+        (release, task)
+    }
+
+    #[tokio::test]
+    async fn a_tenant_that_has_its_share_leaves_a_thread_to_the_others() {
+        let evaluations = pooled(2, LONG);
+        let (release, first) = held(&evaluations, "greedy").await;
+        let greedy = tenant("greedy");
+        let second = evaluations.evaluate_large(&greedy, || "second");
+        tokio::pin!(second);
+        assert_eq!(second.as_mut().now_or_never(), None);
+        for _ in 0..3 {
+            assert_eq!(evaluations.evaluate_large(&tenant("other"), || "other").await, Ok("other"));
+        }
+        assert_eq!(second.as_mut().now_or_never(), None, "it waits for its own tenant's first");
+        release.send(()).expect("it waits");
+        first.await.expect("done");
+        assert_eq!(second.await, Ok("second"));
+    }
+
+    #[tokio::test]
+    async fn tenants_that_wait_take_turns() {
+        let evaluations = pooled(1, LONG);
+        let (release, first) = held(&evaluations, "holder").await;
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let waiting: Vec<_> = ["many", "many", "many", "one"]
+            .into_iter()
+            .map(|of| {
+                let (evaluations, order) = (Arc::clone(&evaluations), Arc::clone(&order));
+                let task = async move {
+                    let work = move || order.lock().expect("no panic").push(of);
+                    evaluations.evaluate_large(&tenant(of), work).await.expect("done");
+                };
+                let mut task = Box::pin(task);
+                assert_eq!(task.as_mut().now_or_never(), None);
+                task
+            })
+            .collect();
+        release.send(()).expect("it waits");
+        first.await.expect("done");
+        futures::future::join_all(waiting).await;
+        assert_eq!(*order.lock().expect("no panic"), ["many", "one", "many", "many"]);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_never_begins_and_is_let_go() {
+        let evaluations = pooled(1, LONG);
+        let (release, first) = held(&evaluations, "holder").await;
+        let payload = Arc::new(());
+        let kept = Arc::clone(&payload);
+        let of = tenant("gone");
+        let mut waiting = Box::pin(evaluations.evaluate_large(&of, move || drop(kept)));
+        assert_eq!(waiting.as_mut().now_or_never(), None);
+        assert_eq!(Arc::strong_count(&payload), 2);
+        drop(waiting);
+        assert_eq!(Arc::strong_count(&payload), 1, "what it held is free at once");
+        release.send(()).expect("it waits");
+        first.await.expect("done");
+        assert_eq!(evaluations.evaluate_large(&of, || 1).await, Ok(1), "the thread goes on");
+    }
+
+    #[tokio::test]
+    async fn what_takes_too_long_fails_and_stops() {
+        let evaluations = pooled(1, Duration::from_millis(20));
+        let (end, ended) = mpsc::channel();
+        let work = move || {
+            while is_wanted() {
+                std::thread::yield_now();
+            }
+            end.send(()).expect("the test waits");
+        };
+        let late = evaluations.evaluate_large(&tenant("slow"), work).await;
+        assert_eq!(late, Err(Unevaluated::TooLong(Duration::from_millis(20))));
+        ended.recv_timeout(Duration::from_secs(60)).expect("it was asked to stop");
+        assert!(Error::from(Unevaluated::TooLong(LONG)).detail.contains("engine.evaluation_timeout"));
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_and_the_thread_lives_on() {
+        for evaluations in [pooled(1, LONG), Arc::new(Evaluations::inline(LONG, Metrics::new()))] {
+            let of = tenant("t");
+            let broken = || std::panic::resume_unwind(Box::new("a defect"));
+            assert_eq!(evaluations.evaluate::<(), _>(&of, broken).await, Err(Unevaluated::Panicked));
+            assert_eq!(evaluations.evaluate_large::<(), _>(&of, broken).await, Err(Unevaluated::Panicked));
+            assert_eq!(evaluations.evaluate_large(&of, || 1).await, Ok(1));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_small_evaluation_begins_once_and_where_it_is_asked_for() {
+        let evaluations = pooled(1, LONG);
+        let begun = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&begun);
+        let here = std::thread::current().id();
+        let work = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            std::thread::current().id()
+        };
+        assert_eq!(evaluations.evaluate(&tenant("t"), work).await, Ok(here));
+        assert_eq!(begun.load(Ordering::Relaxed), 1);
+    }
+}
