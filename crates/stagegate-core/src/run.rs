@@ -66,11 +66,34 @@ impl Default for StageState {
 pub struct Failure {
     /// The stable code.
     pub code: Code,
-    /// What happened.
+    /// What happened. It never quotes: it is made of names, numbers, positions, counts and codes.
     pub message: String,
+    /// The same with everything that it is about, which may quote inputs, outputs and providers. Only an attempt's
+    /// failure has it, and it is removed with the payloads.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub detail: Option<String>,
     /// The stage, where it was one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stage: Option<StageId>,
+}
+
+impl Failure {
+    /// A failure that quotes nothing.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), detail: None, stage: None }
+    }
+
+    /// The same, of a stage.
+    #[must_use]
+    pub fn of_stage(self, stage: StageId) -> Self {
+        Self { stage: Some(stage), ..self }
+    }
+
+    /// What of it may be told in events, logs and records.
+    #[must_use]
+    pub fn public(&self) -> Self {
+        Self { code: self.code, message: self.message.clone(), detail: None, stage: self.stage.clone() }
+    }
 }
 
 open_words! {
@@ -121,8 +144,11 @@ pub struct Assessment {
     pub score: f64,
     /// The lowest score that passes.
     pub threshold: f64,
-    /// What was found, so that the next attempt can mend it.
+    /// What was found. It never quotes: it is made of names, numbers, positions and counts.
     pub reason: String,
+    /// The same with everything that the next attempt needs to mend it, which may quote the output. It is removed with the payloads.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub detail: Option<String>,
     /// The model that judged.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub model: Option<ModelRef>,
@@ -213,6 +239,13 @@ pub struct Attempt {
 }
 
 impl Attempt {
+    /// Removes what may quote payloads: they are purged.
+    pub fn purge(&mut self) {
+        self.output = None;
+        self.assessments.iter_mut().for_each(|assessment| assessment.detail = None);
+        self.failure.iter_mut().for_each(|failure| failure.detail = None);
+    }
+
     /// The lowest score of its assessments: the quality that was reached. None without assessments.
     pub fn score(&self) -> Option<f64> {
         self.assessments.iter().map(|a| a.score).min_by(f64::total_cmp)

@@ -58,7 +58,7 @@ impl Unevaluated {
     /// As the end of an attempt or a run.
     pub(crate) fn failure(self, stage: Option<StageId>) -> Failure {
         let (code, message) = self.told();
-        Failure { code, message, stage }
+        Failure { stage, ..Failure::new(code, message) }
     }
 }
 

@@ -478,6 +478,7 @@ fn timed_out(timeout: Duration) -> AttemptResult {
     AttemptResult::Failed {
         code: stagegate_core::Code::StageTimeout,
         message: format!("the attempt took longer than the stage's timeout of {timeout:?}"),
+        detail: None,
         retryable: true,
         retry_after: None,
     }

@@ -146,11 +146,11 @@ fn give_up(mut failures: Vec<(&ModelRef, Failed)>, request: &Request) -> CallErr
     let waits = failures.iter().filter(|(_, failed)| failed.retryable).filter_map(|(_, failed)| failed.retry_after);
     let retry_after = waits.min();
     let partial = failures.iter_mut().rev().find_map(|(_, failed)| failed.partial.take());
-    let (code, message) = match failures.pop() {
-        Some((_, last)) => (last.code, last.message),
-        None => (Code::UnknownModel, "the request names no model".to_owned()),
+    let (code, message, detail) = match failures.pop() {
+        Some((_, last)) => (last.code, last.message, last.detail),
+        None => (Code::UnknownModel, "the request names no model".to_owned(), None),
     };
-    CallError { code, message, retryable, retry_after, partial, calls }
+    CallError { code, message, detail, retryable, retry_after, partial, calls }
 }
 
 async fn ask(

@@ -134,6 +134,8 @@ pub(crate) fn millis(duration: Duration) -> u64 {
 pub(crate) struct Failed {
     pub(crate) code: Code,
     pub(crate) message: String,
+    /// The provider's words, where it had some.
+    pub(crate) detail: Option<String>,
     pub(crate) retryable: bool,
     pub(crate) retry_after: Option<Duration>,
     pub(crate) partial: Option<String>,
@@ -144,7 +146,7 @@ pub(crate) struct Failed {
 impl Failed {
     /// A failure before any provider was asked.
     pub(crate) fn unasked(code: Code, message: String, retryable: bool) -> Self {
-        Self { code, message, retryable, retry_after: None, partial: None, paid: None }
+        Self { code, message, detail: None, retryable, retry_after: None, partial: None, paid: None }
     }
 }
 
@@ -361,19 +363,20 @@ impl Caller {
         self.log(model, flaw.as_ref().map(|(code, ..)| *code), &paid);
         let Some((code, message, retryable)) = flaw else { return Ok(Bought { content, paid }) };
         let partial = Some(content).filter(|text| !text.trim().is_empty() && finish == Finish::Length);
-        Err(Failed { code, message, retryable, retry_after: None, partial, paid: Some(paid) })
+        Err(Failed { partial, paid: Some(paid), ..Failed::unasked(code, message, retryable) })
     }
 
     fn failed(&self, job: &Job, error: ProviderError, latency: Duration) -> Failed {
-        let ProviderError { code, message, retryable, retry_after, usage, unheard, limits: _ } = error;
+        let ProviderError { code, message, detail, retryable, retry_after, usage, unheard, limits: _ } = error;
         let model = &job.reader.model;
+        let message = format!("`{model}`: {message}");
         let paid = match usage {
             Some(usage) => self.price(model, believed(model, usage), latency),
             None if unheard => unheard_of(&job.worst, latency),
             None => self.unpaid(model, latency),
         };
         self.log(model, Some(code), &paid);
-        Failed { code, message, retryable, retry_after, partial: None, paid: Some(paid) }
+        Failed { code, message, detail, retryable, retry_after, partial: None, paid: Some(paid) }
     }
 
     /// A call that failed before anything could be charged.
@@ -494,6 +497,7 @@ mod tests {
         let error = |code, retryable| ProviderError {
             code,
             message: String::new(),
+            detail: None,
             retryable,
             retry_after: None,
             usage: None,

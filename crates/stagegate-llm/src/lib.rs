@@ -98,8 +98,10 @@ pub struct Reply {
 pub struct CallError {
     /// The last model's error.
     pub code: Code,
-    /// A sentence, without prompts or keys.
+    /// A sentence that quotes neither prompts nor keys nor the provider.
     pub message: String,
+    /// The provider's words, which may echo the prompt; without keys.
+    pub detail: Option<String>,
     /// Whether the same call may succeed later.
     pub retryable: bool,
     /// What the provider asked for, in whichever form it did.

@@ -63,8 +63,10 @@ pub struct Limits {
 pub struct ProviderError {
     /// One of the `Provider…` codes.
     pub code: Code,
-    /// A sentence for people; bounded, without keys and prompts.
+    /// A sentence for people; bounded, without keys, and without words of the provider, which may echo the prompt.
     pub message: String,
+    /// What the provider said, bounded and without keys: only for who may read the prompt.
+    pub detail: Option<String>,
     /// Whether the same call may succeed later.
     pub retryable: bool,
     /// What the provider asked for.

@@ -165,6 +165,7 @@ fn error(code: Code, retryable: bool, retry_after: Option<Duration>) -> Provider
     ProviderError {
         code,
         message: "simulated".to_owned(),
+        detail: None,
         retryable,
         retry_after,
         usage: None,

@@ -2,12 +2,13 @@
 //! that a retry which comes first wins, and one that comes later finds what is left.
 
 use chrono::TimeDelta;
+use serde_json::Value;
 use sqlx::postgres::PgRow;
 use stagegate_core::{RunId, StoreResult, store::Kept};
 use uuid::Uuid;
 
 use crate::{
-    pool::Pool,
+    pool::{Connection, Pool},
     rows::{self, Reader, Time},
 };
 
@@ -21,6 +22,26 @@ WHERE id > $1 AND id < $2 AND created_at < $3 ORDER BY id LIMIT $4";
 
 /// Removes payloads; the function is migration 0002's.
 const PURGE: &str = "/* runs.purge */ SELECT purge_runs_2($1, $2) AS number";
+
+/// The attempts of runs that may quote payloads: rows of their own, and those that are told beside their checkpoint.
+const QUOTING: &str = "/* runs.quoting */
+SELECT run_id, stage_id, number, body FROM attempts WHERE run_id = ANY ($1) AND body LIKE '%\"detail\":%'
+UNION ALL
+SELECT run_id, stage_id, NULL, attempt_body FROM checkpoints
+WHERE run_id = ANY ($1) AND attempt_body LIKE '%\"detail\":%'";
+
+/// Writes them without that, where their run has ended.
+const UNQUOTE: &str = "/* runs.unquote */
+WITH given AS (
+    SELECT t.* FROM unnest($1::uuid[], $2::text[], $3::int4[], $4::text[]) AS t(run_id, stage_id, number, body)
+    JOIN runs r ON r.id = t.run_id
+    WHERE r.state IN ('succeeded', 'failed', 'cancelled', 'expired') AND r.owner IS NULL
+), beside AS (
+    UPDATE checkpoints c SET attempt_body = g.body FROM given g
+    WHERE g.number IS NULL AND c.run_id = g.run_id AND c.stage_id = g.stage_id
+)
+UPDATE attempts a SET body = g.body FROM given g
+WHERE a.run_id = g.run_id AND a.stage_id = g.stage_id AND a.number = g.number";
 
 /// Removes runs; the function is migration 0002's.
 const DELETE: &str = "/* runs.delete */ SELECT delete_runs_2($1) AS ids";
@@ -51,9 +72,40 @@ pub(crate) async fn purge(pool: &Pool, runs: &[RunId], now: Time) -> StoreResult
     if runs.is_empty() {
         return Ok(0);
     }
+    let mut connection = pool.acquire_as_guest("runs.purge").await?;
+    unquote(&mut connection, runs).await?;
     let query = sqlx::query(PURGE).bind(ids(runs)).bind(now);
-    let row = pool.acquire_as_guest("runs.purge").await?.row("runs.purge", query).await?;
+    let row = connection.row("runs.purge", query).await?;
     row.map_or(Ok(0), |row| Reader::new(&row, "runs", Uuid::nil()).number("number").map(u64::from))
+}
+
+/// Before the run is marked as purged, so that what is cut off in between is done again.
+async fn unquote(connection: &mut Connection, runs: &[RunId]) -> StoreResult<()> {
+    let found = connection.rows("runs.quoting", sqlx::query(QUOTING).bind(ids(runs))).await?;
+    let (mut of, mut stages, mut numbers, mut bodies) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for row in &found {
+        let run = rows::id(row, "run_id", "attempts")?;
+        let read = Reader::new(row, "attempts", run);
+        let mut body: Value = read.json("body")?;
+        forget_detail(&mut body["failure"]);
+        body["assessments"].as_array_mut().into_iter().flatten().for_each(forget_detail);
+        if body["failure"].is_null() {
+            body.as_object_mut().map(|body| body.shift_remove("failure"));
+        }
+        of.push(run);
+        stages.push(read.get::<String>("stage_id")?);
+        numbers.push(read.get::<Option<i32>>("number")?);
+        bodies.push(body.to_string());
+    }
+    if of.is_empty() {
+        return Ok(());
+    }
+    let query = sqlx::query(UNQUOTE).bind(of).bind(stages).bind(numbers).bind(bodies);
+    connection.rows("runs.unquote", query).await.map(|_| ())
+}
+
+fn forget_detail(of: &mut Value) {
+    of.as_object_mut().map(|of| of.shift_remove("detail"));
 }
 
 pub(crate) async fn delete(pool: &Pool, runs: &[RunId]) -> StoreResult<Vec<RunId>> {

@@ -375,11 +375,7 @@ mod tests {
         let finished = |totals: Totals, message: &str| {
             let kind = EventKind::RunFinished {
                 state: RunState::Failed,
-                failure: Some(Failure {
-                    code: stagegate_core::Code::GateFailed,
-                    message: message.to_owned(),
-                    stage: None,
-                }),
+                failure: Some(Failure::new(stagegate_core::Code::GateFailed, message)),
                 totals,
             };
             Event::new(1, DateTime::UNIX_EPOCH, kind)

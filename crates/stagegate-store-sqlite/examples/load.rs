@@ -136,6 +136,7 @@ impl Load {
                 score: 1.0,
                 threshold: 1.0,
                 reason: String::new(),
+                detail: None,
                 model: None,
             }],
             calls: vec![LedgerEntry {

@@ -36,9 +36,10 @@ pub(crate) const PURGE_PAYLOADS: &str =
 pub(crate) const PURGE_CHECKPOINTS: &str =
     "UPDATE checkpoints SET output = 'null' WHERE run_id IN (SELECT unhex(value) FROM json_each(?1))";
 
-// purge-attempts
-pub(crate) const PURGE_ATTEMPTS: &str =
-    "UPDATE attempts SET output = NULL WHERE run_id IN (SELECT unhex(value) FROM json_each(?1))";
+// purge-attempts: with what may quote payloads.
+pub(crate) const PURGE_ATTEMPTS: &str = "UPDATE attempts SET output = NULL, failure = json_remove(failure, '$.detail'), assessments = ( \
+        SELECT json_group_array(json_remove(value, '$.detail')) FROM json_each(attempts.assessments) \
+    ) WHERE run_id IN (SELECT unhex(value) FROM json_each(?1))";
 
 // purge-runs
 pub(crate) const PURGE_RUNS: &str =

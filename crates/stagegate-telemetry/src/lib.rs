@@ -8,6 +8,7 @@ mod line;
 mod redact;
 mod scope;
 mod sentry;
+pub mod text;
 
 pub use logs::{Guard, init};
 pub use metrics::Metrics;

@@ -13,6 +13,7 @@ use tracing::{
 use crate::{
     redact::{self, Kind, REDACTED},
     scope::Ids,
+    text::is_unsafe,
 };
 
 /// The longest line, in bytes, its newline included.
@@ -212,8 +213,10 @@ fn push_json_text(out: &mut String, text: &str, max_bytes: usize) -> bool {
             '\n' => out.push_str("\\n"),
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
-            control if control.is_control() => {
-                let _ = write!(out, "\\u{:04x}", u32::from(control));
+            hidden if is_unsafe(hidden) => {
+                for unit in hidden.encode_utf16(&mut [0; 2]) {
+                    let _ = write!(out, "\\u{unit:04x}");
+                }
             }
             other => out.push(other),
         }
@@ -286,7 +289,7 @@ fn push_plain_text(out: &mut String, text: &str, max_bytes: usize) {
         match character {
             '\n' => out.push_str("\n    "),
             '\t' => out.push('\t'),
-            control if control.is_control() => out.extend(control.escape_unicode()),
+            hidden if is_unsafe(hidden) => out.extend(hidden.escape_unicode()),
             other => out.push(other),
         }
     }

@@ -2,6 +2,7 @@
 //! a closed pipe never panics.
 
 use std::{
+    borrow::Cow,
     fmt::Write as _,
     io::{ErrorKind, IsTerminal as _, Write as _},
     time::Duration,
@@ -9,6 +10,7 @@ use std::{
 
 use anstyle::{AnsiColor, Style};
 use stagegate_core::{Code, Error, Totals, Usd, Violation};
+use stagegate_telemetry::text::visible;
 
 /// For what went well.
 pub(crate) const GOOD: Style = AnsiColor::Green.on_default();
@@ -31,12 +33,20 @@ pub(crate) fn paint(style: Style, text: &str) -> String {
 /// Writes a result to stdout. A reader that went away is no error.
 pub(crate) fn result(text: &str) -> Result<(), Error> {
     let mut stdout = anstream::stdout();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    // What a model wrote is for a program as it is; a person's terminal is shown what it must not obey. Only our own styles begin
+    // with an escape: JSON writes that of others in letters.
+    let shown = if std::io::stdout().is_terminal() { Cow::Owned(shown(text)) } else { Cow::Borrowed(text) };
+    match stdout.write_all(shown.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Error::new(Code::Internal, format!("stdout could not be written: {error}")))
         }
         _ => Ok(()),
     }
+}
+
+fn shown(text: &str) -> String {
+    let styles = text.split('\u{1b}').map(visible);
+    styles.collect::<Vec<_>>().join("\u{1b}")
 }
 
 /// Writes a line to stderr, as well as it goes.
@@ -53,7 +63,7 @@ pub(crate) fn stderr_is_live() -> bool {
 pub(crate) fn error(error: &Error) {
     let label = paint(BAD.bold(), "error:");
     let mut text = match error.violations.as_slice() {
-        [] => format!("{label} {} {}", error.code, error.detail),
+        [] => format!("{label} {} {}", error.code, visible(&error.detail)),
         _ => format!("{label} {} {}", error.code, error.code.title()),
     };
     for violation in &error.violations {
@@ -73,9 +83,9 @@ fn violation_line(code: Code, violation: &Violation) -> String {
         let _ = write!(text, "{} ", violation.code);
     }
     if !violation.path.is_empty() {
-        let _ = write!(text, "{}: ", violation.path);
+        let _ = write!(text, "{}: ", visible(&violation.path));
     }
-    text.push_str(&violation.message);
+    text.push_str(&visible(&violation.message));
     if let Some(mend) = &violation.mend {
         let _ = write!(text, " ({mend})");
     }

@@ -179,6 +179,7 @@ fn joined(stages: &[stagegate_core::StageId]) -> String {
 
 /// A reason in one bounded line.
 pub(crate) fn short(text: &str) -> String {
+    let text = stagegate_telemetry::text::visible(text);
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     if line.chars().count() <= REASON_MAX {
         return line;

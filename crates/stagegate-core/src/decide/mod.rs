@@ -84,8 +84,10 @@ pub enum AttemptResult {
     Failed {
         /// Why.
         code: Code,
-        /// In a sentence.
+        /// In a sentence that quotes nothing.
         message: String,
+        /// The same with what may quote payloads, where there is more to tell.
+        detail: Option<String>,
         /// Whether another attempt may fare better.
         retryable: bool,
         /// What the provider asked for.
@@ -271,8 +273,7 @@ impl Run {
             match signal.kind {
                 SignalKind::Cancel => {
                     let by = signal.by.map_or_else(String::new, |by| format!(" by {by}"));
-                    let failure =
-                        Failure { code: Code::Cancelled, message: format!("the run was cancelled{by}"), stage: None };
+                    let failure = Failure::new(Code::Cancelled, format!("the run was cancelled{by}"));
                     self.stop(RunState::Cancelled, failure, now);
                 }
                 SignalKind::Retry { deadline_at } => self.reopen(deadline_at, now),
@@ -313,11 +314,8 @@ impl Run {
     }
 
     fn expire(&mut self, now: DateTime<Utc>) {
-        let failure = Failure {
-            code: Code::DeadlinePassed,
-            message: format!("the run was not finished by its deadline, {}", self.deadline_at.to_rfc3339()),
-            stage: None,
-        };
+        let message = format!("the run was not finished by its deadline, {}", self.deadline_at.to_rfc3339());
+        let failure = Failure::new(Code::DeadlinePassed, message);
         self.stop(RunState::Expired, failure, now);
     }
 
@@ -477,7 +475,7 @@ impl Run {
                 self.finish(RunState::Succeeded, now);
             }
             Err(failure) => {
-                self.failure = Some(failure);
+                self.failure = Some(failure.public());
                 self.finish(RunState::Failed, now);
             }
         }
@@ -577,7 +575,10 @@ impl Run {
             .assessments
             .iter()
             .filter(|assessment| !assessment.passed)
-            .map(|assessment| format!("{}: {}", assessment.name, assessment.reason))
+            .map(|assessment| {
+                // The author may read everything.
+                format!("{}: {}", assessment.name, assessment.detail.as_ref().unwrap_or(&assessment.reason))
+            })
             .collect();
         Some(Critique { output: last.output.clone()?, reasons })
     }

@@ -60,11 +60,12 @@ impl Run {
                 let judged = Judged { output, usable, model, origin, totals };
                 self.on_output(stage, Attempt { assessments, ..ended }, judged, now);
             }
-            AttemptResult::Failed { code, message, retryable, retry_after } => {
-                let failure = Failure { code, message, stage: Some(self.stages[stage].record.id.clone()) };
+            AttemptResult::Failed { code, message, detail, retryable, retry_after } => {
+                let failure = Failure { code, message, detail, stage: Some(self.stages[stage].record.id.clone()) };
                 let wait = retryable.then(|| self.pause(stage, attempt, retry_after, jitter));
-                let ended = Attempt { failure: Some(failure.clone()), ..ended };
-                self.on_failed_attempt(stage, ended, failure, wait, totals, now);
+                let public = failure.public();
+                let ended = Attempt { failure: Some(failure), ..ended };
+                self.on_failed_attempt(stage, ended, public, wait, totals, now);
             }
         }
     }
@@ -110,11 +111,8 @@ impl Run {
                 self.emit(now, EventKind::StageHeld { stage: id, attempt, score, reason, totals: judged.totals });
             }
             _ => {
-                let failure = Failure {
-                    code: Code::GateFailed,
-                    message: format!("the gate failed at attempt {attempt}: {reason}"),
-                    stage: Some(id),
-                };
+                let message = format!("the gate failed at attempt {attempt}: {reason}");
+                let failure = Failure::new(Code::GateFailed, message).of_stage(id);
                 ended.failure = Some(failure.clone());
                 self.keep_attempt(stage, ended);
                 self.fail(stage, failure, judged.totals, now);
@@ -162,11 +160,8 @@ impl Run {
             }
             Some(_) if exhausted && attempt > self.stages[stage].record.round_start => {
                 let round = attempt + 1 - self.stages[stage].record.round_start;
-                let failure = Failure {
-                    code: Code::AttemptsExhausted,
-                    message: format!("{round} attempts failed; the last: {}: {}", failure.code, failure.message),
-                    stage: failure.stage,
-                };
+                let message = format!("{round} attempts failed; the last: {}: {}", failure.code, failure.message);
+                let failure = Failure { stage: failure.stage, ..Failure::new(Code::AttemptsExhausted, message) };
                 self.fail(stage, failure, totals, now);
             }
             _ => self.fail(stage, failure, totals, now),
@@ -255,11 +250,8 @@ impl Run {
     pub(super) fn reject(&mut self, stage: &StageId, reason: &str, now: DateTime<Utc>) {
         let Some((index, _)) = self.take_held(stage) else { return };
         self.stages[index].record.verdict = Some(Verdict::Rejected);
-        let failure = Failure {
-            code: Code::Rejected,
-            message: format!("the held output was rejected: {reason}"),
-            stage: Some(stage.clone()),
-        };
+        let message = format!("the held output was rejected: {reason}");
+        let failure = Failure::new(Code::Rejected, message).of_stage(stage.clone());
         self.fail(index, failure, Totals::default(), now);
     }
 
@@ -322,7 +314,7 @@ fn verdict(stage: &Stage, gate_failed: bool, usable: bool, may_retry: bool) -> V
     }
 }
 
-/// What failed, in one bounded sentence.
+/// What failed, in one bounded sentence that quotes nothing.
 fn reasons(assessments: &[Assessment]) -> String {
     const MAX_CHARS: usize = 500;
     let failed: Vec<String> = assessments
@@ -331,8 +323,8 @@ fn reasons(assessments: &[Assessment]) -> String {
         .map(|assessment| match assessment.evaluator {
             Evaluator::Check | Evaluator::Unknown(_) => format!("{}: {}", assessment.name, assessment.reason),
             Evaluator::Judge => {
-                let Assessment { name, score, threshold, reason, .. } = assessment;
-                format!("{name} gave {score:.2}, {threshold:.2} is needed: {reason}")
+                let Assessment { name, score, threshold, .. } = assessment;
+                format!("{name} gave {score:.2}, {threshold:.2} is needed")
             }
         })
         .collect();

@@ -76,6 +76,7 @@ fn assessment(passed: bool) -> Assessment {
         score: f64::from(u8::from(passed)),
         threshold: 1.0,
         reason: "too short".to_owned(),
+        detail: None,
         model: None,
     }
 }
@@ -96,7 +97,7 @@ fn error(retryable: bool, retry_after: Option<Duration>) -> Outcome {
     Outcome {
         started_at: at(0),
         calls: Vec::new(),
-        result: AttemptResult::Failed { code, message, retryable, retry_after },
+        result: AttemptResult::Failed { code, message, detail: None, retryable, retry_after },
     }
 }
 

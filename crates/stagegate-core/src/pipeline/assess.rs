@@ -22,7 +22,7 @@ const REASONS_MAX: usize = 5;
 /// How many violations of an input are listed.
 const INPUT_MISTAKES_MAX: usize = 100;
 
-fn assessment(name: &str, passed: bool, reason: String) -> Assessment {
+fn assessment(name: &str, passed: bool, reason: String, detail: Option<String>) -> Assessment {
     Assessment {
         evaluator: Evaluator::Check,
         name: name.to_owned(),
@@ -31,6 +31,7 @@ fn assessment(name: &str, passed: bool, reason: String) -> Assessment {
         score: if passed { 1.0 } else { 0.0 },
         threshold: 1.0,
         reason,
+        detail: detail.filter(|_| !passed),
         model: None,
     }
 }
@@ -61,7 +62,7 @@ impl Pipeline {
             OutputFormat::Text => Ok(Value::String(content.to_owned())),
             OutputFormat::Json { .. } => serde_json::from_str(unfenced(content)).map_err(|error| {
                 let reason = format!("the answer is not JSON ({error}); answer with the JSON value alone");
-                assessment("json", false, reason)
+                assessment("json", false, reason, None)
             }),
         }
     }
@@ -76,11 +77,14 @@ impl Pipeline {
             _ if compiled.checks.is_empty() => Cow::Borrowed(""),
             json => Cow::Owned(json.to_string()),
         };
-        own.chain(checks.map(|(check, compiled)| self.assess_check(check, compiled, output, &text, context))).collect()
+        let checks = (1..).zip(checks);
+        own.chain(checks.map(|(n, (check, compiled))| self.assess_check(n, check, compiled, output, &text, context)))
+            .collect()
     }
 
     fn assess_check(
         &self,
+        number_of: usize,
         check: &Check,
         compiled: &CompiledCheck,
         output: &Arc<Value>,
@@ -88,71 +92,80 @@ impl Pipeline {
         context: &RenderContext<'_>,
     ) -> Assessment {
         if evaluation::pay(text.len() as u64).is_err() {
-            return assessment(check.name(), false, "the check was ended early".to_owned());
+            return assessment(check.name(), false, "the check was ended early".to_owned(), None);
         }
         let chars = || text.chars().count();
         let told = |chars| schema::counted(chars, "character");
         let number = |limit: &u32| usize::try_from(*limit).unwrap_or(usize::MAX);
-        let (passed, reason) = match (check, compiled) {
+        let here = format!("(check {number_of} of the gate)");
+        let (passed, reason, detail) = match (check, compiled) {
             (Check::MinChars(min), _) => {
                 let chars = chars();
-                (chars >= number(min), format!("has {}, at least {min} are needed", told(chars)))
+                (chars >= number(min), format!("has {}, at least {min} are needed", told(chars)), None)
             }
             (Check::MaxChars(max), _) => {
                 let chars = chars();
-                (chars <= number(max), format!("has {}, at most {max} are allowed", told(chars)))
+                (chars <= number(max), format!("has {}, at most {max} are allowed", told(chars)), None)
             }
             (Check::Contains(part), _) => {
                 let found = text.contains(part.as_str());
-                (
-                    found,
-                    format!(
-                        "{} `{}`, which it must contain",
-                        if found { "contains" } else { "does not contain" },
-                        cut(part, 200)
-                    ),
-                )
+                let told = if found { "contains" } else { "does not contain" };
+                let detail = format!("{told} `{}`, which it must contain", cut(part, 200));
+                (found, format!("{told} what it must {here}"), Some(detail))
             }
             (Check::NotContains(part), _) => {
                 let found = text.contains(part.as_str());
-                (
-                    !found,
-                    format!(
-                        "{} `{}`, which it must not contain",
-                        if found { "contains" } else { "does not contain" },
-                        cut(part, 200)
-                    ),
-                )
+                let told = if found { "contains" } else { "does not contain" };
+                let detail = format!("{told} `{}`, which it must not contain", cut(part, 200));
+                (!found, format!("{told} what it must not {here}"), Some(detail))
             }
             (Check::Matches(_) | Check::NotMatches(_), CompiledCheck::Regex(regex))
                 if let Err(why) = regex.claim(text) =>
             {
-                (false, why)
+                (false, why, None)
             }
             (Check::Matches(pattern), CompiledCheck::Regex(regex)) => match regex.find(text) {
-                Some(_) => (true, format!("matches `{}`, as it must", cut(pattern, 200))),
-                None => (false, format!("does not match `{}`, which it must", cut(pattern, 200))),
+                Some(_) => {
+                    let detail = format!("matches `{}`, as it must", cut(pattern, 200));
+                    (true, format!("matches the pattern, as it must {here}"), Some(detail))
+                }
+                None => {
+                    let detail = format!("does not match `{}`, which it must", cut(pattern, 200));
+                    (false, format!("does not match the pattern, which it must {here}"), Some(detail))
+                }
             },
             (Check::NotMatches(pattern), CompiledCheck::Regex(regex)) => match regex.find(text) {
                 Some(found) => {
+                    let (from, to) = (found.start(), found.end());
                     let found = cut(found.as_str(), 80);
-                    (false, format!("matches `{}`, which it must not: it says `{found}`", cut(pattern, 200)))
+                    let detail = format!("matches `{}`, which it must not: it says `{found}`", cut(pattern, 200));
+                    let reason = format!("matches the pattern, which it must not, at bytes {from} to {to} {here}");
+                    (false, reason, Some(detail))
                 }
-                None => (true, format!("does not match `{}`, as it must not", cut(pattern, 200))),
+                None => {
+                    let detail = format!("does not match `{}`, as it must not", cut(pattern, 200));
+                    (true, format!("does not match the pattern, as it must not {here}"), Some(detail))
+                }
             },
             (Check::Schema(_), CompiledCheck::Schema(validator)) => return assess_schema(validator, output),
             (Check::Expression(source), CompiledCheck::Expression(expression)) => {
                 let source = cut(source, 200);
                 match self.with_vars(context, Some(output), |vars| expression.holds(vars)) {
-                    Ok(true) => (true, format!("`{source}` holds")),
-                    Ok(false) => (false, format!("`{source}` does not hold, but must")),
-                    Err(cause) => (false, format!("`{source}` could not be evaluated: {cause}")),
+                    Ok(true) => (true, format!("the expression holds {here}"), Some(format!("`{source}` holds"))),
+                    Ok(false) => {
+                        let detail = format!("`{source}` does not hold, but must");
+                        (false, format!("the expression does not hold, but must {here}"), Some(detail))
+                    }
+                    Err(cause) => {
+                        let detail = format!("`{source}` could not be evaluated: {cause}");
+                        (false, format!("the expression could not be evaluated {here}"), Some(detail))
+                    }
                 }
             }
             // Checks and their compiled forms are made pairwise; a mismatch must not let an output through.
-            _ => (false, "the check was not compiled".to_owned()),
+            _ => (false, "the check was not compiled".to_owned(), None),
         };
-        assessment(check.name(), passed, reason)
+        assessment(check.name(), passed, reason, detail)
     }
 
     /// Every way in which an input does not fit, with paths below `input`.
@@ -195,12 +208,15 @@ impl Pipeline {
 fn assess_schema(validator: &Schema, output: &Value) -> Assessment {
     let mut errors = match validator.errors(output) {
         Ok(errors) => errors,
-        Err(why) => return assessment("schema", false, format!("the output {why}")),
+        Err(why) => return assessment("schema", false, format!("the output {why}"), None),
     };
+    let mut first = None;
     let mut reasons: Vec<String> = errors
         .by_ref()
         .take(REASONS_MAX)
         .map(|error| {
+            // The place in the schema is the author's; the one in the output may be made of what was said.
+            first.get_or_insert_with(|| error.schema_path().to_string());
             let path = Path::root().below(error.instance_path()).to_string();
             let place = if path.is_empty() { "the output".to_owned() } else { format!("`{path}`") };
             match error.kind() {
@@ -212,12 +228,18 @@ fn assess_schema(validator: &Schema, output: &Value) -> Assessment {
         })
         .collect();
     if reasons.is_empty() {
-        return assessment("schema", true, "fits the schema".to_owned());
+        return assessment("schema", true, "fits the schema".to_owned(), None);
     }
-    if errors.next().is_some() {
+    let mistakes = schema::counted(reasons.len(), "mistake");
+    let more = if errors.next().is_some() { " and more" } else { "" };
+    let reason = format!(
+        "does not fit the schema: {mistakes}{more}, the first at `{}` of the schema",
+        first.unwrap_or_default()
+    );
+    if !more.is_empty() {
         reasons.push("and more".to_owned());
     }
-    assessment("schema", false, format!("does not fit the schema: {}", reasons.join("; ")))
+    assessment("schema", false, reason, Some(format!("does not fit the schema: {}", reasons.join("; "))))
 }
 
 /// The inside of a fenced code block that is the whole answer, or else the answer; models like to wrap JSON in one.

@@ -153,9 +153,8 @@ impl Pipeline {
     pub fn render_output(&self, context: &RenderContext<'_>) -> Result<Value, Failure> {
         let Some(mapping) = &self.compiled.output else { return self.leaves(context) };
         let failed = |cause: String| Failure {
-            code: Code::TemplateFailed,
-            message: format!("the run's output could not be rendered: {cause}"),
-            stage: None,
+            detail: Some(format!("the run's output could not be rendered: {cause}")),
+            ..Failure::new(Code::TemplateFailed, format!("the run's output could not be rendered{}", place(&cause)))
         };
         let mut left = OUTPUT_MAX_BYTES;
         self.with_vars(context, None, |vars| node(mapping, &Path::root().key("output"), vars, &mut left))
@@ -166,13 +165,12 @@ impl Pipeline {
     fn leaves(&self, context: &RenderContext<'_>) -> Result<Value, Failure> {
         let mut outputs = Map::new();
         for (index, stage) in self.last_stages() {
-            let output: &Arc<Value> = context.outputs.get(index).and_then(Option::as_ref).ok_or_else(|| Failure {
-                code: Code::TemplateFailed,
-                message: format!("the run's output could not be made: stage `{}` has none yet", stage.id),
-                stage: Some(stage.id.clone()),
+            let output: &Arc<Value> = context.outputs.get(index).and_then(Option::as_ref).ok_or_else(|| {
+                let message = format!("the run's output could not be made: stage `{}` has none yet", stage.id);
+                Failure::new(Code::TemplateFailed, message).of_stage(stage.id.clone())
             })?;
             if evaluation::pay(bytes(output) as u64).is_err() {
-                return Err(Failure { code: Code::TemplateFailed, message: Interrupted::TOLD.to_owned(), stage: None });
+                return Err(Failure::new(Code::TemplateFailed, Interrupted::TOLD));
             }
             outputs.insert(stage.id.to_string(), output.as_ref().clone());
         }
@@ -194,11 +192,27 @@ impl Pipeline {
 
     fn failure(&self, stage: usize, what: &str, cause: &str) -> Failure {
         let id = &self.stages[stage].id;
+        let message = format!("the {what} of stage `{id}` could not be rendered");
         Failure {
-            code: Code::TemplateFailed,
-            message: format!("the {what} of stage `{id}` could not be rendered: {cause}"),
-            stage: Some(id.clone()),
+            detail: Some(format!("{message}: {cause}")),
+            ..Failure::new(Code::TemplateFailed, format!("{message}{}", place(cause))).of_stage(id.clone())
         }
+    }
+}
+
+/// Where a rendering failed, as far as its cause begins with that: the rest may quote values.
+fn place(cause: &str) -> String {
+    let (path, rest) = match cause.split_once(": ") {
+        Some((path, rest)) if path.starts_with("output") && !path.contains(' ') => (Some(path), rest),
+        _ => (None, cause),
+    };
+    let line =
+        rest.strip_prefix("line ").and_then(|rest| rest.split(':').next()).and_then(|line| line.parse::<u32>().ok());
+    match (path, line) {
+        (Some(path), Some(line)) => format!(" (`{path}`, line {line})"),
+        (Some(path), None) => format!(" (`{path}`)"),
+        (None, Some(line)) => format!(" (line {line})"),
+        (None, None) => String::new(),
     }
 }
 

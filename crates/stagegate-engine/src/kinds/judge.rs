@@ -55,6 +55,7 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
         return Err(AttemptResult::Failed {
             code: Code::ProviderMalformed,
             message: "the judge's answer was not a verdict (a score in [0, 1] and a reason)".to_owned(),
+            detail: None,
             retryable: true,
             retry_after: None,
         });
@@ -66,7 +67,9 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
         passed: verdict.score >= judge.threshold,
         score: verdict.score,
         threshold: judge.threshold,
-        reason: verdict.reason,
+        reason: format!("gave {:.2}, {:.2} is needed", verdict.score, judge.threshold),
+        // Its words are about the output, and quote it.
+        detail: Some(verdict.reason),
         model: reply.calls.last().map(|call| call.model.clone()),
     }))
 }

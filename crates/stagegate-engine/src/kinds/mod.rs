@@ -150,12 +150,13 @@ fn measure(pipeline: &Pipeline, stage: usize, content: &str, context: &RenderCon
 }
 
 fn failed_call(error: CallError) -> Stopped {
-    let CallError { code, message, retryable, retry_after, .. } = error;
-    AttemptResult::Failed { code, message, retryable, retry_after }
+    let CallError { code, message, detail, retryable, retry_after, .. } = error;
+    AttemptResult::Failed { code, message, detail, retryable, retry_after }
 }
 
 fn failed_render(failure: Failure) -> Stopped {
-    AttemptResult::Failed { code: failure.code, message: failure.message, retryable: false, retry_after: None }
+    let Failure { code, message, detail, .. } = failure;
+    AttemptResult::Failed { code, message, detail, retryable: false, retry_after: None }
 }
 
 /// An answer that came but was cut: an output that is measured as incomplete, so that the critique can say so.
@@ -171,6 +172,7 @@ fn incomplete(partial: String, error: &CallError, origin: Origin) -> AttemptResu
             score: 0.0,
             threshold: 1.0,
             reason: format!("{}; give the whole answer in fewer words", error.message),
+            detail: None,
             model: None,
         }],
         model: None,

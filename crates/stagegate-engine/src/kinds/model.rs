@@ -39,11 +39,10 @@ pub(crate) async fn rendered_request(
     let stage = context.stage;
     let rendered = context.evaluate(Part::Work(stage), move |pipeline, seen| match &pipeline.stages[stage].work {
         Work::Model(work) => request(pipeline, stage, work, seen, critique.as_ref()),
-        Work::Transform => Err(Failure {
-            code: Code::Internal,
-            message: "a transform asks no model".to_owned(),
-            stage: Some(pipeline.stages[stage].id.clone()),
-        }),
+        Work::Transform => {
+            let failure = Failure::new(Code::Internal, "a transform asks no model");
+            Err(failure.of_stage(pipeline.stages[stage].id.clone()))
+        }
     });
     rendered.await?.map_err(failed_render)
 }

@@ -24,7 +24,7 @@ use url::Url;
 
 use super::{
     Parts,
-    http::{self, Endpoint, Exchange, error, malformed, paid, retryable},
+    http::{self, Endpoint, Exchange, malformed, paid, retryable},
     retry_after,
 };
 use crate::{
@@ -145,8 +145,8 @@ impl Anthropic {
             _ if exchange.status == StatusCode::OK => (Code::ProviderFailed, true),
             _ => http::by_status(exchange.status),
         };
-        let words = if words.is_empty() { exchange.wordless() } else { self.endpoint.clean(words) };
-        let mut error = error(code, format!("{}: {words}", self.name));
+        let words = (!words.is_empty()).then(|| self.endpoint.clean(words));
+        let mut error = http::refused(code, &self.name, exchange, words);
         error.limits = limits(exchange);
         if may_pass {
             error.retry_after = exchange.retry_after();
@@ -186,7 +186,7 @@ impl Provider for Anthropic {
 
 /// `tool_choice: type "tool" and "any" are not supported for this model.`, or its older kin about thinking.
 fn is_refusal_of_force(error: &ProviderError) -> bool {
-    error.code == Code::ProviderRejected && error.message.contains("tool_choice")
+    error.code == Code::ProviderRejected && error.detail.as_ref().is_some_and(|words| words.contains("tool_choice"))
 }
 
 /// A tool's input is an object, and its schema may not be a union at the top.

@@ -59,7 +59,8 @@ impl Gemini {
                 match reason {
                     Some(reason) => {
                         let reason = self.endpoint.clean(reason);
-                        error(Code::ProviderRefused, format!("{}: the prompt was blocked ({reason})", self.name))
+                        let blocked = error(Code::ProviderRefused, format!("{}: the prompt was blocked", self.name));
+                        http::quoting(blocked, format!("{}: the prompt was blocked ({reason})", self.name))
                     }
                     None => malformed("the answer has no `candidates`"),
                 },
@@ -82,7 +83,8 @@ impl Gemini {
             ) => Finish::Refused,
             Some(other) => {
                 let other = self.endpoint.clean(other);
-                return Err(paid(malformed(format!("the answer ended with `{other}`")), usage));
+                let unknown = malformed("the answer ended for a reason that is not known");
+                return Err(paid(http::quoting(unknown, format!("the answer ended with `{other}`")), usage));
             }
         };
         let parts = candidate.pointer("/content/parts").and_then(Value::as_array);
@@ -115,8 +117,8 @@ impl Gemini {
             _ if exchange.status == StatusCode::OK => (Code::ProviderFailed, true),
             _ => http::by_status(exchange.status),
         };
-        let words = if words.is_empty() { exchange.wordless() } else { self.endpoint.clean(words) };
-        let error = error(code, format!("{}: {words}", self.name));
+        let words = (!words.is_empty()).then(|| self.endpoint.clean(words));
+        let error = http::refused(code, &self.name, exchange, words);
         if may_pass {
             let retry_after = exchange.retry_after().or_else(|| details().find_map(retry_delay));
             return retryable(ProviderError { retry_after, ..error });

@@ -212,7 +212,7 @@ impl Endpoint {
     /// A provider's own words, fit to be passed on: bounded, on one line, without the key.
     pub(super) fn clean(&self, text: &str) -> String {
         let text = match &self.key {
-            Some(key) if !key.expose().is_empty() => text.replace(key.expose(), "[redacted]"),
+            Some(key) => without_key_in(text, key.expose()),
             _ => text.to_owned(),
         };
         let mut clean = String::new();
@@ -232,7 +232,8 @@ impl Endpoint {
         serde_json::from_slice(&exchange.body).map_err(|_| {
             let kind = exchange.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
             let kind = self.clean(kind.unwrap_or("no content type"));
-            malformed(format!("answered {} with {kind} that is no JSON", exchange.status.as_u16()))
+            let message = format!("answered {} with something that is no JSON", exchange.status.as_u16());
+            quoting(malformed(message), format!("answered with {kind} that is no JSON"))
         })
     }
 }
@@ -352,11 +353,51 @@ pub(super) fn error(code: Code, message: impl Into<String>) -> ProviderError {
     ProviderError {
         code,
         message: message.into(),
+        detail: None,
         retryable: false,
         retry_after: None,
         usage: None,
         unheard: false,
         limits: Limits::default(),
+    }
+}
+
+/// The least length of a key that is looked for in texts. A shorter one (`local`, `none`, which keyless servers are given)
+/// is a word like others: to take it out would make riddles, and tell where it stood.
+const KEY_MIN_BYTES: usize = 8;
+/// From this length on it is no word by chance, and is taken out also inside of another.
+const KEY_SURE_BYTES: usize = 16;
+
+/// The text without the key, wherever it stands as a token of its own.
+fn without_key_in(text: &str, key: &str) -> String {
+    if key.len() < KEY_MIN_BYTES {
+        return text.to_owned();
+    }
+    let is_inside = |c: char| c.is_alphanumeric() || c == '_';
+    let mut clean = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find(key) {
+        let (before, after) = (&rest[..at], &rest[at + key.len()..]);
+        clean.push_str(before);
+        let joined = key.len() < KEY_SURE_BYTES && (clean.ends_with(is_inside) || after.starts_with(is_inside));
+        clean.push_str(if joined { key } else { "[redacted]" });
+        rest = after;
+    }
+    clean.push_str(rest);
+    clean
+}
+
+/// The same error with the provider's words.
+pub(super) fn quoting(error: ProviderError, words: String) -> ProviderError {
+    ProviderError { detail: Some(words), ..error }
+}
+
+/// A refusal of a provider, with its words where it had some. They may echo the prompt.
+pub(super) fn refused(code: Code, name: &str, exchange: &Exchange, words: Option<String>) -> ProviderError {
+    let refused = error(code, format!("{name}: {}", exchange.wordless()));
+    match words {
+        Some(words) => quoting(refused, format!("{name}: {words}")),
+        None => refused,
     }
 }
 
@@ -434,6 +475,18 @@ mod tests {
             assert!(endpoint.plain.is_some());
             Endpoint { plain: endpoint.plain.filter(|_| short), ..endpoint }
         })
+    }
+
+    #[test]
+    fn a_key_is_taken_out_as_a_token_and_a_short_one_not_at_all() {
+        for (key, text, clean) in [
+            ("local", "the localhost is local", "the localhost is local"),
+            ("sk-12345678", "key sk-12345678: wrong", "key [redacted]: wrong"),
+            ("sk-12345678", "(sk-12345678,sk-12345678)", "([redacted],[redacted])"),
+            ("production", "productions of production", "productions of [redacted]"),
+        ] {
+            assert_eq!(without_key_in(text, key), clean);
+        }
     }
 
     async fn ask(endpoint: &Endpoint) -> Result<Exchange, ProviderError> {

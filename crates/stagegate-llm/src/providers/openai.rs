@@ -22,7 +22,7 @@ use url::Url;
 
 use super::{
     Parts,
-    http::{self, Endpoint, Exchange, error, malformed, paid, retryable},
+    http::{self, Endpoint, Exchange, malformed, paid, retryable},
     retry_after,
 };
 use crate::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
@@ -146,8 +146,8 @@ impl OpenAi {
                 http::by_status(status)
             };
         let words = told["message"].as_str().or_else(|| told.as_str()).or_else(|| body["message"].as_str());
-        let words = words.map_or_else(|| exchange.wordless(), |words| self.endpoint.clean(words));
-        let mut error = error(code, format!("{}: {words}", self.name));
+        let words = words.map(|words| self.endpoint.clean(words));
+        let mut error = http::refused(code, &self.name, exchange, words);
         error.limits = limits(exchange);
         if may_pass {
             error.retry_after = exchange.retry_after();

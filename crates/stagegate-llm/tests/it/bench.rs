@@ -229,7 +229,16 @@ impl Provider for Scripted {
             Act::Answer(text) => Ok(Answer { content: text.to_owned(), finish: Finish::Stop, usage, limits }),
             Act::Fail(code, retryable) => {
                 let message = code.title().to_owned();
-                Err(ProviderError { code, message, retryable, retry_after: None, usage: None, unheard: false, limits })
+                Err(ProviderError {
+                    code,
+                    message,
+                    detail: None,
+                    retryable,
+                    retry_after: None,
+                    usage: None,
+                    unheard: false,
+                    limits,
+                })
             }
             Act::Hang => pending().await,
         }

@@ -101,7 +101,7 @@ impl State {
             row.record.purged_at = Some(now);
             (row.input, row.output) = (Json::null(), None);
             for attempt in row.attempts.values_mut().flat_map(BTreeMap::values_mut) {
-                attempt.output = None;
+                attempt.purge();
             }
             for checkpoint in row.checkpoints.values_mut() {
                 checkpoint.output = Json::null();

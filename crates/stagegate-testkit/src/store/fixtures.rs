@@ -165,7 +165,7 @@ pub fn end(lease: Lease, last_seq: u64, state: RunState) -> Commit {
 
 /// A failure with this message.
 pub fn failure(message: &str) -> Failure {
-    Failure { code: Code::GateFailed, message: message.to_owned(), stage: Some(stage("s1")) }
+    Failure::new(Code::GateFailed, message).of_stage(stage("s1"))
 }
 
 /// Totals with a different number everywhere.
@@ -238,6 +238,7 @@ pub fn full_attempt(number: u32, text: &str) -> Attempt {
             score: 1.0 / 3.0,
             threshold: 0.8,
             reason: text.to_owned(),
+            detail: Some(format!("it says {text}")),
             model: Some(model()),
         }],
         calls: vec![
@@ -245,7 +246,7 @@ pub fn full_attempt(number: u32, text: &str) -> Attempt {
             call(CallPurpose::Judge, Origin::Coalesced, Some(Code::ProviderTimeout)),
         ],
         output: Some(nasty_json().into()),
-        failure: Some(failure(text)),
+        failure: Some(Failure { detail: Some(format!("the provider says {text}")), ..failure(text) }),
     }
 }
 

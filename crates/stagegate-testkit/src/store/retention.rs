@@ -95,7 +95,7 @@ fn without_payloads(mut dump: Dump, at: chrono::DateTime<chrono::Utc>) -> Dump {
             checkpoint.output = Json::null();
         }
         for attempt in &mut stage.attempts {
-            attempt.output = None;
+            attempt.purge();
         }
     }
     dump

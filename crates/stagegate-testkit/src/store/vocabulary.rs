@@ -67,7 +67,7 @@ pub async fn unknown_words_of_rows_come_back_as_they_were(subject: Subject) {
     let (run, lease) = submit_leased(store, 1, owner).await;
     let (verdict, origin) = (parse(Verdict::parse, "deferred"), parse(Origin::parse, "cache_tape"));
     let code = parse(Code::parse, "SG9999");
-    let failure = Failure { code, message: "of the future".to_owned(), stage: None };
+    let failure = Failure::new(code, "of the future");
     let rich = full_attempt(1, "x");
     let of_future = Attempt {
         verdict,

@@ -239,7 +239,11 @@ fn tell_end(run: RunId, state: RunState, totals: &Totals, failure: Option<&stage
     if let Some(failure) = failure.filter(|_| state != RunState::Succeeded) {
         let place = failure.stage.as_ref().map_or_else(String::new, |stage| format!("stage `{stage}`: "));
         let label = paint(style.bold(), if state == RunState::Cancelled { "why:" } else { "error:" });
-        output::note(&format!("{label} {} {place}{}", failure.code, failure.message));
+        output::note(&format!(
+            "{label} {} {place}{}",
+            failure.code,
+            stagegate_telemetry::text::visible(&failure.message)
+        ));
         if state != RunState::Cancelled {
             output::note(&paint(DIM, &format!("  see {}", failure.code.docs_url())));
         }

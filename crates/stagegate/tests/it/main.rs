@@ -5,6 +5,7 @@ mod commands;
 mod crash;
 mod demo;
 mod examples;
+mod inside;
 mod replicas;
 mod running;
 mod serving;

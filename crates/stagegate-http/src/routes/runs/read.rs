@@ -8,8 +8,8 @@ use axum::{
 };
 use http::HeaderMap;
 use stagegate_core::{
-    Json as Payload, RunId, RunState, StageId,
-    store::{RunDetail, StageRecord},
+    Json as Payload, RunId, StageId,
+    store::{RunDetail, RunRecord, StageRecord},
 };
 
 use crate::{
@@ -41,12 +41,12 @@ pub(crate) async fn read(
     if headers.contains_key(http::header::IF_NONE_MATCH) {
         // What did not change is not read whole.
         let record = context.store().run_record(&context.tenant, id).await?.ok_or_else(|| not_found(id))?;
-        if let Some(tag) = tag(record.state, record.last_seq).filter(|tag| tag.is_held_by(&headers)) {
+        if let Some(tag) = tag(&record).filter(|tag| tag.is_held_by(&headers)) {
             return Ok(tag.answer(&headers, REVALIDATE, || ().into_response()));
         }
     }
     let detail = context.store().run(&context.tenant, id).await?.ok_or_else(|| not_found(id))?;
-    let tag = tag(detail.run.state, detail.run.last_seq);
+    let tag = tag(&detail.run);
     let view = view(&context, detail).await?;
     Ok(match tag {
         Some(tag) => tag.answer(&headers, REVALIDATE, || Json(view).into_response()),
@@ -54,9 +54,10 @@ pub(crate) async fn read(
     })
 }
 
-/// Only an event changes a finished run (somebody retries it), and every event has a new seq.
-fn tag(state: RunState, last_seq: u64) -> Option<Tag> {
-    state.is_terminal().then(|| Tag::new(format_args!("{}-{last_seq}", state.as_str())))
+/// Only an event changes a finished run (somebody retries it), and every event has a new seq; or its payloads are purged.
+fn tag(run: &RunRecord) -> Option<Tag> {
+    let purged = if run.purged_at.is_some() { "-purged" } else { "" };
+    run.state.is_terminal().then(|| Tag::new(format_args!("{}-{}{purged}", run.state.as_str(), run.last_seq)))
 }
 
 async fn view(context: &Context<Viewer>, detail: RunDetail) -> Result<RunDetailView, Problem> {

@@ -36,6 +36,11 @@ pub(crate) async fn stage(
         Some(detail) => (detail.stage, detail.checkpoint, detail.attempts),
         None => (StageRecord::pending(stage), None, Vec::new()),
     };
+    let mut attempts = attempts;
+    if run.purged_at.is_some() {
+        // A replica of the release before, which purges too, does not know what may quote.
+        attempts.iter_mut().for_each(stagegate_core::Attempt::purge);
+    }
     let stage = StageView::new(id, row, needs_of(&pipeline, index), context.now());
     Ok(Json(StageDetailView { stage, checkpoint, attempts }))
 }

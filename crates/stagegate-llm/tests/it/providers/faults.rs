@@ -114,9 +114,14 @@ async fn a_providers_words_are_bounded_and_never_hold_the_key() {
         fake.on(any()).once(Reply::status(401, body));
         let error = Ask::user("Hi").of(&provider).await.expect_err("refused");
         assert_eq!(error.code, Code::ProviderAuth, "{kind:?}");
-        assert!(error.message.starts_with("vendor: your key [redacted] is wrong"), "{}", error.message);
-        assert!(error.message.chars().count() <= 500 + "vendor: ".len());
-        assert!(!error.message.chars().any(char::is_control));
+        assert_eq!(
+            error.message, "vendor: answered 401 Unauthorized",
+            "its words are told to those who may read prompts"
+        );
+        let detail = error.detail.as_deref().unwrap_or_default();
+        assert!(detail.starts_with("vendor: your key [redacted] is wrong"), "{detail}");
+        assert!(detail.chars().count() <= 500 + "vendor: ".len());
+        assert!(!detail.chars().any(char::is_control));
         assert!(!format!("{error:?} {provider:?}").contains(KEY));
     }
 }

@@ -137,7 +137,7 @@ async fn a_blocked_prompt_is_a_200_without_candidates_and_a_refusal() {
     fake.on(any()).respond(Reply::raw(body.to_string()));
     let error = Ask::user("Hi").of(&at(&fake, ProviderKind::Gemini)).await.expect_err("refused");
     assert_eq!((error.code, error.retryable), (Code::ProviderRefused, false));
-    assert!(error.message.contains("PROHIBITED_CONTENT"), "{}", error.message);
+    assert!(error.detail.as_ref().is_some_and(|words| words.contains("PROHIBITED_CONTENT")), "{error:?}");
     assert_eq!(error.usage.map(|usage| usage.input_tokens), Some(7));
 }
 
