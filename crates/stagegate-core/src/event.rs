@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use utoipa::{PartialSchema, ToSchema};
 
-use crate::{Failure, ModelRef, Origin, PipelineName, RunState, StageId, Totals, Verdict, Word};
+use crate::{Code, Failure, ModelRef, Origin, PipelineName, RunState, StageId, Totals, Verdict, Word};
 
 /// One event of a run.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,6 +69,14 @@ impl Event {
             Err(_) => EventKind::Unknown(serde_json::from_str(body)?),
         };
         Ok(Self { seq, at, kind, raw: Some(body.trim().into()) })
+    }
+
+    /// What stands for an event whose row cannot be read, so that the others keep their places.
+    pub fn unreadable(seq: u64, at: DateTime<Utc>) -> Self {
+        let name = Word::new("unreadable");
+        let kind = name.map_or(EventKind::RunStarted, |name| EventKind::Unknown(UnknownEvent { name, stage: None }));
+        let body = format!("{{\"type\":\"unreadable\",\"code\":\"{}\"}}", Code::CorruptRow);
+        Self { seq, at, kind, raw: Some(body.into()) }
     }
 
     /// From the whole of it, as it is shown.

@@ -121,7 +121,7 @@ pub(crate) async fn backlog(pool: &Pool, tenant: Option<&TenantId>) -> StoreResu
             oldest_queued_ms: read.seq("oldest_ms")?,
         })
     };
-    found.iter().map(backlog).collect()
+    Ok(found.iter().filter_map(|row| pool.readable(backlog(row))).collect())
 }
 
 pub(crate) async fn depths(pool: &Pool) -> StoreResult<Vec<(TenantId, u64)>> {
@@ -130,7 +130,7 @@ pub(crate) async fn depths(pool: &Pool) -> StoreResult<Vec<(TenantId, u64)>> {
         let read = Reader::new(row, "runs", Uuid::nil());
         Ok((read.parse("tenant")?, read.seq("number")?))
     };
-    found.iter().map(depth).collect()
+    Ok(found.iter().filter_map(|row| pool.readable(depth(row))).collect())
 }
 
 pub(crate) async fn replicas(pool: &Pool, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
@@ -139,7 +139,7 @@ pub(crate) async fn replicas(pool: &Pool, tenant: Option<&TenantId>) -> StoreRes
         None => sqlx::query(REPLICAS),
     };
     let found = pool.acquire_as_guest("replicas.list").await?.rows("replicas.list", query).await?;
-    found.iter().map(replica).collect()
+    Ok(found.iter().filter_map(|row| pool.readable(replica(row))).collect())
 }
 
 fn replica(row: &PgRow) -> StoreResult<ReplicaRecord> {

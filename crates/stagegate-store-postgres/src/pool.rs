@@ -140,6 +140,16 @@ impl Pool {
         self.waiting(name, async { Ok((self.pulse.acquire().await?, None)) }).await
     }
 
+    /// A row cannot be read, and the others are.
+    pub(crate) fn unreadable(&self, error: &StoreError) {
+        self.metrics.unreadable(error);
+    }
+
+    /// What was read of a row, where it could be.
+    pub(crate) fn readable<T>(&self, read: StoreResult<T>) -> Option<T> {
+        read.map_err(|error| self.unreadable(&error)).ok()
+    }
+
     async fn waiting(
         &self,
         name: &'static str,

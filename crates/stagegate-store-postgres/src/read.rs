@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use sqlx::{Postgres, QueryBuilder};
+use sqlx::{Postgres, QueryBuilder, postgres::PgRow};
 use stagegate_core::{
     Event, RunId, RunState, StageId, StoreResult, TenantId,
     store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
@@ -18,6 +18,8 @@ use crate::{
 
 /// The longest page of a list.
 const PAGE_MAX: u32 = 200;
+/// How many events one row tells of at most.
+const UNREADABLE_MAX: u64 = 1_000;
 
 /// A run without payloads and stages.
 pub const RUN_RECORD: &str =
@@ -109,7 +111,14 @@ pub(crate) async fn run(pool: &Pool, tenant: &TenantId, id: RunId) -> StoreResul
 pub(crate) async fn runs(pool: &Pool, query: &RunQuery) -> StoreResult<Vec<RunRecord>> {
     let mut builder = list(query)?;
     let found = pool.acquire_as_guest("runs.list").await?.rows("runs.list", builder.build()).await?;
-    found.iter().map(rows::run).collect()
+    let readable = |row| {
+        let id = RunId(rows::id(row, "id", "runs")?);
+        Ok(rows::run(row).unwrap_or_else(|error| {
+            pool.unreadable(&error);
+            RunRecord::unreadable(id, query.tenant.clone(), &error)
+        }))
+    };
+    found.iter().map(readable).collect()
 }
 
 /// The statement of a list. Only constants are pushed; every value is bound.
@@ -217,10 +226,24 @@ pub(crate) async fn events(
     let found = pool.acquire_as_guest("events.read").await?.rows("events.read", query).await?;
     let mut events = Vec::with_capacity(found.len());
     for row in &found {
-        events.extend(compact::events(row, run, after)?);
+        let seen = events.last().map_or(after, |event: &Event| event.seq);
+        events.extend(readable(pool, row, run, seen)?);
     }
     events.truncate(limit as usize);
     Ok(events)
+}
+
+/// The events of a row after a seq. Where the row cannot be read, something stands in each of their places.
+fn readable(pool: &Pool, row: &PgRow, run: RunId, after: u64) -> StoreResult<Vec<Event>> {
+    compact::events(row, run, after).or_else(|error| {
+        let read = Reader::new(row, "events", run.0);
+        let (last, at) = (read.seq("seq")?, read.get("at")?);
+        if last.saturating_sub(after) > UNREADABLE_MAX {
+            return Err(error);
+        }
+        pool.unreadable(&error);
+        Ok((after + 1..=last).map(|seq| Event::unreadable(seq, at)).collect())
+    })
 }
 
 /// The events of many runs: a look at its row for each that has none.
@@ -247,7 +270,15 @@ pub(crate) async fn news(pool: &Pool, seen: &[(RunId, u64)], limit: u32) -> Stor
     let mut news: Vec<(RunId, Vec<Event>)> = Vec::new();
     for row in &found {
         let run = RunId(rows::id(row, "run_id", "events")?);
-        let told = compact::events(row, run, after.get(&run).copied().unwrap_or(0))?;
+        let of_run = news.last().filter(|(last, _)| *last == run).and_then(|(_, events)| events.last());
+        let seen = of_run.map_or_else(|| after.get(&run).copied().unwrap_or(0), |event| event.seq);
+        let told = match readable(pool, row, run, seen) {
+            Ok(told) => told,
+            Err(error) => {
+                pool.unreadable(&error);
+                continue;
+            }
+        };
         match news.last_mut().filter(|(last, _)| *last == run) {
             Some((_, events)) => events.extend(told),
             None => news.push((run, told)),

@@ -51,7 +51,14 @@ pub(crate) async fn kept(pool: &Pool, after: Option<RunId>, before: Time, limit:
     let query =
         sqlx::query(KEPT).bind(after.map_or(Uuid::nil(), |run| run.0)).bind(last.0).bind(before).bind(i64::from(limit));
     let found = pool.acquire_as_guest("runs.kept").await?.rows("runs.kept", query).await?;
-    found.iter().map(kept_run).collect()
+    let readable = |row| {
+        let id = RunId(rows::id(row, "id", "runs")?);
+        Ok(kept_run(row).unwrap_or_else(|error| {
+            pool.unreadable(&error);
+            Kept::unreadable(id)
+        }))
+    };
+    found.iter().map(readable).collect()
 }
 
 fn kept_run(row: &PgRow) -> StoreResult<Kept> {

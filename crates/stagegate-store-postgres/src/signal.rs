@@ -159,8 +159,14 @@ pub(crate) async fn signals(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<(R
     for row in &found {
         let run = RunId(rows::id(row, "run_id", "signals")?);
         let read = Reader::new(row, "signals", run.0);
-        let kind = SignalKind::read(read.get("body")?).map_err(|error| read.corrupt("body", json_problem(&error)))?;
-        let signal = Signal { id: read.get("id")?, kind, by: read.json::<By>("body")?.by };
+        let kind = SignalKind::read(read.get("body")?).map_err(|error| read.corrupt("body", json_problem(&error)));
+        let signal = match kind.and_then(|kind| Ok((kind, read.json::<By>("body")?.by))) {
+            Ok((kind, by)) => Signal { id: read.get("id")?, kind, by },
+            Err(error) => {
+                pool.unreadable(&error); // It stays where it is, and the others are heard.
+                continue;
+            }
+        };
         match signals.last_mut().filter(|(last, _)| *last == run) {
             Some((_, of_run)) => of_run.push(signal),
             None => signals.push((run, vec![signal])),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
+use sqlx::{QueryBuilder, Sqlite, SqliteConnection, sqlite::SqliteRow};
 use stagegate_core::{
     Attempt, Event, Json, LedgerEntry, RunId, RunState, StageId, StoreResult, TenantId,
     store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
@@ -61,7 +61,14 @@ pub(crate) async fn run(db: &Db, tenant: &TenantId, id: RunId) -> StoreResult<Op
 
 pub(crate) async fn runs(db: &Db, query: &RunQuery) -> StoreResult<Vec<RunRecord>> {
     let rows = list(query).build().fetch_all(db.read().await?.conn()).await.sql()?;
-    rows.iter().map(records::run).collect()
+    let readable = |row| {
+        let id = records::run_id(row, "runs", "id")?;
+        Ok(records::run(row).unwrap_or_else(|error| {
+            db.metrics.unreadable(&error);
+            RunRecord::unreadable(id, query.tenant.clone(), &error)
+        }))
+    };
+    rows.iter().map(readable).collect()
 }
 
 /// The states of the partial indexes by state. Most runs have succeeded, and those are in neither.
@@ -178,7 +185,15 @@ pub(crate) async fn events(db: &Db, tenant: &TenantId, run: RunId, after: u64, l
         .fetch_all(db.read().await?.conn())
         .await
         .sql()?;
-    rows.iter().map(|row| Cells::new(row, "events", || run.to_string()).read("body", Event::read_whole)).collect()
+    (after + 1..).zip(&rows).map(|(seq, row)| Ok(event(db, row, run, seq))).collect()
+}
+
+/// An event, or what stands in its place where its row cannot be read.
+fn event(db: &Db, row: &SqliteRow, run: RunId, seq: u64) -> Event {
+    Cells::new(row, "events", || run.to_string()).read("body", Event::read_whole).unwrap_or_else(|error| {
+        db.metrics.unreadable(&error);
+        Event::unreadable(seq, run.created_at())
+    })
 }
 
 pub(crate) async fn news(db: &Db, seen: &[(RunId, u64)], limit: u32) -> StoreResult<Vec<(RunId, Vec<Event>)>> {
@@ -187,10 +202,13 @@ pub(crate) async fn news(db: &Db, seen: &[(RunId, u64)], limit: u32) -> StoreRes
     }
     let asked: Vec<(String, i64)> = seen.iter().map(|(run, seq)| (run.0.simple().to_string(), int(*seq))).collect();
     let rows = sqlx::query(NEWS).bind(json(&asked)?).bind(limit).fetch_all(db.read().await?.conn()).await.sql()?;
+    let after: HashMap<RunId, u64> = seen.iter().copied().collect();
     let mut found: Vec<(RunId, Vec<Event>)> = Vec::new();
     for row in &rows {
         let run = records::run_id(row, "events", "run_id")?;
-        let event = Cells::new(row, "events", || run.to_string()).read("body", Event::read_whole)?;
+        let of_run = found.last().filter(|(last, _)| *last == run).and_then(|(_, events)| events.last());
+        let seen = of_run.map_or_else(|| after.get(&run).copied().unwrap_or(0), |event| event.seq);
+        let event = event(db, row, run, seen + 1);
         match found.last_mut() {
             Some((last, events)) if *last == run => events.push(event),
             _ => found.push((run, vec![event])),

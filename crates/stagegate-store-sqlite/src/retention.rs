@@ -85,7 +85,14 @@ pub(crate) async fn kept(
             purged: cells.get("purged")?,
         })
     };
-    rows.iter().map(kept).collect()
+    let readable = |row| {
+        let run = run_id(row, "runs", "id")?;
+        Ok(kept(row).unwrap_or_else(|error: stagegate_core::StoreError| {
+            db.metrics.unreadable(&error);
+            Kept::unreadable(run)
+        }))
+    };
+    rows.iter().map(readable).collect()
 }
 
 pub(crate) async fn purge(db: &Db, runs: &[RunId], now: DateTime<Utc>) -> StoreResult<u64> {

@@ -156,7 +156,13 @@ pub(crate) async fn signals(db: &Db, leases: &[Lease]) -> StoreResult<Vec<(RunId
     for row in sqlx::query(PENDING).bind(owned.as_str()).fetch_all(tx.conn()).await.sql()? {
         let run = run_id(&row, "signals", "run_id")?;
         let cells = Cells::new(&row, "signals", || run.to_string());
-        let kind = cells.read("kind", SignalKind::read)?;
+        let kind = match cells.read("kind", SignalKind::read) {
+            Ok(kind) => kind,
+            Err(error) => {
+                db.metrics.unreadable(&error); // It stays where it is, and the others are heard.
+                continue;
+            }
+        };
         let signal = Signal { id: cells.get("id")?, kind, by: cells.get("asked_by")? };
         match found.last_mut() {
             Some((last, signals)) if *last == run => signals.push(signal),

@@ -3,10 +3,16 @@
 //!
 //! To add a metric, add an entry below: its doc comment is the help text.
 
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, PoisonError},
+};
+
 use prometheus::{
     CounterVec, Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
+use stagegate_core::{Code, StoreError};
 
 /// Seconds, for things that take from half a millisecond to a minute.
 const LATENCY_S: &[f64] =
@@ -168,6 +174,17 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// A stored row cannot be read, and the others are: it is counted each time and told once.
+    pub fn unreadable(&self, error: &StoreError) {
+        const TOLD_MAX: usize = 1_000;
+        static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+        self.errors.with_label_values(&[Code::CorruptRow.as_str()]).inc();
+        let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.len() < TOLD_MAX && told.insert(error.to_string()) {
+            tracing::error!(%error, "a stored row cannot be read; the others are");
+        }
+    }
+
     /// The Prometheus text format, as `/metrics` answers it.
     pub fn render(&self) -> Result<String, prometheus::Error> {
         let mut text = Vec::with_capacity(16 * 1024);

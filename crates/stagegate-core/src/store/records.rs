@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::{
-    Attempt, Checkpoint, Failure, Json, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId,
-    StageState, TenantId, Totals, Verdict,
+    Attempt, Checkpoint, Code, Failure, Json, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId,
+    StageState, StoreError, TenantId, Totals, Verdict,
     pipeline::{CacheMode, Labels},
 };
 
@@ -55,6 +55,82 @@ pub struct RunRecord {
     pub purged_at: Option<DateTime<Utc>>,
     /// The seq of its last event.
     pub last_seq: u64,
+}
+
+/// The state that an unreadable run is shown in.
+const UNREADABLE: &str = "unreadable";
+
+impl RunRecord {
+    /// What stands in a list for a run whose row cannot be read: its id, and a failure that says which column it is. Its
+    /// state is unknown, so that nothing is done about it.
+    pub fn unreadable(id: RunId, tenant: TenantId, error: &StoreError) -> Self {
+        let created_at = id.created_at();
+        Self {
+            id,
+            tenant,
+            pipeline: unreadable_name(),
+            version: 0,
+            state: unreadable_state(),
+            cancel_requested: false,
+            priority: 0,
+            labels: Labels::default(),
+            cache_mode: None,
+            stages_total: 0,
+            stages_done: 0,
+            totals: Totals::default(),
+            failure: Some(Failure::new(Code::CorruptRow, error.to_string())),
+            request_id: None,
+            created_at,
+            start_at: None,
+            started_at: None,
+            finished_at: None,
+            deadline_at: created_at,
+            purged_at: None,
+            last_seq: 0,
+        }
+    }
+}
+
+impl Kept {
+    /// What stands for a run whose row cannot be read: retention leaves it alone.
+    pub fn unreadable(run: RunId) -> Self {
+        Self {
+            run,
+            tenant: TenantId::default(),
+            pipeline: unreadable_name(),
+            version: 0,
+            state: unreadable_state(),
+            finished_at: None,
+            purged: false,
+        }
+    }
+}
+
+#[expect(clippy::unwrap_used, reason = "the literal is a name; a test reads it")]
+fn unreadable_name() -> PipelineName {
+    PipelineName::new(UNREADABLE).unwrap()
+}
+
+#[expect(clippy::unwrap_used, reason = "the literal is a word; a test reads it")]
+fn unreadable_state() -> RunState {
+    RunState::parse(UNREADABLE).unwrap()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unreadable_run_tells_its_id_and_which_column_it_is() {
+        let now = DateTime::from_timestamp_millis(1_767_225_600_000).expect("in range");
+        let id = RunId::new(now, [7; 10]);
+        let error =
+            StoreError::Corrupt { table: "runs", column: "labels", id: id.to_string(), message: "no JSON".into() };
+        let run = RunRecord::unreadable(id, TenantId::default(), &error);
+        assert_eq!((run.id, run.created_at, run.state.as_str()), (id, now, UNREADABLE));
+        assert!(run.failure.is_some_and(|failure| failure.message.contains("runs.labels")));
+        assert!(!Kept::unreadable(id).state.is_terminal());
+    }
 }
 
 /// A stage of a run, without its payloads. A stage that was never started may have no row.
