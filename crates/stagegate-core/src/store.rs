@@ -463,6 +463,15 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Accepts runs, each on its own: one conflict leaves the others alone. Answers in the same order.
     async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>>;
 
+    /// What an idempotency key stands for at this moment: [`Submitted::Existing`] or [`Submitted::Conflict`]; None where
+    /// it is free. For a submit that is refused: one that is made finds it by itself.
+    async fn replay(
+        &self,
+        tenant: &TenantId,
+        asked: &Idempotency,
+        now: DateTime<Utc>,
+    ) -> StoreResult<Option<Submitted>>;
+
     /// A run of this tenant.
     async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>>;
 

@@ -174,6 +174,12 @@ impl Engine {
 
     /// Accepts a run. The flag tells whether it is new, or the one that the idempotency key stands for.
     pub async fn submit(&self, submit: Submit) -> Result<(RunRecord, bool), Error> {
+        let key = submit.idempotency.clone().map(|asked| (submit.tenant.clone(), asked));
+        let answer = self.accept(submit).await;
+        submit::or_replay(&self.shared, key, answer).await
+    }
+
+    async fn accept(&self, submit: Submit) -> Result<(RunRecord, bool), Error> {
         let judged = submit::judge(&self.shared, submit).await?;
         // In a task of its own: a caller who hangs up must not leave the insert without a driver.
         let shared = Arc::clone(&self.shared);

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Code, Error, Json, Pipeline, RunId, RunState, Totals,
+    Code, Error, Json, Pipeline, RunId, RunState, TenantId, Totals,
     decide::Accept,
     fair::Limits,
     pipeline::SPAN_MAX,
-    store::{NewRun, RunRecord, Submitted},
+    store::{Idempotency, NewRun, RunRecord, Submitted},
 };
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -20,6 +20,53 @@ use crate::{
 /// Labels of a run at most, and the longest of a key or value in characters.
 const LABELS_MAX: usize = 32;
 const LABEL_MAX_CHARS: usize = 128;
+
+/// Whom a submit's idempotency key belongs to, and what it stands for.
+pub(crate) type Key = (TenantId, Idempotency);
+
+/// What is answered to a submit. A repeated request is its run, whatever would be said of it today: a stricter version may
+/// be there since, the queue may be full, this replica may drain. The insert finds that by itself; where none is made, the
+/// key is looked up.
+pub(crate) async fn or_replay(
+    shared: &Shared,
+    key: Option<Key>,
+    answer: Result<(RunRecord, bool), Error>,
+) -> Result<(RunRecord, bool), Error> {
+    match (answer, key) {
+        (Err(refusal), Some((tenant, asked))) if is_judgement(refusal.code) => {
+            match shared.store.replay(&tenant, &asked, shared.clock.now()).await {
+                Ok(Some(Submitted::Existing(run))) => existing(shared, &tenant, run).await,
+                Ok(Some(Submitted::Conflict(run))) => Err(conflict(run)),
+                Ok(_) => Err(refusal),
+                Err(error) => {
+                    tracing::warn!(%error, "whether a refused submit is a repetition could not be looked up");
+                    Err(refusal)
+                }
+            }
+        }
+        (answer, _) => answer,
+    }
+}
+
+/// Whether a submit was refused for what it is or when it came, and nothing was inserted.
+fn is_judgement(code: Code) -> bool {
+    !matches!(
+        code,
+        Code::Unavailable | Code::DatabaseUnreachable | Code::IdempotencyConflict | Code::Internal | Code::CorruptRow
+    )
+}
+
+async fn existing(shared: &Shared, tenant: &TenantId, run: RunId) -> Result<(RunRecord, bool), Error> {
+    let existing = shared.store.run_record(tenant, run).await?;
+    existing.map(|record| (record, false)).ok_or_else(|| Error::new(Code::RunNotFound, format!("run {run}")))
+}
+
+fn conflict(run: RunId) -> Error {
+    Error::new(
+        Code::IdempotencyConflict,
+        format!("this Idempotency-Key was used with a different request, for run {run}: use a new key"),
+    )
+}
 
 /// A submit whose pipeline is known and whose input fits it.
 #[derive(Debug)]
@@ -114,14 +161,8 @@ pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<(RunR
             }
             Ok((record, true))
         }
-        Ok(Submitted::Existing(id)) => {
-            let existing = shared.store.run_record(&tenant, id).await?;
-            existing.map(|record| (record, false)).ok_or_else(|| Error::new(Code::RunNotFound, format!("run {id}")))
-        }
-        Ok(Submitted::Conflict(id)) => Err(Error::new(
-            Code::IdempotencyConflict,
-            format!("this Idempotency-Key was used with a different request, for run {id}: use a new key"),
-        )),
+        Ok(Submitted::Existing(id)) => existing(shared, &tenant, id).await,
+        Ok(Submitted::Conflict(id)) => Err(conflict(id)),
         Err(error) => {
             shared.doubt(); // It may have happened.
             Err(error)

@@ -11,9 +11,9 @@ use stagegate_core::{
     Totals,
     fair::Shares,
     store::{
-        ApiKey, Backlog, Commit, Committed, Disposition, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal,
-        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
-        Signalled, Snapshot, StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, Disposition, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
+        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord,
+        Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 
@@ -319,6 +319,15 @@ impl Store for Front {
             self.again(fate, |front| async move { _ = front.do_submit(&copy).await });
         }
         self.end("submit", fate, answers).await
+    }
+
+    async fn replay(
+        &self,
+        tenant: &TenantId,
+        asked: &Idempotency,
+        now: DateTime<Utc>,
+    ) -> StoreResult<Option<Submitted>> {
+        self.plain("replay", self.world.store.replay(tenant, asked, now)).await
     }
 
     async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {

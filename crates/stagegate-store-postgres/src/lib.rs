@@ -31,9 +31,9 @@ use stagegate_core::{
     Event, KeyId, PipelineName, ReplicaId, RunId, Secret, StageId, Store, StoreResult, TenantId,
     fair::Shares,
     store::{
-        ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal,
-        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
-        Signalled, Snapshot, StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
+        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord,
+        Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -88,6 +88,11 @@ impl PostgresStore {
         self.pool.stats()
     }
 
+    /// Connections that what the API asks may have at once.
+    pub fn connections_for_guests(&self) -> usize {
+        self.pool.room_for_guests()
+    }
+
     /// Brings the pool's gauges up to date; every checkout does so, too.
     pub fn observe_pool(&self) {
         self.pool.observe();
@@ -130,6 +135,15 @@ impl Store for PostgresStore {
 
     async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
         self.disk.note(submit::submit(&self.pool, runs, self.compact.is_open()).await)
+    }
+
+    async fn replay(
+        &self,
+        tenant: &TenantId,
+        asked: &Idempotency,
+        now: DateTime<Utc>,
+    ) -> StoreResult<Option<Submitted>> {
+        submit::replay(&self.pool, tenant, asked, now).await
     }
 
     async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {
@@ -237,7 +251,7 @@ impl Store for PostgresStore {
     }
 
     async fn ping(&self) -> StoreResult<()> {
-        let mut connection = self.pool.acquire("ping").await?;
+        let mut connection = self.pool.acquire_for_pulse("ping").await?;
         connection.rows("ping", sqlx::query("/* ping */ SELECT 1")).await?;
         if self.disk.is_full() {
             // Ends with its connection, and leaves nothing.

@@ -28,8 +28,8 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(2);
 const TRUST_LIMIT: Duration = Duration::from_secs(1);
 /// Connections that guests leave to commits, submits and claims, where there are as many.
 const RESERVED: u32 = 4;
-/// Connections for heartbeats alone, beside all others: one, and one for when that is dead.
-const PULSE: u32 = 2;
+/// Connections for heartbeats and probes alone, beside all others: one each, and one for when one of them is dead.
+const PULSE: u32 = 3;
 
 /// Settings of every session. Our statements are large and take arrays whose length the planner cannot know: to plan
 /// them anew each time costs more than to run them. A plan that is kept must also suit the table that it meets later:
@@ -64,6 +64,7 @@ pub(crate) struct Pool {
     pulse: PgPool,
     /// Room for guests.
     guests: Arc<Semaphore>,
+    guests_max: usize,
     options: Arc<PgConnectOptions>,
     acquire_timeout: Duration,
     statement_limit: Duration,
@@ -105,10 +106,11 @@ impl Pool {
         let max = config.max_connections.max(1);
         let inner =
             pool.max_connections(max).min_connections(config.min_connections.min(max)).connect_lazy_with(session);
-        let guests = Arc::new(Semaphore::new(max.saturating_sub(RESERVED).max(1) as usize));
+        let guests_max = max.saturating_sub(RESERVED).max(1) as usize;
+        let guests = Arc::new(Semaphore::new(guests_max));
         let statement_limit = statement_timeout + SILENCE_LIMIT;
         let options = Arc::new(options);
-        let pool = Self { inner, pulse, guests, options, acquire_timeout, statement_limit, metrics };
+        let pool = Self { inner, pulse, guests, guests_max, options, acquire_timeout, statement_limit, metrics };
         pool.observe();
         Ok(pool)
     }
@@ -135,7 +137,12 @@ impl Pool {
         self.waiting(name, acquiring).await
     }
 
-    /// The same for heartbeats.
+    /// Connections that guests may have at once.
+    pub(crate) fn room_for_guests(&self) -> usize {
+        self.guests_max
+    }
+
+    /// The same for heartbeats and probes.
     pub(crate) async fn acquire_for_pulse(&self, name: &'static str) -> StoreResult<Connection> {
         self.waiting(name, async { Ok((self.pulse.acquire().await?, None)) }).await
     }

@@ -2,11 +2,12 @@
 
 use std::collections::HashSet;
 
+use chrono::{DateTime, Utc};
 use sqlx::Row as _;
 use stagegate_core::{
-    Epoch, Event, EventKind, RunId, StoreError, StoreResult,
+    Epoch, Event, EventKind, RunId, StoreError, StoreResult, TenantId,
     pipeline::{CacheMode, Labels},
-    store::{IDEMPOTENCY_TTL, NewRun, Submitted},
+    store::{IDEMPOTENCY_TTL, Idempotency, NewRun, Submitted},
 };
 use uuid::Uuid;
 
@@ -94,6 +95,31 @@ FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::bytea[], $5::bytea[])
 LEFT JOIN runs r ON r.id = n.id AND r.tenant = n.tenant
 LEFT JOIN idempotency_keys k ON k.tenant = n.tenant AND k.key = n.key
 ORDER BY n.ordinal";
+
+/// What a key stands for, unless its time is over.
+const REPLAY: &str = "/* runs.replay */
+SELECT run_id, digest = $3 AS same FROM idempotency_keys
+WHERE tenant = $1 AND key = $2 AND created_at > $4 - make_interval(secs => $5)";
+
+pub(crate) async fn replay(
+    pool: &Pool,
+    tenant: &TenantId,
+    asked: &Idempotency,
+    now: DateTime<Utc>,
+) -> StoreResult<Option<Submitted>> {
+    let query = sqlx::query(REPLAY)
+        .bind(tenant.as_str())
+        .bind(asked.key.as_bytes())
+        .bind(&asked.digest[..])
+        .bind(now)
+        .bind(IDEMPOTENCY_TTL.as_secs_f64());
+    let Some(row) = pool.acquire_as_guest("runs.replay").await?.row("runs.replay", query).await? else {
+        return Ok(None);
+    };
+    let decoded = || Ok((RunId(row.try_get("run_id")?), row.try_get("same")?));
+    let (run, same) = decoded().map_err(|failure: sqlx::Error| error::statement("runs.replay", &failure))?;
+    Ok(Some(if same { Submitted::Existing(run) } else { Submitted::Conflict(run) }))
+}
 
 pub(crate) async fn submit(pool: &Pool, runs: &[NewRun], compact: bool) -> StoreResult<Vec<Submitted>> {
     let mut answers: Vec<Option<Submitted>> = vec![None; runs.len()];

@@ -21,7 +21,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use crate::error::Sql;
 
 /// Connections that read.
-const READERS: u32 = 4;
+pub(crate) const READERS: u32 = 4;
 /// Connections that write: the runs' and the cache's.
 const WRITERS: u32 = 2;
 /// How long a task waits for its turn or for a reader before it fails as unavailable.

@@ -43,9 +43,9 @@ use stagegate_core::{
     cache::CacheTier,
     fair::Shares,
     store::{
-        ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal,
-        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
-        Signalled, Snapshot, StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
+        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord,
+        Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -62,6 +62,9 @@ pub struct SqliteStore {
 }
 
 impl SqliteStore {
+    /// Connections that read.
+    pub const READERS: usize = db::READERS as usize;
+
     /// Opens the file, makes it where it is missing, and migrates it.
     pub async fn open(path: &Path, metrics: Metrics) -> StoreResult<Self> {
         Self::open_with(schema::file_options(path)?, path, metrics).await
@@ -164,6 +167,15 @@ impl Store for SqliteStore {
 
     async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
         self.disk.note(submit::submit(&self.db, runs).await)
+    }
+
+    async fn replay(
+        &self,
+        tenant: &TenantId,
+        asked: &Idempotency,
+        now: DateTime<Utc>,
+    ) -> StoreResult<Option<Submitted>> {
+        submit::replay(&self.db, tenant, asked, now).await
     }
 
     async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {

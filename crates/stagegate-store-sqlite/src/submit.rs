@@ -2,9 +2,10 @@
 
 use std::collections::{HashMap, HashSet};
 
+use chrono::{DateTime, Utc};
 use sqlx::SqliteConnection;
 use stagegate_core::{
-    Epoch, Event, ReplicaId, RunId, RunState, StoreResult,
+    Epoch, Event, ReplicaId, RunId, RunState, StoreResult, TenantId,
     store::{IDEMPOTENCY_TTL, Idempotency, NewRun, StageRecord, Submitted},
 };
 use uuid::Uuid;
@@ -36,6 +37,10 @@ pub(crate) const THERE: &str = "SELECT id, owner, epoch FROM runs WHERE id IN (S
 // keys-there
 pub(crate) const KEYS: &str = "SELECT tenant, key, digest, run_id, created_at FROM idempotency_keys \
     WHERE (tenant, key) IN (SELECT value ->> 0, CAST(unhex(value ->> 1) AS TEXT) FROM json_each(?1))";
+
+// replay: what a key stands for, unless its time is over.
+pub(crate) const REPLAY: &str =
+    "SELECT run_id, digest FROM idempotency_keys WHERE tenant = ?1 AND key = ?2 AND created_at > ?3";
 
 // purge-keys
 pub(crate) const PURGE: &str = "DELETE FROM idempotency_keys WHERE (tenant, key) IN \
@@ -141,6 +146,20 @@ fn accept<'a>(run: &'a NewRun, known: &mut Known, inserts: &mut Vec<Insert<'a>>)
         run.cache_mode.map(|mode| json(&mode)).transpose()?.map(|quoted| quoted.trim_matches('"').to_owned());
     inserts.push(Insert { run, owner, labels: json(&run.labels)?, cache_mode });
     Ok(Submitted::Accepted(owner.map(|_| epoch)))
+}
+
+pub(crate) async fn replay(
+    db: &Db,
+    tenant: &TenantId,
+    asked: &Idempotency,
+    now: DateTime<Utc>,
+) -> StoreResult<Option<Submitted>> {
+    let query =
+        sqlx::query_as(REPLAY).bind(tenant.as_str()).bind(&asked.key).bind(ms(now).saturating_sub_unsigned(ttl_ms()));
+    let found: Option<(Uuid, Vec<u8>)> = query.fetch_optional(db.read().await?.conn()).await.sql()?;
+    Ok(found.map(|(run, digest)| {
+        if digest == asked.digest { Submitted::Existing(RunId(run)) } else { Submitted::Conflict(RunId(run)) }
+    }))
 }
 
 fn ttl_ms() -> u64 {

@@ -282,6 +282,7 @@ through! {
     runs(query: &s::RunQuery) -> Vec<s::RunRecord>;
     stage(tenant: &TenantId, run: RunId, stage: &StageId) -> Option<s::StageDetail>;
     events(tenant: &TenantId, run: RunId, after: u64, limit: u32) -> Vec<Event>;
+    replay(tenant: &TenantId, asked: &s::Idempotency, now: DateTime<Utc>) -> Option<s::Submitted>;
     news(seen: &[(RunId, u64)], limit: u32) -> Vec<(RunId, Vec<Event>)>;
     signal(signal: &s::NewSignal) -> s::Signalled;
     heartbeat(beat: &s::Heartbeat) -> s::Pulse;

@@ -8,9 +8,9 @@ use stagegate_core::{
     Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreResult, TenantId,
     fair::Shares,
     store::{
-        ApiKey, Backlog, Commit, Committed, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal, NewVersion,
-        PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot,
-        StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun, NewSignal,
+        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
+        Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use tokio::sync::watch;
@@ -61,6 +61,7 @@ pass_on! {
     fn versions(tenant: &TenantId, name: &PipelineName, before: Option<u32>, limit: u32)
         -> StoreResult<Vec<PipelineVersion>>;
     fn submit(runs: &[NewRun]) -> StoreResult<Vec<Submitted>>;
+    fn replay(tenant: &TenantId, asked: &Idempotency, now: DateTime<Utc>) -> StoreResult<Option<Submitted>>;
     fn run(tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>>;
     fn run_record(tenant: &TenantId, id: RunId) -> StoreResult<Option<RunRecord>>;
     fn runs(query: &RunQuery) -> StoreResult<Vec<RunRecord>>;

@@ -18,9 +18,9 @@ use stagegate_core::{
     Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreError, StoreResult, TenantId,
     fair::Shares,
     store::{
-        ApiKey, Backlog, Commit, Committed, Heartbeat, Kept, Lease, NewApiKey, NewRun, NewSignal, NewVersion,
-        PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal, Signalled, Snapshot,
-        StageDetail, Submitted,
+        ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun, NewSignal,
+        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
+        Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use tokio::time::Instant;
@@ -171,6 +171,15 @@ impl Store for MemoryStore {
 
     async fn submit(&self, runs: &[NewRun]) -> StoreResult<Vec<Submitted>> {
         Ok(self.with(|state, now| state.submit(runs, now)))
+    }
+
+    async fn replay(
+        &self,
+        tenant: &TenantId,
+        asked: &Idempotency,
+        now: DateTime<Utc>,
+    ) -> StoreResult<Option<Submitted>> {
+        Ok(self.with(|state, _| state.replay(tenant, asked, now)))
     }
 
     async fn run(&self, tenant: &TenantId, id: RunId) -> StoreResult<Option<RunDetail>> {

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Epoch, RunId, StoreError, StoreResult,
+    Epoch, RunId, StoreError, StoreResult, TenantId,
     store::{Commit, Committed, Disposition, IDEMPOTENCY_TTL, Idempotency, NewRun, Submitted},
 };
 
@@ -34,6 +35,14 @@ impl State {
         let owner = run.lease_to.filter(|id| self.replicas.get(id).is_some_and(|replica| replica.is_alive(now)));
         self.runs.insert(run.id, Row::new(run, owner, now));
         Submitted::Accepted(owner.map(|_| Epoch(1)))
+    }
+
+    pub(crate) fn replay(&self, tenant: &TenantId, asked: &Idempotency, now: DateTime<Utc>) -> Option<Submitted> {
+        let used = self.keys.get(&(tenant.clone(), asked.key.clone()))?;
+        let ttl = u64::try_from(IDEMPOTENCY_TTL.as_millis()).unwrap_or(u64::MAX);
+        let is_valid = used.created_at > now.timestamp_millis().saturating_sub_unsigned(ttl);
+        let found = |same| if same { Submitted::Existing(used.run) } else { Submitted::Conflict(used.run) };
+        is_valid.then(|| found(used.digest == asked.digest))
     }
 
     pub(crate) fn commit(&mut self, commits: &[Commit], flaw: Flaw, now: i64) -> StoreResult<Vec<Committed>> {

@@ -126,7 +126,15 @@ pub async fn an_idempotency_key_finds_its_run(subject: Subject) {
     for run in [same.id, other.id] {
         assert_eq!(store.run_record(&first.tenant, run).await.expect("read"), None);
     }
+    let replay = async |run: &NewRun| {
+        let asked = run.idempotency.as_ref().expect("a key");
+        store.replay(&run.tenant, asked, run.created_at).await.expect("read")
+    };
+    assert_eq!(replay(&same).await, Some(Submitted::Existing(first.id)));
+    assert_eq!(replay(&other).await, Some(Submitted::Conflict(first.id)));
     let next = NewRun { idempotency: idempotency("another", 1), ..new_run(4) };
+    assert_eq!(replay(&next).await, None);
+    assert_eq!(replay(&NewRun { tenant: tenant("umbrella"), ..same }).await, None);
     assert_eq!(submit(store, &next).await, Submitted::Accepted(None));
 }
 
@@ -148,6 +156,8 @@ pub async fn an_idempotency_key_is_forgotten_after_its_time(subject: Subject) {
     let within = NewRun { idempotency: idempotency("k", 2), ..new_run(ttl - 1) };
     assert_eq!(submit(store, &within).await, Submitted::Conflict(first.id));
     let after = NewRun { idempotency: idempotency("k", 2), ..new_run(ttl) };
+    let asked = after.idempotency.as_ref().expect("a key");
+    assert_eq!(store.replay(&after.tenant, asked, after.created_at).await.expect("read"), None, "its time is over");
     assert_eq!(submit(store, &after).await, Submitted::Accepted(None));
     let again = NewRun { idempotency: idempotency("k", 2), ..new_run(ttl + 1) };
     assert_eq!(submit(store, &again).await, Submitted::Existing(after.id));
