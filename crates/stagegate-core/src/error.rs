@@ -79,6 +79,8 @@ codes! {
     Draining = "SG0012", 503, "This replica is shutting down";
     /// The connection is beyond the listener's limit, where only probes are answered.
     TooManyConnections = "SG0013", 503, "Too many connections";
+    /// Too many authentications from one address failed.
+    TooManyFailures = "SG0014", 429, "Too many failed authentications";
 
     // Definitions
     /// A definition has mistakes; each is listed as a violation with its own code.

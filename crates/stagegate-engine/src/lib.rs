@@ -38,7 +38,7 @@ use stagegate_core::{
 };
 use stagegate_llm::Llm;
 use stagegate_telemetry::Metrics;
-use tokio::time::Instant;
+use tokio::{runtime::Handle, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
@@ -85,7 +85,24 @@ impl Engine {
         let longest = config.evaluation_timeout.0;
         let evaluations = Evaluations::pooled(config.evaluation_threads(), longest, metrics.clone());
         let rng = StdRng::from_os_rng();
-        Self::start_with(config, store, llm, metrics, clock, hints, rng, evaluations).await
+        Self::start_with(None, config, store, llm, metrics, clock, hints, rng, evaluations).await
+    }
+
+    /// The same, with its heartbeat on a runtime of its own, so that it goes on while every thread of this one is busy.
+    /// Where that lasts ([`Engine::is_stuck`]) it stops, and others take the runs over.
+    pub async fn start_beating_on(
+        vital: &Handle,
+        config: config::EngineConfig,
+        store: Arc<dyn Store>,
+        llm: Arc<Llm>,
+        metrics: Metrics,
+        clock: Arc<dyn Clock>,
+        hints: Option<Arc<dyn Hints>>,
+    ) -> Result<Self, Error> {
+        let longest = config.evaluation_timeout.0;
+        let evaluations = Evaluations::pooled(config.evaluation_threads(), longest, metrics.clone());
+        let rng = StdRng::from_os_rng();
+        Self::start_with(Some(vital), config, store, llm, metrics, clock, hints, rng, evaluations).await
     }
 
     /// The same, with everything that it draws at random (ids, jitter) drawn from `rng`, and on no thread but the
@@ -100,11 +117,12 @@ impl Engine {
         rng: StdRng,
     ) -> Result<Self, Error> {
         let evaluations = Evaluations::inline(config.evaluation_timeout.0, metrics.clone());
-        Self::start_with(config, store, llm, metrics, clock, hints, rng, evaluations).await
+        Self::start_with(None, config, store, llm, metrics, clock, hints, rng, evaluations).await
     }
 
     #[expect(clippy::too_many_arguments, reason = "each is a part that the engine is made of")]
     async fn start_with(
+        vital: Option<&Handle>,
         config: config::EngineConfig,
         store: Arc<dyn Store>,
         llm: Arc<Llm>,
@@ -143,12 +161,25 @@ impl Engine {
             shared.database_clock.learn(now, entered);
         }
         let stop = CancellationToken::new();
-        background.spawn(replica::beat(Arc::clone(&shared), entered, stop.clone()));
+        let beat = replica::beat(Arc::clone(&shared), entered, stop.clone());
+        match vital {
+            Some(vital) => {
+                background.spawn(replica::show_progress(Arc::clone(&shared), stop.clone()));
+                background.spawn_on(beat, vital);
+            }
+            None => drop(background.spawn(beat)),
+        }
         background.spawn(replica::claim(Arc::clone(&shared)));
         background.spawn(follow::poll(Arc::clone(&shared.hub), Arc::downgrade(&shared)));
         background.spawn(whisper::hear(Arc::clone(&shared), stop.clone()));
         background.spawn(retention::walk(Arc::clone(&shared)));
         Ok(Self { shared, stop, background })
+    }
+
+    /// Whether the threads that execute runs have done nothing for a minute. Only one whose heartbeat has a runtime of its
+    /// own can tell.
+    pub fn is_stuck(&self) -> bool {
+        self.shared.is_stuck()
     }
 
     /// Registers a definition (YAML or JSON text). The flag tells whether the version is new.

@@ -86,8 +86,12 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
                 continue;
             }
         }
-        let beat = heartbeat(&shared, shared.drain.is_cancelled());
         next = asked + every / 4;
+        if shared.is_stuck() {
+            tracing::error!("the threads that execute runs do nothing; this replica renews its lease no more");
+            continue;
+        }
+        let beat = heartbeat(&shared, shared.drain.is_cancelled());
         match ask(&*shared.store, &beat, patience).await {
             Some((asked, Ok(pulse))) if pulse.alive => {
                 (renewed, next) = (asked, asked + every);
@@ -113,6 +117,19 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
             }
             Some((_, Err(error))) => tracing::warn!(%error, "the heartbeat failed"),
             None => tracing::warn!("the heartbeat got no answer"),
+        }
+    }
+}
+
+/// Shows, on the runtime that executes runs, that it does so.
+pub(crate) async fn show_progress(shared: Arc<Shared>, stop: CancellationToken) {
+    let every = shared.config.lease_ttl.0 / BEATS_PER_TTL;
+    loop {
+        shared.progressed();
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(every) => {}
         }
     }
 }

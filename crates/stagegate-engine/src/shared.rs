@@ -7,6 +7,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use chrono::{DateTime, Utc};
@@ -49,6 +50,10 @@ const DRIVER_MAX_BYTES: usize = 2 * 1024;
 /// Runs without a driver here that something was asked of, kept between two heartbeats.
 const UNTOLD_MAX: usize = 10_000;
 
+/// How long the runtime that executes runs may do nothing before this replica counts as stuck. Longer than anything that
+/// keeps it busy may take, so that what is only slow is not repeated elsewhere.
+const STUCK_AFTER: Duration = Duration::from_mins(1);
+
 /// A time in which this replica may count on its leases: from a heartbeat until it could not renew, or was declared
 /// dead. Whatever is leased belongs to one life and stops with it, also what was still being leased when it ended.
 #[derive(Debug, Clone)]
@@ -82,6 +87,8 @@ pub(crate) struct Shared {
     rng: Mutex<StdRng>,
     /// Until when the leases count, as far as the last heartbeat told; None before the first.
     fence_at: Mutex<Option<Instant>>,
+    /// When the runtime that executes runs last did anything, where the heartbeat has one of its own.
+    progress_at: Mutex<Option<Instant>>,
     pub(crate) hub: Arc<Hub>,
     pub(crate) whisper: Whisper,
     pub(crate) steps: Batcher<Commit, Committed>,
@@ -157,6 +164,7 @@ impl Shared {
             life: Mutex::new(Life::of(replica)),
             driven: Mutex::default(),
             fence_at: Mutex::default(),
+            progress_at: Mutex::default(),
             untold: Mutex::default(),
             pipelines,
             common: Mutex::default(),
@@ -232,6 +240,17 @@ impl Shared {
     /// Whether the leases count no more, also where nobody has noticed yet.
     pub(crate) fn is_past_fence(&self) -> bool {
         self.fence_at.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|at| Instant::now() >= at)
+    }
+
+    /// The runtime that executes runs does something.
+    pub(crate) fn progressed(&self) {
+        *self.progress_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Whether it has done nothing for too long.
+    pub(crate) fn is_stuck(&self) -> bool {
+        let at = *self.progress_at.lock().unwrap_or_else(PoisonError::into_inner);
+        at.is_some_and(|at| at.elapsed() > STUCK_AFTER)
     }
 
     pub(crate) fn doubt(&self) {

@@ -2,6 +2,11 @@
 //! SHA-256 of its secret: 256 random bits need no slow hash, and an index look-up by hash tells nothing by its timing.
 //!
 //! A verified key is trusted for [`KEY_CACHE_TTL`] without asking the store, so a revocation is obeyed within that.
+//!
+//! A flood of wrong keys costs the store little: a wrong key is remembered as wrong, only a few look-ups are under way at
+//! once, and a peer that failed too often ([`crate::failures`]) is told to wait instead of being looked up. A right key of
+//! the same peer goes on: one that was right within [`FAMILIAR_FOR`] is always looked up. So only the first use of a key
+//! on this replica has to wait, a second or so at a time, while somebody behind the same address guesses.
 
 use std::{fmt::Write as _, net::IpAddr, sync::Arc, time::Duration};
 
@@ -18,16 +23,19 @@ use http::{
 use moka::sync::Cache;
 use sha2::{Digest, Sha256};
 use stagegate_core::{
-    Code, Store, StoreError, TenantId,
+    Code, Error, StoreError, TenantId,
     store::{ApiKey, Role},
 };
+use tokio::time::Instant;
 
-use crate::{context::Identity, problem::Problem, state::Shared};
+use crate::{context::Identity, problem::Problem, serve::Peer, state::Shared};
 
 /// How long a look-up, found or not, is remembered: the longest time that a revoked key still works.
 pub const KEY_CACHE_TTL: Duration = Duration::from_secs(5);
 /// Look-ups remembered at once.
 const KEY_CACHE_MAX: u64 = 10_000;
+/// How long a key that was right counts as familiar.
+pub(crate) const FAMILIAR_FOR: Duration = Duration::from_hours(1);
 /// How every secret begins, so that scanners and people can tell what it is.
 pub const KEY_PREFIX: &str = "sg_";
 /// The longest credential that is looked at.
@@ -53,20 +61,59 @@ pub fn hash_secret(secret: &str) -> [u8; 32] {
 }
 
 /// The keys that were looked up lately.
-pub(crate) struct KeyCache(Cache<[u8; 32], Option<Arc<ApiKey>>>);
+pub(crate) struct KeyCache {
+    right: Cache<[u8; 32], Arc<ApiKey>>,
+    /// Beside the right ones, so that a flood of these displaces none of those.
+    wrong: Cache<[u8; 32], ()>,
+    familiar: Cache<[u8; 32], ()>,
+}
+
+/// What is remembered of a key.
+enum Remembered {
+    Right(Arc<ApiKey>),
+    Wrong,
+    Nothing,
+}
 
 impl KeyCache {
     pub(crate) fn new() -> Self {
-        Self(Cache::builder().max_capacity(KEY_CACHE_MAX).time_to_live(KEY_CACHE_TTL).build())
+        let cache = || Cache::builder().max_capacity(KEY_CACHE_MAX);
+        Self {
+            right: cache().time_to_live(KEY_CACHE_TTL).build(),
+            wrong: Cache::builder().max_capacity(KEY_CACHE_MAX).time_to_live(KEY_CACHE_TTL).build(),
+            familiar: Cache::builder().max_capacity(KEY_CACHE_MAX).time_to_live(FAMILIAR_FOR).build(),
+        }
+    }
+
+    /// What is remembered of a key.
+    fn remembered(&self, hash: &[u8; 32]) -> Remembered {
+        match self.right.get(hash) {
+            Some(key) => Remembered::Right(key),
+            None if self.wrong.contains_key(hash) => Remembered::Wrong,
+            None => Remembered::Nothing,
+        }
     }
 
     /// A failed look-up is not remembered. Two requests may look up the same new key at once: it is one index read.
-    async fn find(&self, store: &Arc<dyn Store>, hash: [u8; 32]) -> Result<Option<Arc<ApiKey>>, StoreError> {
-        if let Some(known) = self.0.get(&hash) {
-            return Ok(known);
+    async fn find(&self, shared: &Shared, hash: [u8; 32]) -> Result<Option<Arc<ApiKey>>, StoreError> {
+        match self.remembered(&hash) {
+            Remembered::Right(key) => return Ok(Some(key)),
+            Remembered::Wrong => return Ok(None),
+            Remembered::Nothing => {}
         }
-        let found = store.key_by_hash(&hash).await?.map(Arc::new);
-        self.0.insert(hash, found.clone());
+        // Those that are familiar do not stand in line with those that may be made up.
+        let is_familiar = self.familiar.contains_key(&hash);
+        let _turn = if is_familiar { None } else { shared.lookups.acquire().await.ok() };
+        match self.remembered(&hash) {
+            Remembered::Right(key) => return Ok(Some(key)),
+            Remembered::Wrong => return Ok(None),
+            Remembered::Nothing => {}
+        }
+        let found = shared.engine.store().key_by_hash(&hash).await?.map(Arc::new);
+        match &found {
+            Some(key) => self.right.insert(hash, Arc::clone(key)),
+            None => self.wrong.insert(hash, ()),
+        }
         Ok(found)
     }
 }
@@ -79,7 +126,7 @@ impl Credential {
     /// Whether the key may still be used. Asks the store at most once every [`KEY_CACHE_TTL`] for all streams of a key;
     /// while the store cannot say, nothing has changed.
     pub(crate) async fn is_alive(self, shared: &Shared) -> bool {
-        match shared.keys.find(shared.engine.store(), self.0).await {
+        match shared.keys.find(shared, self.0).await {
             Ok(key) => key.is_some_and(|key| check_alive(&key, shared.clock.now()).is_ok()),
             Err(error) => {
                 tracing::warn!(%error, "the key of an event stream could not be looked up; the stream goes on");
@@ -89,7 +136,7 @@ impl Credential {
     }
 }
 
-/// The layer: finds out who calls, or refuses.
+/// Layer 9: finds out who calls, or refuses.
 pub(crate) async fn authenticate(
     State(shared): State<Shared>,
     mut request: Request,
@@ -98,17 +145,49 @@ pub(crate) async fn authenticate(
     let identity = if shared.open {
         Identity { tenant: TenantId::default(), role: Role::Admin, key: None }
     } else {
-        let secret = credential(request.headers())?;
-        let hash = hash_secret(secret);
-        let key = shared.keys.find(shared.engine.store(), hash).await?;
-        let key = key.ok_or_else(|| refused("The API key is not known."))?;
-        check_alive(&key, shared.clock.now())?;
+        let peer = request.extensions().get::<Peer>().copied();
+        let (key, hash) = match presented(request.headers()) {
+            Some(secret) => known_key(&shared, peer, secret).await?,
+            None => return Err(missing()),
+        };
         request.extensions_mut().insert(Credential(hash));
         Identity { tenant: key.tenant.clone(), role: key.role, key: Some(key.id) }
     };
     tracing::Span::current().record("tenant", identity.tenant.as_str());
     request.extensions_mut().insert(identity);
     Ok(next.run(request).await)
+}
+
+/// The key of a secret that a peer presents. One that is refused counts against the peer.
+async fn known_key(shared: &Shared, peer: Option<Peer>, secret: &str) -> Result<(Arc<ApiKey>, [u8; 32]), Problem> {
+    let hash = hash_secret(secret);
+    let is_trusted = shared.keys.right.contains_key(&hash) || shared.keys.familiar.contains_key(&hash);
+    if let Some(peer) = peer
+        && !is_trusted
+        && let Some(wait) = shared.failures.wait_of(peer, Instant::now())
+    {
+        let detail = "Too many authentications from this address failed; come back when `retry-after` says so.";
+        return Err(Error::new(Code::TooManyFailures, detail).retry_after(wait).into());
+    }
+    let failed = |problem| {
+        if let Some(peer) = peer {
+            shared.failures.note(peer, Instant::now());
+        }
+        problem
+    };
+    if secret.len() > CREDENTIAL_MAX_BYTES || !secret.starts_with(KEY_PREFIX) {
+        return Err(failed(refused("This is not an API key of Stagegate: one begins with `sg_`.")));
+    }
+    let key = shared.keys.find(shared, hash).await?;
+    let key = key.ok_or_else(|| failed(refused("The API key is not known.")))?;
+    if let Err(problem) = check_alive(&key, shared.clock.now()) {
+        shared.keys.familiar.invalidate(&hash);
+        return Err(failed(problem));
+    }
+    if !shared.keys.familiar.contains_key(&hash) {
+        shared.keys.familiar.insert(hash, ());
+    }
+    Ok((key, hash))
 }
 
 fn check_alive(key: &ApiKey, now: DateTime<Utc>) -> Result<(), Problem> {
@@ -121,31 +200,23 @@ fn check_alive(key: &ApiKey, now: DateTime<Utc>) -> Result<(), Problem> {
     Ok(())
 }
 
-/// The secret that the caller presents.
-fn credential(headers: &HeaderMap) -> Result<&str, Problem> {
-    let missing = || {
-        Problem::new(
-            Code::Unauthenticated,
-            "Send an API key as `Authorization: Bearer sg_…` or `x-api-key: sg_…`; `stagegate keys create` makes one.",
-        )
-        .header(WWW_AUTHENTICATE, "Bearer realm=\"stagegate\"")
-    };
-    let bearer = match headers.get(AUTHORIZATION) {
+/// What the caller presents as its secret; None where there is nothing of the form.
+fn presented(headers: &HeaderMap) -> Option<&str> {
+    match headers.get(AUTHORIZATION) {
         Some(value) => {
-            let text = value.to_str().map_err(|_| missing())?;
-            let (scheme, secret) = text.split_once(' ').ok_or_else(missing)?;
-            Some(scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim()).ok_or_else(missing)?)
+            let (scheme, secret) = value.to_str().ok()?.split_once(' ')?;
+            scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
         }
-        None => None,
-    };
-    let secret = match bearer {
-        Some(secret) => secret,
-        None => headers.get("x-api-key").and_then(|value| value.to_str().ok()).ok_or_else(missing)?,
-    };
-    if secret.len() > CREDENTIAL_MAX_BYTES || !secret.starts_with(KEY_PREFIX) {
-        return Err(refused("This is not an API key of Stagegate: one begins with `sg_`."));
+        None => headers.get("x-api-key")?.to_str().ok(),
     }
-    Ok(secret)
+}
+
+fn missing() -> Problem {
+    Problem::new(
+        Code::Unauthenticated,
+        "Send an API key as `Authorization: Bearer sg_…` or `x-api-key: sg_…`; `stagegate keys create` makes one.",
+    )
+    .header(WWW_AUTHENTICATE, "Bearer realm=\"stagegate\"")
 }
 
 fn refused(detail: &str) -> Problem {
@@ -220,12 +291,11 @@ mod tests {
         let read = |name: &'static str, value: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(name, http::HeaderValue::from_static(value));
-            credential(&headers).map(str::to_owned).ok()
+            presented(&headers).map(str::to_owned)
         };
         assert_eq!(read("authorization", "Bearer sg_a").as_deref(), Some("sg_a"));
         assert_eq!(read("authorization", "bearer sg_a").as_deref(), Some("sg_a"));
         assert_eq!(read("x-api-key", "sg_a").as_deref(), Some("sg_a"));
         assert_eq!(read("authorization", "Basic sg_a"), None);
-        assert_eq!(read("authorization", "Bearer ghp_a"), None);
     }
 }

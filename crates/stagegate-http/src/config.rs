@@ -18,6 +18,9 @@ pub struct HttpConfig {
     pub auth: AuthMode,
     /// The largest body, in bytes.
     pub body_max_bytes: usize,
+    /// Bytes of bodies at once, from their first byte until their request is answered; what does not fit waits. While
+    /// others send too, a tenant that has a quarter gets more only as long as a quarter stays free.
+    pub bodies_max_bytes: usize,
     /// The deepest nesting of a JSON body.
     pub json_max_depth: usize,
     /// The longest wait for an answer to begin, and the longest time that a client may read nothing of it.
@@ -36,7 +39,11 @@ pub struct HttpConfig {
     #[schemars(range(min = 1))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections_per_peer: Option<usize>,
-    /// Event streams at once.
+    /// Failed authentications of one address a minute (IPv6: of one /64 network); past it keys that are not known yet are
+    /// answered 429. Keys that were in use within the last hour go on.
+    #[schemars(range(min = 1))]
+    pub max_auth_failures_per_minute: u32,
+    /// Event streams at once. A tenant that has less than a quarter of them takes one of the tenant that has most.
     pub max_event_streams: usize,
     /// The pause between two keep-alive comments of an event stream.
     pub sse_keep_alive: Span,
@@ -52,6 +59,7 @@ impl Default for HttpConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             auth: AuthMode::Auto,
             body_max_bytes: 2 * 1024 * 1024,
+            bodies_max_bytes: 256 * 1024 * 1024,
             json_max_depth: 64,
             request_timeout: Span(Duration::from_secs(30)),
             header_timeout: Span(Duration::from_secs(10)),
@@ -59,6 +67,7 @@ impl Default for HttpConfig {
             head_max_bytes: 32 * 1024,
             max_connections: 20_000,
             max_connections_per_peer: None,
+            max_auth_failures_per_minute: 60,
             max_event_streams: 15_000,
             sse_keep_alive: Span(Duration::from_secs(15)),
             drain_delay: None,

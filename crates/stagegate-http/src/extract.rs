@@ -6,29 +6,17 @@
 
 use std::str::FromStr;
 
-use axum::{
-    body::Body,
-    extract::{FromRequest, FromRequestParts, Request},
-};
-use bytes::{Bytes, BytesMut};
-use futures::StreamExt as _;
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use http::{
     HeaderMap,
-    header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE},
+    header::{CONTENT_ENCODING, CONTENT_TYPE},
     request::Parts,
 };
 use serde::de::DeserializeOwned;
 use stagegate_core::{Code, Violation, error::nearest};
-use tokio::time::{Duration, timeout};
 use utoipa::ToSchema;
 
 use crate::{problem::Problem, state::Shared};
-
-/// How much of an over-large body is still read, in multiples of the limit: a client that is cut off while it sends
-/// often does not see the answer that says why.
-const DRAIN_FACTOR: usize = 4;
-/// How long an over-large body is still read.
-const DRAIN_TIME: Duration = Duration::from_secs(2);
 
 // ---- Bodies -------------------------------------------------------------------------------------------------
 
@@ -102,48 +90,14 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
     }
 }
 
+/// The body as text. [`crate::body`] has received it, within its limits.
 async fn read_text(request: Request, max_bytes: usize) -> Result<String, Problem> {
-    let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    let bytes = read_body(request.into_body(), announced, max_bytes).await?;
+    let broken = |_| Problem::new(Code::InvalidRequest, "The body ended before it was complete.");
+    let bytes = axum::body::to_bytes(request.into_body(), max_bytes).await.map_err(broken)?;
     String::from_utf8(bytes.into()).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         Problem::new(Code::InvalidRequest, format!("The body is not UTF-8: byte {at} begins no character."))
     })
-}
-
-async fn read_body(body: Body, announced: Option<u64>, max_bytes: usize) -> Result<Bytes, Problem> {
-    let too_large = || Problem::new(Code::BodyTooLarge, format!("The body is over the limit of {max_bytes} bytes."));
-    let mut stream = body.into_data_stream();
-    if announced.is_some_and(|length| length > max_bytes as u64) {
-        drain(&mut stream, max_bytes).await;
-        return Err(too_large());
-    }
-    let mut bytes = BytesMut::new();
-    while let Some(chunk) = stream.next().await {
-        let broken = |_| Problem::new(Code::InvalidRequest, "The body ended before it was complete.");
-        let chunk = chunk.map_err(broken)?;
-        if bytes.len() + chunk.len() > max_bytes {
-            drop(bytes);
-            drain(&mut stream, max_bytes).await;
-            return Err(too_large());
-        }
-        bytes.extend_from_slice(&chunk);
-    }
-    Ok(bytes.freeze())
-}
-
-/// Reads and forgets, within limits.
-async fn drain(stream: &mut axum::body::BodyDataStream, max_bytes: usize) {
-    let _ = timeout(DRAIN_TIME, async {
-        let mut left = max_bytes.saturating_mul(DRAIN_FACTOR);
-        while let Some(Ok(chunk)) = stream.next().await {
-            left = left.saturating_sub(chunk.len());
-            if left == 0 {
-                break;
-            }
-        }
-    })
-    .await;
 }
 
 /// Parses JSON that is not nested deeper than the limit.

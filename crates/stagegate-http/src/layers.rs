@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 
 use crate::{
+    body,
     problem::{self, Problem},
     serve::OnReservedPlace,
     state::Shared,
@@ -229,16 +230,26 @@ pub(crate) async fn limit_time(
     tokio::time::timeout(limit, next.run(request)).await.map_err(late)
 }
 
-/// Layer 9: requests under way at once. Nobody queues: who comes too many is told so at once.
+/// Layer 11: requests under way at once, fairly shared out between tenants. A tenant that has its share is told so at once;
+/// one that has less waits for the next slot, and its time limit bounds that.
 pub(crate) async fn limit_load(
     State(shared): State<Shared>,
     request: Request,
     next: Next,
 ) -> Result<Response, Problem> {
-    let Ok(_slot) = shared.slots.try_acquire() else {
+    let tenant = body::tenant_of(&request)?;
+    let Ok(_slot) = shared.slots.take(&tenant).await else {
         let error = Error::new(Code::Overloaded, "Too many requests are under way; come back in a second.");
         return Err(error.retry_after(Duration::from_secs(1)).into());
     };
+    // Submits go to the store in batches that all share; these two ask it for the pipeline alone.
+    let asks_little = request.method() == Method::POST
+        && matches!(request.uri().path(), "/v1/runs" | "/v1/plan" | "/v1/pipelines/validate");
+    if asks_little {
+        return Ok(next.run(request).await);
+    }
+    // As many wait as there are slots: nobody is refused here.
+    let _read = shared.reads.wait_for(&tenant, 1).await;
     Ok(next.run(request).await)
 }
 

@@ -4,11 +4,14 @@
 //! To add a route: one file in `routes/`, one line in `router.rs`, one test in `tests/it/`.
 
 pub mod auth;
+mod body;
 pub mod config;
 mod context;
 mod cursor;
 mod etag;
 mod extract;
+mod failures;
+mod fair;
 mod layers;
 mod openapi;
 mod problem;
@@ -20,6 +23,9 @@ mod state;
 mod views;
 
 use std::{future::Future, net::SocketAddr};
+
+/// Connections beyond `http.max_connections`, for probes.
+pub const RESERVED_CONNECTIONS: usize = serve::RESERVED;
 
 pub use auth::{KEY_CACHE_TTL, generate_key, hash_secret};
 use config::{AuthMode, HttpConfig};
@@ -43,6 +49,8 @@ pub struct App {
     /// Where requests of the API are handled, when [`serve`] is called on a runtime that is for connections and probes
     /// alone. None: all on the same.
     pub handlers: Option<tokio::runtime::Handle>,
+    /// Requests that may ask the store at once: as many as it has connections for them.
+    pub reads_max: usize,
 }
 
 /// Whether anybody who reaches the listener may call, as the default tenant. Fails with [`Code::OpenListener`] where

@@ -147,7 +147,7 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
             (400, "The request could not be read (SG0001, SG0206, SG0208)."),
             (401, "No valid API key (SG0010)."),
             (408, "It took too long (SG0006)."),
-            (429, "Too much at once (SG0007, SG0209)."),
+            (429, "Too much at once (SG0007, SG0209), or too many authentications failed (SG0014)."),
             (503, "A dependency is away (SG0009), the replica is shutting down (SG0012), or too many connections are open (SG0013)."),
         ]);
         operation["security"] = if open { json!([]) } else { json!([{ "bearer": [] }, { "apiKey": [] }]) };

@@ -15,10 +15,13 @@
 //! And around the API alone, so that probes answer under any load:
 //!
 //! 8. **Time**: until the head of the answer (SG0006).
-//! 9. **Load**: requests under way at once (SG0007).
-//! 10. **Authentication**: who calls (SG0010). The role is checked by the route's own [`crate::context::Context`].
+//! 9. **Authentication**: who calls (SG0010), and who failed to say so too often (SG0014). The role is checked by the
+//!    route's own [`crate::context::Context`].
+//! 10. **Body**: receives it, within its limits (SG0003) and those of all bodies together.
+//! 11. **Load**: requests under way at once, and of these the ones that ask the store, by tenant (SG0007). After the body,
+//!     so that one that does not come takes no slot.
 //!
-//! Inside, a route's extractors limit the body, its depth, and event streams. Around all of this, [`crate::serve`]
+//! Inside, a route's extractors limit the depth of a body, and event streams. Around all of this, [`crate::serve`]
 //! limits connections, heads and how slowly they may come.
 
 use axum::{Router, middleware};
@@ -27,7 +30,7 @@ use tower_http::compression::CompressionLayer;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
-    App, auth, layers,
+    App, auth, body, layers,
     openapi::{self, Document},
     routes::{cache, docs, pipelines, plan, probes, replicas, runs},
     state::{Parts, Shared},
@@ -76,8 +79,9 @@ pub(crate) fn build(app: App, open: bool, shutdown: CancellationToken) -> Router
     let shared = Parts::new(app, open, Document::new(&document(), open), shutdown);
     let api: Router<Shared> = api().into();
     let api = api
-        .route_layer(middleware::from_fn_with_state(shared.clone(), auth::authenticate))
         .route_layer(middleware::from_fn_with_state(shared.clone(), layers::limit_load))
+        .route_layer(middleware::from_fn_with_state(shared.clone(), body::receive))
+        .route_layer(middleware::from_fn_with_state(shared.clone(), auth::authenticate))
         .route_layer(middleware::from_fn_with_state(shared.clone(), layers::limit_time));
     let probes: Router<Shared> = probes().into();
     Router::new()

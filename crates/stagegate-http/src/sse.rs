@@ -1,8 +1,8 @@
 //! Event streams: owns their form on the wire, and how long they may stay open. An event's `id` is its seq, so that a
 //! client which reconnects with `Last-Event-ID`, to any replica, misses nothing and sees nothing twice.
 //!
-//! There may be ten thousand of them, so each is one small future without a task or a channel of its own; what is sent
-//! is written once for all who watch the same run. HTTP/2 is the exception: see [`respond`].
+//! There may be ten thousand of them, so each is one small task; what is sent is written once for all who watch the same
+//! run.
 
 use std::{io::Write as _, sync::Arc, time::Duration};
 
@@ -12,19 +12,22 @@ use axum::{
 };
 use futures::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream, stream::BoxStream};
 use http::{
-    HeaderValue, Version,
+    HeaderValue,
     header::{CACHE_CONTROL, CONTENT_TYPE},
 };
 use stagegate_core::{Code, Error, Event, RunId, TenantId};
 use stagegate_engine::EventBatch;
 use stagegate_telemetry::Metrics;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
+    sync::mpsc,
     time::{Instant, Interval, MissedTickBehavior, interval_at, timeout},
 };
 
+use tokio_util::sync::CancellationToken;
+
 use crate::{
     auth::{Credential, KEY_CACHE_TTL},
+    fair::Permit,
     problem::Problem,
     state::Shared,
 };
@@ -42,12 +45,12 @@ const END: &str = ": end of stream\n\n";
 /// One open stream: a permit and a gauge, given back when it is dropped.
 struct Slot {
     metrics: Metrics,
-    _permit: OwnedSemaphorePermit,
+    _permit: Permit,
 }
 
 impl Slot {
-    fn take(shared: &Shared) -> Result<Self, Problem> {
-        let Ok(permit) = Arc::clone(&shared.streams).try_acquire_owned() else {
+    fn take(shared: &Shared, tenant: &TenantId, gives_way: &CancellationToken) -> Result<Self, Problem> {
+        let Ok(permit) = shared.streams.take_over(tenant, gives_way) else {
             let error =
                 Error::new(Code::Overloaded, "Too many event streams are open; poll the events as JSON instead.");
             return Err(error.retry_after(RECONNECT_AFTER).into());
@@ -72,26 +75,22 @@ pub(crate) struct Asked {
     pub(crate) credential: Option<Credential>,
 }
 
-/// The stream of a run's events after a seq. It ends after `run.finished`, when the replica shuts down, and when its
-/// key is revoked or expires.
+/// The stream of a run's events after a seq. It ends after `run.finished`, when the replica shuts down, when its key is
+/// revoked or expires, and when its place goes to a tenant that has fewer: the client goes on after what it has.
 ///
-/// Whoever reads nothing of an HTTP/1 connection is cut off by [`crate::stall`]. Under HTTP/2 a client can close the
-/// window of one stream and leave the connection alive; nothing here would be polled any more. So there, a task of its
-/// own drives the stream, and gives it up when a chunk is not taken in time.
-pub(crate) fn respond(shared: &Shared, asked: Asked, version: Version) -> Result<Response, Problem> {
-    let slot = Slot::take(shared)?;
-    let chunks = chunks(shared, asked, slot);
-    let body = if version == Version::HTTP_2 {
-        let (sender, receiver) = mpsc::channel(1);
-        tokio::spawn(pump(chunks, sender, shared.config.request_timeout.0));
-        let pumped = stream::unfold(receiver, |mut receiver| async {
-            let chunk = receiver.recv().await?;
-            Some((chunk, receiver))
-        });
-        Body::from_stream(pumped.map(Ok::<_, std::convert::Infallible>))
-    } else {
-        Body::from_stream(chunks.map(Ok::<_, std::convert::Infallible>))
-    };
+/// A task of its own drives it, where requests are handled, and gives it up when a chunk is not taken in time: a client
+/// can close the window of one HTTP/2 stream and leave its connection alive, and nothing here would be polled any more.
+pub(crate) fn respond(shared: &Shared, asked: Asked) -> Result<Response, Problem> {
+    let ended = shared.shutdown.child_token();
+    let slot = Slot::take(shared, &asked.tenant, &ended)?;
+    let chunks = chunks(shared, asked, slot, ended);
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(pump(chunks, sender, shared.config.request_timeout.0));
+    let pumped = stream::unfold(receiver, |mut receiver| async {
+        let chunk = receiver.recv().await?;
+        Some((chunk, receiver))
+    });
+    let body = Body::from_stream(pumped.map(Ok::<_, std::convert::Infallible>));
     let mut response = body.into_response();
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -122,19 +121,25 @@ struct Open {
     run: RunId,
     keep_alive: Interval,
     key_check: Option<(Credential, Interval)>,
-    shutdown: BoxFuture<'static, ()>,
+    /// The shutdown has begun, or its place is another's.
+    ended: BoxFuture<'static, ()>,
     shared: Shared,
     _slot: Slot,
 }
 
-fn chunks(shared: &Shared, asked: Asked, slot: Slot) -> impl Stream<Item = Bytes> + Send + 'static {
+fn chunks(
+    shared: &Shared,
+    asked: Asked,
+    slot: Slot,
+    ended: CancellationToken,
+) -> impl Stream<Item = Bytes> + Send + 'static {
     let Asked { tenant, run, after, credential } = asked;
     let open = Open {
         batches: shared.engine.watch(tenant, run, after),
         run,
         keep_alive: every(shared.config.sse_keep_alive.0),
         key_check: credential.map(|credential| (credential, every(KEY_CHECK_INTERVAL))),
-        shutdown: shared.shutdown.clone().cancelled_owned().boxed(),
+        ended: ended.cancelled_owned().boxed(),
         shared: Arc::clone(shared),
         _slot: slot,
     };
@@ -161,7 +166,7 @@ impl Open {
         loop {
             tokio::select! {
                 biased;
-                () = &mut self.shutdown => return None,
+                () = &mut self.ended => return None,
                 credential = due(&mut self.key_check) => {
                     if !credential.is_alive(&self.shared).await {
                         return None;

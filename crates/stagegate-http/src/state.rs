@@ -8,10 +8,17 @@ use stagegate_telemetry::Metrics;
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::{App, auth::KeyCache, config::HttpConfig, openapi::Document, routes::probes::Probes};
+use crate::{
+    App, auth::KeyCache, config::HttpConfig, failures::Failures, fair::FairLimit, openapi::Document,
+    routes::probes::Probes,
+};
 
 /// Requests under way at once, event streams and probes aside. Past it callers are told to come back (SG0007).
 pub(crate) const MAX_REQUESTS_IN_FLIGHT: usize = 1_024;
+/// Requests of tenants with less than their share that wait for a slot, and bodies that wait for room.
+const WAITING_MAX: usize = 1_024;
+/// Look-ups at once of keys that are not known here: whose they are is not known before.
+const LOOKUPS_MAX: usize = 2;
 
 /// What every request shares.
 pub(crate) struct Parts {
@@ -22,10 +29,17 @@ pub(crate) struct Parts {
     pub(crate) open: bool,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) keys: KeyCache,
+    pub(crate) failures: Failures,
+    /// A permit a look-up of a key that is not known here.
+    pub(crate) lookups: Semaphore,
+    /// A permit a byte of a body.
+    pub(crate) bodies: Arc<FairLimit>,
     /// A permit a request under way.
-    pub(crate) slots: Semaphore,
+    pub(crate) slots: Arc<FairLimit>,
+    /// A permit a request that asks the store.
+    pub(crate) reads: Arc<FairLimit>,
     /// A permit an event stream.
-    pub(crate) streams: Arc<Semaphore>,
+    pub(crate) streams: Arc<FairLimit>,
     /// Cancelled when the shutdown begins: event streams end.
     pub(crate) shutdown: CancellationToken,
     pub(crate) probes: Probes,
@@ -40,8 +54,12 @@ impl Parts {
     pub(crate) fn new(app: App, open: bool, document: Document, shutdown: CancellationToken) -> Shared {
         Arc::new(Self {
             keys: KeyCache::new(),
-            slots: Semaphore::new(MAX_REQUESTS_IN_FLIGHT),
-            streams: Arc::new(Semaphore::new(app.config.max_event_streams.min(Semaphore::MAX_PERMITS))),
+            failures: Failures::new(app.config.max_auth_failures_per_minute),
+            lookups: Semaphore::new(LOOKUPS_MAX),
+            bodies: FairLimit::new(app.config.bodies_max_bytes.max(app.config.body_max_bytes), WAITING_MAX),
+            slots: FairLimit::new(MAX_REQUESTS_IN_FLIGHT, WAITING_MAX),
+            reads: FairLimit::new(app.reads_max, MAX_REQUESTS_IN_FLIGHT),
+            streams: FairLimit::new(app.config.max_event_streams, 0),
             metrics: app.metrics,
             config: app.config,
             open,

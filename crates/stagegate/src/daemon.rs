@@ -10,10 +10,16 @@ use std::{
 
 use stagegate_core::{Clock, Code, Error, Secret, Store, StoreError, SystemClock, cache::CacheTier, hint::Hints};
 use stagegate_engine::Engine;
+use stagegate_http::{App, config::HttpConfig};
 use stagegate_llm::{Llm, RedisHints, RedisTier};
 use stagegate_store_postgres::PostgresStore;
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
+use tokio::{
+    net::TcpListener,
+    runtime::{Handle, Runtime},
+    task::JoinHandle,
+};
 
 use crate::config::{Config, Environment};
 
@@ -44,6 +50,34 @@ pub(crate) struct Daemon {
     pub embedded: bool,
     /// What is used and what that costs, a line each.
     pub notes: Vec<String>,
+    /// Requests of the API that may ask the store at once.
+    pub reads_max: usize,
+    vital: Vital,
+}
+
+/// The runtime of connections, probes and heartbeats, with threads of its own: they go on while all others are busy.
+#[derive(Debug)]
+struct Vital(Option<Runtime>);
+
+/// Its threads: two, so that one long answer of a probe does not hold up the rest.
+const VITAL_THREADS: usize = 2;
+
+impl Vital {
+    fn start() -> Result<Self, Error> {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(VITAL_THREADS).thread_name("stagegate-vital").enable_all().build();
+        let failed = |error| Error::new(Code::Internal, format!("the runtime could not start: {error}"));
+        runtime.map(|runtime| Self(Some(runtime))).map_err(failed)
+    }
+}
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        // A runtime that is dropped inside of another one may not wait for its threads.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// A store and what there is to say of it.
@@ -54,6 +88,8 @@ pub(crate) struct OpenStore {
     pub tier: Option<Arc<dyn CacheTier>>,
     /// What it is and what that costs.
     pub note: String,
+    /// Connections that it has for what the API asks.
+    pub reads_max: usize,
 }
 
 impl Daemon {
@@ -80,8 +116,40 @@ impl Daemon {
         let store = opened.store;
         let hints = if embedded { None } else { hints(config)? };
         let shared_store = Arc::clone(&store);
-        let engine = Engine::start_hinted(engine_config, shared_store, llm, metrics.clone(), clock, hints).await?;
-        Ok(Self { engine, store, metrics, embedded, notes })
+        let vital = Vital::start()?;
+        let Some(runtime) = vital.0.as_ref().map(Runtime::handle) else {
+            return Err(Error::new(Code::Internal, "the runtime of heartbeats is not there"));
+        };
+        let engine = Engine::start_beating_on(runtime, engine_config, shared_store, llm, metrics.clone(), clock, hints);
+        let engine = engine.await?;
+        Ok(Self { engine, store, metrics, embedded, notes, reads_max: opened.reads_max, vital })
+    }
+
+    /// Serves the API until `until` resolves: connections and probes on their own runtime, the rest on this one.
+    pub(crate) fn serve(
+        &self,
+        config: HttpConfig,
+        listener: TcpListener,
+        until: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<JoinHandle<Result<(), Error>>, Error> {
+        let moved = |error: std::io::Error| Error::new(Code::Internal, format!("the listener is lost: {error}"));
+        let listener = listener.into_std().map_err(moved)?;
+        let app = App {
+            engine: self.engine.clone(),
+            metrics: self.metrics.clone(),
+            config,
+            embedded: self.embedded,
+            handlers: Some(Handle::current()),
+            reads_max: self.reads_max,
+        };
+        let work = async move {
+            let listener = TcpListener::from_std(listener).map_err(moved)?;
+            stagegate_http::serve(app, listener, until).await
+        };
+        let Some(runtime) = &self.vital.0 else {
+            return Err(Error::new(Code::Internal, "the runtime of connections is not there"));
+        };
+        Ok(runtime.spawn(work))
     }
 
     /// Gives what is under way `grace`, hands the rest back, and closes the store.
@@ -98,7 +166,8 @@ pub(crate) async fn open_store(config: &Config, options: Options, metrics: &Metr
             let store = open_postgres(config, url, options.migrate, metrics).await?;
             let pool = config.store.pool.max_connections;
             let note = format!("store: Postgres at {} (up to {pool} connections)", host_of(url));
-            Ok(OpenStore { store: Arc::new(store), tier: None, note })
+            let reads_max = store.connections_for_guests();
+            Ok(OpenStore { store: Arc::new(store), tier: None, note, reads_max })
         }
         _ => {
             let directory = data_dir(config)?;
@@ -106,7 +175,7 @@ pub(crate) async fn open_store(config: &Config, options: Options, metrics: &Metr
             let store = SqliteStore::open(&path, metrics.clone()).await.map_err(|error| told(&error, "SQLite"))?;
             let tier = Some(store.cache_tier());
             let note = format!("store: embedded SQLite at {}: this machine alone, no replicas", path.display());
-            Ok(OpenStore { store: Arc::new(store), tier, note })
+            Ok(OpenStore { store: Arc::new(store), tier, note, reads_max: SqliteStore::READERS })
         }
     }
 }

@@ -15,3 +15,4 @@ mod stand;
 mod stores;
 mod stuck;
 mod takeover;
+mod vital;

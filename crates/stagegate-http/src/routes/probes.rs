@@ -77,13 +77,17 @@ pub(crate) struct Readiness {
 
 /// Alive?
 ///
-/// Touches no dependency: a replica whose database is away must not be killed for it.
+/// Touches no dependency: a replica whose database is away must not be killed for it. Busy is alive; one whose threads have
+/// done nothing for a minute is not.
 #[utoipa::path(
     get, path = "/healthz", tag = "probes", operation_id = "getHealthz",
-    responses((status = 200, description = "Alive.", body = String, content_type = "text/plain"))
+    responses(
+        (status = 200, description = "Alive.", body = String, content_type = "text/plain"),
+        (status = 503, description = "Stuck: restart it.", body = String, content_type = "text/plain"),
+    )
 )]
-pub(crate) async fn healthz() -> &'static str {
-    "ok\n"
+pub(crate) async fn healthz(State(shared): State<Shared>) -> (StatusCode, &'static str) {
+    if shared.engine.is_stuck() { (StatusCode::SERVICE_UNAVAILABLE, "stuck\n") } else { (StatusCode::OK, "ok\n") }
 }
 
 /// Ready?

@@ -27,7 +27,7 @@ use places::{Place, Places};
 use socket::Socket;
 
 pub(crate) use dispatch::OnReservedPlace;
-pub(crate) use places::Peer;
+pub(crate) use places::{Peer, RESERVED};
 
 /// What an HTTP/2 connection begins with; anything else is HTTP/1.
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -33,6 +33,30 @@ async fn without_a_valid_key_nothing_of_the_api_answers() {
 }
 
 #[tokio::test]
+async fn a_peer_that_fails_too_often_waits_and_costs_the_store_nothing() {
+    let http = HttpConfig { auth: AuthMode::Keys, max_auth_failures_per_minute: 5, ..HttpConfig::default() };
+    let app = TestApp::spawn(Options { http, ..Options::default() }).await;
+    let call = async |key: &str| app.send(app.http.get(app.url("/v1/runs")).bearer_auth(key)).await;
+    assert_eq!(call(&app.viewer).await.status, 200);
+    call("sg_wrong").await.is_problem(401, "SG0010");
+    // What is known to be wrong, and what has not the form of a key, is refused without the store.
+    app.stalling.hang(true);
+    for _ in 0..2 {
+        call("sg_wrong").await.is_problem(401, "SG0010");
+        call("of-another-form").await.is_problem(401, "SG0010");
+    }
+    for key in ["sg_wrong", "sg_another", "of-another-form"] {
+        let refused = call(key).await;
+        refused.is_problem(429, "SG0014");
+        assert!(refused.header("retry-after").parse::<u64>().is_ok_and(|seconds| (1..=60).contains(&seconds)));
+    }
+    app.send(app.http.get(app.url("/v1/runs"))).await.is_problem(401, "SG0010");
+    app.stalling.hang(false);
+    assert_eq!(call(&app.viewer).await.status, 200, "a key that was right goes on behind the same address");
+    call(&app.stranger).await.is_problem(429, "SG0014");
+}
+
+#[tokio::test]
 async fn expired_and_revoked_keys_are_refused() {
     let app = spawn_app().await;
     let now = SystemClock.now();
@@ -182,7 +206,14 @@ async fn an_open_listener_beyond_loopback_is_refused() {
     let app = spawn_app().await;
     let listener = TcpListener::bind("0.0.0.0:0").await.expect("a port");
     let config = HttpConfig { auth: AuthMode::Open, ..HttpConfig::default() };
-    let open = App { engine: app.engine.clone(), metrics: Metrics::new(), config, embedded: true, handlers: None };
+    let open = App {
+        engine: app.engine.clone(),
+        metrics: Metrics::new(),
+        config,
+        embedded: true,
+        handlers: None,
+        reads_max: 6,
+    };
     let refused = stagegate_http::serve(open, listener, std::future::pending()).await.expect_err("refused");
     assert_eq!(refused.code, Code::OpenListener);
     assert!(refused.detail.contains("http.auth") && refused.detail.contains("keys create"), "{}", refused.detail);

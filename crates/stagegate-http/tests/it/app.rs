@@ -12,7 +12,7 @@ use stagegate_core::{
     pipeline::Span,
     store::{ApiKey, NewApiKey, Role},
 };
-use stagegate_engine::Engine;
+use stagegate_engine::{Engine, config::EngineConfig};
 use stagegate_http::{
     App,
     config::{AuthMode, HttpConfig},
@@ -24,7 +24,7 @@ use stagegate_llm::{
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
 use tempfile::TempDir;
-use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, task::JoinHandle};
 
 use crate::{conformance::Conformance, stalling::Stalling};
 
@@ -140,6 +140,11 @@ pub(crate) async fn spawn_app() -> TestApp {
 
 impl TestApp {
     pub(crate) async fn spawn(options: Options) -> Self {
+        Self::spawn_with(options, EngineConfig::default(), None).await
+    }
+
+    /// The same, with an engine of one's own, and requests of the API handled on another runtime.
+    pub(crate) async fn spawn_with(options: Options, engine: EngineConfig, handlers: Option<Handle>) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let dir = tempfile::tempdir().expect("a directory");
         let metrics = Metrics::new();
@@ -149,17 +154,11 @@ impl TestApp {
         let store: Arc<dyn Store> = Arc::clone(&stalling) as Arc<dyn Store>;
         let clock = Arc::new(SystemClock);
         let llm = Llm::new(&llm_config(options.latency), Some(tier), metrics.clone(), clock.clone()).expect("a model");
-        let engine = Engine::start(
-            stagegate_engine::config::EngineConfig::default(),
-            Arc::clone(&store),
-            Arc::new(llm),
-            metrics.clone(),
-            clock,
-        );
+        let engine = Engine::start(engine, Arc::clone(&store), Arc::new(llm), metrics.clone(), clock);
         let engine = engine.await.expect("an engine");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        let app = App { engine: engine.clone(), metrics, config: options.http, embedded: true, handlers: None };
+        let app = App { engine: engine.clone(), metrics, config: options.http, embedded: true, handlers, reads_max: 6 };
         let (stop, stopped) = oneshot::channel::<()>();
         let server = tokio::spawn(async move {
             let until = async { drop(stopped.await) };

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use stagegate_core::pipeline::Span;
+use stagegate_engine::config::EngineConfig;
 use stagegate_http::config::{AuthMode, HttpConfig};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -249,4 +250,69 @@ async fn a_request_has_one_host_and_probes_need_none() {
         let probe = exchange(&app, format!("GET /healthz HTTP/{version}\r\n{hosts}{key}\r\n").as_bytes()).await;
         assert!(probe.contains("200 OK"), "{version} {hosts:?}: {probe}");
     }
+}
+
+/// The head of a submit whose body is still to come.
+fn submit_head(app: &TestApp, key: &str) -> http::Request<()> {
+    let request = http::Request::post(app.url("/v1/runs")).header("content-type", "application/json");
+    request.header("authorization", format!("Bearer {key}")).body(()).expect("a request")
+}
+
+#[tokio::test]
+async fn bodies_that_do_not_come_keep_nobody_from_being_served() {
+    let app = spawn_app().await;
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        let mut client = http_2(&app, 65_535).await;
+        for _ in 0..250 {
+            client = client.ready().await.expect("ready");
+            held.push(client.send_request(submit_head(&app, &app.operator), false).expect("sent"));
+        }
+    }
+    for key in [&app.stranger, &app.viewer] {
+        assert_eq!(app.send(app.http.get(app.url("/v1/runs")).bearer_auth(key)).await.status, 200);
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_fit_waits_and_is_not_lost() {
+    let app = spawn(HttpConfig { body_max_bytes: 1_000, bodies_max_bytes: 1_000, ..keys() }).await;
+    app.register(PIPELINE).await;
+    let body = serde_json::json!({ "pipeline": "two-steps", "input": { "brief": "b".repeat(500) } }).to_string();
+    let mut client = http_2(&app, 65_535).await.ready().await.expect("ready");
+    let (first, mut sending) = client.send_request(submit_head(&app, &app.operator), false).expect("sent");
+    sending.send_data(bytes::Bytes::from(body[..1].to_owned()), false).expect("sent");
+    let mut waiting = Vec::new();
+    for _ in 0..5 {
+        client = client.ready().await.expect("ready");
+        let (answer, mut sending) = client.send_request(submit_head(&app, &app.operator), false).expect("sent");
+        sending.send_data(bytes::Bytes::from(body.clone()), true).expect("sent");
+        waiting.push(answer);
+    }
+    sending.send_data(bytes::Bytes::from(body[1..].to_owned()), true).expect("sent");
+    for answer in std::iter::once(first).chain(waiting) {
+        assert_eq!(answer.await.expect("an answer").status(), 202);
+    }
+}
+
+#[tokio::test]
+async fn probes_are_answered_while_every_thread_that_handles_requests_is_busy() {
+    let busy = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let options = Options { http: keys(), ..Options::default() };
+    let app = TestApp::spawn_with(options, EngineConfig::default(), Some(busy.handle().clone())).await;
+    assert_eq!(app.get("/v1/runs").await.status, 200, "handled there");
+    let (free, held) = std::sync::mpsc::channel::<()>();
+    busy.spawn(async move { held.recv().is_err() });
+    let mut client = http_2(&app, 65_535).await.ready().await.expect("ready");
+    let (waits, _) = client.send_request(get(&app, "/v1/runs"), true).expect("sent");
+    for path in ["/healthz", "/readyz", "/health", "/metrics"] {
+        let answer = exchange(&app, format!("GET {path} HTTP/1.1\r\nconnection: close\r\n\r\n").as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+        client = client.ready().await.expect("ready");
+        let (answer, _) = client.send_request(get(&app, path), true).expect("sent");
+        assert_eq!(answer.await.expect("an answer").status(), 200, "{path}, beside a request that waits");
+    }
+    drop(free);
+    assert_eq!(waits.await.expect("an answer").status(), 200);
+    busy.shutdown_background();
 }

@@ -6,6 +6,7 @@ use futures::StreamExt as _;
 use http::Method;
 use serde_json::{Value, json};
 use stagegate_core::{Clock as _, SystemClock};
+use stagegate_engine::config::{EngineConfig, TenantLimits};
 use stagegate_http::config::{AuthMode, HttpConfig};
 
 use crate::app::{HELD, Options, PIPELINE, TestApp, parse_sse, spawn_app};
@@ -275,3 +276,43 @@ async fn a_delayed_run_waits_with_its_priority_until_its_time() {
     app.post_empty(&format!("/v1/runs/{run}/cancel")).await;
     assert_eq!(app.finish(&run).await["state"], json!("cancelled"));
 }
+
+#[tokio::test]
+async fn a_repeated_request_is_its_run_whatever_would_be_said_of_it_today() {
+    let limits = TenantLimits { max_queued: 1, ..TenantLimits::default() };
+    let engine = EngineConfig { max_runs: 0, tenant_defaults: limits, ..EngineConfig::default() };
+    let app = TestApp::spawn_with(Options::default(), engine, None).await;
+    app.register(PIPELINE).await;
+    let submit = async |key: &str, brief: &str| {
+        let body = json!({ "pipeline": "two-steps", "input": { "brief": brief } });
+        app.send(app.request(Method::POST, "/v1/runs").header("idempotency-key", key).json(&body)).await
+    };
+    let first = submit("k", "a brief").await;
+    assert_eq!(first.status, 202, "{}", first.text);
+    let is_repeated = async || {
+        let again = submit("k", "a brief").await;
+        assert_eq!((again.status.as_u16(), &again.body["id"]), (202, &first.body["id"]), "{}", again.text);
+        assert_eq!(again.header("idempotency-replayed"), "true");
+        submit("k", "another brief").await.is_problem(409, "SG0205");
+    };
+    // The queue is full.
+    let mut others = 0;
+    while submit(&format!("other-{others}"), "a brief").await.status != 429 {
+        others += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    is_repeated().await;
+    // A version came that takes no such input.
+    app.register(STRICTER).await;
+    submit("new", "a brief").await.is_problem(422, "SG0200");
+    is_repeated().await;
+    app.engine.drain(Duration::ZERO).await;
+    submit("new", "a brief").await.is_problem(503, "SG0012");
+    is_repeated().await;
+}
+
+const STRICTER: &str = "
+name: two-steps
+input: { type: object, required: [brief, more], properties: { brief: { type: string }, more: { type: string } } }
+stages: [ { id: first, transform: 'x' } ]
+";

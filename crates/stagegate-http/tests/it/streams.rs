@@ -83,3 +83,34 @@ async fn a_client_of_http_2_that_reads_sees_every_event() {
     assert!(events.iter().enumerate().all(|(index, event)| event.id == index as u64 + 1), "{events:?}");
     assert_eq!(events.last().map(|event| event.name.as_str()), Some("run.finished"));
 }
+
+#[tokio::test]
+async fn a_tenant_that_has_every_stream_gives_some_to_another_that_asks() {
+    let app = TestApp::spawn(Options { http: HttpConfig { max_event_streams: 8, ..config() }, latency: NEVER }).await;
+    let mut runs = Vec::new();
+    for key in [&app.admin, &app.stranger] {
+        let register = app.http.post(app.url("/v1/pipelines")).bearer_auth(key);
+        let register = register.header("content-type", "text/yaml").body(PIPELINE).send().await.expect("an answer");
+        assert_eq!(register.status(), 201);
+        let body = serde_json::json!({ "pipeline": "two-steps", "input": { "brief": "b" } });
+        let run = app.send(app.http.post(app.url("/v1/runs")).bearer_auth(key).json(&body)).await.body;
+        runs.push(run["id"].as_str().expect("an id").to_owned());
+    }
+    let open = async |key: &str, run: &str| {
+        let request = app.http.get(app.url(&format!("/v1/runs/{run}/events"))).bearer_auth(key);
+        request.header("accept", "text/event-stream").send().await.expect("an answer")
+    };
+    let mut theirs = Vec::new();
+    for _ in 0..8 {
+        theirs.push(open(&app.viewer, &runs[0]).await);
+        assert_eq!(theirs.last().expect("one").status(), 200, "alone, it may have all");
+    }
+    assert_eq!(open(&app.viewer, &runs[0]).await.status(), 429);
+    let ours = [open(&app.stranger, &runs[1]).await, open(&app.stranger, &runs[1]).await];
+    assert!(ours.iter().all(|answer| answer.status() == 200), "a quarter of them");
+    assert_eq!(open(&app.stranger, &runs[1]).await.status(), 429, "and no more");
+    for newest in theirs.drain(6..) {
+        let text = tokio::time::timeout(LONG, newest.text()).await.expect("it ends").expect("a clean end");
+        assert!(text.ends_with(": end of stream\n\n"), "{text}");
+    }
+}

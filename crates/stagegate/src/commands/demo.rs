@@ -5,10 +5,7 @@ use std::{fmt::Write as _, net::SocketAddr, time::Duration};
 
 use serde_json::{Value, json};
 use stagegate_core::{Code, Error, StageId, Totals, pipeline::Span};
-use stagegate_http::{
-    App,
-    config::{AuthMode, HttpConfig},
-};
+use stagegate_http::config::{AuthMode, HttpConfig};
 use stagegate_llm::config::{ProviderConfig, ProviderKind, SimConfig};
 use stagegate_telemetry::{config::LogConfig, config::SentryConfig, logs};
 use tokio::sync::oneshot;
@@ -82,18 +79,12 @@ impl Demo {
         config.store.data_dir = Some(place.path().to_owned());
         config.llm.providers.insert("sim".to_owned(), simulator());
         let daemon = Daemon::start(&config, Options { embedded: true, ..Options::default() }).await?;
-        let app = App {
-            engine: daemon.engine.clone(),
-            metrics: daemon.metrics.clone(),
-            config: HttpConfig { listen: address, auth: AuthMode::Open, ..HttpConfig::default() },
-            embedded: true,
-            handlers: None,
-        };
         let (stop, stopped) = oneshot::channel::<()>();
-        let server = tokio::spawn(stagegate_http::serve(app, listener, async move {
+        let http = HttpConfig { listen: address, auth: AuthMode::Open, ..HttpConfig::default() };
+        let server = daemon.serve(http, listener, async move {
             // A dropped sender stops it as well.
             let _ = stopped.await;
-        }));
+        })?;
         let base = format!("http://{address}");
         let done = tokio::select! {
             done = Box::pin(show(&base, self.once)) => done.map(|()| 0),

@@ -3,7 +3,6 @@
 use std::{net::SocketAddr, time::Duration};
 
 use stagegate_core::{Code, Error};
-use stagegate_http::App;
 use stagegate_telemetry::logs;
 use tokio::{net::TcpListener, sync::oneshot};
 
@@ -12,6 +11,7 @@ use crate::{
     cli::Global,
     config::{self, Config, Environment, listen_address},
     daemon::{Daemon, Options},
+    open_files,
 };
 
 const EXAMPLES: &str = "\
@@ -56,6 +56,9 @@ impl Serve {
         flags.set("--auth", &["http", "auth"], self.auth.as_ref());
         let config = config::load(&flags, &Environment::of_process())?.config;
         let _guard = logs::init(&config.log, &config.sentry, env!("CARGO_PKG_VERSION"))?;
+        if let Some(mend) = open_files::raise(&config) {
+            tracing::warn!("{mend}");
+        }
         // The API holds to this as well; here it is told before a database is touched.
         let embedded = config.store.database_url.is_none();
         stagegate_http::is_open(&config.http, embedded, config.http.listen)?;
@@ -76,18 +79,11 @@ async fn serve(config: Config, daemon: Daemon, listener: TcpListener, signals: &
     announce(&config, &daemon, address).await;
     let grace = config.engine.drain_grace.0;
     let mut delay = config.http.drain_delay.map(|delay| delay.0);
-    let app = App {
-        engine: daemon.engine.clone(),
-        metrics: daemon.metrics.clone(),
-        config: config.http,
-        embedded: daemon.embedded,
-        handlers: None,
-    };
     let (stop, stopped) = oneshot::channel::<()>();
-    let mut server = tokio::spawn(stagegate_http::serve(app, listener, async move {
+    let mut server = daemon.serve(config.http, listener, async move {
         // A dropped sender stops it as well.
         let _ = stopped.await;
-    }));
+    })?;
     tokio::select! {
         ended = &mut server => {
             daemon.stop(Duration::ZERO).await;

@@ -4,7 +4,7 @@ use axum::{
     Extension, Json,
     response::{IntoResponse, Response},
 };
-use http::{HeaderMap, StatusCode, Version, header::ACCEPT};
+use http::{HeaderMap, StatusCode, header::ACCEPT};
 use serde::Serialize;
 use stagegate_core::{Code, Event, RunId, Violation};
 use utoipa::ToSchema;
@@ -77,7 +77,6 @@ pub(crate) async fn events(
     Path(id): Path<String>,
     Query(query): Query<EventsQuery>,
     credential: Option<Extension<Credential>>,
-    version: Version,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let id = run_id(&id)?;
@@ -90,7 +89,7 @@ pub(crate) async fn events(
         } else {
             let credential = credential.map(|Extension(credential)| credential);
             let asked = sse::Asked { tenant: context.tenant, run: id, after, credential };
-            sse::respond(&context.shared, asked, version)
+            sse::respond(&context.shared, asked)
         };
     }
     let events = context.store().events(&context.tenant, id, after, query.limit).await?;

@@ -1,0 +1,99 @@
+//! Bodies: owns how one is received, before anything is done about its request.
+//!
+//! A request takes its slot once its body is there, so that bodies that do not come hold none. What bounds them is their
+//! bytes: from its first byte on, a body has room for all of itself, fairly shared out between tenants, until its request
+//! is answered. What does not fit waits, unread.
+
+use axum::{
+    body::{Body, BodyDataStream},
+    extract::{Request, State},
+    middleware::Next,
+    response::Response,
+};
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt as _;
+use http::header::CONTENT_LENGTH;
+use hyper::body::Body as _;
+use stagegate_core::{Code, Error, TenantId};
+use tokio::time::{Duration, timeout};
+
+use crate::{context::Identity, fair::Permit, problem::Problem, state::Shared};
+
+/// How much of an over-large body is still read, in multiples of the limit: a client that is cut off while it sends
+/// often does not see the answer that says why.
+const DRAIN_FACTOR: usize = 4;
+/// How long an over-large body is still read.
+const DRAIN_TIME: Duration = Duration::from_secs(2);
+
+/// Layer 10: receives the whole body.
+pub(crate) async fn receive(State(shared): State<Shared>, request: Request, next: Next) -> Result<Response, Problem> {
+    if request.body().is_end_stream() {
+        return Ok(next.run(request).await);
+    }
+    let tenant = tenant_of(&request)?;
+    let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    let (head, body) = request.into_parts();
+    let (bytes, _room) = read(&shared, &tenant, body, announced).await?;
+    Ok(next.run(Request::from_parts(head, Body::from(bytes))).await)
+}
+
+/// Whose request this is.
+pub(crate) fn tenant_of(request: &Request) -> Result<TenantId, Problem> {
+    let identity = request.extensions().get::<Identity>();
+    // A route outside of the authentication layer is a defect, and must not be open because of it.
+    let identity = identity.ok_or_else(|| Problem::new(Code::Internal, "the route is not authenticated"))?;
+    Ok(identity.tenant.clone())
+}
+
+async fn read(
+    shared: &Shared,
+    tenant: &TenantId,
+    body: Body,
+    announced: Option<u64>,
+) -> Result<(Bytes, Option<Permit>), Problem> {
+    let max_bytes = shared.config.body_max_bytes;
+    let too_large = || Problem::new(Code::BodyTooLarge, format!("The body is over the limit of {max_bytes} bytes."));
+    let mut stream = body.into_data_stream();
+    if announced.is_some_and(|length| length > max_bytes as u64) {
+        drain(&mut stream, max_bytes).await;
+        return Err(too_large());
+    }
+    let mut room = None;
+    let mut bytes = BytesMut::new();
+    while let Some(chunk) = stream.next().await {
+        let broken = |_| Problem::new(Code::InvalidRequest, "The body ended before it was complete.");
+        let chunk = chunk.map_err(broken)?;
+        if room.is_none() {
+            let size = announced.and_then(|length| usize::try_from(length).ok()).unwrap_or(max_bytes);
+            room = Some(room_for(shared, tenant, size).await?);
+        }
+        if bytes.len() + chunk.len() > max_bytes {
+            drop(bytes);
+            drain(&mut stream, max_bytes).await;
+            return Err(too_large());
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok((bytes.freeze(), room))
+}
+
+async fn room_for(shared: &Shared, tenant: &TenantId, size: usize) -> Result<Permit, Problem> {
+    shared.bodies.wait_for(tenant, size).await.map_err(|_| {
+        let error = Error::new(Code::Overloaded, "Too many bodies are being sent; come back in a second.");
+        error.retry_after(Duration::from_secs(1)).into()
+    })
+}
+
+/// Reads and forgets, within limits.
+async fn drain(stream: &mut BodyDataStream, max_bytes: usize) {
+    let _ = timeout(DRAIN_TIME, async {
+        let mut left = max_bytes.saturating_mul(DRAIN_FACTOR);
+        while let Some(Ok(chunk)) = stream.next().await {
+            left = left.saturating_sub(chunk.len());
+            if left == 0 {
+                break;
+            }
+        }
+    })
+    .await;
+}

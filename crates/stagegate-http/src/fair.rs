@@ -1,0 +1,393 @@
+//! Fair limits: owns how a limited thing is shared out between tenants.
+//!
+//! - A tenant that is alone may have all of it.
+//! - While others ask too, a tenant that has a quarter gets more only as long as a quarter stays free for them.
+//! - What is free goes to the waiting tenant that has the least.
+//!
+//! So a tenant that asks after others took everything waits for one return at most, or, where holders can be told to give
+//! way ([`FairLimit::take_over`]), for nothing.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use stagegate_core::TenantId;
+use tokio::{sync::oneshot, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+/// How long a tenant counts as asking after it asked.
+const ASKS_FOR: Duration = Duration::from_secs(10);
+
+/// A limit that tenants share.
+#[derive(Debug)]
+pub(crate) struct FairLimit {
+    capacity: usize,
+    waiting_max: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    used: usize,
+    waiting: usize,
+    /// Those that hold something or wait.
+    tenants: BTreeMap<TenantId, Tenant>,
+    /// The tenant that asked last, and the one before that was another.
+    asked: [Option<(TenantId, Instant)>; 2],
+    next: u64,
+}
+
+#[derive(Debug, Default)]
+struct Tenant {
+    used: usize,
+    waiting: VecDeque<Waiting>,
+    /// Those of its permits that can be told to give way, the oldest first.
+    holders: BTreeMap<u64, (usize, CancellationToken)>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    id: u64,
+    weight: usize,
+    granted: oneshot::Sender<Permit>,
+}
+
+/// Refused: the tenant has its share, or too many wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Full;
+
+/// What a tenant holds; given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    limit: Arc<FairLimit>,
+    tenant: TenantId,
+    weight: usize,
+    /// Of one that can be told to give way.
+    id: Option<u64>,
+}
+
+impl FairLimit {
+    /// So much in all; so many may wait.
+    pub(crate) fn new(capacity: usize, waiting_max: usize) -> Arc<Self> {
+        Arc::new(Self { capacity: capacity.max(1), waiting_max, state: Mutex::default() })
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes one. A tenant that has its share is refused at once; one that has less waits for a return.
+    pub(crate) async fn take(self: &Arc<Self>, tenant: &TenantId) -> Result<Permit, Full> {
+        self.acquire(tenant, 1, false).await
+    }
+
+    /// Takes so much, and waits for it in any case.
+    pub(crate) async fn wait_for(self: &Arc<Self>, tenant: &TenantId, weight: usize) -> Result<Permit, Full> {
+        self.acquire(tenant, weight.clamp(1, self.capacity), true).await
+    }
+
+    async fn acquire(self: &Arc<Self>, tenant: &TenantId, weight: usize, patient: bool) -> Result<Permit, Full> {
+        let (id, granted) = {
+            let mut state = self.state();
+            state.note_asker(tenant, Instant::now());
+            if state.may_have(self.capacity, tenant, weight, Instant::now()) {
+                return Ok(self.grant(&mut state, tenant, weight, None));
+            }
+            let is_within = state.is_within(self.capacity, tenant, weight);
+            if state.waiting >= self.waiting_max || !(patient || is_within) {
+                return Err(Full);
+            }
+            state.next += 1;
+            state.waiting += 1;
+            let (sender, granted) = oneshot::channel();
+            let id = state.next;
+            state.tenants.entry(tenant.clone()).or_default().waiting.push_back(Waiting { id, weight, granted: sender });
+            (id, granted)
+        };
+        let mut place = InLine { limit: self, tenant, id, waits: true };
+        let permit = granted.await.map_err(|_| Full);
+        place.waits = false;
+        permit
+    }
+
+    /// Takes one whose holder can be told to give way by `gives_way`. A tenant that has less than a quarter takes the newest
+    /// of the tenant that has most, if that has more than a quarter; nobody waits.
+    pub(crate) fn take_over(
+        self: &Arc<Self>,
+        tenant: &TenantId,
+        gives_way: &CancellationToken,
+    ) -> Result<Permit, Full> {
+        let mut state = self.state();
+        state.note_asker(tenant, Instant::now());
+        if !state.may_have(self.capacity, tenant, 1, Instant::now()) {
+            if !state.is_within(self.capacity, tenant, 1) {
+                return Err(Full);
+            }
+            let quarter = quarter(self.capacity);
+            let largest = state.tenants.iter().max_by_key(|(_, each)| each.used);
+            let largest = largest.filter(|(_, each)| each.used > quarter).map(|(name, _)| name.clone());
+            let newest = largest.and_then(|name| {
+                let (_, (weight, told)) = state.tenants.get_mut(&name)?.holders.pop_last()?;
+                Some((name, weight, told))
+            });
+            let (name, weight, told) = newest.ok_or(Full)?;
+            told.cancel();
+            state.give_back(&name, weight);
+        }
+        Ok(self.grant(&mut state, tenant, 1, Some(gives_way)))
+    }
+
+    fn grant(
+        self: &Arc<Self>,
+        state: &mut State,
+        tenant: &TenantId,
+        weight: usize,
+        gives_way: Option<&CancellationToken>,
+    ) -> Permit {
+        state.used += weight;
+        state.next += 1;
+        let id = gives_way.map(|_| state.next);
+        let entry = state.tenants.entry(tenant.clone()).or_default();
+        entry.used += weight;
+        if let (Some(id), Some(token)) = (id, gives_way) {
+            entry.holders.insert(id, (weight, token.clone()));
+        }
+        Permit { limit: Arc::clone(self), tenant: tenant.clone(), weight, id }
+    }
+
+    /// Hands out what is free, to the one that has least first.
+    fn hand_out(self: &Arc<Self>, state: &mut State) -> Vec<(oneshot::Sender<Permit>, Permit)> {
+        let mut given = Vec::new();
+        while state.waiting > 0 {
+            let first = |tenant: &Tenant| tenant.waiting.front().map(|first| first.id);
+            let next =
+                state.tenants.iter().filter_map(|(name, tenant)| Some((tenant.used, first(tenant)?, name))).min();
+            let Some((_, _, name)) = next else { break };
+            let name = name.clone();
+            let Some(weight) = state.tenants.get(&name).and_then(|tenant| Some(tenant.waiting.front()?.weight)) else {
+                break;
+            };
+            if !state.may_have(self.capacity, &name, weight, Instant::now()) {
+                break;
+            }
+            state.waiting -= 1;
+            let waiting = state.tenants.get_mut(&name).and_then(|tenant| tenant.waiting.pop_front());
+            let permit = self.grant(state, &name, weight, None);
+            if let Some(waiting) = waiting {
+                given.push((waiting.granted, permit));
+            }
+        }
+        given
+    }
+
+    /// After something was given back. A permit whose asker has gone is given back in turn.
+    fn settle(self: &Arc<Self>, change: impl FnOnce(&mut State)) {
+        let given = {
+            let mut state = self.state();
+            change(&mut state);
+            self.hand_out(&mut state)
+        };
+        for (asker, permit) in given {
+            drop(asker.send(permit));
+        }
+    }
+}
+
+fn quarter(capacity: usize) -> usize {
+    (capacity / 4).max(1)
+}
+
+impl State {
+    fn note_asker(&mut self, tenant: &TenantId, now: Instant) {
+        match &mut self.asked {
+            [Some((last, at)), _] if last == tenant => *at = now,
+            asked => {
+                asked.swap(0, 1);
+                asked[0] = Some((tenant.clone(), now));
+            }
+        }
+    }
+
+    fn used_by(&self, tenant: &TenantId) -> usize {
+        self.tenants.get(tenant).map_or(0, |each| each.used)
+    }
+
+    /// Whether it would have no more than a quarter. The first of a tenant is within, whatever it weighs.
+    fn is_within(&self, capacity: usize, tenant: &TenantId, weight: usize) -> bool {
+        let used = self.used_by(tenant);
+        used == 0 || used + weight <= quarter(capacity)
+    }
+
+    /// Whether it may have so much now.
+    fn may_have(&self, capacity: usize, tenant: &TenantId, weight: usize, now: Instant) -> bool {
+        let free = capacity - self.used.min(capacity);
+        if weight > free {
+            return false;
+        }
+        if self.is_within(capacity, tenant, weight) {
+            return true;
+        }
+        let others = || self.tenants.iter().filter(|(name, _)| *name != tenant);
+        if others().any(|(name, each)| each.waiting.front().is_some_and(|w| self.is_within(capacity, name, w.weight))) {
+            return false;
+        }
+        let asks = |(name, at): &(TenantId, Instant)| name != tenant && now.duration_since(*at) < ASKS_FOR;
+        let is_alone = others().all(|(_, each)| each.used == 0) && !self.asked.iter().flatten().any(asks);
+        is_alone || free - weight >= quarter(capacity)
+    }
+
+    fn give_back(&mut self, tenant: &TenantId, weight: usize) {
+        self.used -= weight;
+        if let Some(each) = self.tenants.get_mut(tenant) {
+            each.used -= weight;
+            self.forget(tenant);
+        }
+    }
+
+    /// Forgets a tenant that holds nothing and does not wait.
+    fn forget(&mut self, tenant: &TenantId) {
+        if self.tenants.get(tenant).is_some_and(|each| each.used == 0 && each.waiting.is_empty()) {
+            self.tenants.remove(tenant);
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let (tenant, weight, id) = (&self.tenant, self.weight, self.id);
+        self.limit.settle(|state| {
+            if let Some(id) = id
+                && state.tenants.get_mut(tenant).is_none_or(|each| each.holders.remove(&id).is_none())
+            {
+                return; // Another has taken it over.
+            }
+            state.give_back(tenant, weight);
+        });
+    }
+}
+
+/// A place in line; left when the asker goes away.
+struct InLine<'a> {
+    limit: &'a Arc<FairLimit>,
+    tenant: &'a TenantId,
+    id: u64,
+    waits: bool,
+}
+
+impl Drop for InLine<'_> {
+    fn drop(&mut self) {
+        if !self.waits {
+            return;
+        }
+        let (tenant, id) = (self.tenant, self.id);
+        self.limit.settle(|state| {
+            let Some(each) = state.tenants.get_mut(tenant) else { return };
+            let before = each.waiting.len();
+            each.waiting.retain(|waiting| waiting.id != id);
+            state.waiting -= before - each.waiting.len();
+            state.forget(tenant);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    fn tenant(name: &str) -> TenantId {
+        TenantId::new(name).expect("valid")
+    }
+
+    fn now(limit: &Arc<FairLimit>, name: &str) -> Option<Result<Permit, Full>> {
+        let tenant = tenant(name);
+        limit.take(&tenant).now_or_never()
+    }
+
+    #[test]
+    fn a_tenant_that_is_alone_has_all_of_it() {
+        let limit = FairLimit::new(8, 8);
+        let held: Vec<_> = (0..8).map(|_| now(&limit, "a").expect("at once").expect("a permit")).collect();
+        assert_eq!(now(&limit, "a").expect("at once").expect_err("none is left"), Full);
+        drop(held);
+        assert!(limit.state().tenants.is_empty() && limit.state().used == 0);
+    }
+
+    #[test]
+    fn a_tenant_that_comes_late_gets_what_is_returned_first() {
+        let limit = FairLimit::new(8, 8);
+        let mut held: Vec<_> = (0..8).map(|_| now(&limit, "a").expect("at once").expect("a permit")).collect();
+        let late = tenant("b");
+        let mut waits = Box::pin(limit.take(&late));
+        assert!((&mut waits).now_or_never().is_none());
+        assert_eq!(now(&limit, "a").expect("at once").expect_err("a has more than a quarter"), Full);
+        held.pop();
+        let permit = waits.now_or_never().expect("granted").expect("a permit");
+        assert_eq!(limit.state().used_by(&late), 1);
+        drop((permit, held));
+        assert!(limit.state().tenants.is_empty());
+    }
+
+    #[test]
+    fn while_others_ask_a_quarter_stays_free_for_them() {
+        let limit = FairLimit::new(8, 8);
+        drop(now(&limit, "b"));
+        let held: Vec<_> = (0..8).filter_map(|_| now(&limit, "a").expect("at once").ok()).collect();
+        assert_eq!(held.len(), 6);
+        let others: Vec<_> = (0..2).map(|_| now(&limit, "b").expect("at once").expect("a permit")).collect();
+        drop((held, others));
+    }
+
+    #[test]
+    fn one_that_goes_away_while_it_waits_leaves_nothing_behind() {
+        let limit = FairLimit::new(1, 1);
+        let held = now(&limit, "a").expect("at once").expect("a permit");
+        let other = tenant("b");
+        let mut waits = Box::pin(limit.take(&other));
+        assert!((&mut waits).now_or_never().is_none());
+        assert_eq!(now(&limit, "c").expect("at once").expect_err("one waits at most"), Full);
+        drop(waits);
+        assert_eq!(limit.state().waiting, 0);
+        let mut granted = Box::pin(limit.take(&other));
+        assert!((&mut granted).now_or_never().is_none());
+        drop(held);
+        drop(granted); // Granted, and never looked at.
+        assert!(limit.state().tenants.is_empty() && limit.state().used == 0);
+    }
+
+    #[test]
+    fn what_can_give_way_does_so_for_a_tenant_that_has_less_than_a_quarter() {
+        let limit = FairLimit::new(8, 0);
+        let (a, b) = (tenant("a"), tenant("b"));
+        let tokens: Vec<_> = (0..8).map(|_| CancellationToken::new()).collect();
+        let held: Vec<_> = tokens.iter().map(|token| limit.take_over(&a, token).expect("alone")).collect();
+        let new = CancellationToken::new();
+        let first = limit.take_over(&b, &new).expect("the newest of a gives way");
+        assert!(tokens[7].is_cancelled() && !tokens[6].is_cancelled());
+        let second = limit.take_over(&b, &new).expect("b has a quarter then");
+        assert_eq!(limit.take_over(&b, &new).expect_err("and no more"), Full);
+        drop(held);
+        let used = limit.state().used;
+        assert_eq!((used, limit.state().used_by(&b)), (2, 2), "what was taken over is not returned twice");
+        drop((first, second));
+        assert!(limit.state().tenants.is_empty());
+    }
+
+    #[test]
+    fn a_large_weight_waits_until_it_fits_and_is_not_overtaken_for_ever() {
+        let limit = FairLimit::new(8, 8);
+        let (a, b) = (tenant("a"), tenant("b"));
+        let small = limit.wait_for(&a, 4).now_or_never().expect("at once").expect("a permit");
+        let mut large = Box::pin(limit.wait_for(&b, 100));
+        assert!((&mut large).now_or_never().is_none(), "it is cut to all there is");
+        assert!(limit.wait_for(&a, 1).now_or_never().is_none(), "a has more than a quarter, and b waits");
+        drop(small);
+        let large = large.now_or_never().expect("granted").expect("a permit");
+        assert_eq!(limit.state().used, 8);
+        drop(large);
+        assert_eq!(limit.state().used, 0);
+    }
+}
