@@ -190,7 +190,7 @@ impl Driver {
                 }
                 signals = read(&mut reading), if reading.is_some() => {
                     reading = None;
-                    self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
+                    self.on(Stimulus::Signalled(signals), 0.0);
                 }
                 output = rendered(&mut self.rendering), if self.rendering.is_some() => {
                     self.rendering = None;
@@ -219,7 +219,7 @@ impl Driver {
                 biased;
                 () = handle.woken.notified() => {}
                 signals = &mut signals => {
-                    self.run.on(Stimulus::Signalled(signals), self.shared.clock.now(), 0.0);
+                    self.on(Stimulus::Signalled(signals), 0.0);
                     return true;
                 }
             }
@@ -364,7 +364,7 @@ impl Driver {
         self.replies.extend(reply.map(|reply| (stage, reply)));
         let outcome = Outcome { started_at, calls, result };
         let jitter = self.jitter(stage, attempt);
-        self.run.on(Stimulus::Attempted { stage, attempt, outcome }, self.shared.clock.now(), jitter);
+        self.on(Stimulus::Attempted { stage, attempt, outcome }, jitter);
     }
 
     /// The id is random enough to spread the back-offs of runs that failed together.
@@ -413,6 +413,14 @@ impl Driver {
 
     fn instant_of(&self, at: DateTime<Utc>) -> Instant {
         Instant::now() + (at - self.shared.clock.now()).to_std().unwrap_or(Duration::ZERO)
+    }
+
+    /// Takes in what happened now. While this replica drains nothing starts.
+    fn on(&mut self, stimulus: Stimulus, jitter: f64) {
+        if self.shared.drain.is_cancelled() {
+            self.run.drain();
+        }
+        self.run.on(stimulus, self.shared.clock.now(), jitter);
     }
 
     fn due(&mut self) {

@@ -21,6 +21,9 @@ pub struct LlmConfig {
     pub local_cache_max_bytes: u64,
     /// How long a shared cache may take to answer before a call goes on without it.
     pub shared_cache_timeout: Span,
+    /// How long a replica that is cut off from the shared cache may not know of an invalidation: past it, an answer in its
+    /// own memory counts only while it is younger than that.
+    pub shared_cache_window: Span,
     /// When a failing model is spared.
     pub breaker: BreakerConfig,
 }
@@ -33,6 +36,7 @@ impl Default for LlmConfig {
             answer_max_bytes: 4 * 1024 * 1024,
             local_cache_max_bytes: 64 * 1024 * 1024,
             shared_cache_timeout: Span(Duration::from_millis(250)),
+            shared_cache_window: Span(Duration::from_mins(1)),
             breaker: BreakerConfig::default(),
         }
     }

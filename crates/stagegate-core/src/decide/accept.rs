@@ -113,6 +113,7 @@ fn leased(new: &NewRun, pipeline: Arc<Pipeline>, park_after: Duration) -> Run {
         last_signal: 0,
         has_unknown_signal: false,
         is_rendering: false,
+        draining: false,
         outputs: Arc::new(vec![None; stages.len()]),
         stages,
         draft: Draft::default(),

@@ -126,6 +126,8 @@ pub struct Run {
     stages: Vec<StageRun>,
     /// It was asked something that this release does not know.
     has_unknown_signal: bool,
+    /// Its owner is about to leave: nothing starts any more.
+    draining: bool,
     /// The newest signal that was taken in. Until its commit is durable it can be read again.
     last_signal: i64,
     /// Whether every stage has succeeded and the output is being rendered.
@@ -185,6 +187,7 @@ impl Run {
             finished_at: run.finished_at,
             stages: states,
             has_unknown_signal: false,
+            draining: false,
             last_signal: 0,
             is_rendering: false,
             outputs: Arc::new(outputs),
@@ -204,7 +207,7 @@ impl Run {
             Stimulus::Taken(signals) => self.on_taken(signals, now),
             Stimulus::Attempted { stage, attempt, outcome } => self.on_attempted(stage, attempt, outcome, now, jitter),
             Stimulus::Due { stage } => {
-                if self.stages[stage].record.state == StageState::Waiting {
+                if self.stages[stage].record.state == StageState::Waiting && !self.draining {
                     self.start_attempt(stage, now);
                 }
             }
@@ -306,6 +309,12 @@ impl Run {
             self.draft.touch(index);
         }
         self.emit(now, EventKind::RunRetried { stages });
+    }
+
+    /// Its owner is about to leave. What is under way may end and be checkpointed; nothing starts, not even on paper: the
+    /// next owner begins what is ready.
+    pub fn drain(&mut self) {
+        self.draining = true;
     }
 
     /// Whether it was asked something that this release does not know: another replica may.
@@ -410,14 +419,15 @@ impl Run {
             }
             return;
         }
-        for index in 0..self.stages.len() {
-            if self.is_ready(index) {
-                self.start_attempt(index, now);
+        let ready: Vec<usize> = (0..self.stages.len()).filter(|index| self.is_ready(*index)).collect();
+        if !self.draining {
+            for index in &ready {
+                self.start_attempt(*index, now);
             }
         }
         if self.stages.iter().all(|stage| stage.record.state == StageState::Succeeded) {
             self.succeed(now);
-        } else if !any(self, StageState::Running) {
+        } else if !any(self, StageState::Running) && !(self.draining && !ready.is_empty()) {
             self.wait(now);
         }
     }

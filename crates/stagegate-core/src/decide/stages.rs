@@ -103,7 +103,12 @@ impl Run {
                     now,
                     EventKind::StageRetrying { stage: id, attempt, verdict, score, reason, next_at: now, totals },
                 );
-                self.start_attempt(stage, now);
+                if self.draining {
+                    let record = &mut self.stages[stage].record;
+                    (record.state, record.not_before) = (StageState::Waiting, Some(now));
+                } else {
+                    self.start_attempt(stage, now);
+                }
             }
             Verdict::Held => {
                 self.keep_attempt(stage, ended);

@@ -501,3 +501,13 @@ fn an_output_that_comes_after_the_end_changes_nothing() {
     assert!(run.take_step().is_none());
     assert_eq!(run.state(), RunState::Expired);
 }
+
+#[test]
+fn while_its_owner_drains_a_run_is_checkpointed_and_starts_nothing() {
+    let (_, mut run, _) = begin(CANONICAL);
+    run.drain();
+    let step = attempted(&mut run, 0, 1, output(true, true));
+    assert_eq!(started(&step.effects), []);
+    assert!(!names(&step.commit).contains(&"stage.started"), "{:?}", names(&step.commit));
+    assert_eq!((step.commit.checkpoints.len(), step.commit.then), (1, Disposition::Keep), "handed back, not parked");
+}

@@ -173,6 +173,10 @@ async fn a_drained_replica_hands_its_run_to_the_next() {
     bench.engine.drain(Duration::from_secs(5)).await;
     let calls = bench.provider.call_count();
     assert!(calls < 5, "the drain came in the middle");
+    let store: &dyn stagegate_core::Store = &*bench.store;
+    let events = store.events(&TenantId::default(), run, 0, 1_000).await.expect("reads");
+    let count = |name: &str| events.iter().filter(|event| event.kind.name() == name).count();
+    assert_eq!(count("stage.started"), count("stage.succeeded"), "no stage starts while draining");
     let next = engine(quick(), &bench.store, &bench.llm).await;
     finish(&next, run).await;
     assert_state(&bench.detail(run).await.run, RunState::Succeeded);

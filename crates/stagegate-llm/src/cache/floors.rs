@@ -111,6 +111,11 @@ impl Floors {
         (Standing { generation: tenant.generation, floor, shared: tenant.shared }, fresh)
     }
 
+    /// Whether the tier told this reader's floors within this time, or there is none to tell any.
+    pub(crate) fn is_known_within(&self, reader: &Reader, window: Duration) -> bool {
+        !self.has_tier || self.lock().readers.get(reader).is_some_and(|known| known.at.elapsed() <= window)
+    }
+
     /// Takes in what the tier told, asked at `asked`.
     pub(crate) fn learn(&self, reader: &Reader, lookup: &CacheLookup, asked: Instant) -> Standing {
         let mut state = self.lock();

@@ -65,6 +65,8 @@ pub(crate) struct AnswerCache {
     local: Local,
     floors: Floors,
     tier: Option<Spared>,
+    /// How long an invalidation may go unnoticed while the tier is away.
+    window: Duration,
     clock: DebugClock,
     meter: Meter,
 }
@@ -88,6 +90,7 @@ impl AnswerCache {
             local: Local::new(config.local_cache_max_bytes),
             floors: Floors::new(tier.is_some()),
             tier: tier.map(|tier| Spared::new(tier, config.shared_cache_timeout.0)),
+            window: config.shared_cache_window.0,
             clock: DebugClock(clock),
             meter,
         }
@@ -115,7 +118,16 @@ impl AnswerCache {
     pub(crate) fn find_local(&self, look: Look<'_>) -> Option<Arc<Entry>> {
         let (standing, _) = self.floors.standing(look.reader);
         let held = self.local.get(&look.reader.tenant, look.key)?;
-        (held.generation >= standing.floor && self.suits(look, &held.entry)).then(|| Arc::clone(&held.entry))
+        (held.generation >= standing.floor && self.suits(look, &held.entry) && self.is_bounded(look, &held.entry))
+            .then(|| Arc::clone(&held.entry))
+    }
+
+    /// Whether an answer held here cannot be stale for longer than the window: the tier told of invalidations within it,
+    /// or the answer is younger. What only the run that bought it reads is never stale for that run.
+    fn is_bounded(&self, look: Look<'_>, entry: &Entry) -> bool {
+        look.only.is_some()
+            || self.floors.is_known_within(look.reader, self.window)
+            || entry.life_left(self.now_ms(), self.window).is_some()
     }
 
     fn suits(&self, look: Look<'_>, entry: &Entry) -> bool {
@@ -158,7 +170,7 @@ impl AnswerCache {
             }
             return Found::Miss(standing);
         };
-        if held.generation >= standing.floor && self.suits(look, &held.entry) {
+        if held.generation >= standing.floor && self.suits(look, &held.entry) && self.is_bounded(look, &held.entry) {
             if trace {
                 self.meter.cache_lookup("local", "hit");
             }

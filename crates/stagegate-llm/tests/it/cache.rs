@@ -22,6 +22,7 @@ use stagegate_testkit::{
     FakeProvider,
     cache::CacheFixture,
     provider::{Reply, any},
+    proxy::{Mode, Proxy},
     servers::Redis,
 };
 use tokio::{io::AsyncReadExt, net::TcpListener, time::Instant};
@@ -267,6 +268,31 @@ async fn an_invalidation_reaches_every_replica_within_a_second_or_so() {
     assert!(one.llm.peek(&context(), &request("q")).await.is_none(), "here at once");
     until(async || two.llm.peek(&context(), &request("q")).await.is_none()).await;
     assert_eq!(last(&two.ask(&context(), &request("q")).await).origin, Origin::Provider);
+}
+
+#[tokio::test]
+async fn a_replica_that_is_cut_off_serves_what_was_invalidated_for_the_window_at_most() {
+    const WINDOW: Duration = Duration::from_millis(500);
+    let (redis, one, _) = alone().await;
+    let upstream = redis.url().trim_start_matches("redis://").trim_end_matches('/').parse().expect("an address");
+    let proxy = Proxy::start(upstream).await.expect("a proxy");
+    let cut_off = connect(&format!("redis://{}", proxy.address()), &RedisConfig::default());
+    let two = Bench::at(Arc::clone(&one.vendor), Some(cut_off), |config| config.shared_cache_window = Span(WINDOW));
+    one.ask(&context(), &request("q")).await;
+    until(async || last(&two.ask(&context(), &request("q")).await).origin == Origin::CacheLocal).await;
+    proxy.set(Mode::Refuse);
+    one.llm
+        .invalidate(&context().tenant, &CacheScope::Stage(context().pipeline, context().stage))
+        .await
+        .expect("Redis");
+    // Its answer is older than the window; what it knows of invalidations soon is.
+    two.clock.advance(WINDOW * 2);
+    until(async || two.llm.peek(&context(), &request("q")).await.is_none()).await;
+    let bought = one.calls();
+    assert_eq!(last(&two.ask(&context(), &request("q")).await).origin, Origin::Provider);
+    // What it buys itself meanwhile counts.
+    assert_eq!(last(&two.ask(&context(), &request("q")).await).origin, Origin::CacheLocal);
+    assert_eq!(one.calls(), bought + 1);
 }
 
 #[tokio::test]
