@@ -208,12 +208,19 @@ fn place(cause: &str) -> String {
     };
     let line =
         rest.strip_prefix("line ").and_then(|rest| rest.split(':').next()).and_then(|line| line.parse::<u32>().ok());
-    match (path, line) {
+    let at = match (path, line) {
         (Some(path), Some(line)) => format!(" (`{path}`, line {line})"),
         (Some(path), None) => format!(" (`{path}`)"),
         (None, Some(line)) => format!(" (line {line})"),
         (None, None) => String::new(),
-    }
+    };
+    // Causes that are made of numbers and of the template's own words.
+    let own = ["it has more than ", "it takes more than ", "it uses a value that is not there"];
+    let cause = match line {
+        Some(_) => rest.split_once(": ").map_or("", |(_, cause)| cause),
+        None => rest,
+    };
+    if own.iter().any(|own| cause.starts_with(own)) { format!("{at}: {cause}") } else { at }
 }
 
 /// A concurrency key as text.

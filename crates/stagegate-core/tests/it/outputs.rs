@@ -111,7 +111,8 @@ fn a_template_that_fails_names_its_stage_and_the_cause() {
     let outputs = [Some(Arc::new(json!({"other": 1}))), None, None];
     let failure = pipeline.render(1, &context(&input, &outputs)).expect_err("no items");
     assert_eq!((failure.code, failure.stage.as_ref().map(StageId::as_str)), (Code::TemplateFailed, Some("text")));
-    assert!(failure.message.contains("stage `text`") && failure.message.contains("items"), "{}", failure.message);
+    assert!(failure.message.contains("stage `text`"), "{}", failure.message);
+    assert!(failure.detail.is_some_and(|detail| detail.contains("items")));
     let failure = pipeline.render_output(&context(&input, &outputs)).expect_err("not there");
     assert!(failure.message.contains("the run's output"), "{}", failure.message);
 }
