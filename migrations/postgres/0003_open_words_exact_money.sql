@@ -560,3 +560,12 @@ ALTER TABLE stages
     ADD COLUMN unknown_calls integer NOT NULL DEFAULT 0,
     ADD COLUMN unknown_nanos bigint NOT NULL DEFAULT 0,
     ADD COLUMN former_owners integer NOT NULL DEFAULT 0;
+
+-- ---- Waiting ----------------------------------------------------------------------------------------------------
+
+-- What bounds the attempts at a stage. Null where a replica of schema 2 wrote the row, to which every attempt
+-- counts.
+ALTER TABLE stages
+    ADD COLUMN judged integer,
+    ADD COLUMN outages integer,
+    ADD COLUMN outage_since timestamptz;

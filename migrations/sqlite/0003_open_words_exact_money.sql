@@ -20,3 +20,11 @@ ALTER TABLE runs ADD COLUMN unknown_nanos INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE stages ADD COLUMN unknown_calls INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE stages ADD COLUMN unknown_nanos INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE stages ADD COLUMN former_owners INTEGER NOT NULL DEFAULT 0;
+
+-- ---- Waiting ----------------------------------------------------------------------------------------------------
+
+-- What bounds the attempts at a stage. Null where a replica of schema 2 wrote the row, to which every attempt
+-- counts.
+ALTER TABLE stages ADD COLUMN judged INTEGER;
+ALTER TABLE stages ADD COLUMN outages INTEGER;
+ALTER TABLE stages ADD COLUMN outage_since INTEGER;

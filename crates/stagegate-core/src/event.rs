@@ -202,6 +202,9 @@ pub enum EventKind {
         /// When it goes on by itself, where it does.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         until: Option<DateTime<Utc>>,
+        /// What for, in a sentence.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        reason: Option<String>,
     },
     /// Somebody asked for another try of what failed.
     #[serde(rename = "run.retried")]

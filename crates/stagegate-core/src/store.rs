@@ -18,7 +18,9 @@ use utoipa::ToSchema;
 
 mod records;
 
-pub use records::{Backlog, Kept, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, StageDetail, StageRecord};
+pub use records::{
+    Backlog, Kept, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, StageDetail, StageRecord, Waiting,
+};
 
 pub use crate::access::{ApiKey, NewApiKey, Role};
 use crate::{

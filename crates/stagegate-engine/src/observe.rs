@@ -96,7 +96,7 @@ fn log(kind: &EventKind) {
         EventKind::RunAccepted { .. } => tracing::debug!(event, "run accepted"),
         EventKind::RunStarted => tracing::debug!(event, "run started"),
         EventKind::RunResumed { checkpoints } => tracing::info!(event, checkpoints, "run resumed"),
-        EventKind::RunWaiting { until } => tracing::info!(event, ?until, "run waiting"),
+        EventKind::RunWaiting { until, .. } => tracing::info!(event, ?until, "run waiting"),
         EventKind::RunRetried { stages } => tracing::info!(event, stages = stages.len(), "run retried"),
         EventKind::RunFinished { state, failure, totals } => {
             let (cost_usd, hits) = (totals.cost_usd.dollars(), totals.hits);

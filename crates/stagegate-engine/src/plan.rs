@@ -199,6 +199,7 @@ impl Planner<'_> {
             attempt: 1,
             cache_mode: cache.mode,
             cache_ttl: cache.ttl.0,
+            timeout: PEEK_TIMEOUT,
             deadline: Instant::now() + PEEK_TIMEOUT,
             purse: None,
         };

@@ -15,7 +15,7 @@ use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered}
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
     Code, Error, Failure, Json, Verdict,
-    decide::{AttemptResult, Effect, Outcome, Run, Stimulus},
+    decide::{AttemptResult, Effect, FailureKind, Outcome, Run, Stimulus},
     pipeline::{Part, Seen, Work},
     store::{Committed, Disposition, Signal},
 };
@@ -310,11 +310,10 @@ impl Driver {
         let books = Books::open(self.budget.clone(), self.run.former_owners(stage));
         let context = self.context(stage, attempt, started_at, Arc::clone(&books));
         let span = tracing::info_span!("stage", stage_id = %context.stage().id, attempt);
-        let timeout = context.stage().timeout;
         let work = async move {
             let deadline = context.deadline;
             let ended = tokio::time::timeout_at(deadline, kinds::attempt(&context)).await;
-            let attempted = ended.unwrap_or_else(|_| Attempted { result: timed_out(timeout), reply: None });
+            let attempted = ended.unwrap_or_else(|_| Attempted { result: out_of_time(), reply: None });
             (stage, attempt, attempted)
         };
         debug_assert!(std::mem::size_of_val(&work) <= ATTEMPT_MAX_BYTES, "{}", std::mem::size_of_val(&work));
@@ -351,7 +350,7 @@ impl Driver {
             critique: run.critique(stage),
             cache_mode: run.cache_mode(),
             books,
-            deadline: Instant::now() + run.pipeline().stages[stage].timeout.min(left),
+            deadline: Instant::now() + left,
         }
     }
 
@@ -482,12 +481,12 @@ async fn acked(committing: &mut Option<Committing>) -> Result<Committed, Error> 
     }
 }
 
-fn timed_out(timeout: Duration) -> AttemptResult {
+/// The run has expired by then.
+fn out_of_time() -> AttemptResult {
     AttemptResult::Failed {
         code: stagegate_core::Code::StageTimeout,
-        message: format!("the attempt took longer than the stage's timeout of {timeout:?}"),
+        message: "the attempt was not over at the run's deadline".to_owned(),
         detail: None,
-        retryable: true,
-        retry_after: None,
+        kind: FailureKind::Outage { told: None },
     }
 }

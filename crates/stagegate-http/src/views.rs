@@ -8,7 +8,7 @@ use stagegate_core::{
     Attempt, Checkpoint, Failure, Json, ModelRef, Origin, Pipeline, PipelineName, RunId, RunState, StageId, StageState,
     TenantId, Totals, Verdict,
     pipeline::{CacheMode, Labels},
-    store::{PipelineVersion, RunRecord, StageRecord},
+    store::{PipelineVersion, RunRecord, StageRecord, Waiting},
 };
 use utoipa::{
     ToSchema,
@@ -266,6 +266,8 @@ pub(crate) struct RunDetailView {
     /// The run.
     #[serde(flatten)]
     pub(crate) run: RunView,
+    /// What it waits for, where it does.
+    pub(crate) waiting: Option<Waiting>,
     /// The stages in topological order, those that have not begun included.
     pub(crate) stages: Vec<StageView>,
     /// The input.
@@ -299,6 +301,8 @@ pub(crate) struct StageView {
     origin: Option<Origin>,
     /// What it took so far, over all attempts.
     totals: Totals,
+    /// What it waits for, where it does.
+    waiting: Option<Waiting>,
     /// Why it failed.
     failure: Option<Failure>,
     /// When its first attempt started.
@@ -331,6 +335,7 @@ impl StageView {
         Self {
             links: StageLinks { approve: format!("{own}/approve"), reject: format!("{own}/reject"), own },
             duration_ms: stage.started_at.map(duration),
+            waiting: stage.waiting(),
             needs,
             id: stage.id,
             state: stage.state,
@@ -341,7 +346,8 @@ impl StageView {
             model: stage.model,
             origin: stage.origin,
             totals: stage.totals,
-            failure: stage.failure,
+            // Of a stage that goes on, it is what it waits out, which `waiting` tells.
+            failure: stage.failure.filter(|_| !matches!(stage.state, StageState::Running | StageState::Waiting)),
             started_at: stage.started_at,
             finished_at: stage.finished_at,
         }

@@ -262,6 +262,7 @@ impl Bench {
             cache_ttl: Duration::from_hours(24),
             attempt: 1,
             purse: None,
+            timeout: Duration::from_mins(1),
             deadline: tokio::time::Instant::now() + Duration::from_mins(1),
         }
     }

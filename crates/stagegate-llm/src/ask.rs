@@ -1,10 +1,11 @@
 //! One request to the layer: owns the order of things. For each model of the chain the cache, then a flight that may be
 //! shared, then the next model; and who pays, who shares, and what the caller is told when all of them failed.
 
-use std::{sync::Arc, time::Duration};
+use std::{sync::Arc, task::Poll, time::Duration};
 
-use stagegate_core::{Code, LedgerEntry, ModelRef, Origin, cache::CacheKey, pipeline::CacheMode};
-use tokio::time::{Instant, timeout_at};
+use futures::poll;
+use stagegate_core::{Code, LedgerEntry, ModelRef, Origin, cache::CacheKey, decide::FailureKind, pipeline::CacheMode};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
     CallContext, CallError, Reply, Request,
@@ -14,6 +15,7 @@ use crate::{
         floors::{Reader, Standing},
     },
     call::{Caller, Failed, FlightKey, Job, Landed, Paid, millis, unheard_of},
+    inflight::Ticket,
     key::{answer_key, stage_key},
     prices::DEFAULT_MAX_OUTPUT_TOKENS,
     purse::{Refusal, Reservation},
@@ -139,18 +141,24 @@ fn rows(failures: &[(&ModelRef, Failed)], request: &Request) -> Vec<LedgerEntry>
     failures.iter().filter_map(row).collect()
 }
 
-/// The last model's error, with what the others said about trying again.
+/// What a chain comes to that brought no answer: an outage, where one of its models may answer later; else the last model's
+/// error, which is worth another try where one of them gave an answer that cannot be used.
 fn give_up(mut failures: Vec<(&ModelRef, Failed)>, request: &Request) -> CallError {
     let calls = rows(&failures, request);
-    let retryable = failures.iter().any(|(_, failed)| failed.retryable);
-    let waits = failures.iter().filter(|(_, failed)| failed.retryable).filter_map(|(_, failed)| failed.retry_after);
-    let retry_after = waits.min();
     let partial = failures.iter_mut().rev().find_map(|(_, failed)| failed.partial.take());
-    let (code, message, detail) = match failures.pop() {
-        Some((_, last)) => (last.code, last.message, last.detail),
-        None => (Code::UnknownModel, "the request names no model".to_owned(), None),
+    let is_unusable = failures.iter().any(|(_, failed)| failed.kind == FailureKind::Unusable);
+    // The outage that passes first; one that did not say when may pass at once.
+    let rank = |failed: &Failed| match failed.kind {
+        FailureKind::Outage { told } => (true, std::cmp::Reverse(told)),
+        FailureKind::Unusable | FailureKind::Final => (false, std::cmp::Reverse(None)),
     };
-    CallError { code, message, detail, retryable, retry_after, partial, calls }
+    let speaks = failures.into_iter().map(|(_, failed)| failed).max_by_key(rank);
+    let missing = || Failed::unasked(Code::UnknownModel, "the request names no model".to_owned(), FailureKind::Final);
+    let Failed { code, message, detail, mut kind, .. } = speaks.unwrap_or_else(missing);
+    if kind == FailureKind::Final && is_unusable {
+        kind = FailureKind::Unusable;
+    }
+    CallError { code, message, detail, kind, partial, calls }
 }
 
 async fn ask(
@@ -248,7 +256,7 @@ async fn board(
             })
         }
     };
-    let mut landed = timeout_at(context.deadline, &mut ticket.flight).await.ok();
+    let mut landed = landing(&mut ticket, context).await;
     if landed.is_none() && ticket.progress.is_storing() {
         // It is paid for and there; a slow cache does not take it away.
         landed = Some((&mut ticket.flight).await);
@@ -258,11 +266,13 @@ async fn board(
     let Some(landed) = landed else {
         // Before this share is dropped: should it be the last one, the call ends as one that was too slow.
         ticket.progress.note_deadline();
-        if !ticket.progress.is_calling() {
+        let Some(called_at) = ticket.progress.called_at() else {
             return Err(late(&model, "waited for a slot of its provider (max_concurrency)"));
-        }
-        let paid = pays.then(|| unheard_of(&worst, started.elapsed()));
-        return Err(Failed { paid, ..late(&model, "was under way") });
+        };
+        let paid = pays.then(|| unheard_of(&worst, called_at.elapsed()));
+        let failed =
+            if Instant::now() >= context.deadline { late(&model, "was under way") } else { slow(&model, context) };
+        return Err(Failed { paid, ..failed });
     };
     match &*landed {
         Landed::Unpaid => Ok(None),
@@ -302,12 +312,38 @@ async fn reserve(
         Ok(Err(Refusal::Unpriced)) => format!("`{model}` has no price, so that it cannot be held to the run's budget"),
         Err(_) => return Err(late(model, "waited for other calls of its run to leave room in the budget")),
     };
-    Err(Failed::unasked(Code::BudgetExhausted, message, false))
+    Err(Failed::unasked(Code::BudgetExhausted, message, FailureKind::Final))
+}
+
+/// Waits for a flight: without a clock while it waits for its turn, then for as long as one call may take.
+async fn landing(ticket: &mut Ticket<Landed>, context: &CallContext) -> Option<Arc<Landed>> {
+    let joined = Instant::now();
+    // Mostly the call goes out at once: then there is one timer, and no more.
+    if let Poll::Ready(landed) = poll!(&mut ticket.flight) {
+        return Some(landed);
+    }
+    let called_at = match ticket.progress.called_at() {
+        Some(at) => at,
+        None => tokio::select! {
+            biased;
+            landed = &mut ticket.flight => return Some(landed),
+            at = ticket.progress.called() => at,
+            () = sleep_until(context.deadline) => return None,
+        },
+    };
+    let until =
+        called_at.max(joined).checked_add(context.timeout).map_or(context.deadline, |at| at.min(context.deadline));
+    timeout_at(until, &mut ticket.flight).await.ok()
 }
 
 fn late(model: &ModelRef, what: &str) -> Failed {
     let message = format!("the deadline passed while the call to `{model}` {what}");
-    Failed::unasked(Code::ProviderTimeout, message, true)
+    Failed::unasked(Code::ProviderTimeout, message, FailureKind::Outage { told: None })
+}
+
+fn slow(model: &ModelRef, context: &CallContext) -> Failed {
+    let message = format!("`{model}` did not answer within {:?} (the stage's `timeout`)", context.timeout);
+    Failed::unasked(Code::ProviderTimeout, message, FailureKind::Outage { told: None })
 }
 
 pub(crate) async fn peek(caller: &Arc<Caller>, context: &CallContext, request: &Request) -> Option<Reply> {
@@ -342,12 +378,14 @@ pub(crate) async fn remember(caller: &Arc<Caller>, context: &CallContext, reques
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Partial;
 
-    fn failed(code: Code, retryable: bool, retry_after: Option<u64>) -> Failed {
-        Failed {
-            retry_after: retry_after.map(Duration::from_secs),
-            ..Failed::unasked(code, code.title().to_owned(), retryable)
-        }
+    fn failed(code: Code, kind: FailureKind) -> Failed {
+        Failed::unasked(code, code.title().to_owned(), kind)
+    }
+
+    fn outage(code: Code, told_s: Option<u64>) -> Failed {
+        failed(code, FailureKind::Outage { told: told_s.map(Duration::from_secs) })
     }
 
     fn request() -> Request {
@@ -362,23 +400,35 @@ mod tests {
     }
 
     #[test]
-    fn the_error_is_the_last_models_and_can_be_retried_if_any_can() {
+    fn a_chain_waits_for_the_outage_that_passes_first() {
         let model = ModelRef::new("sim/a").expect("a model");
-        let mut truncated = failed(Code::ProviderMalformed, true, None);
-        truncated.partial = Some("half an ans".to_owned());
-        let failures = vec![
-            (&model, failed(Code::ProviderRateLimited, true, Some(30))),
-            (&model, failed(Code::BreakerOpen, true, Some(5))),
-            (&model, truncated),
-            (&model, failed(Code::ProviderQuota, false, Some(1))),
+        let mut cut = failed(Code::ProviderMalformed, FailureKind::Unusable);
+        let partial =
+            Partial { content: "half an ans".to_owned(), model: model.clone(), message: "it was cut".to_owned() };
+        cut.partial = Some(partial.clone());
+        let mut failures = vec![
+            (&model, outage(Code::ProviderRateLimited, Some(30))),
+            (&model, outage(Code::BreakerOpen, Some(5))),
+            (&model, cut),
+            (&model, failed(Code::ProviderQuota, FailureKind::Final)),
         ];
-        let error = give_up(failures, &request());
-        assert_eq!((error.code, error.retryable), (Code::ProviderQuota, true));
-        assert_eq!(error.retry_after, Some(Duration::from_secs(5)), "what cannot be retried has no say");
-        assert_eq!(error.partial.as_deref(), Some("half an ans"));
+        let error = give_up(failures.clone(), &request());
+        assert_eq!((error.code, error.kind.told()), (Code::BreakerOpen, Some(Duration::from_secs(5))));
+        assert_eq!(error.partial, Some(partial), "an answer stays what it is, with what was wrong with it");
         assert!(error.calls.is_empty(), "nobody was called");
+        failures.push((&model, outage(Code::ProviderFailed, None)));
+        let error = give_up(failures.clone(), &request());
+        assert_eq!((error.code, error.kind), (Code::ProviderFailed, FailureKind::Outage { told: None }));
+    }
 
-        let final_one = give_up(vec![(&model, failed(Code::ProviderAuth, false, Some(1)))], &request());
-        assert_eq!((final_one.retryable, final_one.retry_after), (false, None));
+    #[test]
+    fn without_an_outage_the_last_error_is_told_and_an_answer_that_cannot_be_used_counts() {
+        let model = ModelRef::new("sim/a").expect("a model");
+        let unusable = failed(Code::ProviderMalformed, FailureKind::Unusable);
+        let refused = failed(Code::ProviderAuth, FailureKind::Final);
+        let error = give_up(vec![(&model, unusable), (&model, refused.clone())], &request());
+        assert_eq!((error.code, error.kind), (Code::ProviderAuth, FailureKind::Unusable));
+        let error = give_up(vec![(&model, refused)], &request());
+        assert_eq!((error.code, error.kind), (Code::ProviderAuth, FailureKind::Final));
     }
 }

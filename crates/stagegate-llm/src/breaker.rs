@@ -2,27 +2,24 @@
 //! shared cache. It counts only what says that the other side is ill; what counts is the caller's to say.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use stagegate_core::ModelRef;
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
-use crate::{config::BreakerConfig, meter::Meter};
+use crate::config::BreakerConfig;
 
-/// Models that have a breaker, at most. Past it the closed ones are forgotten: they hold nothing but a window.
-const BREAKERS_MAX: usize = 1_024;
-/// How soon to ask again while another call probes.
-const PROBE_WAIT: Duration = Duration::from_secs(1);
+/// Calls that probe at once. More than one, so that a slow one does not keep the others from a model that is back.
+const PROBES_MAX: usize = 3;
 
 /// Where a breaker stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum BreakerState {
     /// Calls pass.
     Closed,
-    /// One call probes; others are refused.
+    /// A few calls probe; others wait for what comes of them.
     HalfOpen,
     /// Calls are refused.
     Open,
@@ -33,6 +30,17 @@ pub(crate) enum BreakerState {
 pub(crate) struct Breaker {
     config: Arc<BreakerConfig>,
     inner: Arc<Mutex<Inner>>,
+    /// It stands otherwise than before, or a probe was abandoned.
+    changed: Arc<Notify>,
+}
+
+/// Why a call does not pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// It is open, so long.
+    Open(Duration),
+    /// Others probe; see [`Breaker::passable`].
+    Probing,
 }
 
 #[derive(Debug)]
@@ -52,7 +60,7 @@ enum Phase {
         until: Instant,
     },
     HalfOpen {
-        probing: bool,
+        probes: usize,
     },
 }
 
@@ -65,7 +73,7 @@ impl Inner {
     /// An open breaker whose time is over is half open, whether or not anybody asked yet.
     fn wake(&mut self) {
         if matches!(self.phase, Phase::Open { until } if Instant::now() >= until) {
-            self.turn(Phase::HalfOpen { probing: false });
+            self.turn(Phase::HalfOpen { probes: 0 });
         }
     }
 }
@@ -74,7 +82,7 @@ impl Breaker {
     /// A closed one.
     pub(crate) fn new(config: Arc<BreakerConfig>) -> Self {
         let phase = Phase::Closed { window: VecDeque::new() };
-        Self { config, inner: Arc::new(Mutex::new(Inner { phase, round: 0 })) }
+        Self { config, inner: Arc::new(Mutex::new(Inner { phase, round: 0 })), changed: Arc::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -82,29 +90,47 @@ impl Breaker {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a call pass, or says how long to wait. Whoever got a permit says how the call went; a permit that is
-    /// dropped says nothing.
-    pub(crate) fn admit(&self) -> Result<Permit, Duration> {
+    /// Lets a call pass, or says why not. Whoever got a permit says how the call went; a permit that is dropped says
+    /// nothing.
+    pub(crate) fn admit(&self) -> Result<Permit, Refusal> {
         let mut inner = self.lock();
         inner.wake();
         match &mut inner.phase {
             Phase::Closed { .. } => {}
-            Phase::Open { until } => return Err(until.saturating_duration_since(Instant::now())),
-            Phase::HalfOpen { probing: true } => return Err(PROBE_WAIT.min(self.config.open_for.0)),
-            Phase::HalfOpen { probing } => *probing = true,
+            Phase::Open { until } => return Err(Refusal::Open(until.saturating_duration_since(Instant::now()))),
+            Phase::HalfOpen { probes } if *probes >= PROBES_MAX => return Err(Refusal::Probing),
+            Phase::HalfOpen { probes } => *probes += 1,
         }
         let round = inner.round;
         Ok(Permit { breaker: self.clone(), round, told: false })
     }
 
-    /// How long to wait, if a call would be refused now. Admits nothing.
-    pub(crate) fn refusal(&self) -> Option<Duration> {
+    /// Why a call would be refused now, if it would. Admits nothing.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
         let mut inner = self.lock();
         inner.wake();
         match inner.phase {
-            Phase::Open { until } => Some(until.saturating_duration_since(Instant::now())),
-            Phase::HalfOpen { probing: true } => Some(PROBE_WAIT.min(self.config.open_for.0)),
+            Phase::Open { until } => Some(Refusal::Open(until.saturating_duration_since(Instant::now()))),
+            Phase::HalfOpen { probes } if probes >= PROBES_MAX => Some(Refusal::Probing),
             _ => None,
+        }
+    }
+
+    /// Returns once a call may pass, for which it waits while others probe; or how long the breaker is open.
+    pub(crate) async fn passable(&self) -> Result<(), Duration> {
+        loop {
+            match self.refusal() {
+                None => return Ok(()),
+                Some(Refusal::Open(left)) => return Err(left),
+                Some(Refusal::Probing) => {}
+            }
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            // It may have changed before this began to listen.
+            if self.refusal() == Some(Refusal::Probing) {
+                changed.await;
+            }
         }
     }
 
@@ -137,8 +163,9 @@ impl Breaker {
             (Phase::HalfOpen { .. }, Outcome::Success | Outcome::Reached) => {
                 Some(Phase::Closed { window: VecDeque::new() })
             }
-            (Phase::HalfOpen { probing }, Outcome::Abandoned) => {
-                *probing = false;
+            (Phase::HalfOpen { probes }, Outcome::Abandoned) => {
+                *probes = probes.saturating_sub(1);
+                self.changed.notify_waiters();
                 None
             }
             _ => None,
@@ -146,6 +173,7 @@ impl Breaker {
         let changes = next.is_some();
         if let Some(phase) = next {
             inner.turn(phase);
+            self.changed.notify_waiters();
         }
         changes
     }
@@ -208,64 +236,6 @@ impl Drop for Permit {
     }
 }
 
-/// The breakers of the models.
-#[derive(Debug)]
-pub(crate) struct Breakers {
-    config: Arc<BreakerConfig>,
-    by_model: Mutex<HashMap<ModelRef, Breaker>>,
-}
-
-impl Breakers {
-    /// None yet.
-    pub(crate) fn new(config: BreakerConfig) -> Self {
-        Self { config: Arc::new(config), by_model: Mutex::default() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<ModelRef, Breaker>> {
-        self.by_model.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The breaker of a model.
-    pub(crate) fn of(&self, model: &ModelRef) -> Breaker {
-        let mut by_model = self.lock();
-        if let Some(breaker) = by_model.get(model) {
-            return breaker.clone();
-        }
-        if by_model.len() >= BREAKERS_MAX {
-            by_model.retain(|_, breaker| breaker.state() != BreakerState::Closed);
-        }
-        if by_model.len() >= BREAKERS_MAX {
-            by_model.clear();
-        }
-        by_model.entry(model.clone()).or_insert_with(|| Breaker::new(Arc::clone(&self.config))).clone()
-    }
-
-    /// Models of a provider whose breaker is open.
-    pub(crate) fn open_of(&self, provider: &str) -> Vec<String> {
-        let by_model = self.lock();
-        let mut open: Vec<_> = by_model
-            .iter()
-            .filter(|(model, breaker)| model.provider() == provider && breaker.state() == BreakerState::Open)
-            .map(|(model, _)| model.model().to_owned())
-            .collect();
-        open.sort();
-        open
-    }
-
-    /// Publishes the state of a model. Models that share a label show the worst of them.
-    pub(crate) fn publish(&self, model: &ModelRef, meter: &Meter) {
-        let label = meter.labels(model);
-        let by_model = self.lock();
-        let worst = by_model
-            .iter()
-            .filter(|(other, _)| meter.labels(other) == label)
-            .map(|(_, breaker)| breaker.state())
-            .max()
-            .unwrap_or(BreakerState::Closed);
-        meter.breaker(model, worst);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use stagegate_core::pipeline::Span;
@@ -275,7 +245,8 @@ mod tests {
     const OPEN_FOR: Duration = Duration::from_secs(10);
 
     fn breaker() -> Breaker {
-        let config = BreakerConfig { window_calls: 4, min_calls: 2, failure_rate: 0.5, open_for: Span(OPEN_FOR) };
+        let config =
+            BreakerConfig { window_calls: 4, min_calls: 2, open_for: Span(OPEN_FOR), ..BreakerConfig::default() };
         Breaker::new(Arc::new(config))
     }
 
@@ -295,10 +266,11 @@ mod tests {
         assert_eq!(breaker.state(), BreakerState::Closed, "one call is too few");
         breaker.admit().expect("closed").success();
         assert_eq!(breaker.state(), BreakerState::Open, "one of two is half");
-        assert_eq!(breaker.admit().expect_err("open"), OPEN_FOR);
+        assert_eq!(breaker.admit().expect_err("open"), Refusal::Open(OPEN_FOR));
         tokio::time::advance(Duration::from_secs(4)).await;
-        assert_eq!(breaker.admit().expect_err("open"), Duration::from_secs(6), "it says how long is left");
-        assert_eq!(breaker.refusal(), Some(Duration::from_secs(6)));
+        let left = Refusal::Open(Duration::from_secs(6));
+        assert_eq!(breaker.admit().expect_err("open"), left, "it says how long is left");
+        assert_eq!(breaker.refusal(), Some(left));
     }
 
     #[tokio::test(start_paused = true)]
@@ -328,14 +300,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn half_open_lets_one_call_probe() {
+    async fn half_open_lets_a_few_calls_probe_and_the_others_wait_for_what_comes_of_them() {
         let breaker = open();
+        assert_eq!(breaker.passable().await, Err(OPEN_FOR));
         tokio::time::advance(OPEN_FOR).await;
         assert_eq!(breaker.state(), BreakerState::HalfOpen);
-        let probe = breaker.admit().expect("the probe");
-        assert!(breaker.admit().is_err(), "one is enough");
-        probe.failure();
-        assert_eq!(breaker.admit().expect_err("open again"), OPEN_FOR);
+        let mut probes: Vec<_> = (0..PROBES_MAX).map(|_| breaker.admit().expect("a probe")).collect();
+        assert_eq!(breaker.admit().expect_err("these are enough"), Refusal::Probing);
+        let waiting = breaker.clone();
+        let waiter = tokio::spawn(async move { waiting.passable().await });
+        tokio::task::yield_now().await;
+        assert!(!waiter.is_finished());
+        probes.pop().expect("one of them").failure();
+        assert_eq!(waiter.await.expect("no panic"), Err(OPEN_FOR), "open again");
+        assert_eq!(breaker.admit().expect_err("open again"), Refusal::Open(OPEN_FOR));
+        drop(probes);
 
         tokio::time::advance(OPEN_FOR).await;
         breaker.admit().expect("the next probe").success();
@@ -350,6 +329,7 @@ mod tests {
         tokio::time::advance(OPEN_FOR).await;
         drop(breaker.admit().expect("the probe"));
         assert_eq!(breaker.state(), BreakerState::HalfOpen);
+        assert_eq!(breaker.passable().await, Ok(()));
         breaker.admit().expect("another probe").reached();
         assert_eq!(breaker.state(), BreakerState::Closed, "a refusal shows that it is back");
     }
@@ -364,14 +344,5 @@ mod tests {
         tokio::time::advance(OPEN_FOR).await;
         late.failure();
         assert_eq!(breaker.state(), BreakerState::HalfOpen);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn breakers_are_bounded() {
-        let breakers = Breakers::new(BreakerConfig::default());
-        for n in 0..3 * BREAKERS_MAX {
-            let _ = breakers.of(&ModelRef::new(format!("sim/{n}")).expect("a model"));
-        }
-        assert!(breakers.lock().len() <= BREAKERS_MAX);
     }
 }

@@ -1,34 +1,40 @@
-//! One call to one model: owns the way from a request to an answer that can be used, or to the reason why not. Breaker,
-//! then a slot, then the provider; then it is weighed, priced, counted and stored.
+//! One call to one model: owns the way from a request to an answer that can be used, or to the reason why not. Breaker
+//! and pace, then a slot, then the provider; then it is weighed, priced, counted and stored.
 
 #![expect(clippy::result_large_err, reason = "a failure carries what its call took; it ends a call that took seconds")]
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt::Write, sync::Arc, time::Duration};
 
 use stagegate_core::{
     CallPurpose, Clock, Code, LedgerEntry, ModelRef, Origin, Usage, Usd,
     cache::{CacheKey, CacheTier},
+    decide::FailureKind,
     pipeline::{Message, OutputFormat, Params, unfenced},
 };
 use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
 
 use crate::{
-    Request,
-    breaker::{BreakerState, Breakers, Permit},
+    Partial, Request,
+    breaker::{BreakerState, Permit},
     cache::{
         AnswerCache, Look,
         entry::{Buyer, Entry, NewEntry, Only, jittered},
         floors::{Reader, Standing},
     },
     config::{DEFAULT_MAX_CONCURRENCY, LlmConfig},
+    door::{Door, Doors, Shut},
     inflight::{Flights, Progress},
     limit::Served,
     meter::Meter,
     prices::{DEFAULT_MAX_OUTPUT_TOKENS, Prices, count_tokens_typical, count_tokens_upper, text_tokens_typical},
     provider::{Answer, Finish, Provider, ProviderError, ProviderRequest},
     purse::Reservation,
+    turns::{Full, Turn},
 };
+
+/// When to come back where too many wait.
+const FULL_WAIT: Duration = Duration::from_secs(2);
 
 /// Which flight a request may join: the one that will be stored under its key. One that refreshes joins only others
 /// that do, since its caller does not want what somebody else began to buy before it asked.
@@ -43,7 +49,11 @@ pub(crate) struct FlightKey {
 pub(crate) struct Caller {
     pub(crate) providers: BTreeMap<String, Served>,
     pub(crate) prices: Arc<Prices>,
-    pub(crate) breakers: Breakers,
+    pub(crate) doors: Doors,
+    /// The longest wait that a provider is granted.
+    retry_after_max: Duration,
+    /// A call that was given up counts as the model's failure only where it had so long.
+    slow_call: Duration,
     pub(crate) cache: Arc<AnswerCache>,
     pub(crate) flights: Arc<Flights<FlightKey, Landed>>,
     pub(crate) meter: Meter,
@@ -136,17 +146,16 @@ pub(crate) struct Failed {
     pub(crate) message: String,
     /// The provider's words, where it had some.
     pub(crate) detail: Option<String>,
-    pub(crate) retryable: bool,
-    pub(crate) retry_after: Option<Duration>,
-    pub(crate) partial: Option<String>,
+    pub(crate) kind: FailureKind,
+    pub(crate) partial: Option<Partial>,
     /// None where no provider was asked.
     pub(crate) paid: Option<Paid>,
 }
 
 impl Failed {
     /// A failure before any provider was asked.
-    pub(crate) fn unasked(code: Code, message: String, retryable: bool) -> Self {
-        Self { code, message, detail: None, retryable, retry_after: None, partial: None, paid: None }
+    pub(crate) fn unasked(code: Code, message: String, kind: FailureKind) -> Self {
+        Self { code, message, detail: None, kind, partial: None, paid: None }
     }
 }
 
@@ -168,7 +177,9 @@ impl Caller {
         Self {
             providers: providers.into_iter().map(serve).collect(),
             prices,
-            breakers: Breakers::new(config.breaker.clone()),
+            doors: Doors::new(config.breaker.clone()),
+            retry_after_max: config.retry_after_max.0,
+            slow_call: config.breaker.slow_call.0,
             cache: Arc::new(AnswerCache::new(config, tier, clock, meter.clone())),
             flights: Arc::default(),
             meter,
@@ -230,15 +241,10 @@ impl Caller {
     ) -> Result<Bought, Stopped> {
         let model = &job.reader.model;
         let served = self.served(model)?;
-        let breaker = self.breakers.of(model);
-        // Asked twice: nobody queues for a model that is spared, and who queued while it began to fail does not call it.
-        if let Some(left) = breaker.refusal() {
-            return Err(spared(model, left).into());
-        }
-        let _slot = served.slot().await;
-        let permit = breaker.admit().map_err(|left| spared(model, left))?;
-        if breaker.state() == BreakerState::HalfOpen {
-            self.breakers.publish(model, &self.meter);
+        let door = self.doors.of(model);
+        let (_slot, permit) = enter(served, &door, job).await.map_err(|shut| unasked(model, shut))?;
+        if door.state() == BreakerState::HalfOpen {
+            self.doors.publish(model, &self.meter);
         }
         if reservation.as_mut().is_some_and(|reservation| !reservation.send()) {
             return Err(Stopped::Unpaid);
@@ -260,10 +266,15 @@ impl Caller {
         match answer {
             Ok(answer) => {
                 served.note(answer.limits, None);
+                door.answered();
                 Ok(self.weigh(job, answer, latency)?)
             }
-            Err(error) => {
+            Err(mut error) => {
                 served.note(error.limits, Some(error.code));
+                self.grant(&mut error);
+                if let Some(told) = error.retry_after.filter(|_| is_outage(&error)) {
+                    door.asked_to_wait(told);
+                }
                 Err(self.failed(job, error, latency).into())
             }
         }
@@ -275,11 +286,11 @@ impl Caller {
             Some(served) if served.provider.is_configured() => Ok(served),
             Some(_) => {
                 let message = format!("the provider `{}` has no key", model.provider());
-                Err(Failed::unasked(Code::ProviderWithoutKey, message, false))
+                Err(Failed::unasked(Code::ProviderWithoutKey, message, FailureKind::Final))
             }
             None => {
                 let message = format!("no configured provider serves `{model}`");
-                Err(Failed::unasked(Code::UnknownModel, message, false))
+                Err(Failed::unasked(Code::UnknownModel, message, FailureKind::Final))
             }
         }
     }
@@ -292,7 +303,7 @@ impl Caller {
             Some(_) => permit.reached(),
         };
         if changed {
-            self.breakers.publish(model, &self.meter);
+            self.doors.publish(model, &self.meter);
             if error.is_some_and(is_illness) {
                 tracing::warn!(%model, "a model fails too often and is spared");
             } else {
@@ -346,28 +357,30 @@ impl Caller {
                 if content.trim().is_empty() {
                     // Nobody can be told to be briefer: the same request would end the same way, and be paid again.
                     let message = format!("{cut} before a word was said: raise `params.max_output_tokens`");
-                    Some((Code::ProviderMalformed, message, false))
+                    Some((Code::ProviderMalformed, message, FailureKind::Final))
                 } else {
-                    Some((Code::ProviderMalformed, cut, true))
+                    Some((Code::ProviderMalformed, cut, FailureKind::Unusable))
                 }
             }
             Finish::Refused => {
                 let message = "the model refused, or the provider filtered the prompt or the answer".to_owned();
-                Some((Code::ProviderRefused, message, false))
+                Some((Code::ProviderRefused, message, FailureKind::Final))
             }
             Finish::Stop if content.trim().is_empty() => {
-                Some((Code::ProviderMalformed, "the answer was empty".to_owned(), true))
+                Some((Code::ProviderMalformed, "the answer was empty".to_owned(), FailureKind::Unusable))
             }
             Finish::Stop => None,
         };
         self.log(model, flaw.as_ref().map(|(code, ..)| *code), &paid);
-        let Some((code, message, retryable)) = flaw else { return Ok(Bought { content, paid }) };
-        let partial = Some(content).filter(|text| !text.trim().is_empty() && finish == Finish::Length);
-        Err(Failed { partial, paid: Some(paid), ..Failed::unasked(code, message, retryable) })
+        let Some((code, message, kind)) = flaw else { return Ok(Bought { content, paid }) };
+        let was_cut = finish == Finish::Length && !content.trim().is_empty();
+        let partial = was_cut.then(|| Partial { content, model: model.clone(), message: message.clone() });
+        Err(Failed { partial, paid: Some(paid), ..Failed::unasked(code, message, kind) })
     }
 
     fn failed(&self, job: &Job, error: ProviderError, latency: Duration) -> Failed {
-        let ProviderError { code, message, detail, retryable, retry_after, usage, unheard, limits: _ } = error;
+        let kind = kind_of(&error);
+        let ProviderError { code, message, detail, usage, unheard, .. } = error;
         let model = &job.reader.model;
         let message = format!("`{model}`: {message}");
         let paid = match usage {
@@ -376,7 +389,15 @@ impl Caller {
             None => self.unpaid(model, latency),
         };
         self.log(model, Some(code), &paid);
-        Failed { code, message, detail, retryable, retry_after, partial: None, paid: Some(paid) }
+        Failed { code, message, detail, kind, partial: None, paid: Some(paid) }
+    }
+
+    /// Cuts the wait that a provider asked for to what it is granted, and says so.
+    fn grant(&self, error: &mut ProviderError) {
+        let Some(told) = error.retry_after.filter(|told| *told > self.retry_after_max) else { return };
+        let max = self.retry_after_max;
+        let _ = write!(error.message, " (it asked to wait {told:?}; it is granted {max:?}, `llm.retry_after_max`)");
+        error.retry_after = Some(max);
     }
 
     /// A call that failed before anything could be charged.
@@ -428,9 +449,54 @@ fn believed(model: &ModelRef, usage: Usage) -> Usage {
     capped
 }
 
-fn spared(model: &ModelRef, left: Duration) -> Failed {
-    let message = format!("`{model}` failed too often and is being spared");
-    Failed { retry_after: Some(left), ..Failed::unasked(Code::BreakerOpen, message, true) }
+/// Waits until the call may go out: for the breaker's probes, the model's pace and a slot of its provider. Nothing of that
+/// is the model's doing, so that no clock runs.
+async fn enter(served: &Served, door: &Door, job: &Job) -> Result<(Turn, Permit), Shut> {
+    let tenant = &job.reader.tenant;
+    loop {
+        door.pass(tenant).await?;
+        let slot = served.slot(tenant).await.map_err(|Full| Shut::Full)?;
+        // Asked twice: nobody queues for a model that is spared, and who queued while it began to fail does not call it.
+        match door.admit() {
+            Ok(permit) => return Ok((slot, permit)),
+            Err(Shut::Probing) => drop(slot),
+            Err(shut) => return Err(shut),
+        }
+    }
+}
+
+/// Why a model was not asked. It is an outage like one of the model's own, for which nobody is to blame.
+fn unasked(model: &ModelRef, shut: Shut) -> Failed {
+    let (code, message, told) = match shut {
+        Shut::Breaker(left) => (Code::BreakerOpen, format!("`{model}` failed too often and is being spared"), left),
+        Shut::Told(left) => {
+            (Code::ProviderRateLimited, format!("`{model}` asked to wait, and is left alone until then"), left)
+        }
+        Shut::Probing | Shut::Full => {
+            (Code::ProviderTimeout, format!("too many calls wait for `{model}` already"), FULL_WAIT)
+        }
+    };
+    Failed::unasked(code, message, FailureKind::Outage { told: Some(told) })
+}
+
+/// What an error says about another try.
+fn kind_of(error: &ProviderError) -> FailureKind {
+    if is_outage(error) {
+        FailureKind::Outage { told: error.retry_after }
+    } else if error.retryable {
+        FailureKind::Unusable
+    } else {
+        FailureKind::Final
+    }
+}
+
+/// Whether an error says that no answer came for a reason that may pass.
+fn is_outage(error: &ProviderError) -> bool {
+    error.retryable
+        && matches!(
+            error.code,
+            Code::ProviderUnreachable | Code::ProviderFailed | Code::ProviderTimeout | Code::ProviderRateLimited
+        )
 }
 
 /// Whether an error says that the model is ill, rather than that it did not like the request or wants less of them.
@@ -466,8 +532,9 @@ impl Drop for UnderWay<'_> {
         if !self.progress.is_late() {
             return;
         }
-        if permit.failure() {
-            self.caller.breakers.publish(self.model, &self.caller.meter);
+        // A caller's short time-out says nothing about the model.
+        if self.started.elapsed() >= self.caller.slow_call && permit.failure() {
+            self.caller.doors.publish(self.model, &self.caller.meter);
             tracing::warn!(model = %self.model, "a model fails too often and is spared");
         }
         let paid = self.caller.unpaid(self.model, self.started.elapsed());

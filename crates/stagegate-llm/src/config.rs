@@ -26,6 +26,8 @@ pub struct LlmConfig {
     pub shared_cache_window: Span,
     /// When a failing model is spared.
     pub breaker: BreakerConfig,
+    /// The longest wait that a provider is granted when it asks for one (`Retry-After`); then it is asked again.
+    pub retry_after_max: Span,
 }
 
 impl Default for LlmConfig {
@@ -38,6 +40,7 @@ impl Default for LlmConfig {
             shared_cache_timeout: Span(Duration::from_millis(250)),
             shared_cache_window: Span(Duration::from_mins(1)),
             breaker: BreakerConfig::default(),
+            retry_after_max: Span(Duration::from_mins(5)),
         }
     }
 }
@@ -45,7 +48,7 @@ impl Default for LlmConfig {
 impl LlmConfig {
     /// What types cannot say, of everything but the providers and the prices: every mistake at once.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        let BreakerConfig { window_calls, min_calls, failure_rate, open_for: _ } = &self.breaker;
+        let BreakerConfig { window_calls, min_calls, failure_rate, open_for: _, slow_call: _ } = &self.breaker;
         let mistakes = [
             (self.answer_max_bytes == 0, "answer_max_bytes", "no answer could ever be read", "write 1 or more"),
             (*window_calls == 0, "breaker.window_calls", "no call would count", "write 1 or more"),
@@ -87,7 +90,8 @@ pub struct ProviderConfig {
     /// `GEMINI_API_KEY`). An OpenAI-compatible server with a base URL of its own needs none.
     #[serde(default)]
     pub api_key: Option<Secret>,
-    /// Calls under way at once, at most; more wait for their turn inside their deadline.
+    /// Calls under way at once, at most; more wait for their turn, one tenant after the other, which costs them neither
+    /// attempt nor `timeout`.
     #[serde(default = "default_max_concurrency")]
     pub max_concurrency: usize,
     /// How the simulator behaves; for `kind = "sim"` only.
@@ -174,12 +178,20 @@ pub struct BreakerConfig {
     pub min_calls: usize,
     /// The share of failures, 0 to 1, at which it opens.
     pub failure_rate: f64,
-    /// How long it stays open before one call probes.
+    /// How long it stays open before a few calls probe.
     pub open_for: Span,
+    /// A call that a stage's `timeout` ended counts as a failure only where the model had so long to answer.
+    pub slow_call: Span,
 }
 
 impl Default for BreakerConfig {
     fn default() -> Self {
-        Self { window_calls: 20, min_calls: 10, failure_rate: 0.5, open_for: Span(Duration::from_secs(10)) }
+        Self {
+            window_calls: 20,
+            min_calls: 10,
+            failure_rate: 0.5,
+            open_for: Span(Duration::from_secs(10)),
+            slow_call: Span(Duration::from_secs(30)),
+        }
     }
 }

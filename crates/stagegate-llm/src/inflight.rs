@@ -10,7 +10,7 @@ use std::{
     future::Future,
     hash::Hash,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -19,13 +19,15 @@ use futures::{
     FutureExt,
     future::{BoxFuture, Shared, WeakShared},
 };
+use tokio::{sync::Notify, time::Instant};
 
 type Future_<T> = BoxFuture<'static, Arc<T>>;
 
 /// What the waiters of one flight know of each other.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
-    calling: AtomicBool,
+    called_at: OnceLock<Instant>,
+    called: Notify,
     storing: AtomicBool,
     late: AtomicBool,
 }
@@ -33,12 +35,26 @@ pub(crate) struct Progress {
 impl Progress {
     /// The provider is being asked from here on; before, it waits for its turn.
     pub(crate) fn calls(&self) {
-        self.calling.store(true, Ordering::Relaxed);
+        if self.called_at.set(Instant::now()).is_ok() {
+            self.called.notify_waiters();
+        }
     }
 
-    /// Whether the provider is being asked.
-    pub(crate) fn is_calling(&self) -> bool {
-        self.calling.load(Ordering::Relaxed)
+    /// Since when the provider is being asked; None while the call waits for its turn.
+    pub(crate) fn called_at(&self) -> Option<Instant> {
+        self.called_at.get().copied()
+    }
+
+    /// Waits until the provider is being asked.
+    pub(crate) async fn called(&self) -> Instant {
+        let called = self.called.notified();
+        tokio::pin!(called);
+        called.as_mut().enable();
+        if let Some(at) = self.called_at() {
+            return at;
+        }
+        called.await;
+        self.called_at().unwrap_or_else(Instant::now)
     }
 
     /// The answer is there, and is being stored.

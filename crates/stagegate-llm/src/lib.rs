@@ -1,30 +1,34 @@
 //! The model layer: owns how a request becomes an answer. It knows nothing of runs or stores.
 //!
-//! From the outside in: cache → coalescing → reservation → breaker → concurrency limit → provider. There is no retry here: a failed
-//! attempt is the engine's to record and to repeat (docs/decisions.md), so that each one is seen, paid for and bounded
-//! in one place. The fallback chain is here: when one model fails, the next is asked at once.
+//! From the outside in: cache → coalescing → reservation → breaker and pace → concurrency limit → provider. There is no
+//! retry here: a failed attempt is the engine's to record and to repeat (docs/decisions.md), so that each one is seen, paid
+//! for and bounded in one place. The fallback chain is here: when one model fails, the next is asked at once.
 
 mod ask;
 mod breaker;
 mod cache;
 mod call;
 pub mod config;
+mod door;
 mod hint;
 mod inflight;
 mod key;
 mod limit;
 mod meter;
+mod pace;
 pub mod prices;
 pub mod provider;
 pub mod providers;
 pub mod purse;
 pub mod tls;
+mod turns;
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use stagegate_core::{
     CallPurpose, Clock, Code, Error, LedgerEntry, ModelRef, PipelineName, RunId, StageId, TenantId, Usage, Usd,
     cache::{CacheKey, CacheScope, CacheTier},
+    decide::FailureKind,
     error::nearest,
     pipeline::{CacheMode, Message, Models, OutputFormat, Params},
 };
@@ -58,7 +62,9 @@ pub struct CallContext {
     pub cache_mode: CacheMode,
     /// How long the answer may be reused.
     pub cache_ttl: Duration,
-    /// When the answer must be there.
+    /// How long one call of a provider may take, from when its request is sent; then the next model is asked.
+    pub timeout: Duration,
+    /// When the answer must be there, whatever is waited for.
     pub deadline: Instant,
     /// Who pays; None where calls are neither limited nor booked.
     pub purse: Option<Arc<dyn Purse>>,
@@ -96,20 +102,29 @@ pub struct Reply {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct CallError {
-    /// The last model's error.
+    /// Of an outage that may pass, where there is one in the chain; else of the last model.
     pub code: Code,
     /// A sentence that quotes neither prompts nor keys nor the provider.
     pub message: String,
     /// The provider's words, which may echo the prompt; without keys.
     pub detail: Option<String>,
-    /// Whether the same call may succeed later.
-    pub retryable: bool,
-    /// What the provider asked for, in whichever form it did.
-    pub retry_after: Option<Duration>,
-    /// An answer that came but cannot be used (truncated, malformed), so that a critique can name it.
-    pub partial: Option<String>,
+    /// Whether the same call may succeed later, and when.
+    pub kind: FailureKind,
+    /// An answer that came but was cut, so that a critique can name it.
+    pub partial: Option<Partial>,
     /// The calls that failed, in order.
     pub calls: Vec<LedgerEntry>,
+}
+
+/// An answer that was cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partial {
+    /// What there is of it.
+    pub content: String,
+    /// The model that gave it.
+    pub model: ModelRef,
+    /// Why it ended, in a sentence.
+    pub message: String,
 }
 
 /// The model layer. Shared by every run; cheap to clone.
@@ -249,7 +264,7 @@ impl Llm {
                 name: name.clone(),
                 kind: served.provider.kind(),
                 configured: served.provider.is_configured(),
-                open_breakers: self.caller.breakers.open_of(name),
+                open_breakers: self.caller.doors.open_of(name),
                 remaining: (remaining != (None, None)).then_some(remaining),
                 quota_exhausted: seen.quota_exhausted,
             }

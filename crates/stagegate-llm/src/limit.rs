@@ -3,16 +3,18 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use stagegate_core::Code;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use stagegate_core::{Code, TenantId};
 
-use crate::provider::{Limits, Provider};
+use crate::{
+    provider::{Limits, Provider},
+    turns::{Full, Turn, Turns},
+};
 
 /// A configured provider.
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) provider: Arc<dyn Provider>,
-    slots: Semaphore,
+    slots: Turns,
     seen: Mutex<Seen>,
 }
 
@@ -25,14 +27,12 @@ pub(crate) struct Seen {
 
 impl Served {
     pub(crate) fn new(provider: Arc<dyn Provider>, max_concurrency: usize) -> Self {
-        let slots = Semaphore::new(max_concurrency.clamp(1, Semaphore::MAX_PERMITS));
-        Self { provider, slots, seen: Mutex::default() }
+        Self { provider, slots: Turns::new(max_concurrency), seen: Mutex::default() }
     }
 
-    /// Waits for a turn, first come, first served.
-    pub(crate) async fn slot(&self) -> Option<SemaphorePermit<'_>> {
-        // None only if it were closed, which nobody does.
-        self.slots.acquire().await.ok()
+    /// Waits for a slot, one tenant after the other.
+    pub(crate) async fn slot(&self, tenant: &TenantId) -> Result<Turn, Full> {
+        self.slots.take(tenant).await
     }
 
     fn lock(&self) -> MutexGuard<'_, Seen> {

@@ -16,7 +16,7 @@ use stagegate_core::{
 use stagegate_engine::{Action, Engine, Submit, config::EngineConfig};
 use stagegate_llm::{
     Llm,
-    config::{LlmConfig, Price},
+    config::{BreakerConfig, LlmConfig, Price, ProviderConfig, ProviderKind, SimConfig},
     prices::Prices,
     provider::Provider,
 };
@@ -31,7 +31,7 @@ use crate::{
     provider::Scripted,
     script::{self, Act, Made},
     watcher,
-    world::{Process, Standing, World},
+    world::{Away, Outage, Process, Standing, World},
 };
 
 /// How long after the storm the last run may take to end.
@@ -319,9 +319,28 @@ async fn engine(
     let clock = world.clock(setup.skews_ms[place]);
     let (config, prices) = &*PRICED;
     let providers = [("sim".to_owned(), provider)].into();
-    let llm = Llm::with_providers(providers, prices.clone(), config, Some(tier), METRICS.clone(), Arc::clone(&clock));
+    let config = llm_config(config, world.lock().weather.outage);
+    let llm = Llm::with_providers(providers, prices.clone(), &config, Some(tier), METRICS.clone(), Arc::clone(&clock));
     let front = Arc::new(Front { world: Arc::clone(world), process });
     Engine::start_seeded(setup.config.clone(), front, Arc::new(llm), METRICS.clone(), clock, None, rng).await
+}
+
+/// A breaker that opens soon and not for long, and few slots, as the provider's outage has it.
+fn llm_config(config: &LlmConfig, outage: Option<Outage>) -> LlmConfig {
+    let mut config = config.clone();
+    let Some(outage) = outage else { return config };
+    config.breaker = BreakerConfig { min_calls: 2, open_for: Span(Duration::from_secs(2)), ..config.breaker };
+    // No world lasts long enough to wait for an absurd wish again and again.
+    config.retry_after_max = Span(Duration::from_secs(20));
+    let sim = ProviderConfig {
+        kind: ProviderKind::Sim,
+        base_url: None,
+        api_key: None,
+        max_concurrency: if outage.kind == Away::FewSlots { 1 } else { 64 },
+        sim: SimConfig::default(),
+    };
+    config.providers.insert("sim".to_owned(), sim);
+    config
 }
 
 /// Puts a new process where one died.

@@ -61,6 +61,8 @@ pub enum Flaw {
     PriorityIgnored,
     /// A heartbeat does not tell the database's time, so that replicas judge by clocks that are wrong.
     TimeUntold,
+    /// A run that is loaded is told that its outage began long ago.
+    OutageAges,
     /// The first call makes its driver panic; the engine catches that and goes on.
     DriverPanics,
 }

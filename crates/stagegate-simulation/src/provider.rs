@@ -12,7 +12,10 @@ use rand::Rng;
 use stagegate_core::{Code, Usage, pipeline::OutputFormat};
 use stagegate_llm::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
 
-use crate::{Flaw, world::World};
+use crate::{
+    Flaw,
+    world::{Away, LIMIT_MS, World},
+};
 
 /// What an answer of a stage says that passes its gate.
 pub(crate) const GOOD: &str = "GOOD";
@@ -27,6 +30,7 @@ enum Fate {
     Empty,
     Refused,
     Limited(Duration),
+    Unreachable,
     Failed,
     Rejected,
     Hangs,
@@ -59,6 +63,17 @@ fn digest(request: &ProviderRequest<'_>) -> u64 {
 impl Scripted {
     fn fate(&self) -> (Fate, Duration) {
         let slowness = self.world.lock().weather.slowness;
+        if let Some(away) = self.world.away() {
+            let latency = self.world.between(5, 600 * slowness);
+            return match away {
+                Away::Fails | Away::Flaps => (Fate::Failed, latency),
+                Away::Unreachable => (Fate::Unreachable, latency),
+                Away::Hangs => (Fate::Hangs, latency),
+                Away::Limited(_) => (Fate::Limited(Duration::from_millis(LIMIT_MS.unsigned_abs())), latency),
+                Away::Absurd => (Fate::Limited(Duration::from_hours(24 * 365)), latency),
+                Away::FewSlots => (Fate::Good, self.world.between(500, 3_000)),
+            };
+        }
         if !self.world.strikes(|weather| weather.provider) {
             return (Fate::Good, self.world.between(5, 600 * slowness));
         }
@@ -154,6 +169,7 @@ fn answer(fate: Fate, call: u64, stage: &str, format: &OutputFormat) -> Result<A
         Fate::Empty => (String::new(), Finish::Stop),
         Fate::Refused => (content, Finish::Refused),
         Fate::Limited(wait) => return Err(error(Code::ProviderRateLimited, true, Some(wait))),
+        Fate::Unreachable => return Err(error(Code::ProviderUnreachable, true, None)),
         Fate::Failed | Fate::Hangs => return Err(error(Code::ProviderFailed, true, None)),
         Fate::Rejected => return Err(error(Code::ProviderRejected, false, None)),
     };

@@ -60,6 +60,35 @@ pub(crate) struct Weather {
     pub(crate) provider: f64,
     /// How many times longer than usual the provider takes.
     pub(crate) slowness: u64,
+    /// The provider is away for a part of the storm, and errs in no other way.
+    pub(crate) outage: Option<Outage>,
+}
+
+/// An outage of the provider, in milliseconds of the world.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Outage {
+    pub(crate) kind: Away,
+    pub(crate) from_ms: i64,
+    pub(crate) until_ms: i64,
+}
+
+/// How a provider is away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Away {
+    /// It fails.
+    Fails,
+    /// It cannot be reached.
+    Unreachable,
+    /// It answers nobody.
+    Hangs,
+    /// It takes so many calls in three seconds, and says when to come back.
+    Limited(u64),
+    /// It asks to wait for longer than anybody would.
+    Absurd,
+    /// It fails and answers by turns, as long as a breaker is open.
+    Flaps,
+    /// It has one slot, and takes its time.
+    FewSlots,
 }
 
 /// A world.
@@ -94,6 +123,8 @@ pub(crate) struct Inner {
     pub(crate) checks: Checks,
     pub(crate) counts: Counts,
     pub(crate) vacant: Vec<usize>,
+    /// What a provider that limits the rate has taken: since when, and how many.
+    pub(crate) taken: (i64, u64),
     history: Option<Vec<String>>,
 }
 
@@ -111,6 +142,7 @@ impl World {
             checks: Checks::default(),
             counts: Counts::default(),
             vacant: Vec::new(),
+            taken: (0, 0),
             history: options.record.then(Vec::new),
         };
         Arc::new(Self {
@@ -194,6 +226,24 @@ impl World {
         let inner = &mut *self.lock();
         let probability = probability(&inner.weather);
         inner.stormy && probability > 0.0 && inner.rng.random_bool(probability)
+    }
+
+    /// What becomes of a call that meets the provider's outage; None where there is none.
+    pub(crate) fn away(&self) -> Option<Away> {
+        let now = self.now_ms();
+        let inner = &mut *self.lock();
+        let outage = inner.weather.outage.filter(|outage| (outage.from_ms..outage.until_ms).contains(&now))?;
+        match outage.kind {
+            Away::Flaps if (now / FLAP_MS) % 2 == 1 => None,
+            Away::Limited(most) => {
+                if now - inner.taken.0 >= LIMIT_MS {
+                    inner.taken = (now, 0);
+                }
+                inner.taken.1 += 1;
+                (inner.taken.1 > most).then_some(outage.kind)
+            }
+            kind => Some(kind),
+        }
     }
 
     /// A duration between two, in milliseconds.
@@ -312,6 +362,10 @@ impl World {
     }
 }
 
+/// How long a provider that flaps stays as it is.
+const FLAP_MS: i64 = 2_000;
+/// In how long a time a provider that limits the rate counts.
+pub(crate) const LIMIT_MS: i64 = 3_000;
 /// How long a step stays in memory where the flush is not awaited.
 const UNFLUSHED_MS: i64 = 300;
 
@@ -332,11 +386,27 @@ fn weather(rng: &mut StdRng) -> Weather {
         cache: of(0.02, 0.2),
         provider: of(0.3, 0.8),
         slowness: 1,
+        outage: None,
     };
     weather.slowness = [1, 1, 5].choose(rng).copied().unwrap_or(1);
     if rng.random_bool(0.4) {
         weather.only = METHODS.choose(rng).copied();
         (weather.fail, weather.delay, weather.lose) = (0.25, 0.25, 0.3);
+    }
+    if rng.random_bool(0.35) {
+        let kinds = [
+            Away::Fails,
+            Away::Unreachable,
+            Away::Hangs,
+            Away::Limited(rng.random_range(1..4)),
+            Away::Absurd,
+            Away::Flaps,
+            Away::FewSlots,
+        ];
+        let kind = kinds.choose(rng).copied().unwrap_or(Away::Fails);
+        let from_ms = rng.random_range(0..6_000);
+        weather.outage = Some(Outage { kind, from_ms, until_ms: from_ms + rng.random_range(4_000..40_000) });
+        weather.provider = 0.0;
     }
     weather
 }

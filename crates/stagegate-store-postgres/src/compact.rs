@@ -247,7 +247,7 @@ macro_rules! stages_of {
     () => {
         "LATERAL (
          SELECT g.stage_id, g.state, g.attempt, g.round_start, g.not_before, g.verdict, g.score, g.model, g.origin,
-                g.failure, g.started_at, g.finished_at,
+                g.failure, g.started_at, g.finished_at, g.judged, g.outages, g.outage_since,
                 ARRAY[g.input_tokens, g.cache_read_tokens, g.cache_write_tokens, g.output_tokens, g.reasoning_tokens,
                       g.usage_estimated::int, g.cost_nanos, g.saved_nanos, g.calls, g.hits, g.unpriced_calls,
                       g.unknown_calls, g.unknown_nanos] AS totals, g.former_owners,
@@ -255,8 +255,8 @@ macro_rules! stages_of {
          FROM stages g WHERE g.run_id = r.id
          UNION ALL
          SELECT k.stage_id, NULL, k.attempt, NULL, NULL, k.verdict, k.score, k.model, k.origin, NULL,
-                coalesce(k.stage_started_at, k.attempt_started_at), coalesce(k.attempt_finished_at, k.created_at), NULL, 0,
-                k.attempt_started_at, k.attempt_body
+                coalesce(k.stage_started_at, k.attempt_started_at), coalesce(k.attempt_finished_at, k.created_at), NULL,
+                NULL, NULL, NULL, 0, k.attempt_started_at, k.attempt_body
          FROM checkpoints k WHERE k.run_id = r.id AND k.attempt_body IS NOT NULL AND (
              SELECT true FROM stages g WHERE g.run_id = k.run_id AND g.stage_id = k.stage_id
          ) IS NULL

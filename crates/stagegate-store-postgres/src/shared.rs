@@ -11,19 +11,24 @@ use crate::{
 };
 
 /// The stages that are given for the runs in the statement's `target`, and whether each has its row, which is told
-/// by this expression. Totals and the number of former owners come as one array, fourteen numbers a stage.
+/// by this expression. Numbers come as one array, seventeen a stage: the totals, the number of former owners, and where it
+/// stands in an outage.
 macro_rules! stages_given {
     ($there:literal) => {
         concat!(
         "SELECT run.id AS run_id, run.tenant, t.stage_id, t.state, t.attempt, t.round_start, t.not_before, t.verdict,
                 t.score, t.model, t.origin, t.failure, t.started_at, t.finished_at,
-                ($14::int8[])[t.i * 14 - 13] AS input_tokens, ($14::int8[])[t.i * 14 - 12] AS cache_read_tokens,
-                ($14::int8[])[t.i * 14 - 11] AS cache_write_tokens, ($14::int8[])[t.i * 14 - 10] AS output_tokens,
-                ($14::int8[])[t.i * 14 - 9] AS reasoning_tokens, ($14::int8[])[t.i * 14 - 8] <> 0 AS usage_estimated,
-                ($14::int8[])[t.i * 14 - 7] AS cost_nanos, ($14::int8[])[t.i * 14 - 6] AS saved_nanos,
-                ($14::int8[])[t.i * 14 - 5]::int4 AS calls, ($14::int8[])[t.i * 14 - 4]::int4 AS hits,
-                ($14::int8[])[t.i * 14 - 3]::int4 AS unpriced_calls, ($14::int8[])[t.i * 14 - 2]::int4 AS unknown_calls,
-                ($14::int8[])[t.i * 14 - 1] AS unknown_nanos, ($14::int8[])[t.i * 14]::int4 AS former_owners, t.fresh,
+                ($14::int8[])[t.i * 17 - 16] AS input_tokens, ($14::int8[])[t.i * 17 - 15] AS cache_read_tokens,
+                ($14::int8[])[t.i * 17 - 14] AS cache_write_tokens, ($14::int8[])[t.i * 17 - 13] AS output_tokens,
+                ($14::int8[])[t.i * 17 - 12] AS reasoning_tokens, ($14::int8[])[t.i * 17 - 11] <> 0 AS usage_estimated,
+                ($14::int8[])[t.i * 17 - 10] AS cost_nanos, ($14::int8[])[t.i * 17 - 9] AS saved_nanos,
+                ($14::int8[])[t.i * 17 - 8]::int4 AS calls, ($14::int8[])[t.i * 17 - 7]::int4 AS hits,
+                ($14::int8[])[t.i * 17 - 6]::int4 AS unpriced_calls, ($14::int8[])[t.i * 17 - 5]::int4 AS unknown_calls,
+                ($14::int8[])[t.i * 17 - 4] AS unknown_nanos, ($14::int8[])[t.i * 17 - 3]::int4 AS former_owners,
+                ($14::int8[])[t.i * 17 - 2]::int4 AS judged, ($14::int8[])[t.i * 17 - 1]::int4 AS outages,
+                CASE WHEN ($14::int8[])[t.i * 17] <> 0
+                     THEN timestamptz 'epoch' + ($14::int8[])[t.i * 17] * interval '1 microsecond' END AS outage_since,
+                t.fresh,
                 ",
         $there,
         " AS there
@@ -44,11 +49,11 @@ macro_rules! insert_stages {
              run_id, tenant, stage_id, state, attempt, round_start, not_before, verdict, score, model, origin, failure,
              started_at, finished_at, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens,
              reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls, unknown_calls,
-             unknown_nanos, former_owners)
+             unknown_nanos, former_owners, judged, outages, outage_since)
          SELECT run_id, tenant, stage_id, state, attempt, round_start, not_before, verdict, score, model, origin, failure,
                 started_at, finished_at, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens,
                 reasoning_tokens, usage_estimated, cost_nanos, saved_nanos, calls, hits, unpriced_calls, unknown_calls,
-                unknown_nanos, former_owners
+                unknown_nanos, former_owners, judged, outages, outage_since
          FROM"
     };
 }
@@ -85,7 +90,7 @@ pub(crate) struct StageColumns<'a> {
     failures: Vec<Option<String>>,
     started: Vec<Option<Time>>,
     finished: Vec<Option<Time>>,
-    totals: Vec<i64>,
+    numbers: Vec<i64>,
     fresh: Vec<bool>,
 }
 
@@ -105,8 +110,9 @@ impl<'a> StageColumns<'a> {
         self.failures.push(rows::maybe_json("a failure", stage.failure.as_ref())?);
         self.started.push(stage.started_at);
         self.finished.push(stage.finished_at);
-        self.totals.extend(rows::totals_numbers(&stage.totals));
-        self.totals.push(i64::from(rows::small(stage.former_owners)));
+        self.numbers.extend(rows::totals_numbers(&stage.totals));
+        self.numbers.push(i64::from(rows::small(stage.former_owners)));
+        self.numbers.extend(rows::outage_numbers(stage));
         self.fresh.push(fresh);
         Ok(())
     }
@@ -126,7 +132,7 @@ impl<'a> StageColumns<'a> {
             .bind(self.failures)
             .bind(self.started)
             .bind(self.finished)
-            .bind(self.totals)
+            .bind(self.numbers)
             .bind(self.fresh)
     }
 }

@@ -27,7 +27,7 @@ macro_rules! stage_columns {
     () => {
         concat!(
             "run_id, stage, state, attempt, round_start, not_before, verdict, score, model, origin, failure, \
-             started_at, finished_at, former_owners, ",
+             started_at, finished_at, former_owners, judged, outages, outage_since, ",
             crate::rows::totals_columns!()
         )
     };
@@ -104,11 +104,12 @@ pub(crate) fn run(row: &SqliteRow) -> StoreResult<RunRecord> {
 pub(crate) fn stage(row: &SqliteRow) -> StoreResult<(RunId, StageRecord)> {
     let (run, id) = stage_key(row, "stages")?;
     let cells = Cells::new(row, "stages", || format!("{run}/{id}"));
+    let (attempt, round_start) = (cells.number("attempt")?, cells.number("round_start")?);
     let record = StageRecord {
         id: id.clone(),
         state: cells.word("state")?,
-        attempt: cells.number("attempt")?,
-        round_start: cells.number("round_start")?,
+        attempt,
+        round_start,
         former_owners: cells.number("former_owners")?,
         not_before: cells.opt_time("not_before")?,
         verdict: cells.opt_word("verdict")?,
@@ -116,6 +117,10 @@ pub(crate) fn stage(row: &SqliteRow) -> StoreResult<(RunId, StageRecord)> {
         model: cells.opt_parsed("model")?,
         origin: cells.opt_word("origin")?,
         totals: cells.totals()?,
+        // Written before there was such a column: every attempt counted.
+        judged: cells.get::<Option<u32>>("judged")?.unwrap_or_else(|| attempt.saturating_sub(round_start)),
+        outages: cells.get::<Option<u32>>("outages")?.unwrap_or(0),
+        outage_since: cells.opt_time("outage_since")?,
         failure: cells.opt_json("failure")?,
         started_at: cells.opt_time("started_at")?,
         finished_at: cells.opt_time("finished_at")?,

@@ -28,9 +28,9 @@ pub(crate) static STAGES: Bulk = Bulk::new(
         "INSERT INTO stages (run_id, stage, tenant, state, attempt, round_start, not_before, verdict, score, model, \
          origin, failure, started_at, finished_at, ",
         totals_columns!(),
-        ", former_owners) VALUES"
+        ", former_owners, judged, outages, outage_since) VALUES"
     ),
-    28,
+    31,
     "ON CONFLICT (run_id, stage) DO UPDATE SET state = excluded.state, attempt = excluded.attempt, \
      round_start = excluded.round_start, not_before = excluded.not_before, verdict = excluded.verdict, \
      score = excluded.score, model = excluded.model, origin = excluded.origin, failure = excluded.failure, \
@@ -40,7 +40,8 @@ pub(crate) static STAGES: Bulk = Bulk::new(
      usage_estimated = excluded.usage_estimated, cost_nanos = excluded.cost_nanos, \
      saved_nanos = excluded.saved_nanos, calls = excluded.calls, hits = excluded.hits, \
      unpriced_calls = excluded.unpriced_calls, unknown_calls = excluded.unknown_calls, \
-     unknown_nanos = excluded.unknown_nanos, former_owners = excluded.former_owners",
+     unknown_nanos = excluded.unknown_nanos, former_owners = excluded.former_owners, judged = excluded.judged, \
+     outages = excluded.outages, outage_since = excluded.outage_since",
 );
 
 // insert-attempts
@@ -111,6 +112,7 @@ pub(crate) async fn stages<'a>(
         row.add(failure.as_deref()).add(stage.started_at.map(ms)).add(stage.finished_at.map(ms));
         add_totals(row, &stage.totals);
         row.add(stage.former_owners);
+        row.add(stage.judged).add(stage.outages).add(stage.outage_since.map(ms));
     };
     STAGES.execute(conn, &rows, bind).await.map(drop)
 }

@@ -115,10 +115,10 @@ impl Progress {
                 styled(WARN, &format!("↷ resumed: {checkpoints} stages have their checkpoint already"))
             }
             EventKind::RunRetried { stages } => styled(WARN, &format!("↻ started over: {}", joined(stages))),
-            EventKind::RunWaiting { until: Some(until) } => {
+            EventKind::RunWaiting { until: Some(until), .. } => {
                 styled(DIM, &format!("… waits until {}", until.format("%H:%M:%S UTC")))
             }
-            EventKind::RunWaiting { until: None } => styled(WARN, "… waits for a person"),
+            EventKind::RunWaiting { until: None, .. } => styled(WARN, "… waits for a person"),
             EventKind::StageRetrying { stage, attempt, verdict, score, reason, totals, .. } => {
                 let what = if *verdict == Verdict::Retry { "gate failed" } else { verdict.as_str() };
                 let took = self.took(stage.as_str(), event.at);

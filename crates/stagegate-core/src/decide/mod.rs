@@ -10,7 +10,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt::Write, sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
 
@@ -23,7 +23,7 @@ use crate::{
     decide::step::Draft,
     evaluation,
     pipeline::{CacheMode, Part, Seen},
-    store::{Disposition, Lease, Signal, SignalKind, Snapshot, StageRecord},
+    store::{Disposition, Lease, Signal, SignalKind, Snapshot, StageRecord, Waiting},
 };
 
 /// What happened to a run.
@@ -88,11 +88,57 @@ pub enum AttemptResult {
         message: String,
         /// The same with what may quote payloads, where there is more to tell.
         detail: Option<String>,
-        /// Whether another attempt may fare better.
-        retryable: bool,
-        /// What the provider asked for.
-        retry_after: Option<Duration>,
+        /// Whether another attempt may fare better, and what bounds the attempts.
+        kind: FailureKind,
     },
+    /// One model of the chain gave an answer that was cut, another may answer later: the answer is kept and judged as
+    /// what it is, and the wait is kept as well.
+    Cut {
+        /// What there is of the answer.
+        output: Json,
+        /// What was measured: that it is not complete.
+        assessments: Vec<Assessment>,
+        /// The model that gave it.
+        model: Option<ModelRef>,
+        /// The outage of the others.
+        code: Code,
+        /// In a sentence that quotes nothing.
+        message: String,
+        /// The same with what may quote payloads, where there is more to tell.
+        detail: Option<String>,
+        /// How long they asked to wait.
+        told: Option<Duration>,
+    },
+}
+
+/// Whether another attempt may fare better, and what bounds the attempts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// It would fail in the same way again.
+    Final,
+    /// An answer came that cannot be used. It counts: `retry.max_attempts` bounds it.
+    Unusable,
+    /// No answer came, for a reason that may pass: no connection, a rate limit, an error of the provider's, no answer in
+    /// time, a breaker of our own. It does not count: `retry.max_wait` and the run's deadline bound it.
+    Outage {
+        /// When to come back, where that was told.
+        told: Option<Duration>,
+    },
+}
+
+impl FailureKind {
+    /// Whether another attempt may fare better.
+    pub fn is_retryable(self) -> bool {
+        self != Self::Final
+    }
+
+    /// When to come back, where that was told.
+    pub fn told(self) -> Option<Duration> {
+        match self {
+            Self::Outage { told } => told,
+            Self::Final | Self::Unusable => None,
+        }
+    }
 }
 
 /// A previous answer that did not pass, for the next attempt to mend.
@@ -301,6 +347,8 @@ impl Run {
             }
             record.state = StageState::Pending;
             record.round_start = record.attempt + 1;
+            record.judged = 0;
+            record.end_outage();
             record.not_before = None;
             record.failure = None;
             record.finished_at = None;
@@ -323,7 +371,12 @@ impl Run {
     }
 
     fn expire(&mut self, now: DateTime<Utc>) {
-        let message = format!("the run was not finished by its deadline, {}", self.deadline_at.to_rfc3339());
+        let mut message = format!("the run was not finished by its deadline, {}", self.deadline_at.to_rfc3339());
+        let under_way = |record: &&StageRecord| matches!(record.state, StageState::Running | StageState::Waiting);
+        let records = self.stages.iter().map(|stage| &stage.record).filter(under_way);
+        if let Some((stage, outage)) = records.filter_map(|record| Some((&record.id, record.outage()?))).next() {
+            let _ = write!(message, "; stage `{stage}` waited for an outage to pass: {outage}");
+        }
         let failure = Failure::new(Code::DeadlinePassed, message);
         self.stop(RunState::Expired, failure, now);
     }
@@ -452,7 +505,8 @@ impl Run {
             return; // The timer (of the stage or of the deadline) is already set.
         }
         self.state = RunState::Waiting;
-        self.emit(now, EventKind::RunWaiting { until: next });
+        let waiting = Waiting::of_run(self.stages.iter().map(|stage| &stage.record));
+        self.emit(now, EventKind::RunWaiting { until: next, reason: waiting.map(|waiting| waiting.reason) });
         self.draft.disposition = Disposition::Park(Some(pause));
         self.draft.effects.retain(|effect| !effect.is_work());
     }

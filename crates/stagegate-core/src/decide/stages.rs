@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::{AttemptResult, Effect, Outcome, Run};
+use super::{AttemptResult, Effect, FailureKind, Outcome, Run};
 use crate::{
     Assessment, Attempt, Checkpoint, Code, Evaluator, EventKind, Failure, Json, ModelRef, Origin, StageId, StageState,
     Totals, Verdict,
@@ -57,17 +57,102 @@ impl Run {
         };
         match result {
             AttemptResult::Output { output, usable, assessments, model, origin } => {
-                let judged = Judged { output, usable, model, origin, totals };
+                let record = &mut self.stages[stage].record;
+                record.end_outage();
+                record.failure = None;
+                let judged = Judged { output, usable, model, origin, totals, next_at: now };
                 self.on_output(stage, Attempt { assessments, ..ended }, judged, now);
             }
-            AttemptResult::Failed { code, message, detail, retryable, retry_after } => {
+            AttemptResult::Cut { output, assessments, model, code, message, detail, told } => {
                 let failure = Failure { code, message, detail, stage: Some(self.stages[stage].record.id.clone()) };
-                let wait = retryable.then(|| self.pause(stage, attempt, retry_after, jitter));
+                let public = failure.public();
+                let next_at = self.meet_outage(stage, &public, told, now, jitter);
+                if self.attempts_left(stage) {
+                    let judged = Judged { output, usable: false, model, origin: Origin::Provider, totals, next_at };
+                    return self.on_output(stage, Attempt { assessments, ..ended }, judged, now);
+                }
+                // The answers are used up, the other models are not: they are waited for.
+                let ended = Attempt { assessments, failure: Some(failure), ..ended };
+                let again = self.outage_may_pass(stage, now).then_some(next_at);
+                self.on_failed_attempt(stage, ended, public, again, totals, now);
+            }
+            AttemptResult::Failed { code, message, detail, kind } => {
+                let failure = Failure { code, message, detail, stage: Some(self.stages[stage].record.id.clone()) };
                 let public = failure.public();
                 let ended = Attempt { failure: Some(failure), ..ended };
-                self.on_failed_attempt(stage, ended, public, wait, totals, now);
+                let again = self.again(stage, &public, kind, now, jitter);
+                self.on_failed_attempt(stage, ended, public, again, totals, now);
             }
         }
+    }
+
+    /// When the stage is tried again after a failed call, if it is.
+    fn again(
+        &mut self,
+        stage: usize,
+        failure: &Failure,
+        kind: FailureKind,
+        now: DateTime<Utc>,
+        jitter: f64,
+    ) -> Option<DateTime<Utc>> {
+        match kind {
+            FailureKind::Final => {
+                let record = &mut self.stages[stage].record;
+                record.end_outage();
+                record.failure = None;
+                None
+            }
+            FailureKind::Outage { told } => {
+                let next_at = self.meet_outage(stage, failure, told, now, jitter);
+                self.outage_may_pass(stage, now).then_some(next_at)
+            }
+            FailureKind::Unusable => {
+                let may_retry = self.attempts_left(stage);
+                let record = &mut self.stages[stage].record;
+                record.end_outage();
+                record.failure = None;
+                record.judged += 1;
+                let doublings = record.judged - 1;
+                may_retry.then(|| self.at_most_deadline(now, self.backoff(stage, doublings, jitter)))
+            }
+        }
+    }
+
+    /// One more attempt met an outage. Returns when the stage is tried again: after what was told, spread so that not all
+    /// who were told the same come back together, else after the back-off; at the latest once when `max_wait` is over.
+    fn meet_outage(
+        &mut self,
+        stage: usize,
+        failure: &Failure,
+        told: Option<Duration>,
+        now: DateTime<Utc>,
+        jitter: f64,
+    ) -> DateTime<Utc> {
+        let record = &mut self.stages[stage].record;
+        let since = *record.outage_since.get_or_insert(now);
+        record.outages = record.outages.saturating_add(1);
+        record.failure = Some(failure.clone());
+        let met = record.outages - 1;
+        let wait = match told {
+            None => self.backoff(stage, met, jitter),
+            // Whoever is told too short a wait again and again asks ever less often.
+            Some(told) => spread(told, jitter).max(self.backoff(stage, met / 4, jitter)),
+        };
+        let next_at = self.at_most_deadline(now, wait);
+        let last = since.checked_add_signed(delta(self.pipeline.stages[stage].retry.max_wait()));
+        last.map_or(next_at, |last| next_at.min(last.max(now)))
+    }
+
+    /// Whether an outage that was just met is waited out any longer.
+    fn outage_may_pass(&self, stage: usize, now: DateTime<Utc>) -> bool {
+        let since = self.stages[stage].record.outage_since.unwrap_or(now);
+        now - since < delta(self.pipeline.stages[stage].retry.max_wait())
+    }
+
+    /// A provider may wish for more than a calendar holds; past the deadline there is nothing to wait for.
+    fn at_most_deadline(&self, now: DateTime<Utc>, wait: Duration) -> DateTime<Utc> {
+        let longest = (self.deadline_at - now).max(TimeDelta::zero());
+        now + delta(wait).min(longest)
     }
 
     fn on_output(&mut self, stage: usize, mut ended: Attempt, judged: Judged, now: DateTime<Utc>) {
@@ -77,11 +162,12 @@ impl Run {
             &self.pipeline.stages[stage],
             gate_failed,
             judged.usable,
-            self.attempts_left(stage, attempt) && self.failure.is_none(),
+            self.attempts_left(stage) && self.failure.is_none(),
         );
         let score = ended.score();
         let reason = reasons(&ended.assessments);
         let run = &mut self.stages[stage];
+        run.record.judged += u32::from(ended.verdict == Verdict::Retry);
         run.record.verdict = Some(ended.verdict);
         run.record.score = score;
         run.record.model.clone_from(&judged.model);
@@ -97,15 +183,17 @@ impl Run {
         ended.output = Some(judged.output);
         match ended.verdict {
             Verdict::Retry => {
-                let (verdict, totals) = (ended.verdict, judged.totals);
+                let (verdict, totals, next_at) = (ended.verdict, judged.totals, judged.next_at);
                 self.keep_attempt(stage, ended);
                 self.emit(
                     now,
-                    EventKind::StageRetrying { stage: id, attempt, verdict, score, reason, next_at: now, totals },
+                    EventKind::StageRetrying { stage: id, attempt, verdict, score, reason, next_at, totals },
                 );
                 if self.draining {
                     let record = &mut self.stages[stage].record;
-                    (record.state, record.not_before) = (StageState::Waiting, Some(now));
+                    (record.state, record.not_before) = (StageState::Waiting, Some(next_at));
+                } else if next_at > now {
+                    self.wait_until(stage, next_at);
                 } else {
                     self.start_attempt(stage, now);
                 }
@@ -130,25 +218,18 @@ impl Run {
         stage: usize,
         ended: Attempt,
         failure: Failure,
-        wait: Option<Duration>,
+        again: Option<DateTime<Utc>>,
         totals: Totals,
         now: DateTime<Utc>,
     ) {
         let attempt = ended.number;
         let record = &mut self.stages[stage].record;
         record.verdict = Some(Verdict::Errored);
-        let id = record.id.clone();
+        let (id, judged) = (record.id.clone(), record.judged);
         self.draft.attempts.push((id.clone(), ended));
-        let exhausted = !self.attempts_left(stage, attempt);
-        match wait {
-            Some(wait) if !exhausted && self.failure.is_none() => {
-                // A provider may wish for more than a calendar holds; past the deadline there is nothing to wait for.
-                let longest = (self.deadline_at - now).max(TimeDelta::zero());
-                let next_at = now + TimeDelta::from_std(wait).map_or(longest, |wait| wait.min(longest));
-                let record = &mut self.stages[stage].record;
-                record.state = StageState::Waiting;
-                record.not_before = Some(next_at);
-                self.draft.effects.push(Effect::WakeAt { stage, at: next_at });
+        match again {
+            Some(next_at) if self.failure.is_none() => {
+                self.wait_until(stage, next_at);
                 let reason = format!("{}: {}", failure.code, failure.message);
                 self.emit(
                     now,
@@ -163,14 +244,27 @@ impl Run {
                     },
                 );
             }
-            Some(_) if exhausted && attempt > self.stages[stage].record.round_start => {
-                let round = attempt + 1 - self.stages[stage].record.round_start;
-                let message = format!("{round} attempts failed; the last: {}: {}", failure.code, failure.message);
+            // It never passed.
+            None if self.stages[stage].record.outages > 0 => {
+                let outage = self.stages[stage].record.outage().unwrap_or_default();
+                let max_wait = self.pipeline.stages[stage].retry.max_wait();
+                let message = format!("an outage did not pass within `retry.max_wait` ({max_wait:?}): {outage}");
+                self.fail(stage, Failure { message, ..failure }, totals, now);
+            }
+            None if judged > 1 && judged >= self.pipeline.stages[stage].retry.max_attempts => {
+                let message = format!("{judged} attempts failed; the last: {}: {}", failure.code, failure.message);
                 let failure = Failure { stage: failure.stage, ..Failure::new(Code::AttemptsExhausted, message) };
                 self.fail(stage, failure, totals, now);
             }
             _ => self.fail(stage, failure, totals, now),
         }
+    }
+
+    fn wait_until(&mut self, stage: usize, next_at: DateTime<Utc>) {
+        let record = &mut self.stages[stage].record;
+        record.state = StageState::Waiting;
+        record.not_before = Some(next_at);
+        self.draft.effects.push(Effect::WakeAt { stage, at: next_at });
     }
 
     fn checkpoint(&mut self, stage: usize, ended: Attempt, judged: Judged, now: DateTime<Utc>) {
@@ -275,18 +369,29 @@ impl Run {
         run.last_output = Some(attempt);
     }
 
-    fn attempts_left(&self, stage: usize, attempt: u32) -> bool {
-        attempt + 1 - self.stages[stage].record.round_start < self.pipeline.stages[stage].retry.max_attempts
+    /// Whether an answer more may be judged, should the one that is judged now not pass.
+    fn attempts_left(&self, stage: usize) -> bool {
+        self.stages[stage].record.judged + 1 < self.pipeline.stages[stage].retry.max_attempts
     }
 
-    /// The provider's wish where it has one, else the back-off of this attempt, between half and all of it.
-    fn pause(&self, stage: usize, attempt: u32, retry_after: Option<Duration>, jitter: f64) -> Duration {
+    /// The back-off after so many doublings, between half and all of it.
+    fn backoff(&self, stage: usize, doublings: u32, jitter: f64) -> Duration {
         let backoff = self.pipeline.stages[stage].retry.backoff;
-        let doublings = (attempt - self.stages[stage].record.round_start).min(20);
-        let full = backoff.first.saturating_mul(1 << doublings).min(backoff.longest);
-        let jittered = full.mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0);
-        retry_after.map_or(jittered, |wish| wish.max(jittered.min(backoff.first)))
+        let full = backoff.first.saturating_mul(1 << doublings.min(20)).min(backoff.longest);
+        full.mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0)
     }
+}
+
+/// What was told, and up to half as much again, so that not all who were told the same come back together.
+fn spread(told: Duration, jitter: f64) -> Duration {
+    told.saturating_add((told / 2).min(SPREAD_MAX).mul_f64(jitter.clamp(0.0, 1.0)))
+}
+
+/// The most that is added to a wait that was told.
+const SPREAD_MAX: Duration = Duration::from_secs(30);
+
+fn delta(span: Duration) -> TimeDelta {
+    TimeDelta::from_std(span).unwrap_or(TimeDelta::MAX)
 }
 
 /// An output on its way through the gate.
@@ -296,6 +401,8 @@ struct Judged {
     model: Option<ModelRef>,
     origin: Origin,
     totals: Totals,
+    /// When the next attempt starts, should it not pass.
+    next_at: DateTime<Utc>,
 }
 
 /// The gate: pass, retry with the critique, hold, accept with a flag, or fail.

@@ -92,13 +92,39 @@ fn output(passed: bool, usable: bool) -> Outcome {
     Outcome { started_at: at(0), calls: Vec::new(), result }
 }
 
-fn error(retryable: bool, retry_after: Option<Duration>) -> Outcome {
+fn failed(kind: FailureKind) -> Outcome {
     let (code, message) = (Code::ProviderFailed, "503".to_owned());
     Outcome {
         started_at: at(0),
         calls: Vec::new(),
-        result: AttemptResult::Failed { code, message, detail: None, retryable, retry_after },
+        result: AttemptResult::Failed { code, message, detail: None, kind },
     }
+}
+
+fn outage(told: Option<Duration>) -> Outcome {
+    failed(FailureKind::Outage { told })
+}
+
+/// One model's answer was cut, another asked to wait.
+fn cut(told: Duration) -> Outcome {
+    let result = AttemptResult::Cut {
+        output: "half an ans".into(),
+        assessments: vec![Assessment { name: "complete".to_owned(), reason: "cut".to_owned(), ..assessment(false) }],
+        model: None,
+        code: Code::ProviderRateLimited,
+        message: "slow down".to_owned(),
+        detail: None,
+        told: Some(told),
+    };
+    Outcome { started_at: at(0), calls: Vec::new(), result }
+}
+
+/// The stage's next attempt starts at this time.
+fn due(run: &mut Run, stage: usize, now: DateTime<Utc>) -> u32 {
+    run.on(Stimulus::Due { stage }, now, 0.0);
+    let step = run.take_step().expect("due");
+    let [(_, attempt)] = started(&step.effects)[..] else { panic!("{:?}", step.effects) };
+    attempt
 }
 
 fn attempted(run: &mut Run, stage: usize, attempt: u32, outcome: Outcome) -> Step {
@@ -250,39 +276,129 @@ fn an_output_without_the_stages_form_is_never_accepted() {
 #[test]
 fn a_short_pause_is_waited_out_and_a_long_one_parks() {
     let (_, mut run, _) = begin(CANONICAL);
-    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::from_secs(2))));
+    let step = attempted(&mut run, 0, 1, outage(Some(Duration::from_secs(2))));
     assert_eq!(step.commit.then, Disposition::Keep);
-    assert!(step.effects.contains(&Effect::WakeAt { stage: 0, at: at(3) }));
+    let spread = TimeDelta::milliseconds(500);
+    assert!(step.effects.contains(&Effect::WakeAt { stage: 0, at: at(3) + spread }), "half a second of jitter on two");
 
     let (_, mut run, _) = begin(CANONICAL);
-    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::from_mins(10))));
-    assert_eq!(step.commit.then, Disposition::Park(Some(Duration::from_mins(10))));
+    let step = attempted(&mut run, 0, 1, outage(Some(Duration::from_mins(10))));
+    assert_eq!(step.commit.then, Disposition::Park(Some(Duration::from_secs(615))), "and at most half a minute");
     assert_eq!(names(&step.commit), ["stage.retrying", "run.waiting"]);
-    run.on(Stimulus::Taken(Vec::new()), at(601), 0.0);
+    let EventKind::RunWaiting { until, reason: Some(reason) } = &step.commit.events[1].kind else {
+        panic!("no reason")
+    };
+    assert_eq!(*until, Some(at(616)));
+    let expected = "stage `one` waits for an outage to pass: met once since 1970-01-12T13:46:41Z; last SG0406: 503";
+    assert_eq!(reason, expected);
+    run.on(Stimulus::Taken(Vec::new()), at(616), 0.0);
     let step = run.take_step().expect("resumed");
-    assert!(step.effects.contains(&Effect::WakeAt { stage: 0, at: at(601) }));
-    run.on(Stimulus::Due { stage: 0 }, at(601), 0.0);
-    assert_eq!(started(&run.take_step().expect("due").effects), [(0, 2)]);
+    assert!(step.effects.contains(&Effect::WakeAt { stage: 0, at: at(616) }));
+    assert_eq!(due(&mut run, 0, at(616)), 2);
 }
 
 #[test]
 fn what_cannot_be_retried_fails_at_once_and_what_can_fails_at_the_end() {
     let (_, mut run, _) = begin(CANONICAL);
-    let commit = attempted(&mut run, 0, 1, error(false, None)).commit;
+    let commit = attempted(&mut run, 0, 1, failed(FailureKind::Final)).commit;
     assert_eq!(commit.failure.expect("why").code, Code::ProviderFailed);
 
     let (_, mut run, _) = begin(CANONICAL);
-    attempted(&mut run, 0, 1, error(true, None));
-    run.on(Stimulus::Due { stage: 0 }, at(9), 0.0);
-    run.take_step();
-    let commit = attempted(&mut run, 0, 2, error(true, None)).commit;
+    attempted(&mut run, 0, 1, failed(FailureKind::Unusable));
+    due(&mut run, 0, at(9));
+    let commit = attempted(&mut run, 0, 2, failed(FailureKind::Unusable)).commit;
     assert_eq!(commit.failure.expect("why").code, Code::AttemptsExhausted);
+}
+
+#[test]
+fn outages_do_not_count_as_attempts() {
+    let (_, mut run, _) = begin(CANONICAL);
+    for attempt in 1..=20 {
+        attempted(&mut run, 0, attempt, outage(None));
+        assert_eq!(due(&mut run, 0, at(40)), attempt + 1);
+    }
+    // A gate that fails once and an outage beside it leave the second of two attempts.
+    attempted(&mut run, 0, 21, output(false, true));
+    attempted(&mut run, 0, 22, outage(None));
+    assert_eq!(due(&mut run, 0, at(80)), 23);
+    assert_eq!(run.critique(0).expect("of the answer").reasons, ["min_chars: too short"]);
+    let commit = attempted(&mut run, 0, 23, output(false, true)).commit;
+    assert_eq!(commit.failure.expect("why").code, Code::GateFailed);
+}
+
+#[test]
+fn an_outage_is_waited_out_for_max_wait_and_its_failure_tells_of_it() {
+    let source = CANONICAL.replace("backoff: 1s..30s", "backoff: 1s..30s, max_wait: 1m");
+    let (_, mut run, _) = begin(&source);
+    let step = attempted(&mut run, 0, 1, outage(None));
+    assert_eq!(step.commit.stages[0].outage_since, Some(at(1)));
+    due(&mut run, 0, at(30));
+    run.on(Stimulus::Attempted { stage: 0, attempt: 2, outcome: outage(Some(Duration::MAX)) }, at(31), 0.5);
+    let step = run.take_step().expect("decided");
+    assert_eq!(step.commit.stages[0].not_before, Some(at(61)), "once more when the time is over, whatever was told");
+    due(&mut run, 0, at(61));
+    run.on(Stimulus::Attempted { stage: 0, attempt: 3, outcome: outage(None) }, at(62), 0.5);
+    let failure = run.take_step().expect("decided").commit.failure.expect("why");
+    assert_eq!(failure.code, Code::ProviderFailed);
+    let expected = "an outage did not pass within `retry.max_wait` (60s): met 3 times since 1970-01-12T13:46:41Z; \
+                    last SG0406: 503";
+    assert_eq!(failure.message, expected);
+}
+
+#[test]
+fn an_answer_ends_the_row_of_outages() {
+    let source = CANONICAL.replace("backoff: 1s..30s", "backoff: 1s..30s, max_wait: 1m");
+    let (_, mut run, _) = begin(&source);
+    attempted(&mut run, 0, 1, outage(None));
+    due(&mut run, 0, at(61));
+    let commit = attempted(&mut run, 0, 2, output(false, true)).commit;
+    let record = &commit.stages[0];
+    assert_eq!((record.outage_since, record.outages, &record.failure), (None, 0, &None));
+    run.on(Stimulus::Attempted { stage: 0, attempt: 3, outcome: outage(None) }, at(100), 0.5);
+    let step = run.take_step().expect("decided");
+    assert_eq!(step.commit.stages[0].outage_since, Some(at(100)), "another row");
+}
+
+#[test]
+fn a_run_that_expires_in_an_outage_tells_of_it() {
+    let (_, mut run, _) = begin(CANONICAL);
+    attempted(&mut run, 0, 1, outage(Some(Duration::from_secs(1))));
+    run.on(Stimulus::DeadlinePassed, run.deadline_at(), 0.0);
+    let failure = run.take_step().expect("expired").commit.failure.expect("why");
+    assert_eq!(failure.code, Code::DeadlinePassed);
+    assert!(
+        failure.message.contains("stage `one` waited for an outage to pass: met once since"),
+        "{}",
+        failure.message
+    );
+    assert!(failure.message.ends_with("SG0406: 503"), "{}", failure.message);
+}
+
+#[test]
+fn an_answer_that_was_cut_beside_an_outage_is_judged_and_the_wait_is_kept() {
+    let wait = Duration::from_secs(30);
+    let (_, mut run, _) = begin(CANONICAL);
+    let step = attempted(&mut run, 0, 1, cut(wait));
+    assert_eq!(names(&step.commit), ["stage.retrying", "run.waiting"]);
+    assert!(step.commit.stages[0].not_before.expect("a time") >= at(31));
+    assert_eq!(step.commit.attempts[0].1.verdict, Verdict::Retry);
+    assert_eq!(run.critique(0).expect("of the answer").reasons, ["complete: cut"]);
+
+    // No answer more may be judged, but the other model may still give one.
+    run.on(Stimulus::Taken(Vec::new()), at(40), 0.0);
+    let attempt = due(&mut run, 0, at(40));
+    let step = attempted(&mut run, 0, attempt, cut(wait));
+    assert_eq!(step.commit.state, RunState::Waiting);
+    run.on(Stimulus::Taken(Vec::new()), at(80), 0.0);
+    let attempt = due(&mut run, 0, at(80));
+    let step = attempted(&mut run, 0, attempt, output(true, true));
+    assert_eq!(step.commit.checkpoints.len(), 1);
 }
 
 #[test]
 fn a_signal_that_is_read_twice_is_obeyed_once() {
     let (_, mut run, _) = begin(CANONICAL);
-    attempted(&mut run, 0, 1, error(false, None));
+    attempted(&mut run, 0, 1, failed(FailureKind::Final));
     let retry = || signal(SignalKind::Retry { deadline_at: at(5_000) });
     run.on(Stimulus::Taken(retry()), at(60), 0.0);
     // Read again before the commit that consumes it is durable.
@@ -306,8 +422,8 @@ fn a_run_taken_after_its_deadline_starts_nothing() {
 
 #[test]
 fn a_pause_beyond_all_bounds_is_a_pause_to_the_deadline() {
-    let (_, mut run, _) = begin(CANONICAL);
-    let step = attempted(&mut run, 0, 1, error(true, Some(Duration::MAX)));
+    let (_, mut run, _) = begin(&CANONICAL.replace("backoff: 1s..30s", "backoff: 1s..30s, max_wait: 365d"));
+    let step = attempted(&mut run, 0, 1, outage(Some(Duration::MAX)));
     assert!(matches!(step.commit.then, Disposition::Park(Some(_))));
     assert!(step.commit.stages[0].not_before.expect("a time") >= run.deadline_at());
 }
@@ -327,7 +443,7 @@ fn a_cancel_abandons_what_is_under_way_and_late_answers_change_nothing() {
 fn a_retry_starts_over_only_what_has_no_checkpoint_and_ignores_what_was_asked_before() {
     let (_, mut run, _) = begin(CANONICAL);
     attempted(&mut run, 0, 1, output(true, true));
-    attempted(&mut run, 1, 1, error(false, None));
+    attempted(&mut run, 1, 1, failed(FailureKind::Final));
     let signals = vec![
         Signal { id: 1, kind: SignalKind::Cancel, by: None },
         Signal { id: 2, kind: SignalKind::Retry { deadline_at: at(9_999) }, by: None },
@@ -376,7 +492,7 @@ enum Move {
 
 fn moves() -> impl Strategy<Value = Vec<Move>> {
     let one = prop_oneof![
-        8 => (0..5_usize, 0..8_u8).prop_map(|(pick, outcome)| Move::Attempt { pick, outcome }),
+        8 => (0..5_usize, 0..10_u8).prop_map(|(pick, outcome)| Move::Attempt { pick, outcome }),
         3 => (0..5_usize).prop_map(|pick| Move::Due { pick }),
         1 => Just(Move::Taken),
         1 => (0..5_u8).prop_map(Move::Signal),
@@ -436,8 +552,10 @@ proptest! {
                         0..=3 => output(true, true),
                         4 => output(false, true),
                         5 => output(false, false),
-                        6 => error(true, Some(Duration::from_mins(1))),
-                        _ => error(true, None),
+                        6 => outage(Some(Duration::from_mins(1))),
+                        7 => cut(Duration::from_secs(9)),
+                        8 => failed(FailureKind::Unusable),
+                        _ => outage(None),
                     };
                     run.on(Stimulus::Attempted { stage: pick, attempt, outcome }, now, 0.3);
                 }

@@ -58,7 +58,8 @@ pub struct Defaults {
     /// How often, and with which pauses, a stage is tried.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry: Option<Retry>,
-    /// How long one attempt may take, judge included. Default: 60s.
+    /// How long one model call may take, from when its request is sent; then the next model of the chain is asked.
+    /// Waiting for a slot does not count. Default: 60s.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<Span>,
     /// Whether and how long answers are reused.
@@ -112,7 +113,8 @@ pub struct StageDefinition {
     /// How often, and with which pauses, it is tried.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry: Option<Retry>,
-    /// How long one attempt may take, judge included.
+    /// How long one model call may take, from when its request is sent; then the next model of the chain is asked.
+    /// Waiting for a slot does not count.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<Span>,
     /// Whether and how long its answers are reused.
@@ -311,11 +313,12 @@ pub enum OnExhausted {
     Accept,
 }
 
-/// How often, and with which pauses, a stage is tried. One loop serves failed calls and failed gates alike.
+/// How often, how long and with which pauses a stage is tried. One loop serves failed calls and failed gates alike.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Retry {
-    /// Attempts in all, the first included.
+    /// Answers that are judged, the first included: a failed gate and an answer that cannot be used count. An outage
+    /// (no connection, a rate limit, an error of the provider's, no answer within `timeout`) does not.
     #[serde(default = "default_max_attempts")]
     #[schemars(range(min = 1, max = 20))]
     pub max_attempts: u32,
@@ -323,7 +326,21 @@ pub struct Retry {
     /// retried at once.
     #[serde(default)]
     pub backoff: Backoff,
+    /// How long an outage is waited out, from its first failed call to its last; the run's deadline ends it earlier.
+    /// Default: 15m.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_wait: Option<Span>,
 }
+
+impl Retry {
+    /// How long an outage is waited out.
+    pub fn max_wait(&self) -> Duration {
+        self.max_wait.map_or(DEFAULT_MAX_WAIT, |span| span.0)
+    }
+}
+
+/// How long an outage is waited out where a definition does not say.
+const DEFAULT_MAX_WAIT: Duration = Duration::from_mins(15);
 
 fn default_max_attempts() -> u32 {
     3
@@ -331,7 +348,7 @@ fn default_max_attempts() -> u32 {
 
 impl Default for Retry {
     fn default() -> Self {
-        Self { max_attempts: default_max_attempts(), backoff: Backoff::default() }
+        Self { max_attempts: default_max_attempts(), backoff: Backoff::default(), max_wait: None }
     }
 }
 

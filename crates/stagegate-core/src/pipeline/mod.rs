@@ -78,7 +78,7 @@ pub struct Stage {
     pub gate: Gate,
     /// How often it is tried.
     pub retry: Retry,
-    /// How long one attempt may take.
+    /// How long one model call may take, from when its request is sent.
     pub timeout: Duration,
 }
 

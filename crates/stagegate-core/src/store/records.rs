@@ -1,6 +1,6 @@
 //! What a store answers when it is read: runs, stages, queues, replicas, as they stand. Owns these words; changes nothing.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -159,7 +159,13 @@ pub struct StageRecord {
     pub origin: Option<Origin>,
     /// What it took so far, over all attempts.
     pub totals: Totals,
-    /// Why it failed.
+    /// Answers of the present round that were judged and did not pass: what `retry.max_attempts` bounds.
+    pub judged: u32,
+    /// Attempts in a row that met an outage; 0 while there is none.
+    pub outages: u32,
+    /// When the first of them ended.
+    pub outage_since: Option<DateTime<Utc>>,
+    /// Why it failed; while it waits for an outage to pass, the last that was heard of it.
     pub failure: Option<Failure>,
     /// When its first attempt started.
     pub started_at: Option<DateTime<Utc>>,
@@ -182,10 +188,59 @@ impl StageRecord {
             model: None,
             origin: None,
             totals: Totals::default(),
+            judged: 0,
+            outages: 0,
+            outage_since: None,
             failure: None,
             started_at: None,
             finished_at: None,
         }
+    }
+
+    /// Something else than an outage came of an attempt.
+    pub(crate) fn end_outage(&mut self) {
+        self.outages = 0;
+        self.outage_since = None;
+    }
+
+    /// What it waits for, where it does.
+    pub fn waiting(&self) -> Option<Waiting> {
+        let reason = match self.state {
+            StageState::Held => format!("stage `{}` waits for a person to approve or reject its output", self.id),
+            StageState::Waiting => match self.outage() {
+                Some(outage) => format!("stage `{}` waits for an outage to pass: {outage}", self.id),
+                None => format!("stage `{}` waits for its next attempt", self.id),
+            },
+            _ => return None,
+        };
+        Some(Waiting { reason, until: self.not_before })
+    }
+
+    /// The outage that it has met, since when, how often, and the last that was heard of it.
+    pub fn outage(&self) -> Option<String> {
+        let since = self.outage_since?.to_rfc3339_opts(SecondsFormat::Secs, true);
+        let times = if self.outages == 1 { "once".to_owned() } else { format!("{} times", self.outages) };
+        let last =
+            self.failure.as_ref().map_or(String::new(), |last| format!("; last {}: {}", last.code, last.message));
+        Some(format!("met {times} since {since}{last}"))
+    }
+}
+
+/// What a run or a stage waits for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Waiting {
+    /// In one sentence.
+    pub reason: String,
+    /// When it goes on by itself; absent where a person is awaited.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub until: Option<DateTime<Utc>>,
+}
+
+impl Waiting {
+    /// What a run waits for: of its stages the one that goes on first.
+    pub fn of_run<'a>(stages: impl IntoIterator<Item = &'a StageRecord>) -> Option<Self> {
+        let waiting = stages.into_iter().filter_map(StageRecord::waiting);
+        waiting.min_by_key(|waiting| (waiting.until.is_none(), waiting.until))
     }
 }
 

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use stagegate_core::{
     Assessment, CallPurpose, Code, Evaluator, Json,
-    decide::AttemptResult,
+    decide::{AttemptResult, FailureKind},
     pipeline::{Cache, Judge, Message, ModelWork, OutputFormat, Params, Part, Role, Work},
 };
 use stagegate_llm::Request;
@@ -56,8 +56,7 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
             code: Code::ProviderMalformed,
             message: "the judge's answer was not a verdict (a score in [0, 1] and a reason)".to_owned(),
             detail: None,
-            retryable: true,
-            retry_after: None,
+            kind: FailureKind::Unusable,
         });
     };
     Ok(Some(Assessment {

@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use stagegate_core::{
     Assessment, Evaluator, Failure, Json, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
-    decide::{AttemptResult, Critique},
+    decide::{AttemptResult, Critique, FailureKind},
     pipeline::{CacheMode, OutputFormat, Part, RenderContext, Seen, Stage, Work},
 };
-use stagegate_llm::{CallContext, CallError, Llm, Reply, Request, purse::Purse};
+use stagegate_llm::{CallContext, CallError, Llm, Partial, Reply, Request, purse::Purse};
 use tokio::time::Instant;
 
 use crate::{books::Books, evaluation::Evaluations};
@@ -93,6 +93,7 @@ impl AttemptContext {
             attempt: self.attempt,
             cache_mode: self.cache_mode.unwrap_or(cache.mode),
             cache_ttl: cache.ttl.0,
+            timeout: self.stage().timeout,
             deadline: self.deadline,
             purse: Some(Arc::clone(&self.books) as Arc<dyn Purse>),
         }
@@ -150,32 +151,39 @@ fn measure(pipeline: &Pipeline, stage: usize, content: &str, context: &RenderCon
 }
 
 fn failed_call(error: CallError) -> Stopped {
-    let CallError { code, message, detail, retryable, retry_after, .. } = error;
-    AttemptResult::Failed { code, message, detail, retryable, retry_after }
+    let CallError { code, message, detail, kind, .. } = error;
+    AttemptResult::Failed { code, message, detail, kind }
 }
 
 fn failed_render(failure: Failure) -> Stopped {
     let Failure { code, message, detail, .. } = failure;
-    AttemptResult::Failed { code, message, detail, retryable: false, retry_after: None }
+    AttemptResult::Failed { code, message, detail, kind: FailureKind::Final }
 }
 
-/// An answer that came but was cut: an output that is measured as incomplete, so that the critique can say so.
-fn incomplete(partial: String, error: &CallError, origin: Origin) -> AttemptResult {
-    AttemptResult::Output {
-        output: partial.as_str().into(),
-        usable: false,
-        assessments: vec![Assessment {
-            evaluator: Evaluator::Check,
-            name: "complete".to_owned(),
-            version: 1,
-            passed: false,
-            score: 0.0,
-            threshold: 1.0,
-            reason: format!("{}; give the whole answer in fewer words", error.message),
-            detail: None,
-            model: None,
-        }],
+/// An answer that came but was cut: an output that is measured as incomplete, so that the critique can say so. Where
+/// another model of the chain may answer later, that is waited for as well.
+fn incomplete(partial: Partial, error: CallError) -> AttemptResult {
+    let Partial { content, model, message } = partial;
+    let output = content.as_str().into();
+    let assessments = vec![Assessment {
+        evaluator: Evaluator::Check,
+        name: "complete".to_owned(),
+        version: 1,
+        passed: false,
+        score: 0.0,
+        threshold: 1.0,
+        reason: format!("{message}; give the whole answer in fewer words"),
+        detail: None,
         model: None,
-        origin,
+    }];
+    let model = Some(model);
+    match error.kind {
+        FailureKind::Outage { told } => {
+            let CallError { code, message, detail, .. } = error;
+            AttemptResult::Cut { output, assessments, model, code, message, detail, told }
+        }
+        FailureKind::Unusable | FailureKind::Final => {
+            AttemptResult::Output { output, usable: false, assessments, model, origin: Origin::Provider }
+        }
     }
 }

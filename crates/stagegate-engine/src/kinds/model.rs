@@ -19,7 +19,7 @@ pub(super) async fn attempt(
         Ok(reply) => reply,
         Err(mut error) => {
             return match error.partial.take() {
-                Some(partial) => Ok(incomplete(partial, &error, Origin::Provider)),
+                Some(partial) => Ok(incomplete(partial, error)),
                 None => Err(failed_call(error)),
             };
         }

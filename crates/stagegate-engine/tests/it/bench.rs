@@ -48,6 +48,15 @@ pub(crate) fn llm(provider: &FakeProvider, store: &SqliteStore) -> Arc<Llm> {
 
 /// The same, with any shared tier.
 pub(crate) fn llm_with(base_url: String, tier: Arc<dyn CacheTier>) -> Arc<Llm> {
+    llm_configured(base_url, tier, |_| {})
+}
+
+/// The same, configured otherwise.
+pub(crate) fn llm_configured(
+    base_url: String,
+    tier: Arc<dyn CacheTier>,
+    change: impl FnOnce(&mut LlmConfig),
+) -> Arc<Llm> {
     let fake = ProviderConfig {
         kind: ProviderKind::Openai,
         base_url: Some(base_url),
@@ -56,13 +65,14 @@ pub(crate) fn llm_with(base_url: String, tier: Arc<dyn CacheTier>) -> Arc<Llm> {
         sim: SimConfig::default(),
     };
     let price = Price { input: 1.0, output: 2.0, cache_read: None, cache_write: None };
-    let config = LlmConfig {
+    let mut config = LlmConfig {
         providers: BTreeMap::from([("fake".to_owned(), fake)]),
         prices: BTreeMap::from([("fake/*".to_owned(), price)]),
         // A machine that is busy with other tests must not make a cache look away.
         shared_cache_timeout: Span(Duration::from_secs(5)),
         ..LlmConfig::default()
     };
+    change(&mut config);
     stagegate_llm::install_tls();
     Arc::new(Llm::new(&config, Some(tier), Metrics::new(), Arc::new(SystemClock)).expect("a model layer"))
 }
@@ -78,10 +88,15 @@ impl Bench {
     }
 
     pub(crate) async fn with(config: EngineConfig) -> Self {
+        Self::configured(config, |_| {}).await
+    }
+
+    /// With a model layer that is configured otherwise.
+    pub(crate) async fn configured(config: EngineConfig, change: impl FnOnce(&mut LlmConfig)) -> Self {
         let folder = Arc::new(tempfile::tempdir().expect("a folder"));
         let store = store(folder.path()).await;
         let provider = FakeProvider::start().await;
-        let llm = llm(&provider, &store);
+        let llm = llm_configured(provider.openai_base_url(), store.cache_tier(), change);
         let engine = engine(config, &store, &llm).await;
         Self { engine, provider, store, llm, folder }
     }

@@ -16,3 +16,4 @@ mod stores;
 mod stuck;
 mod takeover;
 mod vital;
+mod waits;

@@ -21,7 +21,7 @@ fn pipeline(budget_usd: Option<f64>, stages: Value) -> String {
         "defaults": {
             "model": ["fake/a"],
             "params": { "max_output_tokens": LONGEST },
-            "retry": { "max_attempts": 1 },
+            "retry": { "max_attempts": 1, "max_wait": "1ms" },
         },
         "stages": stages,
     });

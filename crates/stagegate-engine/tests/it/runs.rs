@@ -99,11 +99,11 @@ async fn a_cancel_stops_the_calls_and_ends_the_run() {
 }
 
 #[tokio::test]
-async fn a_stage_that_hangs_meets_its_timeout() {
+async fn a_call_that_hangs_meets_its_timeout() {
     let bench = Bench::start().await;
     bench.provider.on(contains("stage-one")).respond(Reply::hang());
     let source = canonical()
-        .replace("\"max_attempts\":3", "\"max_attempts\":1")
+        .replace("\"max_attempts\":3", "\"max_attempts\":1,\"max_wait\":\"1ms\"")
         .replace("\"id\":\"one\"", "\"id\":\"one\",\"timeout\":\"200ms\"");
     let detail = bench.run(&source, json!({ "text": "hello" })).await;
     assert_state(&detail.run, RunState::Failed);

@@ -364,7 +364,7 @@ async fn whoever_claims_to_have_seen_the_future_still_sees_the_end() {
 async fn an_answer_that_was_paid_before_its_attempt_timed_out_is_booked() {
     let setup = Setup::start().await;
     setup.bench.provider.on(contains("Rubric:")).respond(Reply::hang());
-    let source = canonical().replace("\"max_attempts\":3", "\"max_attempts\":1").replace(
+    let source = canonical().replace("\"max_attempts\":3", "\"max_attempts\":1,\"max_wait\":\"1ms\"").replace(
         "\"id\":\"one\"",
         "\"id\":\"one\",\"timeout\":\"400ms\",\"gate\":{\"judge\":{\"rubric\":\"good\",\"threshold\":0.5}}",
     );

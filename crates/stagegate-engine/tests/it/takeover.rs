@@ -103,7 +103,7 @@ async fn an_attempt_that_is_busy_for_ever_is_abandoned_at_its_timeout() {
     let provider = FakeProvider::start().await;
     let bench = Bench { engine, provider, store, llm, folder: Arc::new(folder) };
     let source = canonical()
-        .replace("\"max_attempts\":3", "\"max_attempts\":1")
+        .replace("\"max_attempts\":3", "\"max_attempts\":1,\"max_wait\":\"1ms\"")
         .replace("\"id\":\"one\"", "\"id\":\"one\",\"timeout\":\"200ms\"");
     let detail = bench.run(&source, json!({ "text": "hello" })).await;
     assert_state(&detail.run, RunState::Failed);

@@ -367,6 +367,7 @@ impl Spared {
             min_calls: TIER_FAILURES_MAX,
             failure_rate: 1.0,
             open_for: Span(TIER_OPEN_FOR),
+            ..BreakerConfig::default()
         };
         Self { tier, timeout, breaker: Breaker::new(Arc::new(config)) }
     }

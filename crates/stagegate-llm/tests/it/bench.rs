@@ -142,7 +142,8 @@ pub(crate) fn context() -> CallContext {
         cache_ttl: Duration::from_hours(1),
         attempt: 1,
         purse: None,
-        deadline: Instant::now() + Duration::from_secs(30),
+        timeout: Duration::from_secs(30),
+        deadline: Instant::now() + Duration::from_hours(1),
     }
 }
 

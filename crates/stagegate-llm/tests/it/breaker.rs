@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use stagegate_core::{Code, Origin};
 
-use crate::bench::{Act, Scripted, chain, config, context, last, model, request, scripted};
+use stagegate_llm::CallContext;
+
+use crate::bench::{Act, Scripted, chain, config, context, last, model, request, scripted, tenant};
 
 const OPEN_FOR: Duration = Duration::from_secs(10);
 
@@ -23,8 +25,8 @@ async fn a_failing_model_is_spared_and_says_when_to_come_back() {
     trip(&llm).await;
     tokio::time::advance(Duration::from_secs(3)).await;
     let error = llm.complete(&context(), &request("spared")).await.expect_err("spared");
-    assert_eq!((error.code, error.retryable), (Code::BreakerOpen, true));
-    assert_eq!(error.retry_after, Some(Duration::from_secs(7)));
+    assert_eq!((error.code, error.kind.is_retryable()), (Code::BreakerOpen, true));
+    assert_eq!(error.kind.told(), Some(Duration::from_secs(7)));
     assert!(error.calls.is_empty(), "nobody was called, so there is no row");
     assert_eq!(one.calls(), 10);
     assert_eq!(llm.health().await.providers[0].open_breakers, ["priced"]);
@@ -64,7 +66,7 @@ async fn one_probe_decides_whether_a_model_is_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn while_one_call_probes_others_are_refused() {
+async fn while_a_few_calls_probe_others_wait_for_what_comes_of_it() {
     let one = Scripted::new(Act::Fail(Code::ProviderUnreachable, true));
     let (llm, _) = scripted(&[("one", &one)], &config());
     for n in 0..10 {
@@ -72,29 +74,48 @@ async fn while_one_call_probes_others_are_refused() {
     }
     tokio::time::advance(OPEN_FOR).await;
     one.set(Act::Hang);
-    let (probing, asking) = (llm.clone(), context());
-    let probe = tokio::spawn(async move { probing.complete(&asking, &request("probe")).await });
-    one.arrived(11).await;
-    let error = llm.complete(&context(), &request("beside it")).await.expect_err("refused");
-    assert_eq!((error.code, error.retryable), (Code::BreakerOpen, true));
-    assert!(error.retry_after.is_some_and(|wait| wait <= OPEN_FOR));
-
-    probe.abort();
-    assert!(probe.await.expect_err("aborted").is_cancelled());
+    let ask = |n: usize| {
+        let (llm, asking) = (llm.clone(), context());
+        tokio::spawn(async move { llm.complete(&asking, &request(&format!("probe {n}"))).await })
+    };
+    let probes: Vec<_> = (0..3).map(ask).collect();
+    one.arrived(13).await;
     one.set(Act::Answer("well again"));
-    llm.complete(&context(), &request("the next probe")).await.expect("an abandoned probe leaves room for another");
+    let beside = (3..30).map(ask).collect::<Vec<_>>();
+    tokio::task::yield_now().await;
+    assert_eq!(one.calls(), 13, "a slow probe burns nobody");
+    for probe in probes {
+        probe.abort();
+        assert!(probe.await.expect_err("aborted").is_cancelled());
+    }
+    for waited in beside {
+        waited.await.expect("no panic").expect("an abandoned probe leaves room for another, which closes it");
+    }
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_that_hang_until_their_deadline_count_as_failures() {
+async fn calls_that_hang_beyond_the_floor_count_as_failures() {
     let one = Scripted::new(Act::Hang);
     let (llm, _) = scripted(&[("one", &one)], &config());
     for n in 0..10 {
         let error = llm.complete(&context(), &request(&format!("{n}"))).await.expect_err("too slow");
-        assert_eq!((error.code, error.retryable), (Code::ProviderTimeout, true));
+        assert_eq!((error.code, error.kind.is_retryable()), (Code::ProviderTimeout, true));
     }
     let error = llm.complete(&context(), &request("spared")).await.expect_err("spared");
     assert_eq!((error.code, one.calls()), (Code::BreakerOpen, 10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_callers_short_time_out_says_nothing_about_the_model() {
+    let one = Scripted::new(Act::Hang);
+    let (llm, _) = scripted(&[("one", &one)], &config());
+    let hasty = || CallContext { tenant: tenant("hasty"), timeout: Duration::from_millis(50), ..context() };
+    for n in 0..30 {
+        let error = llm.complete(&hasty(), &request(&format!("{n}"))).await.expect_err("too slow for this one");
+        assert_eq!(error.code, Code::ProviderTimeout);
+    }
+    one.set(Act::Answer("fine"));
+    llm.complete(&context(), &request("q")).await.expect("the breaker is closed for the others");
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@ use serde_json::json;
 use stagegate_core::{
     CallPurpose, Code, Origin, PipelineName, StageId, Usd,
     cache::CacheScope,
+    decide::FailureKind,
     pipeline::{CacheMode, Models, OutputFormat},
 };
 use stagegate_llm::{CallContext, Llm, Request};
@@ -61,9 +62,11 @@ async fn an_answer_that_was_cut_is_never_stored_and_is_handed_over_for_the_criti
     let mut request = request("q");
     request.params.max_output_tokens = Some(20);
     let error = bench.llm.complete(&context(), &request).await.expect_err("cut");
-    assert_eq!((error.code, error.retryable), (Code::ProviderMalformed, true));
+    assert_eq!((error.code, error.kind.is_retryable()), (Code::ProviderMalformed, true));
     assert_eq!(error.message, "the answer was cut at the token limit (max_output_tokens = 20)");
-    assert_eq!(error.partial.as_deref(), Some("half an ans"));
+    let partial = error.partial.as_ref().expect("what there is of it");
+    assert_eq!((partial.content.as_str(), &partial.model), ("half an ans", &model("one/priced")));
+    assert_eq!(partial.message, error.message);
     let [call] = error.calls.as_slice() else { panic!("one call: {:?}", error.calls) };
     assert_eq!((call.cost_usd, call.error), (COST, Some(Code::ProviderMalformed)), "it was paid for");
     bench.ask(&context(), &request).await;
@@ -77,7 +80,7 @@ async fn an_answer_that_was_cut_before_a_word_was_said_is_not_worth_another_try(
     let mut request = request("q");
     request.params.max_output_tokens = Some(20);
     let error = bench.llm.complete(&context(), &request).await.expect_err("cut");
-    assert_eq!((error.code, error.retryable), (Code::ProviderMalformed, false));
+    assert_eq!((error.code, error.kind.is_retryable()), (Code::ProviderMalformed, false));
     assert!(error.message.contains("max_output_tokens = 20") && error.message.contains("raise"), "{}", error.message);
     assert_eq!((error.partial, error.calls.len()), (None, 1));
 }
@@ -87,7 +90,7 @@ async fn a_refused_answer_is_never_stored() {
     let bench = Bench::new().await;
     bench.vendor.on(any()).once(Reply::text("I cannot").end(End::Refused));
     let error = bench.llm.complete(&context(), &request("q")).await.expect_err("refused");
-    assert_eq!((error.code, error.retryable), (Code::ProviderRefused, false));
+    assert_eq!((error.code, error.kind.is_retryable()), (Code::ProviderRefused, false));
     assert_eq!(error.calls[0].cost_usd, COST);
     bench.ask(&context(), &request("q")).await;
     assert_eq!(bench.calls(), 2);
@@ -98,7 +101,7 @@ async fn an_empty_answer_is_never_stored() {
     let bench = Bench::new().await;
     bench.vendor.on(any()).once(Reply::text(" \n"));
     let error = bench.llm.complete(&context(), &request("q")).await.expect_err("empty");
-    assert_eq!((error.code, error.retryable, error.partial), (Code::ProviderMalformed, true, None));
+    assert_eq!((error.code, error.kind.is_retryable(), error.partial), (Code::ProviderMalformed, true, None));
     bench.ask(&context(), &request("q")).await;
     assert_eq!(bench.calls(), 2);
 }
@@ -368,7 +371,7 @@ async fn a_shared_error_is_one_row_and_is_not_kept() {
     let mut rows = 0;
     for task in tasks {
         let error = task.await.expect("no panic").expect_err("it failed for all");
-        assert_eq!((error.code, error.retryable), (Code::ProviderFailed, true));
+        assert_eq!((error.code, error.kind.is_retryable()), (Code::ProviderFailed, true));
         rows += error.calls.len();
     }
     assert_eq!((one.calls(), rows), (1, 1));
@@ -377,7 +380,7 @@ async fn a_shared_error_is_one_row_and_is_not_kept() {
 }
 
 #[tokio::test]
-async fn each_waiter_has_its_own_deadline() {
+async fn each_waiter_has_its_own_time() {
     let one = Scripted::held(Act::Answer("late"));
     let (llm, _) = scripted(&[("one", &one)], &config());
     let patient = tokio::spawn({
@@ -385,9 +388,9 @@ async fn each_waiter_has_its_own_deadline() {
         async move { llm.complete(&context(), &request("q")).await }
     });
     one.arrived(1).await;
-    let hasty = CallContext { deadline: Instant::now() + Duration::from_millis(20), ..context() };
+    let hasty = CallContext { timeout: Duration::from_millis(20), ..context() };
     let error = llm.complete(&hasty, &request("q")).await.expect_err("too late for this one");
-    assert_eq!((error.code, error.retryable), (Code::ProviderTimeout, true));
+    assert_eq!((error.code, error.kind.is_retryable()), (Code::ProviderTimeout, true));
     assert!(error.calls.is_empty(), "the call is another's");
     one.turns.add_permits(1);
     assert_eq!(patient.await.expect("no panic").expect("an answer").content, "late");
@@ -424,9 +427,9 @@ async fn a_model_that_nobody_serves_is_passed_over() {
     let reply = bench.ask(&context(), &chain("q", &["nobody/x", "openai/gpt-5-mini", "one/priced"])).await;
     assert_eq!(reply.calls.len(), 1, "who was not called has no row");
     let error = bench.llm.complete(&context(), &chain("q", &["nobody/x"])).await.expect_err("nobody");
-    assert_eq!((error.code, error.retryable), (Code::UnknownModel, false));
+    assert_eq!((error.code, error.kind.is_retryable()), (Code::UnknownModel, false));
     let error = bench.llm.complete(&context(), &chain("q", &["openai/gpt-5-mini"])).await.expect_err("no key");
-    assert_eq!((error.code, error.retryable), (Code::ProviderWithoutKey, false));
+    assert_eq!((error.code, error.kind.is_retryable()), (Code::ProviderWithoutKey, false));
 }
 
 #[tokio::test]
@@ -435,26 +438,35 @@ async fn when_all_fail_every_call_is_told() {
     bench.vendor.on(of_model("first")).respond(Reply::status(429, "{}").header("retry-after", "7"));
     bench.vendor.on(of_model("priced")).respond(Reply::status(400, "{}"));
     let error = bench.llm.complete(&context(), &chain("q", &["one/first", "two/priced"])).await.expect_err("all");
-    assert_eq!((error.code, error.retryable), (Code::ProviderRejected, true), "the last one's code; one may recover");
-    assert_eq!(error.retry_after, Some(Duration::from_secs(7)));
+    assert_eq!(error.code, Code::ProviderRateLimited, "one may recover, and that is what is told");
+    assert_eq!(error.kind, FailureKind::Outage { told: Some(Duration::from_secs(7)) });
     let codes: Vec<_> = error.calls.iter().map(|call| call.error).collect();
     assert_eq!(codes, [Some(Code::ProviderRateLimited), Some(Code::ProviderRejected)]);
 }
 
 #[tokio::test]
-async fn a_call_ends_at_its_deadline() {
+async fn each_model_of_a_chain_has_the_whole_time_of_a_call() {
+    let bench = Bench::new().await;
+    bench.vendor.on(of_model("first")).respond(Reply::hang());
+    let hasty = CallContext { timeout: Duration::from_millis(300), ..context() };
+    let reply = bench.ask(&hasty, &chain("q", &["one/first", "two/priced"])).await;
+    let [slow, answered] = reply.calls.as_slice() else { panic!("two calls: {:?}", reply.calls) };
+    assert_eq!((slow.error, answered.error), (Some(Code::ProviderTimeout), None));
+    assert!(bench.metrics().contains(r#"outcome="SG0408""#));
+}
+
+#[tokio::test]
+async fn a_call_that_is_too_slow_is_an_outage_and_nothing_begins_past_the_deadline() {
     let bench = Bench::new().await;
     bench.vendor.on(any()).once(Reply::hang());
-    let hasty = CallContext { deadline: Instant::now() + Duration::from_millis(300), ..context() };
-    let error = bench.llm.complete(&hasty, &chain("q", &["one/priced", "two/priced"])).await.expect_err("it hangs");
-    assert_eq!((error.code, error.retryable), (Code::ProviderTimeout, true));
-    assert_eq!(error.calls.len(), 1, "there was no time for the next one");
-    assert_eq!(error.calls[0].error, Some(Code::ProviderTimeout));
-    bench.ask(&context(), &request("q")).await;
+    let hasty = CallContext { timeout: Duration::from_millis(300), ..context() };
+    let error = bench.llm.complete(&hasty, &request("q")).await.expect_err("it hangs");
+    assert_eq!((error.code, error.kind), (Code::ProviderTimeout, FailureKind::Outage { told: None }));
+    assert_eq!(error.message, "`one/priced` did not answer within 300ms (the stage's `timeout`)");
+    assert_eq!((error.calls.len(), error.calls[0].error), (1, Some(Code::ProviderTimeout)));
     let past = CallContext { deadline: Instant::now(), ..context() };
-    let error = bench.llm.complete(&past, &request("new")).await.expect_err("no time at all");
-    assert_eq!((error.code, error.calls.len(), bench.calls()), (Code::ProviderTimeout, 0, 2));
-    assert!(bench.metrics().contains(r#"outcome="SG0408""#));
+    let error = bench.llm.complete(&past, &chain("new", &["one/priced", "two/priced"])).await.expect_err("no time");
+    assert_eq!((error.code, error.calls.len(), bench.calls()), (Code::ProviderTimeout, 0, 1));
 }
 
 #[tokio::test]
@@ -474,26 +486,103 @@ async fn a_provider_is_never_asked_more_at_once_than_configured() {
     assert_eq!((bench.calls(), bench.vendor.most_under_way()), (8, 2));
 }
 
-#[tokio::test]
-async fn a_call_that_got_no_slot_says_so_and_gives_it_back() {
-    let one = Scripted::held(Act::Answer("a"));
+/// A layer over one provider with one slot, which is taken.
+async fn one_slot(one: &Arc<Scripted>) -> (Llm, tokio::task::JoinHandle<()>) {
     let mut config = config();
     let slots = serde_json::from_value(json!({ "kind": "openai", "max_concurrency": 1 })).expect("valid");
     config.providers.insert("one".to_owned(), slots);
-    let (llm, _) = scripted(&[("one", &one)], &config);
+    let (llm, _) = scripted(&[("one", one)], &config);
     let first = tokio::spawn({
         let llm = llm.clone();
-        async move { llm.complete(&context(), &request("q")).await }
+        async move { drop(llm.complete(&context(), &request("first")).await) }
     });
     one.arrived(1).await;
+    (llm, first)
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_for_a_slot_costs_no_time_of_the_call() {
+    let one = Scripted::held(Act::Answer("a"));
+    let (llm, first) = one_slot(&one).await;
+    let patient = CallContext { timeout: Duration::from_secs(5), ..context() };
+    let second = tokio::spawn({
+        let llm = llm.clone();
+        async move { llm.complete(&patient, &request("second")).await }
+    });
+    tokio::task::yield_now().await;
+    tokio::time::advance(Duration::from_secs(25)).await;
+    one.turns.add_permits(1);
+    first.await.expect("no panic");
+    one.arrived(2).await;
+    tokio::time::advance(Duration::from_secs(4)).await;
+    one.turns.add_permits(1);
+    second.await.expect("no panic").expect("an answer");
+}
+
+#[tokio::test]
+async fn tenants_get_slots_one_after_the_other() {
+    let one = Scripted::held(Act::Answer("a"));
+    let (llm, first) = one_slot(&one).await;
+    let order: Arc<std::sync::Mutex<Vec<&str>>> = Arc::default();
+    let mut tasks = Vec::new();
+    for (name, n) in [("a", 0), ("a", 1), ("a", 2), ("b", 3)] {
+        let (llm, order, asking) = (llm.clone(), Arc::clone(&order), CallContext { tenant: tenant(name), ..context() });
+        tasks.push(tokio::spawn(async move {
+            llm.complete(&asking, &request(&format!("{n}"))).await.expect("an answer");
+            order.lock().expect("no panic").push(name);
+        }));
+        tokio::task::yield_now().await;
+    }
+    one.turns.add_permits(5);
+    for task in tasks {
+        task.await.expect("no panic");
+    }
+    first.await.expect("no panic");
+    assert_eq!(*order.lock().expect("no panic"), ["a", "b", "a", "a"]);
+}
+
+#[tokio::test]
+async fn a_call_that_got_no_slot_says_so_and_gives_it_back() {
+    let one = Scripted::held(Act::Answer("a"));
+    let (llm, first) = one_slot(&one).await;
     let hasty = CallContext { deadline: Instant::now() + Duration::from_millis(20), ..context() };
     let error = llm.complete(&hasty, &request("r")).await.expect_err("no slot");
-    assert_eq!((error.code, error.retryable, error.calls.len()), (Code::ProviderTimeout, true, 0));
+    assert_eq!((error.code, error.kind.is_retryable(), error.calls.len()), (Code::ProviderTimeout, true, 0));
     assert!(error.message.contains("waited for a slot"), "{}", error.message);
     first.abort();
     assert!(first.await.expect_err("aborted").is_cancelled());
     one.turns.add_permits(1);
     llm.complete(&context(), &request("r")).await.expect("an abandoned call gives its slot back");
+}
+
+#[tokio::test]
+async fn a_provider_that_asked_to_wait_is_not_asked_before() {
+    let bench = Bench::new().await;
+    bench.vendor.on(any()).once(Reply::status(429, "{}").header("retry-after", "7"));
+    let told = FailureKind::Outage { told: Some(Duration::from_secs(7)) };
+    let error = bench.llm.complete(&context(), &request("q")).await.expect_err("limited");
+    assert_eq!((error.code, error.kind), (Code::ProviderRateLimited, told));
+    let error = bench.llm.complete(&context(), &request("r")).await.expect_err("left alone");
+    assert!(error.kind.told().is_some_and(|left| left <= Duration::from_secs(7)), "{error:?}");
+    assert_eq!((error.code, error.calls.len(), bench.calls()), (Code::ProviderRateLimited, 0, 1));
+    bench.ask(&context(), &chain("r", &["one/other"])).await;
+}
+
+#[tokio::test]
+async fn an_absurd_wish_is_cut_and_told() {
+    for wish in ["999999999", "1e300", "inf"] {
+        let bench = Bench::new().await;
+        bench.vendor.on(any()).once(Reply::status(503, "{}").header("retry-after", wish));
+        let error = bench.llm.complete(&context(), &request("q")).await.expect_err("away");
+        assert_eq!(error.kind.told(), Some(Duration::from_mins(5)), "{wish}");
+        assert!(error.message.contains("it is granted 300s, `llm.retry_after_max`"), "{}", error.message);
+    }
+    for wish in ["-5", "NaN", "soon"] {
+        let bench = Bench::new().await;
+        bench.vendor.on(any()).once(Reply::status(503, "{}").header("retry-after", wish));
+        let error = bench.llm.complete(&context(), &request("q")).await.expect_err("away");
+        assert_eq!(error.kind, FailureKind::Outage { told: None }, "{wish}");
+    }
 }
 
 #[tokio::test]

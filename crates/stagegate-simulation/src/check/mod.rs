@@ -36,6 +36,8 @@ pub enum Promise {
     DeadlineIsKept,
     /// A claim passes over nobody of a higher priority who waits in the same lane.
     PriorityIsKept,
+    /// A provider that recovers in time fails no stage by its outage.
+    OutagesPass,
     /// Nothing panics, whoever catches it.
     NoPanic,
 }
@@ -55,6 +57,7 @@ impl fmt::Display for Promise {
             Self::StartIsKept => "that a run starts when it is due",
             Self::DeadlineIsKept => "that a run does not expire before its deadline",
             Self::PriorityIsKept => "that priority goes first",
+            Self::OutagesPass => "that an outage that passes fails nothing",
             Self::NoPanic => "that nothing panics",
         })
     }

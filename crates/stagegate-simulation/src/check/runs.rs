@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use stagegate_core::{
-    Epoch, Event, EventKind, ReplicaId, RunId, RunState, StageId, Totals,
+    Code, Epoch, Event, EventKind, Failure, ReplicaId, RunId, RunState, StageId, Totals,
     fair::Limits,
     store::{
         Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, SignalKind, Signalled, Submitted,
@@ -47,6 +47,20 @@ impl Book {
     fn hand_back(&mut self, now_ms: i64) {
         (self.holder, self.claimable_at) = (None, Some(now_ms));
     }
+}
+
+/// Whether a failure says that no answer came, for a reason that passes with the storm.
+fn is_outage(failure: &Failure) -> bool {
+    const CODES: [Code; 6] = [
+        Code::ProviderUnreachable,
+        Code::ProviderRateLimited,
+        Code::ProviderFailed,
+        Code::ProviderTimeout,
+        Code::BreakerOpen,
+        Code::StageTimeout,
+    ];
+    let exhausted = failure.code == Code::AttemptsExhausted;
+    CODES.iter().any(|code| *code == failure.code || (exhausted && failure.message.contains(code.as_str())))
 }
 
 impl Checks {
@@ -203,8 +217,15 @@ impl Checks {
             return self.broken(Promise::AcceptedMeansFinished, format!("{name} {what}: {}", event.kind.name()));
         }
         match &event.kind {
-            EventKind::RunFinished { state, .. } => {
+            EventKind::RunFinished { state, failure, .. } => {
                 book.ended = true;
+                // No world lasts as long as an outage is waited out.
+                if *state == RunState::Failed
+                    && let Some(failure) = failure.as_ref().filter(|failure| is_outage(failure))
+                {
+                    let what = format!("{name} failed by an outage: {}: {}", failure.code, failure.message);
+                    return self.broken(Promise::OutagesPass, what);
+                }
                 let early_ms = book.deadline_ms - now;
                 if *state == RunState::Expired && early_ms > CLOCK_ERROR_MAX_MS {
                     return self.broken(Promise::DeadlineIsKept, format!("{name} expired {early_ms} ms too early"));

@@ -7,9 +7,12 @@ mod state;
 mod view;
 mod write;
 
-use std::sync::{
-    Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -233,7 +236,13 @@ impl Store for MemoryStore {
     }
 
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
-        Ok(self.with(|state, _| state.load(leases)))
+        let mut found = self.with(|state, _| state.load(leases));
+        if self.flaw == Flaw::OutageAges {
+            for record in found.iter_mut().flat_map(|snapshot| &mut snapshot.stages) {
+                record.outage_since = record.outage_since.map(|since| since - Duration::from_hours(1));
+            }
+        }
+        Ok(found)
     }
 
     async fn signals(&self, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {

@@ -81,6 +81,11 @@ fn a_claim_that_ignores_priorities_is_caught() {
 }
 
 #[test]
+fn an_outage_that_ages_is_caught() {
+    assert_eq!(caught(Flaw::OutageAges), Promise::OutagesPass);
+}
+
+#[test]
 fn a_panic_that_the_engine_catches_is_caught() {
     assert_eq!(caught(Flaw::DriverPanics), Promise::NoPanic);
 }

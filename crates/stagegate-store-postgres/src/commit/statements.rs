@@ -175,7 +175,7 @@ pub const COMMIT: &str = concat!(
         output_tokens = g.output_tokens, reasoning_tokens = g.reasoning_tokens, usage_estimated = g.usage_estimated,
         cost_nanos = g.cost_nanos, saved_nanos = g.saved_nanos, calls = g.calls, hits = g.hits,
         unpriced_calls = g.unpriced_calls, unknown_calls = g.unknown_calls, unknown_nanos = g.unknown_nanos,
-        former_owners = g.former_owners
+        former_owners = g.former_owners, judged = g.judged, outages = g.outages, outage_since = g.outage_since
     FROM given g WHERE g.there AND s.run_id = g.run_id AND s.stage_id = g.stage_id
 ), tried AS MATERIALIZED (
     SELECT run.id AS run_id, run.tenant, t.stage_id, t.number, t.started_at, t.finished_at, t.verdict, t.body, t.output,

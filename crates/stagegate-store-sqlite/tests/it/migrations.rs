@@ -30,6 +30,9 @@ async fn make_old(conn: &mut SqliteConnection) {
         "ALTER TABLE stages DROP COLUMN unknown_calls",
         "ALTER TABLE stages DROP COLUMN unknown_nanos",
         "ALTER TABLE stages DROP COLUMN former_owners",
+        "ALTER TABLE stages DROP COLUMN judged",
+        "ALTER TABLE stages DROP COLUMN outages",
+        "ALTER TABLE stages DROP COLUMN outage_since",
         "ALTER TABLE runs DROP COLUMN start_at",
         "ALTER TABLE runs DROP COLUMN leased_at",
         "ALTER TABLE runs DROP COLUMN purged_at",
@@ -54,6 +57,9 @@ fn as_older(mut step: Commit) -> Commit {
     for stage in &mut step.stages {
         certain(&mut stage.totals);
         stage.former_owners = 0;
+        // To it every attempt of a round but the last one counts, and no outage is told apart.
+        stage.judged = stage.attempt.saturating_sub(stage.round_start);
+        (stage.outages, stage.outage_since) = (0, None);
     }
     for call in step.attempts.iter_mut().flat_map(|(_, attempt)| &mut attempt.calls) {
         call.unknown = false;

@@ -190,7 +190,7 @@ fn rest(event: Event, held: &mut Vec<StageId>) -> Option<Rest> {
             held.push(stage);
             None
         }
-        EventKind::RunWaiting { until: None } if !held.is_empty() => Some(Rest::Held(std::mem::take(held))),
+        EventKind::RunWaiting { until: None, .. } if !held.is_empty() => Some(Rest::Held(std::mem::take(held))),
         _ => None,
     }
 }

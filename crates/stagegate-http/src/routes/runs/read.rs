@@ -9,7 +9,7 @@ use axum::{
 use http::HeaderMap;
 use stagegate_core::{
     Json as Payload, RunId, StageId,
-    store::{RunDetail, RunRecord, StageRecord},
+    store::{RunDetail, RunRecord, StageRecord, Waiting},
 };
 
 use crate::{
@@ -63,6 +63,7 @@ fn tag(run: &RunRecord) -> Option<Tag> {
 async fn view(context: &Context<Viewer>, detail: RunDetail) -> Result<RunDetailView, Problem> {
     let RunDetail { run, input, output, stages } = detail;
     let (pipeline, _) = context.engine.pipeline(&context.tenant, &run.pipeline, Some(run.version)).await?;
+    let waiting = if run.state.is_terminal() { None } else { Waiting::of_run(&stages) };
     let mut rows: HashMap<StageId, StageRecord> = stages.into_iter().map(|row| (row.id.clone(), row)).collect();
     let now = context.now();
     let stages = pipeline.stages.iter().enumerate().map(|(index, stage)| {
@@ -70,5 +71,11 @@ async fn view(context: &Context<Viewer>, detail: RunDetail) -> Result<RunDetailV
         StageView::new(run.id, row, needs_of(&pipeline, index), now)
     });
     let stages = stages.collect();
-    Ok(RunDetailView { run: RunView::new(run, now), stages, input, output: output.unwrap_or_else(Payload::null) })
+    Ok(RunDetailView {
+        run: RunView::new(run, now),
+        waiting,
+        stages,
+        input,
+        output: output.unwrap_or_else(Payload::null),
+    })
 }
