@@ -62,6 +62,11 @@ impl Json {
         self.size
     }
 
+    /// Whether it is a map.
+    pub fn is_object(&self) -> bool {
+        self.text.trim_ascii_start().starts_with('{')
+    }
+
     /// The values. They can take much more memory than the text: see [`Size::parsed_bytes`].
     pub fn parse(&self) -> Value {
         // The text was held against the same grammar when this was made.

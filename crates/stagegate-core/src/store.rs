@@ -257,6 +257,15 @@ pub struct Snapshot {
     pub last_attempts: Vec<(StageId, Attempt)>,
 }
 
+impl Snapshot {
+    /// How many bytes its inputs and outputs have.
+    pub fn text_bytes(&self) -> u64 {
+        let checkpoints = self.checkpoints.iter().map(|(_, checkpoint)| &checkpoint.output);
+        let attempts = self.last_attempts.iter().filter_map(|(_, attempt)| attempt.output.as_ref());
+        checkpoints.chain(attempts).chain([&self.input]).map(Json::text_bytes).sum()
+    }
+}
+
 /// What somebody else asks of a run's owner. Consumed by a commit of the owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Signal {
@@ -407,6 +416,15 @@ pub struct Commit {
     pub then: Disposition,
 }
 
+impl Commit {
+    /// How many bytes its outputs have.
+    pub fn text_bytes(&self) -> u64 {
+        let checkpoints = self.checkpoints.iter().map(|(_, checkpoint)| &checkpoint.output);
+        let attempts = self.attempts.iter().filter_map(|(_, attempt)| attempt.output.as_ref());
+        checkpoints.chain(attempts).chain(&self.output).map(Json::text_bytes).sum()
+    }
+}
+
 /// What becomes of a lease with a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disposition {
@@ -508,6 +526,10 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
 
     /// What this replica owns according to the database: after an error, the truth about a claim or submit.
     async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>>;
+
+    /// How many bytes the inputs and outputs have that [`Store::load`] would read of each lease, in the order of the
+    /// leases. Reads none of them. A lease that is gone is left out.
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>>;
 
     /// Everything needed to go on with leased runs. A lease that is gone is left out.
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>>;

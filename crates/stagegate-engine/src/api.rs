@@ -2,9 +2,8 @@
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use stagegate_core::{
-    ModelRef, PipelineName, StageId, TenantId, Usd,
+    Json, ModelRef, PipelineName, StageId, TenantId, Usd,
     pipeline::{CacheMode, Labels},
     store::Idempotency,
 };
@@ -20,7 +19,7 @@ pub struct Submit {
     /// None for the newest version.
     pub version: Option<u32>,
     /// The input; refused with every violation where it does not fit.
-    pub input: Value,
+    pub input: Json,
     /// Overrides the stages' cache mode.
     pub cache_mode: Option<CacheMode>,
     /// Higher goes first; 0 is usual.

@@ -1,5 +1,6 @@
 //! Group commit: owns how single requests become batches. A batch is whatever has gathered while the one before it was
-//! under way: no timer, so one request alone waits for nothing and a thousand share one transaction.
+//! under way, up to a number of requests and of bytes: no timer, so one request alone waits for nothing and a thousand
+//! share one transaction.
 
 use std::{
     fmt,
@@ -15,6 +16,9 @@ use tokio_util::task::TaskTracker;
 
 /// Requests that may wait for their batch before senders are held back.
 const QUEUE_MAX: usize = 4_096;
+
+/// The most bytes of payloads in one batch; a request with more goes alone. A statement holds them two or three times.
+const BATCH_MAX_BYTES: u64 = 16 << 20;
 
 /// When to come back where the queue is full.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -40,20 +44,30 @@ impl<T, R> fmt::Debug for Batcher<T, R> {
 }
 
 impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
-    /// Starts the writer: `flush` answers each entry of a batch of at most `batch_max`.
-    pub(crate) fn start<F, Fut>(tracker: &TaskTracker, batch_max: usize, flush: F) -> Self
+    /// Starts the writer: `flush` answers each entry of a batch of at most `batch_max`. `weigh` tells the bytes of a
+    /// request's payloads.
+    pub(crate) fn start<F, Fut>(tracker: &TaskTracker, batch_max: usize, weigh: fn(&T) -> u64, flush: F) -> Self
     where
         F: Fn(Vec<Entry<T, R>>) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send,
     {
-        let (queue, mut entries) = mpsc::channel(QUEUE_MAX);
+        let (queue, mut entries) = mpsc::channel::<Entry<T, R>>(QUEUE_MAX);
         tracker.spawn(async move {
             loop {
-                let mut batch = Vec::new();
-                if entries.recv_many(&mut batch, batch_max.max(1)).await == 0 {
+                let mut gathered = Vec::new();
+                if entries.recv_many(&mut gathered, batch_max.max(1)).await == 0 {
                     return;
                 }
-                flush(batch).await;
+                let mut rest = gathered.into_iter().peekable();
+                while let Some(first) = rest.next() {
+                    let mut bytes = weigh(&first.0);
+                    let mut batch = vec![first];
+                    while let Some(next) = rest.next_if(|(request, _)| bytes + weigh(request) <= BATCH_MAX_BYTES) {
+                        bytes += weigh(&next.0);
+                        batch.push(next);
+                    }
+                    flush(batch).await;
+                }
             }
         });
         Self { queue }
@@ -126,19 +140,51 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn a_batch_holds_so_many_bytes_and_what_is_larger_goes_alone() {
+        let (tracker, disk) = (TaskTracker::new(), Arc::new(Semaphore::new(0)));
+        let slow = Arc::clone(&disk);
+        let batcher = Batcher::start(
+            &tracker,
+            100,
+            |bytes| *bytes,
+            move |batch: Vec<Entry<u64, usize>>| {
+                let slow = Arc::clone(&slow);
+                async move {
+                    let _turn = slow.acquire().await;
+                    let together = batch.len();
+                    for (_, answer) in batch {
+                        let _ = answer.send(Ok(together));
+                    }
+                }
+            },
+        );
+        let half = BATCH_MAX_BYTES / 2;
+        let sent: Vec<_> =
+            [half, half, half, 2 * BATCH_MAX_BYTES, 1, 1].map(|bytes| batcher.begin(bytes)).into_iter().collect();
+        disk.add_permits(1);
+        let together: Vec<usize> = futures::future::try_join_all(sent).await.expect("answered");
+        assert_eq!(together, [2, 2, 1, 1, 2, 2]);
+    }
+
+    #[tokio::test]
     async fn senders_wait_or_are_refused_while_the_writer_lags() {
         const BATCH: usize = 8;
         let (tracker, disk) = (TaskTracker::new(), Arc::new(Semaphore::new(0)));
         let slow = Arc::clone(&disk);
-        let batcher = Batcher::start(&tracker, BATCH, move |batch: Vec<Entry<usize, usize>>| {
-            let slow = Arc::clone(&slow);
-            async move {
-                let _turn = slow.acquire().await;
-                for (number, answer) in batch {
-                    let _ = answer.send(Ok(number));
+        let batcher = Batcher::start(
+            &tracker,
+            BATCH,
+            |_| 0,
+            move |batch: Vec<Entry<usize, usize>>| {
+                let slow = Arc::clone(&slow);
+                async move {
+                    let _turn = slow.acquire().await;
+                    for (number, answer) in batch {
+                        let _ = answer.send(Ok(number));
+                    }
                 }
-            }
-        });
+            },
+        );
         // One batch is with the writer, the rest fills the queue.
         let room = BATCH + QUEUE_MAX;
         let mut sent: Vec<_> = (0..=room).map(|number| batcher.begin(number)).collect();

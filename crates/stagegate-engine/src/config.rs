@@ -41,6 +41,11 @@ pub struct EngineConfig {
     pub retention: Retention,
     /// How often one of the replicas looks for what is too old.
     pub retention_every: Span,
+    /// How much memory may be held, in bytes, by what grows with what callers send: bodies that are read, runs under way,
+    /// steps on their way to the database, compiled pipelines, events. What does not fit waits. Left out: half of the
+    /// least of the container's limit (cgroup), the process's limits (`ulimit -d`, `ulimit -v`) and the machine's memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_max_bytes: Option<u64>,
     /// How long after the last replica of the previous release was seen this release writes nothing that the previous one
     /// cannot read. So long you can go back to it; after that the database refuses its replicas.
     pub way_back: Span,
@@ -114,6 +119,7 @@ impl Default for EngineConfig {
             tenants: BTreeMap::new(),
             retention: default_retention(),
             retention_every: Span(Duration::from_mins(15)),
+            memory_max_bytes: None,
             way_back: Span(Duration::from_hours(1)),
             clock_skew_max: Span(Duration::from_secs(30)),
             evaluation_timeout: Span(Duration::from_secs(30)),

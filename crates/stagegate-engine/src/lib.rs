@@ -15,6 +15,7 @@ pub mod config;
 mod evaluation;
 mod follow;
 mod kinds;
+pub mod memory;
 mod observe;
 mod pipelines;
 mod plan;
@@ -135,9 +136,11 @@ impl Engine {
         let evaluations = Arc::new(evaluations);
         let background = TaskTracker::new();
         let batch_max = config.commit_batch_max;
+        let memory = memory::Memory::new(config.memory_max_bytes.unwrap_or(memory::MEMORY_DEFAULT_BYTES));
         let steps = writer::steps(&background, &store, &metrics, batch_max);
         let submits = writer::submits(&background, &store, batch_max);
-        let pipelines = Pipelines::new(&background, Arc::clone(&store), Arc::clone(&evaluations));
+        let pipelines =
+            Pipelines::new(&background, Arc::clone(&store), Arc::clone(&evaluations), memory.compiled_max_bytes);
         let replica = replica::new_replica_id(clock.now(), rng.random());
         let clock = Arc::new(DatabaseClock::new(clock, config.clock_skew_max.0, metrics.clone()));
         let shared = Arc::new(Shared::new(
@@ -153,6 +156,7 @@ impl Engine {
             evaluations,
             replica,
             hints,
+            memory,
         ));
         let entered = Instant::now();
         let pulse = shared.store.heartbeat(&replica::heartbeat(&shared, false)).await?;
@@ -357,6 +361,11 @@ impl Engine {
     /// Whether this machine's clock is further from the database's than it may be: this replica takes no work.
     pub fn is_skewed(&self) -> bool {
         self.shared.database_clock.is_skewed()
+    }
+
+    /// The budgets of memory, and what is held of them.
+    pub fn memory(&self) -> &memory::Memory {
+        &self.shared.memory
     }
 
     /// This life of this replica.

@@ -13,8 +13,8 @@ use crate::{
     evaluation::Evaluations,
 };
 
-/// Compiled versions kept in memory; past it the table starts over.
-const COMPILED_MAX: usize = 512;
+/// Compiled versions kept in memory at most, however small they are.
+const COMPILED_MAX: usize = 4_096;
 /// Questions for a newest version that share one look.
 const LOOKS_MAX: usize = 1_024;
 
@@ -27,14 +27,71 @@ pub(crate) struct Pipelines {
     store: Arc<dyn Store>,
     newest: Batcher<Name, Newest>,
     evaluations: Arc<Evaluations>,
-    compiled: Mutex<HashMap<(TenantId, PipelineName, u32), Arc<Pipeline>>>,
+    compiled: Mutex<Compiled>,
+}
+
+type Version = (TenantId, PipelineName, u32);
+
+/// The compiled versions that were asked for last, up to a number of bytes.
+#[derive(Debug, Default)]
+struct Compiled {
+    max_bytes: u64,
+    bytes: u64,
+    /// Grows with every use.
+    uses: u64,
+    /// Each with its last use.
+    versions: HashMap<Version, (Arc<Pipeline>, u64)>,
+    by_use: BTreeMap<u64, Version>,
+}
+
+impl Compiled {
+    fn get(&mut self, version: &Version) -> Option<Arc<Pipeline>> {
+        self.uses += 1;
+        let (pipeline, used) = self.versions.get_mut(version)?;
+        if let Some(version) = self.by_use.remove(used) {
+            self.by_use.insert(self.uses, version);
+        }
+        *used = self.uses;
+        Some(Arc::clone(pipeline))
+    }
+
+    /// Keeps a version, and lets go of those that were not used for the longest. One that is larger than all that may be
+    /// kept is not kept: its runs hold it while they are under way.
+    fn keep(&mut self, version: Version, pipeline: &Arc<Pipeline>) {
+        self.forget(&version);
+        let bytes = pipeline.compiled_bytes();
+        if bytes > self.max_bytes {
+            return;
+        }
+        while self.bytes + bytes > self.max_bytes || self.versions.len() >= COMPILED_MAX {
+            let Some(oldest) = self.by_use.first_key_value().map(|(_, version)| version.clone()) else { break };
+            self.forget(&oldest);
+        }
+        self.uses += 1;
+        self.bytes += bytes;
+        self.by_use.insert(self.uses, version.clone());
+        self.versions.insert(version, (Arc::clone(pipeline), self.uses));
+    }
+
+    fn forget(&mut self, version: &Version) {
+        if let Some((pipeline, used)) = self.versions.remove(version) {
+            self.bytes -= pipeline.compiled_bytes();
+            self.by_use.remove(&used);
+        }
+    }
 }
 
 impl Pipelines {
-    pub(crate) fn new(tracker: &TaskTracker, store: Arc<dyn Store>, evaluations: Arc<Evaluations>) -> Self {
+    pub(crate) fn new(
+        tracker: &TaskTracker,
+        store: Arc<dyn Store>,
+        evaluations: Arc<Evaluations>,
+        max_bytes: u64,
+    ) -> Self {
         let asked = Arc::clone(&store);
-        let newest = Batcher::start(tracker, LOOKS_MAX, move |batch| look(Arc::clone(&asked), batch));
-        Self { store, newest, evaluations, compiled: Mutex::default() }
+        let newest = Batcher::start(tracker, LOOKS_MAX, |_| 0, move |batch| look(Arc::clone(&asked), batch));
+        let compiled = Mutex::new(Compiled { max_bytes, ..Compiled::default() });
+        Self { store, newest, evaluations, compiled }
     }
 
     /// A version, or with None the newest at this moment: one that was registered before is seen.
@@ -63,16 +120,14 @@ impl Pipelines {
         let pipeline = compiling.await?.map_err(|violations| Error::violations(Code::InvalidDefinition, violations))?;
         let pipeline = Arc::new(pipeline);
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if compiled.len() >= COMPILED_MAX {
-            compiled.clear();
-        }
-        compiled.insert((tenant.clone(), name.clone(), version), Arc::clone(&pipeline));
+        compiled.keep((tenant.clone(), name.clone(), version), &pipeline);
+        drop(compiled);
         Ok(Some((pipeline, version)))
     }
 
     fn compiled(&self, tenant: &TenantId, name: &PipelineName, version: u32) -> Option<Arc<Pipeline>> {
-        let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        compiled.get(&(tenant.clone(), name.clone(), version)).cloned()
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        compiled.get(&(tenant.clone(), name.clone(), version))
     }
 }
 

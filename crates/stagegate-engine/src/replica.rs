@@ -16,14 +16,17 @@ use stagegate_core::{
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::shared::{Life, Shared};
+use crate::memory;
+use crate::shared::{CLAIM_MAX, Life, Place, Shared, weight_of_run};
 
 /// Heartbeats in one TTL.
 const BEATS_PER_TTL: u32 = 3;
 /// The share of the TTL, in percent, after which a replica that could not renew stops its own work.
 const FENCE_PERCENT: u32 = 70;
-/// Runs claimed at once: what a dead replica leaves is taken up in a few steps, and a step is a few queries.
-const CLAIM_MAX: usize = 256;
+/// How long claimed runs wait for room in memory before they are handed back.
+const ROOM_PATIENCE: Duration = Duration::from_secs(2);
+/// The most bytes of inputs and outputs that are loaded at once, as one part of the runs' budget in so many.
+const LOAD_PARTS: u64 = 4;
 /// How long runs that were claimed together are read in ever smaller parts, before the rest is handed back.
 const READ_PATIENCE: Duration = Duration::from_mins(1);
 /// Looks for work between two looks at what is owned.
@@ -193,8 +196,12 @@ pub(crate) async fn claim(shared: Arc<Shared>) {
 /// One look for work, as much as there is room for. Returns how many runs it took up.
 async fn look(shared: &Arc<Shared>, first: OwnedSemaphorePermit) -> Result<usize, Error> {
     let Some(life) = shared.life().filter(|_| !shared.database_clock.is_skewed()) else { return Ok(0) };
+    if !shared.memory.runs.has_room(shared.wanted_bytes.load(Ordering::Relaxed)) {
+        return Ok(0);
+    }
     let mut permits = vec![first];
-    while permits.len() < CLAIM_MAX
+    let claim_max = shared.claim_max.load(Ordering::Relaxed);
+    while permits.len() < claim_max
         && let Ok(permit) = Arc::clone(&shared.room).try_acquire_owned()
     {
         permits.push(permit);
@@ -230,8 +237,8 @@ async fn audit(shared: &Arc<Shared>) {
     }
 }
 
-/// Loads leased runs and drives each. A run that cannot be read keeps its lease and is left to the next audit, so that
-/// it neither holds up the others nor is claimed again and again.
+/// Loads leased runs and drives each, in parts that fit into memory. What finds no room there soon is handed back: others
+/// may have some, and the next claim takes less.
 async fn take(
     shared: &Arc<Shared>,
     life: &Life,
@@ -241,6 +248,54 @@ async fn take(
     if leases.is_empty() {
         return Ok(0);
     }
+    let weighed = readable(&*shared.store, leases, "the size of a run", |store, leases| store.weigh(leases)).await?;
+    let part_max = shared.memory.runs.max_bytes() / LOAD_PARTS;
+    let (mut weighed, mut permits) = (weighed.into_iter().peekable(), permits.into_iter());
+    let mut taken = 0;
+    while let (Some((lease, bytes)), Some(among_runs)) = (weighed.next(), permits.next()) {
+        let Some(in_memory) = room_for(shared, weight_of_run(bytes)).await else {
+            let rest: Vec<Lease> = [lease].into_iter().chain(weighed.map(|(lease, _)| lease)).collect();
+            tracing::warn!(runs = rest.len(), "claimed runs do not fit into memory now; they are handed back");
+            shared.claim_max.store(taken.max(1), Ordering::Relaxed);
+            shared.wanted_bytes.store(weight_of_run(bytes), Ordering::Relaxed);
+            shared.store.release(&rest).await?;
+            return Ok(taken);
+        };
+        let mut part_bytes = in_memory.bytes();
+        let mut part = vec![(lease, Place { among_runs, in_memory })];
+        while let Some((lease, bytes)) = weighed.peek().copied()
+            && part_bytes + weight_of_run(bytes) <= part_max
+            && let Some(in_memory) = shared.memory.runs.try_acquire(weight_of_run(bytes))
+            && let Some(among_runs) = permits.next()
+        {
+            weighed.next();
+            part_bytes += in_memory.bytes();
+            part.push((lease, Place { among_runs, in_memory }));
+        }
+        taken += take_part(shared, life, part).await?;
+    }
+    shared.wanted_bytes.store(0, Ordering::Relaxed);
+    let claim_max = shared.claim_max.load(Ordering::Relaxed);
+    shared.claim_max.store((claim_max * 2).min(CLAIM_MAX), Ordering::Relaxed);
+    Ok(taken)
+}
+
+/// Room in memory for a run, where there is some soon.
+async fn room_for(shared: &Shared, bytes: u64) -> Option<memory::Permit> {
+    tokio::select! {
+        biased;
+        permit = shared.memory.runs.acquire(bytes) => Some(permit),
+        () = shared.drain.cancelled() => None,
+        () = tokio::time::sleep(ROOM_PATIENCE) => None,
+    }
+}
+
+/// Loads leased runs together and drives each. A run that cannot be read keeps its lease and is left to the next audit, so
+/// that it neither holds up the others nor is claimed again and again.
+async fn take_part(shared: &Arc<Shared>, life: &Life, part: Vec<(Lease, Place)>) -> Result<usize, Error> {
+    let leases: Vec<Lease> = part.iter().map(|(lease, _)| *lease).collect();
+    let leases = &leases[..];
+    let mut places: HashMap<Lease, Place> = part.into_iter().collect();
     let started = Instant::now();
     let snapshots = readable(&*shared.store, leases, "a run", |store, leases| store.load(leases)).await?;
     // A run that was never started has at most a cancel; all else has been seen by an owner before.
@@ -251,8 +306,9 @@ async fn take(
     shared.metrics.checkpoint_load.observe(started.elapsed().as_secs_f64());
     let mut pipelines = HashMap::new();
     let mut taken = 0;
-    for (snapshot, permit) in snapshots.into_iter().zip(permits) {
+    for snapshot in snapshots {
         let lease = snapshot.lease;
+        let Some(place) = places.remove(&lease) else { continue };
         if let Some(word) = unknown_state(&snapshot) {
             tracing::warn!(run_id = %lease.run, state = %word, "a leased run is in a state of a newer release; it is left to others");
             continue;
@@ -265,7 +321,7 @@ async fn take(
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => unknown.insert(pipeline_of(shared, &snapshot).await),
         };
-        match pipeline.clone().map(|pipeline| take_one(shared, life, snapshot, pipeline, noted, permit)) {
+        match pipeline.clone().map(|pipeline| take_one(shared, life, snapshot, pipeline, noted, place)) {
             Ok(()) => taken += 1,
             Err(error) if error.code == Code::Unavailable => {
                 tracing::warn!(run_id = %lease.run, %error, "a leased run could not be taken up; it is handed back");
@@ -350,7 +406,7 @@ fn take_one(
     snapshot: Snapshot,
     pipeline: Arc<Pipeline>,
     signals: Vec<Signal>,
-    permit: OwnedSemaphorePermit,
+    place: Place,
 ) {
     let lease = snapshot.lease;
     let request_id = snapshot.run.request_id.clone();
@@ -358,7 +414,7 @@ fn take_one(
     let mut run = Run::from_snapshot(snapshot, pipeline, shared.config.park_after.0);
     run.on(Stimulus::Taken(signals), shared.clock.now(), 0.0);
     let handle = shared.take_over(lease.run, life);
-    shared.drive(handle, run, Vec::new(), permit, request_id.as_deref());
+    shared.drive(handle, run, Vec::new(), place, request_id.as_deref());
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use crate::{
     books::Books,
     budget::Budget,
     kinds::{self, AttemptContext, Attempted},
-    observe,
+    memory, observe,
     shared::Shared,
 };
 
@@ -111,6 +111,8 @@ pub(crate) struct Driver {
     rendering: Option<RenderingFuture>,
     /// The answer of the attempt last ended of a stage, until its verdict is durable.
     replies: Vec<(usize, Reply)>,
+    /// What the run holds in memory; it grows with its outputs.
+    in_memory: memory::Permit,
 }
 
 /// An attempt under way.
@@ -130,11 +132,23 @@ struct Committing {
 }
 
 impl Driver {
-    pub(crate) fn new(shared: Arc<Shared>, handle: Arc<Handle>, run: Run) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, handle: Arc<Handle>, run: Run, in_memory: memory::Permit) -> Self {
         let max = run.pipeline().budget.as_ref().map(|budget| budget.max_cost_usd);
         let budget = max.map(|max| Arc::new(Budget::new(max, run.totals().cost_usd)));
         let (attempts, open, timers, replies) = (FuturesUnordered::new(), Vec::new(), BTreeSet::new(), Vec::new());
-        Self { shared, handle, run, budget, attempts, open, timers, hand_back_at: None, rendering: None, replies }
+        Self {
+            shared,
+            handle,
+            run,
+            budget,
+            attempts,
+            open,
+            timers,
+            hand_back_at: None,
+            rendering: None,
+            replies,
+            in_memory,
+        }
     }
 
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
@@ -356,6 +370,9 @@ impl Driver {
 
     fn attempted(&mut self, stage: usize, attempt: u32, attempted: Attempted) {
         let Attempted { result, reply } = attempted;
+        if let AttemptResult::Output { output, .. } = &result {
+            self.in_memory.grow(output.text_bytes());
+        }
         let at = self.open.iter().position(|open| (open.stage, open.attempt) == (stage, attempt));
         let Some(Open { started_at, books, .. }) = at.map(|at| self.open.swap_remove(at)) else { return };
         let calls = books.close(Code::StageTimeout);

@@ -5,7 +5,7 @@ use std::{
     hash::{BuildHasherDefault, DefaultHasher},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -39,6 +39,7 @@ use crate::{
     config::EngineConfig,
     evaluation::Evaluations,
     follow::Hub,
+    memory::{self, Memory},
     pipelines::Pipelines,
     runner::{Driver, Ended, Handle},
     whisper::Whisper,
@@ -46,6 +47,14 @@ use crate::{
 
 /// What a driver's task may hold beside its run; there is one for each run in flight.
 const DRIVER_MAX_BYTES: usize = 2 * 1024;
+
+/// Runs claimed at once: what a dead replica leaves is taken up in a few steps, and a step is a few queries.
+pub(crate) const CLAIM_MAX: usize = 256;
+
+/// What a run takes beside its inputs and outputs, in bytes: about what its driver and its stages hold.
+const RUN_BYTES: u64 = 4 * 1024;
+/// How often a payload is held at once: by its run, and on its way from or to the store.
+const RUN_COPIES: u64 = 2;
 
 /// Runs without a driver here that something was asked of, kept between two heartbeats.
 const UNTOLD_MAX: usize = 10_000;
@@ -66,6 +75,18 @@ impl Life {
     fn of(replica: ReplicaId) -> Self {
         Self { replica, ended: CancellationToken::new() }
     }
+}
+
+/// Room for one run: among the runs under way, and in memory.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) among_runs: OwnedSemaphorePermit,
+    pub(crate) in_memory: memory::Permit,
+}
+
+/// What a run with so many bytes of inputs and outputs takes in memory.
+pub(crate) fn weight_of_run(text_bytes: u64) -> u64 {
+    RUN_BYTES + text_bytes.saturating_mul(RUN_COPIES)
 }
 
 /// The runs that are driven. Hashed without a random key, so that they are walked through in an order that a simulation's
@@ -95,6 +116,13 @@ pub(crate) struct Shared {
     pub(crate) submits: Batcher<NewRun, Submitted>,
     /// Room for runs; a driver holds a permit until its last commit is acknowledged.
     pub(crate) room: Arc<Semaphore>,
+    /// Room in memory.
+    pub(crate) memory: Memory,
+    /// The most runs that the next claim takes: fewer where the last one took more than there was memory for.
+    pub(crate) claim_max: AtomicUsize,
+    /// What a claimed run would have taken in memory that was handed back for want of it: until there is as much, nothing
+    /// is claimed.
+    pub(crate) wanted_bytes: AtomicU64,
     pub(crate) admission: Admission,
     /// Others wait to be claimed: what is submitted now waits behind them. Cleared by a claim that finds nobody.
     pub(crate) backlog: AtomicBool,
@@ -139,6 +167,7 @@ impl Shared {
         evaluations: Arc<Evaluations>,
         replica: ReplicaId,
         hints: Option<Arc<dyn Hints>>,
+        memory: Memory,
     ) -> Self {
         Self {
             room: Arc::new(Semaphore::new(config.max_runs.min(Semaphore::MAX_PERMITS))),
@@ -154,6 +183,9 @@ impl Shared {
             whisper: Whisper::new(hints),
             steps,
             submits,
+            memory,
+            claim_max: AtomicUsize::new(CLAIM_MAX),
+            wanted_bytes: AtomicU64::new(0),
             admission: Admission::default(),
             backlog: AtomicBool::new(false),
             work: Notify::new(),
@@ -365,11 +397,12 @@ impl Shared {
         handle: Arc<Handle>,
         run: Run,
         first: Vec<Effect>,
-        permit: OwnedSemaphorePermit,
+        place: Place,
         request_id: Option<&str>,
     ) {
         let shared = Arc::clone(self);
         let lease = run.lease();
+        let Place { among_runs, in_memory } = place;
         // Its end may make room for one that waits for its limit.
         let limited = run.pipeline().concurrency.is_some() || self.shares.of(run.tenant()).max_runs.is_some();
         let span = tracing::info_span!(
@@ -380,7 +413,7 @@ impl Shared {
             pipeline = %run.pipeline().name,
             request_id,
         );
-        let mut driver = Box::new(Driver::new(Arc::clone(&shared), Arc::clone(&handle), run));
+        let mut driver = Box::new(Driver::new(Arc::clone(&shared), Arc::clone(&handle), run, in_memory));
         let work = async move {
             let outcome = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
             drop(driver);
@@ -405,7 +438,7 @@ impl Shared {
                     }
                 }
             }
-            drop(permit); // Whoever waits for room to claim is woken by this.
+            drop(among_runs); // Whoever waits for room to claim is woken by this.
             if limited {
                 shared.work.notify_one();
             }

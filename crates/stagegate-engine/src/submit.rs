@@ -1,8 +1,9 @@
 //! Submitting: owns the way from a request to an accepted run.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, Utc};
+use serde_json::{Map, Value};
 use stagegate_core::{
     Code, Error, Json, Pipeline, RunId, RunState, TenantId, Totals,
     decide::Accept,
@@ -10,16 +11,18 @@ use stagegate_core::{
     pipeline::SPAN_MAX,
     store::{Idempotency, NewRun, RunRecord, Submitted},
 };
-use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
-    Submit, admission,
-    shared::{Life, Shared},
+    Submit, admission, memory,
+    shared::{Life, Place, Shared, weight_of_run},
 };
 
 /// Labels of a run at most, and the longest of a key or value in characters.
 const LABELS_MAX: usize = 32;
 const LABEL_MAX_CHARS: usize = 128;
+
+/// How long an input waits for room on its way to the database.
+const ROOM_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Whom a submit's idempotency key belongs to, and what it stands for.
 pub(crate) type Key = (TenantId, Idempotency);
@@ -78,7 +81,7 @@ pub(crate) struct Judged {
 }
 
 /// Finds the pipeline and judges the input. Changes nothing, so that a caller who hangs up costs no more.
-pub(crate) async fn judge(shared: &Arc<Shared>, mut submit: Submit) -> Result<Judged, Error> {
+pub(crate) async fn judge(shared: &Arc<Shared>, submit: Submit) -> Result<Judged, Error> {
     if shared.drain.is_cancelled() {
         return Err(Error::new(Code::Draining, "this replica is shutting down; send the request again")
             .retry_after(std::time::Duration::from_secs(1)));
@@ -89,15 +92,7 @@ pub(crate) async fn judge(shared: &Arc<Shared>, mut submit: Submit) -> Result<Ju
     }
     let (pipeline, version) = crate::known_pipeline(shared, &submit.tenant, &submit.pipeline, submit.version).await?;
     check_labels(&submit.labels)?;
-    let input = Arc::new(std::mem::take(&mut submit.input));
-    let (judged, seen) = (Arc::clone(&pipeline), Arc::clone(&input));
-    let fits = move || {
-        judged.check_input(&seen)?;
-        judged.limits(&seen).map_err(|violation| vec![violation])
-    };
-    let limits = shared.evaluations.evaluate(&submit.tenant, fits).await?;
-    let limits = limits.map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
-    submit.input = Arc::unwrap_or_clone(input);
+    let limits = judge_input(shared, &submit.tenant, &pipeline, &submit.input).await?;
     Ok(Judged { submit, pipeline, version, limits })
 }
 
@@ -105,11 +100,12 @@ pub(crate) async fn judge(shared: &Arc<Shared>, mut submit: Submit) -> Result<Ju
 pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<(RunRecord, bool), Error> {
     let Judged { submit, pipeline, version, limits } = judged;
     let Submit { tenant, input, cache_mode, priority, labels, idempotency, start_at, request_id, .. } = submit;
+    let _on_its_way = on_its_way(shared, input.text_bytes()).await?;
     let now = shared.clock.now();
     let start_at = start_at.filter(|at| *at > now);
     check_start(start_at, now)?;
     let may_lease = shared.may_lease(&tenant, &limits, start_at);
-    let lease = may_lease.then(|| lease(shared)).flatten();
+    let lease = may_lease.then(|| lease(shared, input.text_bytes())).flatten();
     if lease.is_none() {
         admission::admit(shared, &tenant)?;
     }
@@ -119,7 +115,7 @@ pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<(RunR
         tenant: tenant.clone(),
         pipeline,
         version,
-        input: Json::from(input),
+        input,
         cache_mode,
         priority,
         labels,
@@ -140,8 +136,8 @@ pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<(RunR
         _ => None,
     };
     match (leased, handle, lease) {
-        (Some((run, effects)), Some(handle), Some((_, permit))) if epoch == Some(run.lease().epoch) => {
-            shared.drive(handle, run, effects, permit, request_id.as_deref());
+        (Some((run, effects)), Some(handle), Some((_, place))) if epoch == Some(run.lease().epoch) => {
+            shared.drive(handle, run, effects, place, request_id.as_deref());
         }
         (_, Some(handle), _) => shared.forget(record.id, &handle),
         _ => {}
@@ -170,9 +166,44 @@ pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<(RunR
     }
 }
 
+/// Whether an input fits the pipeline, and what bounds how many runs with it are under way at once. An input is parsed
+/// only where the pipeline looks into it.
+async fn judge_input(
+    shared: &Shared,
+    tenant: &TenantId,
+    pipeline: &Arc<Pipeline>,
+    input: &Json,
+) -> Result<Limits, Error> {
+    let is_read = pipeline.reads_inputs() || !input.is_object();
+    let _room = shared.memory.values.acquire(if is_read { input.size().parsed_bytes } else { 0 }).await;
+    let seen = Arc::new(if is_read { input.parse() } else { Value::Object(Map::new()) });
+    let judged = Arc::clone(pipeline);
+    let fits = move || {
+        judged.check_input(&seen)?;
+        judged.limits(&seen).map_err(|violation| vec![violation])
+    };
+    let limits = shared.evaluations.evaluate(tenant, fits).await?;
+    limits.map_err(|violations| Error::violations(Code::InvalidInput, violations))
+}
+
+/// Room for an input that waits to be inserted. A database that is slow or away must not gather inputs without end.
+async fn on_its_way(shared: &Shared, text_bytes: u64) -> Result<memory::Permit, Error> {
+    tokio::select! {
+        biased;
+        permit = shared.memory.batches.acquire(text_bytes) => Ok(permit),
+        () = tokio::time::sleep(ROOM_PATIENCE) => {
+            let message = "the inputs of other runs wait for the database and fill the memory for them; come back later";
+            Err(Error::new(Code::QueueFull, message).retry_after(Duration::from_secs(1)))
+        }
+    }
+}
+
 /// A lease in this life and the room for it, where there is some.
-fn lease(shared: &Shared) -> Option<(Life, OwnedSemaphorePermit)> {
-    shared.life().zip(Arc::clone(&shared.room).try_acquire_owned().ok())
+fn lease(shared: &Shared, text_bytes: u64) -> Option<(Life, Place)> {
+    let life = shared.life()?;
+    let among_runs = Arc::clone(&shared.room).try_acquire_owned().ok()?;
+    let in_memory = shared.memory.runs.try_acquire(weight_of_run(text_bytes))?;
+    Some((life, Place { among_runs, in_memory }))
 }
 
 fn check_start(start_at: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Result<(), Error> {

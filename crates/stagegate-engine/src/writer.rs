@@ -55,7 +55,7 @@ pub(crate) fn steps(
         lanes: Arc::new(Semaphore::new(LANES)),
         aside: Semaphore::new(ASIDE_AT_ONCE),
     });
-    Batcher::start(tracker, batch_max, move |batch| Arc::clone(&writer).write(batch))
+    Batcher::start(tracker, batch_max, Commit::text_bytes, move |batch| Arc::clone(&writer).write(batch))
 }
 
 /// See [`steps`].
@@ -197,7 +197,8 @@ fn answer(answers: Vec<Answer>, results: Vec<Committed>) {
 /// the next look at what this replica owns resolve.
 pub(crate) fn submits(tracker: &TaskTracker, store: &Arc<dyn Store>, batch_max: usize) -> Batcher<NewRun, Submitted> {
     let store = Arc::clone(store);
-    Batcher::start(tracker, batch_max, move |batch| {
+    let weigh = |run: &NewRun| run.input.text_bytes();
+    Batcher::start(tracker, batch_max, weigh, move |batch| {
         write_submits(Arc::clone(&store), batch, |store, runs| store.submit(runs))
     })
 }

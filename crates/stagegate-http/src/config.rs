@@ -21,6 +21,9 @@ pub struct HttpConfig {
     /// Bytes of bodies at once, from their first byte until their request is answered; what does not fit waits. While
     /// others send too, a tenant that has a quarter gets more only as long as a quarter stays free.
     pub bodies_max_bytes: usize,
+    /// The most values in a JSON body, those inside of others included. A parsed value takes much more memory than its
+    /// text; a body of the default size cannot hold as many.
+    pub body_max_nodes: u64,
     /// The deepest nesting of a JSON body.
     pub json_max_depth: usize,
     /// The longest wait for an answer to begin, and the longest time that a client may read nothing of it.
@@ -60,6 +63,7 @@ impl Default for HttpConfig {
             auth: AuthMode::Auto,
             body_max_bytes: 2 * 1024 * 1024,
             bodies_max_bytes: 256 * 1024 * 1024,
+            body_max_nodes: 1_500_000,
             json_max_depth: 64,
             request_timeout: Span(Duration::from_secs(30)),
             header_timeout: Span(Duration::from_secs(10)),

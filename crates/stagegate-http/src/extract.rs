@@ -13,10 +13,15 @@ use http::{
     request::Parts,
 };
 use serde::de::DeserializeOwned;
-use stagegate_core::{Code, Violation, error::nearest};
+use stagegate_core::{Code, Violation, error::nearest, json::Size};
 use utoipa::ToSchema;
 
 use crate::{problem::Problem, state::Shared};
+
+/// What may be parsed without asking for room in memory, in bytes: most bodies are much smaller.
+const PARSED_FREELY_BYTES: u64 = 64 * 1024;
+/// How often a parsed body is held at once: as values, and while these become its type.
+const PARSED_COPIES: u64 = 2;
 
 // ---- Bodies -------------------------------------------------------------------------------------------------
 
@@ -32,7 +37,14 @@ impl<T: DeserializeOwned + ToSchema> FromRequest<Shared> for Json<T> {
             return Err(wrong_type(&kind, "application/json"));
         }
         let text = read_text(request, shared.config.body_max_bytes).await?;
-        let mut value = parse(&text, shared.config.json_max_depth)?;
+        let parsed_bytes = measure(&text, shared.config.json_max_depth, shared.config.body_max_nodes)?;
+        // Held until the body is of its type, which keeps payloads as text.
+        let _room = if parsed_bytes > PARSED_FREELY_BYTES {
+            Some(shared.engine.memory().bodies.acquire(parsed_bytes * PARSED_COPIES).await)
+        } else {
+            None
+        };
+        let mut value = parse(&text)?;
         let violations = shared.document.check(&T::name(), &value);
         if !violations.is_empty() {
             return Err(Problem::violations(Code::InvalidRequest, violations));
@@ -100,19 +112,32 @@ async fn read_text(request: Request, max_bytes: usize) -> Result<String, Problem
     })
 }
 
-/// Parses JSON that is not nested deeper than the limit.
-fn parse(text: &str, max_depth: usize) -> Result<serde_json::Value, Problem> {
+/// About what JSON takes in memory once it is parsed, in bytes. Refuses what is nested deeper, or holds more values, than
+/// the limits.
+fn measure(text: &str, max_depth: usize, max_nodes: u64) -> Result<u64, Problem> {
     let depth = depth(text);
     if depth > max_depth {
         let detail = format!("The JSON is nested {depth} levels deep; the limit is {max_depth}.");
         return Err(Problem::new(Code::InvalidRequest, detail));
     }
-    serde_json::from_str(text).map_err(|error| {
-        let mut violation = Violation::new(Code::Syntax, "", error.to_string());
-        violation.line = u32::try_from(error.line()).ok();
-        violation.column = u32::try_from(error.column()).ok();
-        Problem::violations(Code::InvalidRequest, vec![violation])
-    })
+    let size = Size::of_text(text).map_err(|error| not_json(&error))?;
+    if size.nodes > max_nodes {
+        let nodes = size.nodes;
+        let detail = format!("The JSON holds {nodes} values; the limit is {max_nodes} (`http.body_max_nodes`).");
+        return Err(Problem::new(Code::BodyTooLarge, detail));
+    }
+    Ok(size.parsed_bytes)
+}
+
+fn parse(text: &str) -> Result<serde_json::Value, Problem> {
+    serde_json::from_str(text).map_err(|error| not_json(&error))
+}
+
+fn not_json(error: &serde_json::Error) -> Problem {
+    let mut violation = Violation::new(Code::Syntax, "", error.to_string());
+    violation.line = u32::try_from(error.line()).ok();
+    violation.column = u32::try_from(error.column()).ok();
+    Problem::violations(Code::InvalidRequest, vec![violation])
 }
 
 /// How deep brackets are nested, strings left out. Right for whatever parses; for what does not, an upper bound that
@@ -291,7 +316,18 @@ mod tests {
     fn depth_counts_brackets_outside_of_strings() {
         assert_eq!(depth(r#"{"a":["]]","\"[[["]}"#), 2);
         assert_eq!(depth("[[[]]]"), 3);
-        assert!(parse("[[1]]", 2).is_ok() && parse("[[[1]]]", 2).is_err());
+        assert!(measure("[[1]]", 2, 9).is_ok() && measure("[[[1]]]", 2, 9).is_err());
+    }
+
+    #[test]
+    fn a_body_of_more_values_than_the_limit_is_refused_by_the_limits_name() {
+        assert!(measure("[1,2,3]", 9, 4).is_ok());
+        let problem = format!("{:?}", measure("[1,2,3,4]", 9, 4).expect_err("five values"));
+        assert!(problem.contains("http.body_max_nodes") && problem.contains("holds 5 values"), "{problem}");
+        let whole = format!("[0{}]", ",0".repeat(1024 * 1024 - 2));
+        let default = crate::config::HttpConfig::default();
+        assert!(whole.len() <= default.body_max_bytes);
+        assert!(measure(&whole, 9, default.body_max_nodes).is_ok(), "whatever fits into a body of the default size");
     }
 
     #[test]

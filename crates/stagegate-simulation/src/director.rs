@@ -382,7 +382,7 @@ impl Crowd {
                     tenant: TenantId::default(),
                     pipeline: made[pipeline].name.clone(),
                     version: None,
-                    input: json!({ "tag": tag }),
+                    input: json!({ "tag": tag }).into(),
                     cache_mode: None,
                     priority,
                     labels: Labels::new(),

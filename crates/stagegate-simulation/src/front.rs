@@ -388,6 +388,10 @@ impl Store for Front {
         self.plain("owned", self.world.store.owned(replica)).await
     }
 
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+        self.plain("weigh", self.world.store.weigh(leases)).await
+    }
+
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
         self.plain("load", self.world.store.load(leases)).await
     }

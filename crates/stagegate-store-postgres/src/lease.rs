@@ -5,7 +5,7 @@
 //! it was given in the very moment of its death (its submit or claim had begun before) is found by the next claim.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Mutex, PoisonError},
 };
 
@@ -89,6 +89,24 @@ pub const LOAD: &str = concat!(
      ) a ON true
      ORDER BY r.id, s.stage_id"
 );
+
+/// How large the payloads are that [`LOAD`] would read. A text's length is told without reading it.
+pub const WEIGH: &str = "/* runs.weigh */
+SELECT r.id, octet_length(p.input) + c.bytes + a.bytes AS bytes
+FROM unnest($1::uuid[], $2::int8[]) AS l(run_id, epoch)
+JOIN runs r ON r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL
+JOIN run_payloads p ON p.run_id = r.id
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(octet_length(c.output)), 0)::int8 AS bytes FROM checkpoints c WHERE c.run_id = r.id
+) c
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(bytes), 0)::int8 AS bytes FROM (
+        SELECT DISTINCT ON (a.stage_id) octet_length(a.output) AS bytes FROM attempts a
+        WHERE a.run_id = r.id AND a.output IS NOT NULL
+          AND NOT EXISTS (SELECT FROM checkpoints c WHERE c.run_id = r.id AND c.stage_id = a.stage_id)
+        ORDER BY a.stage_id, a.number DESC
+    ) a
+) a";
 
 /// Hands runs back. One that somebody holds is passed over, so that it does not keep the others: the owner's next look at
 /// what it owns finds it.
@@ -299,6 +317,21 @@ pub(crate) async fn owned(pool: &Pool, replica: ReplicaId) -> StoreResult<Vec<Le
         Ok(Lease { run: RunId(id), epoch: Epoch(Reader::new(row, "runs", id).get("epoch")?) })
     };
     found.iter().map(lease).collect()
+}
+
+pub(crate) async fn weigh(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+    if leases.is_empty() {
+        return Ok(Vec::new());
+    }
+    let query = sqlx::query(WEIGH)
+        .bind(leases.iter().map(|lease| lease.run.0).collect::<Vec<_>>())
+        .bind(leases.iter().map(|lease| lease.epoch.0).collect::<Vec<_>>());
+    let mut found = HashMap::with_capacity(leases.len());
+    for row in pool.acquire("runs.weigh").await?.rows("runs.weigh", query).await? {
+        let id = rows::id(&row, "id", "runs")?;
+        found.insert(id, Reader::new(&row, "run_payloads", id).seq("bytes")?);
+    }
+    Ok(leases.iter().filter_map(|lease| Some((*lease, found.remove(&lease.run.0)?))).collect())
 }
 
 pub(crate) async fn load(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {

@@ -182,6 +182,10 @@ impl Store for PostgresStore {
         lease::owned(&self.pool, replica).await
     }
 
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+        lease::weigh(&self.pool, leases).await
+    }
+
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
         lease::load(&self.pool, leases).await
     }

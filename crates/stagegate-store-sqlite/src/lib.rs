@@ -214,6 +214,10 @@ impl Store for SqliteStore {
         lease::owned(&self.db, replica).await
     }
 
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+        load::weigh(&self.db, leases).await
+    }
+
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
         load::load(&self.db, leases).await
     }

@@ -12,7 +12,7 @@ use crate::{
     db::Db,
     error::Sql,
     records::{self, attempt_columns, checkpoint_columns, ledger_columns, run_columns, stage_columns},
-    rows::{Cells, id_list, json},
+    rows::{Cells, id_list, json, lease_list},
 };
 
 // load-runs
@@ -54,6 +54,30 @@ pub(crate) const CALLS: &str = concat!(
     " FROM ledger WHERE (run_id, stage, attempt) IN \
      (SELECT unhex(value ->> 0), value ->> 1, value ->> 2 FROM json_each(?1)) ORDER BY call"
 );
+
+// weigh-runs: octet_length reads no payload.
+pub(crate) const WEIGH: &str = "SELECT r.id AS run_id, \
+    (SELECT coalesce(sum(octet_length(body)), 0) FROM run_payloads p WHERE p.run_id = r.id AND p.kind = 'input') \
+    + (SELECT coalesce(sum(octet_length(output)), 0) FROM checkpoints c WHERE c.run_id = r.id) \
+    + (SELECT coalesce(sum(octet_length(output)), 0) FROM attempts a WHERE a.run_id = r.id \
+       AND number = (SELECT max(number) FROM attempts b WHERE b.run_id = a.run_id AND b.stage = a.stage \
+       AND b.output IS NOT NULL) \
+       AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = a.run_id AND c.stage = a.stage)) AS bytes \
+    FROM runs r WHERE (r.id, r.epoch) IN (SELECT unhex(value ->> 0), value ->> 1 FROM json_each(?1)) \
+    AND r.owner IS NOT NULL";
+
+pub(crate) async fn weigh(db: &Db, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+    if leases.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = all(db.read().await?.conn(), WEIGH, lease_list(leases)?).await?;
+    let mut found = HashMap::new();
+    for row in rows {
+        let run = records::run_id(&row, "runs", "run_id")?;
+        found.insert(run, Cells::new(&row, "runs", || run.to_string()).number::<u64>("bytes")?);
+    }
+    Ok(leases.iter().filter_map(|lease| Some((*lease, found.remove(&lease.run)?))).collect())
+}
 
 pub(crate) async fn load(db: &Db, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
     if leases.is_empty() {

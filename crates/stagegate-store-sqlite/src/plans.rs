@@ -131,6 +131,7 @@ async fn hot_statements_use_indexes() {
         read::list(&live).sql().as_str(),
         read::list(&lost).sql().as_str(),
         load::RUNS,
+        load::WEIGH,
         load::INPUTS,
         load::STAGES,
         load::CHECKPOINTS,

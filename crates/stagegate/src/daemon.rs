@@ -9,7 +9,7 @@ use std::{
 };
 
 use stagegate_core::{Clock, Code, Error, Secret, Store, StoreError, SystemClock, cache::CacheTier, hint::Hints};
-use stagegate_engine::Engine;
+use stagegate_engine::{Engine, config::EngineConfig, memory::MEMORY_DEFAULT_BYTES};
 use stagegate_http::{App, config::HttpConfig};
 use stagegate_llm::{Llm, RedisHints, RedisTier};
 use stagegate_store_postgres::PostgresStore;
@@ -21,7 +21,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::config::{Config, Environment};
+use crate::{
+    config::{Config, Environment},
+    memory,
+};
 
 /// The name of the SQLite file in the data directory.
 const FILE: &str = "stagegate.db";
@@ -113,6 +116,7 @@ impl Daemon {
         if options.idle {
             engine_config.max_runs = 0;
         }
+        notes.push(memory_of(&mut engine_config));
         let store = opened.store;
         let hints = if embedded { None } else { hints(config)? };
         let shared_store = Arc::clone(&store);
@@ -241,6 +245,21 @@ pub(crate) fn told(error: &StoreError, what: &str) -> Error {
         StoreError::Full(_) => Error::new(Code::Unavailable, format!("{what}: {error}")),
         StoreError::Defect(_) => Error::new(Code::Internal, format!("{what}: {error}")),
     }
+}
+
+/// Finds out how much memory may be held, where that is not configured.
+fn memory_of(config: &mut EngineConfig) -> String {
+    let megabytes = |bytes: u64| bytes >> 20;
+    if let Some(configured) = config.memory_max_bytes {
+        return format!("memory: up to {} MB are held for callers (engine.memory_max_bytes)", megabytes(configured));
+    }
+    let Some((limit, name)) = memory::limit() else {
+        let held = megabytes(MEMORY_DEFAULT_BYTES);
+        return format!("memory: no limit was found; up to {held} MB are held for callers (engine.memory_max_bytes)");
+    };
+    let held = memory::budget_of(limit);
+    config.memory_max_bytes = Some(held);
+    format!("memory: up to {} MB are held for callers, half of {name}", megabytes(held))
 }
 
 /// The shared cache of a daemon on Postgres: Redis, or none.

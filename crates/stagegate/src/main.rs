@@ -7,6 +7,7 @@ mod commands;
 mod config;
 mod daemon;
 mod files;
+mod memory;
 mod open_files;
 mod output;
 mod progress;

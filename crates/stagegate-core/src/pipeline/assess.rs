@@ -13,10 +13,12 @@ use super::{
     path::{Path, cut},
     schema,
 };
-use crate::{Assessment, Code, Evaluator, Violation, evaluation};
+use crate::{Assessment, Code, Evaluator, Violation, evaluation, json::Size};
 
 /// The version of these rules; a verdict is stored with it.
 const RULES_VERSION: u32 = 1;
+/// The most values in an output, those inside of others included: a parsed value takes much more memory than its text.
+const OUTPUT_NODES_MAX: u64 = 1_000_000;
 /// How many violations of a schema a reason lists.
 const REASONS_MAX: usize = 5;
 /// How many violations of an input are listed.
@@ -60,10 +62,19 @@ impl Pipeline {
         let _ = evaluation::pay(content.len() as u64); // Where it may not go on here, what it gives is thrown away.
         match self.stages[stage].output {
             OutputFormat::Text => Ok(Value::String(content.to_owned())),
-            OutputFormat::Json { .. } => serde_json::from_str(unfenced(content)).map_err(|error| {
-                let reason = format!("the answer is not JSON ({error}); answer with the JSON value alone");
-                assessment("json", false, reason, None)
-            }),
+            OutputFormat::Json { .. } => {
+                let text = unfenced(content);
+                let not_json = |error: serde_json::Error| {
+                    let reason = format!("the answer is not JSON ({error}); answer with the JSON value alone");
+                    assessment("json", false, reason, None)
+                };
+                let nodes = Size::of_text(text).map_err(not_json)?.nodes;
+                if nodes > OUTPUT_NODES_MAX {
+                    let reason = format!("the answer holds {nodes} values, at most {OUTPUT_NODES_MAX} are allowed");
+                    return Err(assessment("json", false, reason, None));
+                }
+                serde_json::from_str(text).map_err(not_json)
+            }
         }
     }
 
@@ -166,6 +177,11 @@ impl Pipeline {
             _ => (false, "the check was not compiled".to_owned(), None),
         };
         assessment(check.name(), passed, reason, detail)
+    }
+
+    /// Whether [`Self::check_input`] and [`Self::limits`] look into an input, beyond that it is a map.
+    pub fn reads_inputs(&self) -> bool {
+        self.compiled.input.is_some() || self.compiled.concurrency_key.is_some()
     }
 
     /// Every way in which an input does not fit, with paths below `input`.

@@ -57,6 +57,8 @@ pub struct Pipeline {
     pub retention: Option<Retention>,
     /// Templates, validators and regular expressions; stages in the order of `stages`.
     compiled: Compiled,
+    /// About what all of it takes in memory.
+    compiled_bytes: u64,
 }
 
 /// A stage with every default resolved.
@@ -191,6 +193,11 @@ impl Pipeline {
         report.finish()?;
         let definition = check::decode(source)?;
         Ok(resolve::resolve(definition, &source.value, compiled))
+    }
+
+    /// About what it takes in memory, in bytes. Never less than it takes.
+    pub fn compiled_bytes(&self) -> u64 {
+        self.compiled_bytes
     }
 
     /// The index of a stage.

@@ -6,12 +6,46 @@ use serde_json::{Map, Value};
 
 use super::{
     Defaults, Definition, ModelChain, ModelWork, Output, OutputFormat, OutputSchema, OutputWord, Params, Pipeline,
-    Stage, StageDefinition, Work, check::Compiled, graph,
+    Stage, StageDefinition, Work, check::Compiled, graph, pattern::REGEX_MAX_BYTES,
 };
-use crate::ModelRef;
+use crate::{ModelRef, json::Size};
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_mins(1);
 const DEFAULT_DEADLINE: Duration = Duration::from_hours(24);
+
+/// How many forms of a definition are in memory at most, each about as large as its values: those themselves, the resolved
+/// stages, the code of templates, the validators.
+const FORMS: u64 = 8;
+/// What a regular expression takes that has no repetitions, classes or flags, beside what its text is.
+const PLAIN_REGEX_BYTES: u64 = 8 * 1024;
+/// What each byte of such a text takes.
+const PLAIN_REGEX_FACTOR: u64 = 100;
+
+/// About what the regular expressions in a definition take, never less. A small text can be a large program (`a{3000}`),
+/// so that whatever is not plainly small counts as large as may be.
+fn regexes_bytes(value: &Value) -> u64 {
+    let bytes = |pattern: &str| {
+        let largest = REGEX_MAX_BYTES as u64;
+        if pattern.contains(['{', '\\', '[', '(', '.']) {
+            return largest;
+        }
+        (PLAIN_REGEX_BYTES + PLAIN_REGEX_FACTOR * pattern.len() as u64).min(largest)
+    };
+    match value {
+        Value::Array(items) => items.iter().map(regexes_bytes).sum(),
+        Value::Object(map) => map
+            .iter()
+            .map(|(key, value)| match (key.as_str(), value) {
+                ("matches" | "not_matches" | "pattern", Value::String(pattern)) => bytes(pattern),
+                ("patternProperties", Value::Object(inner)) => {
+                    inner.iter().map(|(pattern, value)| bytes(pattern) + regexes_bytes(value)).sum()
+                }
+                _ => regexes_bytes(value),
+            })
+            .sum(),
+        _ => 0,
+    }
+}
 
 /// The same content, always in the same form: keys sorted, all the way down.
 pub(super) fn canonical(value: &Value) -> Value {
@@ -30,6 +64,7 @@ pub(super) fn canonical(value: &Value) -> Value {
 pub(super) fn resolve(definition: Definition, value: &Value, compiled: Compiled) -> Pipeline {
     let canonical = canonical(value);
     let digest = *blake3::hash(canonical.to_string().as_bytes()).as_bytes();
+    let compiled_bytes = FORMS * Size::of(&canonical).parsed_bytes + regexes_bytes(&canonical);
     let position = |id| definition.stages.iter().position(|stage| &stage.id == id);
     let needs: Vec<Vec<usize>> =
         definition.stages.iter().map(|stage| stage.needs.iter().filter_map(position).collect()).collect();
@@ -67,6 +102,7 @@ pub(super) fn resolve(definition: Definition, value: &Value, compiled: Compiled)
         concurrency: definition.concurrency,
         retention: definition.retention,
         compiled: Compiled { stages: compiled_stages, ..compiled },
+        compiled_bytes,
     }
 }
 

@@ -144,7 +144,7 @@ pub(crate) async fn submit(engine: &Engine, source: &str, input: Value) -> RunId
         tenant,
         pipeline: version.name,
         version: Some(version.version),
-        input,
+        input: input.into(),
         cache_mode: None,
         priority: 0,
         labels: Labels::new(),

@@ -288,6 +288,7 @@ through! {
     heartbeat(beat: &s::Heartbeat) -> s::Pulse;
     claim(replica: ReplicaId, limit: u32, shares: &Shares) -> Vec<s::Lease>;
     owned(replica: ReplicaId) -> Vec<s::Lease>;
+    weigh(leases: &[s::Lease]) -> Vec<(s::Lease, u64)>;
     signals(leases: &[s::Lease]) -> Vec<(RunId, Vec<s::Signal>)>;
     commit(commits: &[s::Commit]) -> Vec<s::Committed>;
     release(leases: &[s::Lease]) -> ();

@@ -288,7 +288,7 @@ impl Client<'_> {
             tenant: self.tenant.clone(),
             pipeline: version.name,
             version: Some(version.version),
-            input: json!({ "text": "hello" }),
+            input: json!({ "text": "hello" }).into(),
             cache_mode: None,
             priority: 0,
             labels: Labels::new(),

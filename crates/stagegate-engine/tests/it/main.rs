@@ -8,6 +8,7 @@ mod faulty;
 mod follow;
 mod gates;
 mod loops;
+mod memory;
 mod money;
 mod order;
 mod runs;

@@ -47,7 +47,7 @@ impl Order {
             tenant: tenant(of),
             pipeline: "one".parse().expect("a name"),
             version: None,
-            input,
+            input: input.into(),
             cache_mode: None,
             priority,
             labels: Labels::new(),

@@ -33,7 +33,7 @@ async fn an_input_that_does_not_fit_is_refused_and_nothing_is_kept() {
         tenant: tenant.clone(),
         pipeline: version.name,
         version: None,
-        input: json!({}),
+        input: json!({}).into(),
         cache_mode: None,
         priority: 0,
         labels: stagegate_core::pipeline::Labels::new(),

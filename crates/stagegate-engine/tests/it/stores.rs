@@ -96,7 +96,7 @@ fn hello() -> Submit {
         tenant: TenantId::default(),
         pipeline: "canonical".parse().expect("valid"),
         version: None,
-        input: json!({ "text": "hello" }),
+        input: json!({ "text": "hello" }).into(),
         cache_mode: None,
         priority: 0,
         labels: Labels::new(),

@@ -3,7 +3,7 @@
 use axum::Json;
 use serde::Deserialize;
 use serde_json::Value;
-use stagegate_core::{Code, PipelineName, Violation};
+use stagegate_core::{Code, Json as Payload, PipelineName, Violation};
 use stagegate_engine::Plan;
 use utoipa::{
     ToSchema,
@@ -33,7 +33,7 @@ pub(crate) struct PlanRequest {
     definition: Option<Value>,
     /// The input. It must fit the pipeline's schema.
     #[schema(value_type = Object)]
-    input: Value,
+    input: Payload,
 }
 
 /// What is in the text or the object is checked as a definition is, with its own codes.
@@ -70,5 +70,7 @@ pub(crate) async fn plan(
             return Err(Problem::violations(Code::InvalidRequest, vec![violation]));
         }
     };
-    Ok(Json(context.engine.plan(&context.tenant, pipeline, version, body.input.into()).await?))
+    let _room = context.engine.memory().values.acquire(body.input.size().parsed_bytes).await;
+    let input = body.input.parse().into();
+    Ok(Json(context.engine.plan(&context.tenant, pipeline, version, input).await?))
 }

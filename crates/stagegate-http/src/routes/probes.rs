@@ -11,6 +11,7 @@ use axum::{
 use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde::Serialize;
 use stagegate_core::{Code, ReplicaId, StoreError};
+use stagegate_engine::memory::Budget;
 use stagegate_llm::{LlmHealth, ProviderHealth};
 use tokio::{
     sync::Mutex,
@@ -271,6 +272,36 @@ pub(crate) struct Health {
     dependencies: Vec<Dependency>,
     /// Each provider.
     providers: Vec<Provider>,
+    /// Memory that grows with what callers send.
+    memory: MemoryHealth,
+}
+
+/// Memory that grows with what callers send, in bytes. What does not fit waits.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct MemoryHealth {
+    /// All budgets together: `engine.memory_max_bytes`.
+    max_bytes: u64,
+    /// Bodies that are being parsed.
+    bodies: BudgetHealth,
+    /// Runs that are under way.
+    runs: BudgetHealth,
+    /// Values that are parsed for a check.
+    values: BudgetHealth,
+}
+
+/// A budget, in bytes.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct BudgetHealth {
+    /// What may be held at once. A single thing that is larger goes through alone.
+    max_bytes: u64,
+    /// What is held.
+    held_bytes: u64,
+}
+
+impl From<&Budget> for BudgetHealth {
+    fn from(budget: &Budget) -> Self {
+        Self { max_bytes: budget.max_bytes(), held_bytes: budget.held() }
+    }
 }
 
 /// How is it?
@@ -283,6 +314,7 @@ pub(crate) struct Health {
 pub(crate) async fn health(State(shared): State<Shared>) -> Json<Health> {
     let readiness = readiness(&shared).await;
     let providers = timed(shared.engine.llm().health()).await.map(|(health, _)| health.providers).unwrap_or_default();
+    let memory = shared.engine.memory();
     Json(Health {
         version: env!("CARGO_PKG_VERSION"),
         replica: shared.engine.replica(),
@@ -291,6 +323,12 @@ pub(crate) async fn health(State(shared): State<Shared>) -> Json<Health> {
         draining: readiness.draining,
         dependencies: readiness.dependencies.clone(),
         providers: providers.into_iter().map(Into::into).collect(),
+        memory: MemoryHealth {
+            max_bytes: memory.max_bytes,
+            bodies: (&memory.bodies).into(),
+            runs: (&memory.runs).into(),
+            values: (&memory.values).into(),
+        },
     })
 }
 

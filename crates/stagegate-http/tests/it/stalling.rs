@@ -72,6 +72,7 @@ pass_on! {
     fn heartbeat(beat: &Heartbeat) -> StoreResult<Pulse>;
     fn claim(replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>>;
     fn owned(replica: ReplicaId) -> StoreResult<Vec<Lease>>;
+    fn weigh(leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>>;
     fn load(leases: &[Lease]) -> StoreResult<Vec<Snapshot>>;
     fn signals(leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>>;
     fn commit(commits: &[Commit]) -> StoreResult<Vec<Committed>>;

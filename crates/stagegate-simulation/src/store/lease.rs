@@ -156,6 +156,14 @@ impl State {
         self.hand_back_all(replica, now);
     }
 
+    pub(crate) fn weigh(&self, leases: &[Lease]) -> Vec<(Lease, u64)> {
+        let weighed = leases.iter().filter_map(|lease| {
+            let row = self.runs.get(&lease.run).filter(|row| row.is_leased(*lease))?;
+            Some((*lease, row.snapshot(*lease).text_bytes()))
+        });
+        weighed.collect()
+    }
+
     pub(crate) fn load(&self, leases: &[Lease]) -> Vec<Snapshot> {
         let mut found: Vec<Snapshot> = Vec::with_capacity(leases.len());
         for lease in leases {

@@ -235,6 +235,10 @@ impl Store for MemoryStore {
         Ok(self.with(|state, _| state.owned(replica)))
     }
 
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+        Ok(self.with(|state, _| state.weigh(leases)))
+    }
+
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
         let mut found = self.with(|state, _| state.load(leases));
         if self.flaw == Flaw::OutageAges {

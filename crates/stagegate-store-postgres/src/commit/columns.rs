@@ -77,7 +77,7 @@ impl<'a> Columns<'a> {
             }
         }
         for (stage, checkpoint) in &commit.checkpoints {
-            self.checkpoints.push(run, stage, checkpoint)?;
+            self.checkpoints.push(run, stage, checkpoint);
         }
         let by_name = compact && commit.output.is_some() && !commit.output_of.is_empty();
         let names = || commit.output_of.iter().map(StageId::as_str).collect::<Vec<_>>().join(",");
@@ -308,7 +308,7 @@ struct CheckpointColumns<'a> {
 }
 
 impl<'a> CheckpointColumns<'a> {
-    fn push(&mut self, run: Uuid, stage: &'a StageId, checkpoint: &'a Checkpoint) -> StoreResult<()> {
+    fn push(&mut self, run: Uuid, stage: &'a StageId, checkpoint: &'a Checkpoint) {
         self.runs.push(run);
         self.stages.push(stage.as_str());
         self.outputs.push(checkpoint.output.as_str());
@@ -319,7 +319,6 @@ impl<'a> CheckpointColumns<'a> {
         self.models.push(checkpoint.model.as_ref().map(ToString::to_string));
         self.origins.push(checkpoint.origin.as_str());
         self.created.push(checkpoint.created_at);
-        Ok(())
     }
 
     fn bind(self, query: Statement<'_>) -> Statement<'_> {

@@ -105,6 +105,7 @@ fn hot() -> BTreeMap<&'static str, (String, &'static str)> {
         ("plain commit", statements::COMMIT_PLAIN, "runs_pkey"),
         ("plain commit with outputs", statements::COMMIT_PLAIN_END, "run_payloads_pkey"),
         ("load", statements::LOAD, "runs_pkey"),
+        ("weigh", statements::WEIGH, "runs_pkey"),
         ("owned", statements::OWNED, "runs_leased"),
         ("heartbeat", statements::HEARTBEAT, "runs_signalled"),
         // By tenant and id: as good as by id alone, for both are unique.

@@ -128,7 +128,7 @@ impl Run {
             tenant: self.tenant.clone(),
             pipeline: name,
             version: Some(version),
-            input,
+            input: input.into(),
             cache_mode,
             priority: 0,
             labels: Labels::new(),

@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::LOCATION};
 use serde::Deserialize;
 use serde_json::Value;
 use stagegate_core::{
-    Code, PipelineName, Violation,
+    Code, Json as Payload, PipelineName, Violation,
     pipeline::{CacheMode, Labels},
     store::Idempotency,
 };
@@ -45,7 +45,7 @@ pub(crate) struct SubmitRequest {
     version: Option<u32>,
     /// The input. It must fit the pipeline's schema.
     #[schema(value_type = Object)]
-    input: Value,
+    input: Payload,
     /// Overrides the cache mode of every stage.
     #[serde(default)]
     cache_mode: Option<CacheMode>,
@@ -84,7 +84,10 @@ pub(crate) async fn submit(
     headers: HeaderMap,
     extract::Json(body): extract::Json<SubmitRequest>,
 ) -> Result<Response, Problem> {
-    let idempotency = idempotency(&headers, &body)?;
+    let idempotency = {
+        let _room = context.engine.memory().values.acquire(body.input.size().parsed_bytes).await;
+        idempotency(&headers, &body)?
+    };
     let submit = Submit {
         tenant: context.tenant.clone(),
         pipeline: body.pipeline,
@@ -126,7 +129,7 @@ fn digest(body: &SubmitRequest) -> [u8; 32] {
         // Only where it is given: a key that an older version has seen stands for the same request.
         hasher.update(format!("start_at {at:?}\n").as_bytes());
     }
-    hash_canonical(&mut hasher, input);
+    hash_canonical(&mut hasher, &input.parse());
     hasher.finalize().into()
 }
 
