@@ -23,6 +23,8 @@ open_words! {
         CompactRows = "compact_rows",
         /// Carries unknown words and fields of events, codes, states and signals. What schema 3 brought. Settles.
         OpenVocabulary = "open_vocabulary",
+        /// Reads which attempt an approval or a rejection means.
+        ApprovalNamesAttempt = "approval_names_attempt",
     }
 }
 

@@ -292,6 +292,9 @@ pub enum SignalKind {
     Approve {
         /// The held stage.
         stage: StageId,
+        /// The attempt that is meant; None for whichever is held.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        attempt: Option<u32>,
     },
     /// Do not take the held output: the stage fails.
     Reject {
@@ -299,6 +302,9 @@ pub enum SignalKind {
         stage: StageId,
         /// Why.
         reason: String,
+        /// The attempt that is meant; None for whichever is held.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        attempt: Option<u32>,
     },
     /// Something of a newer release, as it was written: of an unknown kind, or with fields that this release does not
     /// know and that may change what is asked. It is left for a replica that knows it.
@@ -335,6 +341,9 @@ impl SignalKind {
     /// What every live replica must understand before this may be asked; None for what all releases know.
     pub fn needs(&self) -> Option<Capability> {
         match self {
+            Self::Approve { attempt: Some(_), .. } | Self::Reject { attempt: Some(_), .. } => {
+                Some(Capability::ApprovalNamesAttempt)
+            }
             Self::Cancel | Self::Retry { .. } | Self::Approve { .. } | Self::Reject { .. } => None,
             Self::Unknown(_) => Some(Capability::OpenVocabulary),
         }
@@ -343,7 +352,7 @@ impl SignalKind {
     /// The stage that a decision is about.
     pub fn stage(&self) -> Option<&StageId> {
         match self {
-            Self::Approve { stage } | Self::Reject { stage, .. } => Some(stage),
+            Self::Approve { stage, .. } | Self::Reject { stage, .. } => Some(stage),
             Self::Cancel | Self::Retry { .. } | Self::Unknown(_) => None,
         }
     }

@@ -33,7 +33,8 @@ use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::Value;
 use stagegate_core::{
-    Capability, Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, StageState, Store, TenantId,
+    Capability, Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, StageId, StageState, Store,
+    TenantId,
     hint::Hints,
     store::{NewSignal, NewVersion, PipelineVersion, RunRecord, SignalKind, Signalled},
 };
@@ -233,6 +234,18 @@ impl Engine {
         plan::plan(&self.shared, tenant, pipeline, version, input).await
     }
 
+    /// Refuses a decision about another attempt than the stage's last one. The run's owner holds to it as well.
+    async fn check_attempt(&self, tenant: &TenantId, run: RunId, stage: &StageId, attempt: u32) -> Result<(), Error> {
+        let detail = self.shared.store.stage(tenant, run, stage).await?;
+        match detail.map(|detail| detail.stage.attempt) {
+            Some(last) if last != attempt => {
+                let message = format!("attempt {attempt} is not the one that is held: the stage is at attempt {last}");
+                Err(Error::new(Code::WrongState, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A registered version, compiled. None for the newest.
     pub async fn pipeline(
         &self,
@@ -243,12 +256,25 @@ impl Engine {
         known_pipeline(&self.shared, tenant, name, version).await
     }
 
-    /// Asks something of a run. It is durable when this returns; the owner obeys within a heartbeat.
+    /// Asks something of a run, of whichever attempt is held. See [`Engine::act_on`].
     pub async fn act(
         &self,
         tenant: &TenantId,
         run: RunId,
         action: Action,
+        by: Option<String>,
+    ) -> Result<RunRecord, Error> {
+        self.act_on(tenant, run, action, None, by).await
+    }
+
+    /// Asks something of a run; a decision may name the attempt that it means, and is refused where another one is held. It is
+    /// durable when this returns; the owner obeys within a heartbeat.
+    pub async fn act_on(
+        &self,
+        tenant: &TenantId,
+        run: RunId,
+        action: Action,
+        attempt: Option<u32>,
         by: Option<String>,
     ) -> Result<RunRecord, Error> {
         let not_found = || Error::new(Code::RunNotFound, format!("there is no run {run}"));
@@ -260,6 +286,9 @@ impl Engine {
                 let message = format!("the pipeline `{}` has no stage `{stage}`", record.pipeline);
                 return Err(Error::new(Code::StageNotFound, message));
             }
+            if let Some(attempt) = attempt {
+                self.check_attempt(tenant, run, stage, attempt).await?;
+            }
         }
         let kind = match action {
             Action::Cancel => SignalKind::Cancel,
@@ -269,8 +298,8 @@ impl Engine {
                     chrono::TimeDelta::from_std(pipeline.deadline).unwrap_or_else(|_| chrono::TimeDelta::days(1));
                 SignalKind::Retry { deadline_at: self.shared.clock.now() + span }
             }
-            Action::Approve(stage) => SignalKind::Approve { stage },
-            Action::Reject(stage, reason) => SignalKind::Reject { stage, reason },
+            Action::Approve(stage) => SignalKind::Approve { stage, attempt },
+            Action::Reject(stage, reason) => SignalKind::Reject { stage, reason, attempt },
         };
         if kind.needs().is_some_and(|capability| !self.common(capability)) {
             let message = format!("the run cannot be {asked} in this way while a replica of an older release runs");

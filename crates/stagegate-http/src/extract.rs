@@ -12,6 +12,7 @@ use http::{
     header::{CONTENT_ENCODING, CONTENT_TYPE},
     request::Parts,
 };
+use hyper::body::Body as _;
 use serde::de::DeserializeOwned;
 use stagegate_core::{Code, Violation, error::nearest, json::Size};
 use utoipa::ToSchema;
@@ -54,6 +55,20 @@ impl<T: DeserializeOwned + ToSchema> FromRequest<Shared> for Json<T> {
             let violation = Violation::new(Code::WrongValue, error.path().to_string(), error.inner().to_string());
             Problem::violations(Code::InvalidRequest, vec![violation])
         })
+    }
+}
+
+/// The same, where the body may be left out.
+pub(crate) struct JsonOrNothing<T>(pub(crate) Option<T>);
+
+impl<T: DeserializeOwned + ToSchema> FromRequest<Shared> for JsonOrNothing<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, shared: &Shared) -> Result<Self, Problem> {
+        if request.body().is_end_stream() {
+            return Ok(Self(None));
+        }
+        Json::from_request(request, shared).await.map(|Json(body)| Self(Some(body)))
     }
 }
 

@@ -370,7 +370,7 @@ mod tests {
         let document = Document::new(&crate::router::document(), false);
         let mut names: Vec<&str> = document.checks.keys().map(String::as_str).collect();
         names.sort_unstable();
-        assert_eq!(names, ["InvalidateRequest", "PlanRequest", "RejectRequest", "SubmitRequest"]);
+        assert_eq!(names, ["ApproveRequest", "InvalidateRequest", "PlanRequest", "RejectRequest", "SubmitRequest"]);
         let mistakes = document.check("SubmitRequest", &json!({ "pipelin": "p", "input": {}, "cache_mode": "often" }));
         let told: Vec<(Code, &str)> = mistakes.iter().map(|m| (m.code, m.path.as_str())).collect();
         for expected in

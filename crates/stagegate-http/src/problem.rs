@@ -185,6 +185,31 @@ fn http_body_length(response: &Response) -> Option<u64> {
     response.body().size_hint().exact()
 }
 
+/// The reason phrase and the body of a problem with a head that could not be read.
+pub(crate) fn of_the_listener(status: u16, request_id: &str) -> (&'static str, Vec<u8>) {
+    let (code, detail) = match status {
+        408 => (Code::RequestTimeout, "The head of the request did not come in time."),
+        414 => (Code::InvalidRequest, "The request's target is too long."),
+        431 => {
+            (Code::InvalidRequest, "The head of the request is over `http.head_max_bytes`, or has too many headers.")
+        }
+        _ => (Code::InvalidRequest, "The head of the request is not HTTP."),
+    };
+    tracing::debug!(code = code.as_str(), status, request_id, "a head could not be read");
+    let body = ProblemBody {
+        kind: code.docs_url(),
+        title: code.title().to_owned(),
+        status,
+        detail: detail.to_owned(),
+        code,
+        request_id: request_id.to_owned(),
+        violations: Vec::new(),
+    };
+    let reason = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Error");
+    // Strings and numbers alone: this cannot fail to serialise.
+    (reason, serde_json::to_vec(&body).unwrap_or_default())
+}
+
 /// The problem for an error status that came without one; None where the response is a probe's own report.
 fn of_status(response: &Response) -> Option<Problem> {
     let json = response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/"));

@@ -106,7 +106,7 @@ async fn on_locked(connection: &mut Connection, new: &NewSignal, run: &PgRow) ->
         // Asked again: the first one stands.
         SignalKind::Cancel if read.get("cancel_requested")? => return Ok(Signalled::Accepted { owner }),
         SignalKind::Cancel | SignalKind::Unknown(_) => {}
-        SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => {
+        SignalKind::Approve { stage, .. } | SignalKind::Reject { stage, .. } => {
             if let Some(refusal) = not_held(connection, new, stage).await? {
                 return Ok(refusal);
             }

@@ -88,7 +88,9 @@ pub(crate) async fn signal(db: &Db, signal: &NewSignal) -> StoreResult<Signalled
         _ if state.is_terminal() => Next::Answer(Signalled::WrongRunState(state)),
         SignalKind::Cancel if cancelled => Next::Answer(Signalled::Accepted { owner }),
         SignalKind::Cancel | SignalKind::Unknown(_) => Next::Leave,
-        SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => decide(tx.conn(), signal, stage).await?,
+        SignalKind::Approve { stage, .. } | SignalKind::Reject { stage, .. } => {
+            decide(tx.conn(), signal, stage).await?
+        }
     };
     let answer = match next {
         Next::Answer(answer) => answer,

@@ -326,8 +326,8 @@ impl Run {
                     self.stop(RunState::Cancelled, failure, now);
                 }
                 SignalKind::Retry { deadline_at } => self.reopen(deadline_at, now),
-                SignalKind::Approve { stage } => self.approve(&stage, now),
-                SignalKind::Reject { stage, reason } => self.reject(&stage, &reason, now),
+                SignalKind::Approve { stage, attempt } => self.approve(&stage, attempt, now),
+                SignalKind::Reject { stage, reason, attempt } => self.reject(&stage, attempt, &reason, now),
                 SignalKind::Unknown(_) => {}
             }
         }

@@ -329,8 +329,8 @@ impl Run {
         self.failure.get_or_insert(failure);
     }
 
-    pub(super) fn approve(&mut self, stage: &StageId, now: DateTime<Utc>) {
-        let Some((index, held)) = self.take_held(stage) else { return };
+    pub(super) fn approve(&mut self, stage: &StageId, attempt: Option<u32>, now: DateTime<Utc>) {
+        let Some((index, held)) = self.take_held(stage, attempt) else { return };
         let record = &self.stages[index].record;
         let output = held.output.clone().unwrap_or_else(Json::null);
         let checkpoint = Checkpoint {
@@ -346,18 +346,20 @@ impl Run {
         self.succeed_stage(index, checkpoint, 0, Totals::default(), now);
     }
 
-    pub(super) fn reject(&mut self, stage: &StageId, reason: &str, now: DateTime<Utc>) {
-        let Some((index, _)) = self.take_held(stage) else { return };
+    pub(super) fn reject(&mut self, stage: &StageId, attempt: Option<u32>, reason: &str, now: DateTime<Utc>) {
+        let Some((index, _)) = self.take_held(stage, attempt) else { return };
         self.stages[index].record.verdict = Some(Verdict::Rejected);
         let message = format!("the held output was rejected: {reason}");
         let failure = Failure::new(Code::Rejected, message).of_stage(stage.clone());
         self.fail(index, failure, Totals::default(), now);
     }
 
-    fn take_held(&mut self, stage: &StageId) -> Option<(usize, Attempt)> {
+    /// The held output of a stage, unless another attempt than the held one is meant: what was decided about an earlier
+    /// output says nothing of a later one.
+    fn take_held(&mut self, stage: &StageId, attempt: Option<u32>) -> Option<(usize, Attempt)> {
         let index = self.pipeline.stage_index(stage.as_str())?;
         let run = &mut self.stages[index];
-        if run.record.state != StageState::Held {
+        if run.record.state != StageState::Held || attempt.is_some_and(|attempt| attempt != run.record.attempt) {
             return None;
         }
         run.last_output.take().map(|attempt| (index, attempt))

@@ -242,7 +242,7 @@ fn a_hold_parks_the_run_and_an_approval_goes_on() {
     let step = attempted(&mut run, 0, 1, output(false, true));
     assert_eq!(names(&step.commit), ["stage.held", "run.waiting"]);
     assert!(matches!(step.commit.then, Disposition::Park(Some(_))), "the deadline wakes it at the latest");
-    run.on(Stimulus::Taken(signal(SignalKind::Approve { stage: stage_id("one") })), at(60), 0.0);
+    run.on(Stimulus::Taken(signal(SignalKind::Approve { stage: stage_id("one"), attempt: None })), at(60), 0.0);
     let step = run.take_step().expect("approved");
     assert_eq!(names(&step.commit), ["run.resumed", "stage.succeeded", "stage.started"]);
     assert_eq!(step.commit.checkpoints[0].1.verdict, Verdict::Approved);
@@ -250,10 +250,27 @@ fn a_hold_parks_the_run_and_an_approval_goes_on() {
 }
 
 #[test]
+fn a_decision_about_another_attempt_than_the_held_one_changes_nothing() {
+    for named in [0, 2] {
+        let (_, mut run, _) = begin(HELD);
+        attempted(&mut run, 0, 1, output(false, true));
+        let approve = SignalKind::Approve { stage: stage_id("one"), attempt: Some(named) };
+        let reject = SignalKind::Reject { stage: stage_id("one"), reason: "r".to_owned(), attempt: Some(named) };
+        let signals = [(7, approve), (8, reject)].map(|(id, kind)| Signal { id, kind, by: None });
+        run.on(Stimulus::Signalled(signals.into()), at(60), 0.0);
+        let held = SignalKind::Approve { stage: stage_id("one"), attempt: Some(1) };
+        run.on(Stimulus::Signalled(vec![Signal { id: 9, kind: held, by: None }]), at(61), 0.0);
+        let commit = run.take_step().expect("approved").commit;
+        assert_eq!(commit.checkpoints[0].1.verdict, Verdict::Approved);
+        assert_eq!(commit.consumed, [7, 8, 9]);
+    }
+}
+
+#[test]
 fn a_rejection_fails_the_stage_with_its_reason() {
     let (_, mut run, _) = begin(HELD);
     attempted(&mut run, 0, 1, output(false, true));
-    let reject = SignalKind::Reject { stage: stage_id("one"), reason: "off topic".to_owned() };
+    let reject = SignalKind::Reject { stage: stage_id("one"), reason: "off topic".to_owned(), attempt: None };
     run.on(Stimulus::Taken(signal(reject)), at(60), 0.0);
     let commit = run.take_step().expect("rejected").commit;
     assert_eq!(commit.state, RunState::Failed);
@@ -566,9 +583,9 @@ proptest! {
                 Move::Signal(which) => {
                     let kind = match which {
                         0 => SignalKind::Cancel,
-                        1 | 2 => SignalKind::Approve { stage: stage_id("four") },
-                        3 => SignalKind::Approve { stage: stage_id("one") },
-                        _ => SignalKind::Reject { stage: stage_id("four"), reason: "no".to_owned() },
+                        1 | 2 => SignalKind::Approve { stage: stage_id("four"), attempt: None },
+                        3 => SignalKind::Approve { stage: stage_id("one"), attempt: None },
+                        _ => SignalKind::Reject { stage: stage_id("four"), reason: "no".to_owned(), attempt: None },
                     };
                     run.on(Stimulus::Signalled(signal(kind)), now, 0.0);
                 }

@@ -81,6 +81,11 @@ impl Activity {
         }
     }
 
+    /// Whether no request is open.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.now().open == 0
+    }
+
     /// What is due at this moment.
     pub(crate) fn due(&self, at: Instant, limits: Limits) -> Due {
         let now = *self.now();

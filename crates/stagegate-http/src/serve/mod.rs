@@ -3,6 +3,7 @@
 
 mod activity;
 mod answer;
+mod bare;
 mod dispatch;
 mod places;
 mod socket;
@@ -158,7 +159,11 @@ impl Server {
         } else {
             let io = TokioIo::new(Socket::new(stream, first, activity.clone(), true, self.stall_limit));
             let mut connection = self.http1.serve_connection(io, service);
-            watch.drive(Pin::new(&mut connection), http1::Connection::graceful_shutdown).await
+            let end = watch.drive(Pin::new(&mut connection), http1::Connection::graceful_shutdown).await;
+            if matches!(end, End::LateHead) {
+                connection.into_parts().io.into_inner().last_words(408);
+            }
+            end
         };
         match end {
             End::Served => {}

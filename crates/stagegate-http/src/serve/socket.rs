@@ -1,4 +1,5 @@
-//! A connection's bytes: owns the limit on slow readers, and what is put back after a look at the first bytes.
+//! A connection's bytes: owns the limit on slow readers, what is put back after a look at the first bytes, and that the
+//! server's own answers are replaced by ours ([`super::bare`]).
 //!
 //! A connection whose other side takes nothing for too long is closed, so that neither an event stream nor a large
 //! answer can be held open for ever by a client that does not read it.
@@ -18,7 +19,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use super::activity::Activity;
+use super::{activity::Activity, bare};
 
 /// A connection, as hyper reads and writes it.
 pub(crate) struct Socket {
@@ -31,6 +32,15 @@ pub(crate) struct Socket {
     stall_limit: Duration,
     /// While nothing can be written.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// What is written in place of an answer of the server's own.
+    replacement: Option<Box<Replacement>>,
+}
+
+struct Replacement {
+    text: Vec<u8>,
+    written: usize,
+    /// The length of what it stands for.
+    replaces: usize,
 }
 
 impl Socket {
@@ -41,7 +51,30 @@ impl Socket {
         tells_heads: bool,
         stall_limit: Duration,
     ) -> Self {
-        Self { stream, first, activity, tells_heads, stall_limit, stalled: None }
+        Self { stream, first, activity, tells_heads, stall_limit, stalled: None, replacement: None }
+    }
+
+    /// Says with a whole answer why the connection ends, as far as it is taken at once.
+    pub(crate) fn last_words(&self, status: u16) {
+        let _ = self.stream.try_write(&bare::answer(status));
+    }
+
+    /// Writes the replacement to its end; how much of what hyper wrote is done with by that.
+    fn write_replacement(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        while let Some(replacement) = &mut self.replacement {
+            let left = &replacement.text[replacement.written..];
+            if left.is_empty() {
+                let replaces = replacement.replaces;
+                self.replacement = None;
+                return Poll::Ready(Ok(replaces));
+            }
+            let attempt = Pin::new(&mut self.stream).poll_write(context, left);
+            let written = ready!(self.watch(context, attempt))?;
+            if let Some(replacement) = &mut self.replacement {
+                replacement.written += written;
+            }
+        }
+        Poll::Ready(Ok(0))
     }
 
     /// Passes on what came of an attempt to write; the clock runs from the first one that had to wait.
@@ -84,7 +117,21 @@ impl AsyncRead for Socket {
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, mut bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.replacement.is_some() {
+            return self.write_replacement(context);
+        }
+        if self.tells_heads
+            && self.activity.is_idle()
+            && let Some((at, status)) = bare::find(bytes)
+        {
+            if at == 0 {
+                let text = bare::answer(status);
+                self.replacement = Some(Box::new(Replacement { text, written: 0, replaces: bytes.len() }));
+                return self.write_replacement(context);
+            }
+            bytes = &bytes[..at];
+        }
         let attempt = Pin::new(&mut self.stream).poll_write(context, bytes);
         self.watch(context, attempt)
     }
@@ -94,6 +141,10 @@ impl AsyncWrite for Socket {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        let mut filled = slices.iter().filter(|slice| !slice.is_empty());
+        if let (Some(only), None) = (filled.next(), filled.next()) {
+            return self.poll_write(context, only);
+        }
         let attempt = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
         self.watch(context, attempt)
     }

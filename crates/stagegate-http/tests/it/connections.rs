@@ -65,7 +65,43 @@ async fn whoever_sends_headers_too_slowly_is_cut_off() {
 async fn a_head_over_the_limit_is_refused() {
     let app = impatient().await;
     let head = format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx-large: {}\r\n\r\n", "x".repeat(20_000));
-    assert!(exchange(&app, head.as_bytes()).await.starts_with("HTTP/1.1 431"));
+    is_whole_problem(&exchange(&app, head.as_bytes()).await, 431, "SG0001");
+}
+
+/// An answer that the server gives before any route is asked.
+#[track_caller]
+fn is_whole_problem(answer: &str, status: u16, code: &str) {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head: {answer}"));
+    assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{head}");
+    let body: serde_json::Value = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {body}"));
+    assert_eq!((&body["status"], &body["code"]), (&status.into(), &code.into()), "{body}");
+    let id = body["request_id"].as_str().expect("an id");
+    assert!(head.contains(&format!("x-request-id: {id}")), "{head}");
+    for header in
+        ["x-content-type-options: nosniff", "content-security-policy: default-src 'none'", "connection: close"]
+    {
+        assert!(head.contains(header), "{header}: {head}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_http_is_answered_with_a_whole_problem() {
+    let app = impatient().await;
+    for head in [
+        "GET /healthz HTTP/9.9\r\nhost: x\r\n\r\n",
+        "GET /healthz HTTP/1.1\r\nhost x\r\n\r\n",
+        "G\u{0}T / HTTP/1.1\r\nhost: x\r\n\r\n",
+        "POST /v1/runs HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+    ] {
+        is_whole_problem(&exchange(&app, head.as_bytes()).await, 400, "SG0001");
+        // Also behind another request on the same connection.
+        let both = exchange(&app, format!("GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n{head}").as_bytes()).await;
+        let (first, second) = both.split_at(both.rfind("HTTP/1.1 ").expect("an answer"));
+        assert!(first.starts_with("HTTP/1.1 200") && first.ends_with("ok\n"), "{both}");
+        is_whole_problem(second, 400, "SG0001");
+    }
+    let late = exchange(&app, b"GET /healthz HTTP/1.1\r\nhost: x\r\n").await;
+    is_whole_problem(&late, 408, "SG0006");
 }
 
 #[tokio::test]

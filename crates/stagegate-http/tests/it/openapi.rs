@@ -124,7 +124,7 @@ fn every_reference_leads_somewhere() {
 #[test]
 fn request_bodies_refuse_keys_that_they_do_not_know() {
     let document = stagegate_http::openapi_document();
-    for name in ["SubmitRequest", "PlanRequest", "InvalidateRequest", "RejectRequest"] {
+    for name in ["SubmitRequest", "PlanRequest", "InvalidateRequest", "RejectRequest", "ApproveRequest"] {
         let schema = &document["components"]["schemas"][name];
         let branches = schema["oneOf"].as_array().map_or_else(|| vec![schema], |branches| branches.iter().collect());
         for branch in branches {

@@ -179,13 +179,19 @@ async fn a_held_output_waits_for_a_person() {
     let id = held().await;
     app.post_empty(&format!("/v1/runs/{id}/stages/last/approve")).await.is_problem(409, "SG0207");
     app.post_empty(&format!("/v1/runs/{id}/retry")).await.is_problem(409, "SG0207");
-    assert_eq!(app.post_empty(&format!("/v1/runs/{id}/stages/draft/approve")).await.status, 202);
+    let approve = format!("/v1/runs/{id}/stages/draft/approve");
+    let other = app.post(&approve, &json!({ "attempt": 2 })).await;
+    other.is_problem(409, "SG0207");
+    assert!(other.text.contains("attempt 1"), "{}", other.text);
+    app.post(&approve, &json!({ "attempt": 0 })).await.is_problem(400, "SG0001");
+    assert_eq!(app.post(&approve, &json!({ "attempt": 1 })).await.status, 202);
     assert_eq!(app.finish(&id).await["state"], "succeeded");
     app.post_empty(&format!("/v1/runs/{id}/cancel")).await.is_problem(409, "SG0207");
 
     let id = held().await;
     let reject = format!("/v1/runs/{id}/stages/draft/reject");
     app.post(&reject, &json!({ "reason": "" })).await.is_problem(400, "SG0001");
+    app.post(&reject, &json!({ "reason": "no", "attempt": 7 })).await.is_problem(409, "SG0207");
     assert_eq!(app.post(&reject, &json!({ "reason": "not what was asked" })).await.status, 202);
     let finished = app.finish(&id).await;
     assert_eq!((&finished["state"], &finished["failure"]["code"]), (&json!("failed"), &json!("SG0306")));

@@ -222,7 +222,7 @@ impl State {
             }
             _ if state.is_terminal() => return Signalled::WrongRunState(state),
             SignalKind::Cancel if row.record.cancel_requested => return Signalled::Accepted { owner },
-            SignalKind::Approve { stage } | SignalKind::Reject { stage, .. } => {
+            SignalKind::Approve { stage, .. } | SignalKind::Reject { stage, .. } => {
                 let Some(standing) = row.stages.get(stage).map(|stage| stage.state) else {
                     return Signalled::StageNotHeld(None);
                 };

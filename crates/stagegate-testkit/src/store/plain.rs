@@ -312,7 +312,7 @@ pub async fn what_passed_at_once_is_not_held(subject: Subject) {
     let mut tale = Story::begin(store, 1).await;
     tale.advance(store).await;
     for (of, state) in [("s1", Some(StageState::Succeeded)), ("s2", Some(StageState::Running)), ("s9", None)] {
-        let answer = signal(store, tale.run.id, SignalKind::Approve { stage: stage(of) }).await;
+        let answer = signal(store, tale.run.id, SignalKind::Approve { stage: stage(of), attempt: None }).await;
         assert_eq!(answer, Signalled::StageNotHeld(state), "{of}");
     }
 }

@@ -422,8 +422,8 @@ impl World {
         let kind = match self.rng.random_range(0..6) {
             0 => SignalKind::Cancel,
             1 | 2 => SignalKind::Retry { deadline_at: at(self.now + 1_000) },
-            3 => SignalKind::Reject { stage: of, reason: self.text() },
-            _ => SignalKind::Approve { stage: of },
+            3 => SignalKind::Reject { stage: of, reason: self.text(), attempt: None },
+            _ => SignalKind::Approve { stage: of, attempt: None },
         };
         let tenant = if self.rng.random_bool(0.9) { owner } else { self.tenant() };
         let signal = NewSignal { tenant, run, kind, by: self.rng.random_bool(0.5).then(|| self.text()) };

@@ -18,11 +18,11 @@ use super::{
 const MINUTE: Duration = Duration::from_mins(1);
 
 fn approve(of: &str) -> SignalKind {
-    SignalKind::Approve { stage: stage(of) }
+    SignalKind::Approve { stage: stage(of), attempt: None }
 }
 
 fn reject(of: &str) -> SignalKind {
-    SignalKind::Reject { stage: stage(of), reason: NASTY.to_owned() }
+    SignalKind::Reject { stage: stage(of), reason: NASTY.to_owned(), attempt: None }
 }
 
 fn retry() -> SignalKind {

@@ -18,7 +18,7 @@ use crate::{
 
 type Accepted = Result<(StatusCode, Json<RunView>), Problem>;
 
-async fn act(context: Context<Operator>, id: RunId, action: Action) -> Accepted {
+async fn act(context: Context<Operator>, id: RunId, action: Action, attempt: Option<u32>) -> Accepted {
     let asked = match &action {
         Action::Cancel => "cancel",
         Action::Retry => "retry",
@@ -26,7 +26,7 @@ async fn act(context: Context<Operator>, id: RunId, action: Action) -> Accepted 
         Action::Reject(..) => "reject",
     };
     tracing::info!(run_id = %id, asked, by = context.by.as_deref().unwrap_or("an open daemon's caller"), "an action on a run was asked for");
-    let run = context.engine.act(&context.tenant, id, action, context.by.clone()).await?;
+    let run = context.engine.act_on(&context.tenant, id, action, attempt, context.by.clone()).await?;
     Ok((StatusCode::ACCEPTED, Json(RunView::new(run, context.now()))))
 }
 
@@ -43,7 +43,7 @@ async fn act(context: Context<Operator>, id: RunId, action: Action) -> Accepted 
 )]
 pub(crate) async fn cancel(context: Context<Operator>, Path(id): Path<String>) -> Accepted {
     let id = run_id(&id)?;
-    act(context, id, Action::Cancel).await
+    act(context, id, Action::Cancel, None).await
 }
 
 /// Retry a run
@@ -59,23 +59,38 @@ pub(crate) async fn cancel(context: Context<Operator>, Path(id): Path<String>) -
 )]
 pub(crate) async fn retry(context: Context<Operator>, Path(id): Path<String>) -> Accepted {
     let id = run_id(&id)?;
-    act(context, id, Action::Retry).await
+    act(context, id, Action::Retry, None).await
+}
+
+/// Which held output is taken.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ApproveRequest {
+    /// The attempt that is meant; refused where another one is held. Left out: whichever is held.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 2_147_483_647)]
+    attempt: Option<u32>,
 }
 
 /// Approve a held output
 ///
-/// The output becomes the stage's checkpoint, and the run goes on. Needs the role `operator`.
+/// The output becomes the stage's checkpoint, and the run goes on. The body may be left out. Needs the role `operator`.
 #[utoipa::path(
     post, path = "/v1/runs/{id}/stages/{stage}/approve", tag = "stages", operation_id = "approveStage",
     params(("id" = RunId, Path, description = "The run's id."), ("stage" = StageId, Path, description = "The stage's id.")),
+    request_body(content = ApproveRequest, description = "May be left out."),
     responses(
         (status = 202, description = "It will go on.", body = RunView),
-        (status = 409, description = "The stage is not held (SG0207)."),
+        (status = 409, description = "The stage is not held, or another attempt of it is (SG0207)."),
     )
 )]
-pub(crate) async fn approve(context: Context<Operator>, Path((id, stage)): Path<(String, String)>) -> Accepted {
+pub(crate) async fn approve(
+    context: Context<Operator>,
+    Path((id, stage)): Path<(String, String)>,
+    extract::JsonOrNothing(body): extract::JsonOrNothing<ApproveRequest>,
+) -> Accepted {
     let (id, stage) = (run_id(&id)?, stage_id(&stage)?);
-    act(context, id, Action::Approve(stage)).await
+    act(context, id, Action::Approve(stage), body.unwrap_or_default().attempt).await
 }
 
 /// Why a held output is not taken.
@@ -85,6 +100,10 @@ pub(crate) struct RejectRequest {
     /// For the record, and for whoever mends it.
     #[schema(min_length = 1, max_length = 2000, pattern = "^[^\\u0000]*$")]
     reason: String,
+    /// The attempt that is meant; refused where another one is held. Left out: whichever is held.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 2_147_483_647)]
+    attempt: Option<u32>,
 }
 
 /// Reject a held output
@@ -96,7 +115,7 @@ pub(crate) struct RejectRequest {
     request_body = RejectRequest,
     responses(
         (status = 202, description = "It will fail.", body = RunView),
-        (status = 409, description = "The stage is not held (SG0207)."),
+        (status = 409, description = "The stage is not held, or another attempt of it is (SG0207)."),
     )
 )]
 pub(crate) async fn reject(
@@ -105,5 +124,5 @@ pub(crate) async fn reject(
     extract::Json(body): extract::Json<RejectRequest>,
 ) -> Accepted {
     let (id, stage) = (run_id(&id)?, stage_id(&stage)?);
-    act(context, id, Action::Reject(stage, body.reason)).await
+    act(context, id, Action::Reject(stage, body.reason), body.attempt).await
 }
