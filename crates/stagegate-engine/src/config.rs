@@ -122,7 +122,7 @@ impl Default for EngineConfig {
             memory_max_bytes: None,
             way_back: Span(Duration::from_hours(1)),
             clock_skew_max: Span(Duration::from_secs(30)),
-            evaluation_timeout: Span(Duration::from_secs(30)),
+            evaluation_timeout: Span(Duration::from_mins(1)),
             evaluation_threads: None,
         }
     }

@@ -120,7 +120,7 @@ impl Evaluations {
         };
         let outcome = match &result {
             Ok(_) => "done",
-            Err(Unevaluated::TooLong(_)) => "too_long",
+            Err(Unevaluated::TooLong(_)) => "late",
             Err(Unevaluated::Panicked) => "panicked",
             Err(Unevaluated::Gone) => "abandoned",
         };

@@ -33,7 +33,11 @@ pub(crate) async fn plan(
     input: Arc<Value>,
 ) -> Result<Plan, Error> {
     let (judged, seen) = (Arc::clone(&pipeline), Arc::clone(&input));
-    let fits = move || judged.check_input(&seen).map(|()| tokens(seen.to_string().len()));
+    let is_guessed = pipeline.stages.iter().any(|stage| !stage.needs.is_empty());
+    let fits = move || {
+        judged.check_input(&seen)?;
+        Ok(if is_guessed { tokens(seen.to_string().len()) } else { 0 })
+    };
     let input_tokens = shared.evaluations.evaluate(tenant, fits).await?;
     let input_tokens = input_tokens.map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
     let outputs = Arc::new(vec![None; pipeline.stages.len()]);
@@ -65,6 +69,7 @@ struct Planner<'a> {
     pipeline: &'a Arc<Pipeline>,
     version: u32,
     input: Arc<Value>,
+    /// What a stage may get of it whose needs are not known; none where no stage needs another.
     input_tokens: u64,
     outputs: Arc<Vec<Option<Arc<Value>>>>,
     stages: Vec<PlannedStage>,

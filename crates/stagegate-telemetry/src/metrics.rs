@@ -90,7 +90,7 @@ catalogue! {
     /// Runs that this replica executes.
     runs_in_flight: IntGauge = "stagegate_runs_in_flight" [];
 
-    /// Large evaluations of templates, checks, schemas and definitions, by outcome (done, too_long, panicked, abandoned).
+    /// Large evaluations of templates, checks, schemas and definitions, by outcome (done, late, panicked, abandoned).
     /// Small ones run at once and are not counted.
     evaluations: IntCounterVec = "stagegate_evaluations_total" ["outcome"];
     /// Seconds that a large evaluation took, its wait for a thread included.

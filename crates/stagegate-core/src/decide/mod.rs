@@ -521,14 +521,12 @@ impl Run {
             let seen = Seen::parse(&self.pipeline, Part::Output, &self.input, &self.outputs);
             self.pipeline.render_output(&seen.context(&id)).map(Json::from)
         };
-        match evaluation::brief(render) {
-            Ok(output) => self.conclude(output, now),
-            // On the pool it is fenced as well, and its end is told there.
-            Err(_) => {
-                self.is_rendering = true;
-                self.draft.effects.push(Effect::RenderOutput);
-            }
+        if let Ok(output) = evaluation::brief(render) {
+            return self.conclude(output, now);
         }
+        // On the pool it is fenced as well, and its end is told there.
+        self.is_rendering = true;
+        self.draft.effects.push(Effect::RenderOutput);
     }
 
     fn conclude(&mut self, output: Result<Json, Failure>, now: DateTime<Utc>) {

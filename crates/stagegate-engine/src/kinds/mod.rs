@@ -136,11 +136,11 @@ struct Measured {
     assessments: Vec<Assessment>,
 }
 
-fn measure(pipeline: &Pipeline, stage: usize, content: &str, context: &RenderContext<'_>) -> Measured {
-    let output = match pipeline.read_output(stage, content) {
+fn measure(pipeline: &Pipeline, stage: usize, answer: &str, context: &RenderContext<'_>) -> Measured {
+    let output = match pipeline.read_output(stage, answer) {
         Ok(output) => Arc::new(output),
         Err(assessment) => {
-            return Measured { output: content.into(), usable: false, assessments: vec![assessment] };
+            return Measured { output: answer.into(), usable: false, assessments: vec![assessment] };
         }
     };
     let assessments = pipeline.assess(stage, &output, context);

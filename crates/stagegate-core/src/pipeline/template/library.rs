@@ -167,25 +167,25 @@ fn pay_for_index(value: &Value) -> Result<(), Error> {
     }
 }
 
-/// `range(stop)` or `range(start, stop, step)`. The library's own overflows at the ends of its numbers.
+/// `range(end)` or `range(start, end, step)`. The library's own overflows at the ends of its numbers.
 fn range(lower: i64, upper: Option<i64>, step: Option<i64>) -> Result<Value, Error> {
-    let (start, stop, step) = (upper.map_or(0, |_| lower), upper.unwrap_or(lower), step.unwrap_or(1));
+    let (start, end, step) = (upper.map_or(0, |_| lower), upper.unwrap_or(lower), step.unwrap_or(1));
     if step == 0 {
         return Err(failed("`range` needs a step that is not 0"));
     }
-    let way = (i128::from(stop) - i128::from(start)) * i128::from(step.signum());
+    let way = (i128::from(end) - i128::from(start)) * i128::from(step.signum());
     let length = usize::try_from(way.max(0).unsigned_abs().div_ceil(u128::from(step.unsigned_abs())));
     let Some(length) = length.ok().filter(|length| *length <= RANGE_MAX) else {
         return Err(failed(format!("`range` gives at most {RANGE_MAX} numbers")));
     };
-    // Each of them lies between start and stop.
+    // Each of them lies between start and end.
     let number = move |index: usize| start.wrapping_add(step.wrapping_mul(i64::try_from(index).unwrap_or(0)));
     Ok(Value::make_iterable(move || (0..length).map(move |index| Value::from(number(index)))))
 }
 
-/// `value[start:stop:step]` of a text or a list, as a list that holds nothing of the one that it is a part of. The
+/// `value[start:end:step]` of a text or a list, as a list that holds nothing of the one that it is a part of. The
 /// library's own is computed anew at each use, one inside the other, and overflows where its numbers are extreme.
-fn slice(value: &Value, start: Option<i64>, stop: Option<i64>, step: Option<i64>) -> Result<Value, Error> {
+fn slice(value: &Value, start: Option<i64>, end: Option<i64>, step: Option<i64>) -> Result<Value, Error> {
     let step = step.unwrap_or(1);
     if step == 0 {
         return Err(failed("a slice needs a step that is not 0"));
@@ -197,7 +197,7 @@ fn slice(value: &Value, start: Option<i64>, stop: Option<i64>, step: Option<i64>
             let text = value.as_str().unwrap_or_default();
             pay(text.len().saturating_mul(5))?;
             let chars: Vec<char> = text.chars().collect();
-            Ok(Value::from(places(chars.len(), start, stop, step).map(|place| chars[place]).collect::<String>()))
+            Ok(Value::from(places(chars.len(), start, end, step).map(|place| chars[place]).collect::<String>()))
         }
         ValueKind::Seq | ValueKind::Iterable => {
             let mut items = Vec::new();
@@ -205,7 +205,7 @@ fn slice(value: &Value, start: Option<i64>, stop: Option<i64>, step: Option<i64>
                 pay(32)?;
                 items.push(item);
             }
-            let part = places(items.len(), start, stop, step).map(|place| items[place].clone());
+            let part = places(items.len(), start, end, step).map(|place| items[place].clone());
             Ok(if value.is_tuple() { Value::from(Tuple::from(part.collect::<Vec<_>>())) } else { part.collect() })
         }
         kind => Err(failed(format!("a value of type {kind} cannot be sliced"))),
@@ -213,7 +213,7 @@ fn slice(value: &Value, start: Option<i64>, stop: Option<i64>, step: Option<i64>
 }
 
 /// The places that a slice takes, in its order; all of them below `length`.
-fn places(length: usize, start: Option<i64>, stop: Option<i64>, step: i64) -> impl Iterator<Item = usize> {
+fn places(length: usize, start: Option<i64>, end: Option<i64>, step: i64) -> impl Iterator<Item = usize> {
     let length = i128::try_from(length).unwrap_or(i128::MAX);
     let (lowest, highest) = if step > 0 { (0, length) } else { (-1, length - 1) };
     let place = |given: Option<i64>, otherwise: i128| {
@@ -222,11 +222,11 @@ fn places(length: usize, start: Option<i64>, stop: Option<i64>, step: i64) -> im
             (if given < 0 { given + length } else { given }).clamp(lowest, highest)
         })
     };
-    let (start, stop) =
-        if step > 0 { (place(start, 0), place(stop, length)) } else { (place(start, length - 1), place(stop, -1)) };
+    let (start, end) =
+        if step > 0 { (place(start, 0), place(end, length)) } else { (place(start, length - 1), place(end, -1)) };
     let step = i128::from(step);
     std::iter::successors(Some(start), move |place| Some(place + step))
-        .take_while(move |place| if step > 0 { *place < stop } else { *place > stop })
+        .take_while(move |place| if step > 0 { *place < end } else { *place > end })
         .filter_map(|place| usize::try_from(place).ok())
 }
 

@@ -320,7 +320,7 @@ proptest::proptest! {
             format!("{{% for x in {expression} %}}{{{{ loop.changed(x) }}}}{{{{ loop.cycle(*({expression})) }}}}{{% endfor %}}"),
         ] {
             if let Ok(template) = Template::text(&text, &open()) {
-                let whole = evaluation::whole(&evaluation::Stop::default(), std::time::Duration::from_secs(60), || {
+                let whole = evaluation::whole(&evaluation::Stop::default(), std::time::Duration::from_mins(1), || {
                     run(|vars| (template.render(vars), template.value(vars)))
                 });
                 proptest::prop_assert!(whole.is_ok(), "{text}: {whole:?}");
