@@ -79,6 +79,11 @@ impl Books {
         calls
     }
 
+    /// How many former owners there are whose calls were neither found nor booked.
+    pub(crate) fn former_owners(&self) -> u32 {
+        self.lock().former_owners
+    }
+
     fn settle(&self, worst: Usd, row: Option<&LedgerEntry>) {
         if let Some(budget) = &self.budget {
             budget.settle(worst, row.map_or(Usd::ZERO, |row| row.cost_usd));

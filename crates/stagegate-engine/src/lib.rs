@@ -36,6 +36,7 @@ use stagegate_core::{
     Capability, Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, StageId, StageState, Store,
     TenantId,
     hint::Hints,
+    pipeline::{Stage, Work},
     store::{NewSignal, NewVersion, PipelineVersion, RunRecord, SignalKind, Signalled},
 };
 use stagegate_llm::Llm;
@@ -190,6 +191,12 @@ impl Engine {
     /// Registers a definition (YAML or JSON text). The flag tells whether the version is new.
     pub async fn register(&self, tenant: &TenantId, source: &str) -> Result<(PipelineVersion, bool), Error> {
         let pipeline = self.validate(tenant, source).await?;
+        let sampled = |stage: &Stage| matches!(&stage.work, Work::Model(work) if work.sample != 0);
+        if pipeline.stages.iter().any(sampled) && !self.shared.common(Capability::OpenVocabulary) {
+            let detail = "a stage has `sample`, which a replica of an older version that is running cannot read: register \
+                          the pipeline again when every replica is of this version";
+            return Err(Error::new(Code::Unavailable, detail));
+        }
         let new = NewVersion {
             tenant: tenant.clone(),
             name: pipeline.name,
@@ -428,8 +435,14 @@ impl Engine {
         self.begin_drain();
         self.shared.drivers.close();
         if tokio::time::timeout(grace, self.shared.drivers.wait()).await.is_err() {
-            let stopped = self.shared.end_life();
-            tracing::warn!(stopped, "the grace period is over; the attempts under way are abandoned");
+            self.shared.give_back();
+            let given_back = tokio::time::timeout(FAREWELL, self.shared.drivers.wait()).await;
+            tracing::warn!("the grace period is over; the attempts under way are abandoned");
+            if given_back.is_err() {
+                // The store does not answer: whoever takes these runs books what they may have bought.
+                let stopped = self.shared.end_life();
+                tracing::warn!(stopped, "runs could not be given back");
+            }
             let _ = tokio::time::timeout(FAREWELL, self.shared.drivers.wait()).await;
         }
         self.stop.cancel();

@@ -14,7 +14,7 @@ use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
-    Code, Error, Failure, Json, Verdict,
+    Code, Error, Failure, Json, LedgerEntry, Verdict,
     decide::{AttemptResult, Effect, FailureKind, Outcome, Run, Stimulus},
     pipeline::{Part, Seen, Work},
     store::{Committed, Disposition, Signal},
@@ -48,6 +48,7 @@ pub(crate) struct Handle {
     woken: Notify,
     signalled: AtomicBool,
     stopped: AtomicBool,
+    given_back: AtomicBool,
 }
 
 impl Handle {
@@ -63,6 +64,12 @@ impl Handle {
         self.woken.notify_one();
     }
 
+    /// Give the run back: what is under way is cut off, booked, and left to another replica.
+    pub(crate) fn give_back(&self) {
+        self.given_back.store(true, Ordering::Release);
+        self.woken.notify_one();
+    }
+
     /// Look around: the drain has begun.
     pub(crate) fn wake(&self) {
         self.woken.notify_one();
@@ -70,6 +77,10 @@ impl Handle {
 
     fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
+    }
+
+    fn is_given_back(&self) -> bool {
+        self.given_back.load(Ordering::Acquire)
     }
 
     fn take_signalled(&self) -> bool {
@@ -167,7 +178,9 @@ impl Driver {
         loop {
             if self.run.state().is_terminal() {
                 // Not only when that is durable: a commit can take long, and meanwhile an attempt would call its judge.
-                self.abandon();
+                self.abandon().await;
+            } else if handle.is_given_back() && committing.is_none() {
+                self.give_back();
             }
             if handle.is_stopped() {
                 return Ended::HandBack;
@@ -180,6 +193,11 @@ impl Driver {
             }
             let draining = self.shared.drain.is_cancelled();
             if draining && committing.is_none() && self.attempts.is_empty() && self.rendering.is_none() {
+                if self.run.has_under_way() {
+                    // Its start was durable when the drain began: it is told that it has not begun.
+                    self.give_back();
+                    continue;
+                }
                 return Ended::HandBack;
             }
             if committing.is_none() && self.is_for_others() {
@@ -291,7 +309,7 @@ impl Driver {
                     self.timers.insert((at, stage));
                 }
                 Effect::RenderOutput => self.rendering = Some(self.render_output()),
-                Effect::Abort => self.abandon(),
+                Effect::Abort => self.abandon().await,
                 Effect::Judged { stage, verdict, gate_failed, mended, .. } => {
                     let reply = self.take_reply(stage);
                     let mends = mended && verdict == Verdict::Passed;
@@ -335,12 +353,35 @@ impl Driver {
         self.open.push(Open { stage, attempt, started_at, books });
     }
 
-    /// Ends everything under way. Where the run ends by it, the calls are booked in the step that ends it.
-    fn abandon(&mut self) {
+    /// Cuts off what is under way, and gives the run back with what was booked.
+    fn give_back(&mut self) {
+        let close = |open: Open| (open.stage, open.started_at, open.books.close(Code::Draining));
+        let ended = self.open.drain(..).map(close).collect();
+        self.attempts.clear();
+        self.timers.clear();
+        self.rendering = None;
+        self.run.hand_back(ended, self.shared.clock.now());
+    }
+
+    /// Ends everything under way. Where the run ends by it, the calls are booked in the step that ends it, with what former
+    /// owners of an attempt may have bought and nobody has looked for.
+    async fn abandon(&mut self) {
         let (now, reason) = (self.shared.clock.now(), self.run.failure_code().unwrap_or(Code::Cancelled));
-        for Open { stage, attempt, started_at, books } in self.open.drain(..) {
-            self.run.abandoned(stage, attempt, started_at, books.close(reason), now);
+        for (stage, attempt) in self.run.cut_off() {
+            let open = self.open.iter().position(|open| (open.stage, open.attempt) == (stage, attempt));
+            let (started_at, mut calls, former_owners) = match open.map(|at| self.open.swap_remove(at)) {
+                Some(open) => (open.started_at, open.books.close(reason), open.books.former_owners()),
+                None => (now, Vec::new(), self.run.former_owners(stage)),
+            };
+            if former_owners > 0 {
+                // Rare and large: it must not be a part of every driver.
+                let context = self.context(stage, attempt, now, Books::open(None, 0));
+                let worst = Box::pin(worst_cases(context, reason)).await;
+                (0..former_owners).for_each(|_| calls.extend(worst.iter().cloned()));
+            }
+            self.run.abandoned(stage, attempt, started_at, calls, now);
         }
+        self.open.clear();
         self.attempts.clear();
         self.timers.clear();
         self.rendering = None;
@@ -475,6 +516,17 @@ impl Driver {
         }
         .boxed()
     }
+}
+
+/// What a call to each model of a stage's chain can have cost. Nothing where its prompt cannot be rendered, for then none
+/// was made.
+async fn worst_cases(context: AttemptContext, reason: Code) -> Vec<LedgerEntry> {
+    if !matches!(context.stage().work, Work::Model(_)) {
+        return Vec::new();
+    }
+    let Ok(request) = kinds::rendered_request(&context, context.critique.clone()).await else { return Vec::new() };
+    let rows = context.llm.worst_cases(&request).into_iter();
+    rows.map(|row| LedgerEntry { error: Some(reason), ..row }).collect()
 }
 
 async fn read(reading: &mut Option<SignalsFuture>) -> Vec<Signal> {

@@ -235,6 +235,11 @@ impl Shared {
         *self.present() = Life::of(replica);
     }
 
+    /// Every driver gives its run back, with what is under way cut off and booked.
+    pub(crate) fn give_back(&self) {
+        self.driven().values().for_each(|handle| handle.give_back());
+    }
+
     /// Ends the present life: every driver stops at once. Returns how many there were.
     pub(crate) fn end_life(&self) -> usize {
         self.present().ended.cancel();
@@ -423,6 +428,8 @@ impl Shared {
             });
             shared.forget(lease.run, &handle);
             match ended {
+                // One that was given back waits for whoever looks first.
+                Ended::Committed if shared.drain.is_cancelled() => shared.whisper.work(),
                 Ended::Committed | Ended::Broken => {}
                 Ended::Lost => {
                     shared.metrics.leases_lost.inc();

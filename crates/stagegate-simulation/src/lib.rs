@@ -65,4 +65,6 @@ pub enum Flaw {
     OutageAges,
     /// The first call makes its driver panic; the engine catches that and goes on.
     DriverPanics,
+    /// The provider charges twice for what it answers.
+    ChargesTwice,
 }

@@ -129,6 +129,10 @@ impl Provider for Scripted {
         assert!(world.store.flaw != Flaw::DriverPanics || call > 1, "the first call panics on purpose");
         let mut under_way = UnderWay { world, process: self.process, call, over: false };
         let (fate, latency) = self.fate();
+        if !matches!(fate, Fate::Limited(_) | Fate::Failed | Fate::Rejected) {
+            let times = if world.store.flaw == Flaw::ChargesTwice { 2 } else { 1 };
+            world.book(|checks| checks.charges(&tag, times * price(&usage(call))));
+        }
         if fate == Fate::Hangs {
             std::future::pending::<()>().await;
         }
@@ -173,8 +177,17 @@ fn answer(fate: Fate, call: u64, stage: &str, format: &OutputFormat) -> Result<A
         Fate::Failed | Fate::Hangs => return Err(error(Code::ProviderFailed, true, None)),
         Fate::Rejected => return Err(error(Code::ProviderRejected, false, None)),
     };
-    let usage = Usage { input_tokens: 100 + call % 7, output_tokens: 10 + call % 5, ..Usage::default() };
-    Ok(Answer { content, finish, usage: Some(usage), limits: Limits::default() })
+    Ok(Answer { content, finish, usage: Some(usage(call)), limits: Limits::default() })
+}
+
+/// What a call takes.
+fn usage(call: u64) -> Usage {
+    Usage { input_tokens: 100 + call % 7, output_tokens: 10 + call % 5, ..Usage::default() }
+}
+
+/// What that costs, in nano-dollars, by the price that the worlds have: 1 and 2 USD per million tokens.
+fn price(usage: &Usage) -> i64 {
+    i64::try_from(usage.input_tokens * 1_000 + usage.output_tokens * 2_000).unwrap_or(i64::MAX)
 }
 
 fn error(code: Code, retryable: bool, retry_after: Option<Duration>) -> ProviderError {

@@ -77,6 +77,10 @@ pub struct LedgerSum {
     pub hits: i64,
     /// Paid rows with an answer.
     pub answered: i64,
+    /// Paid rows that are known to have cost something.
+    pub charged: i64,
+    /// Paid rows of unknown outcome.
+    pub unknown: i64,
     /// Prompt tokens of paid rows.
     pub input_tokens: i64,
     /// Answer tokens of paid rows.
@@ -240,6 +244,8 @@ const LEDGER: &str = "
            count(*) FILTER (WHERE NOT reused) AS calls,
            count(*) FILTER (WHERE reused) AS hits,
            count(*) FILTER (WHERE NOT reused AND error IS NULL) AS answered,
+           count(*) FILTER (WHERE NOT reused AND NOT unknown AND input_tokens > 0) AS charged,
+           count(*) FILTER (WHERE unknown) AS unknown,
            coalesce(sum(input_tokens) FILTER (WHERE NOT reused), 0)::bigint AS input_tokens,
            coalesce(sum(output_tokens) FILTER (WHERE NOT reused), 0)::bigint AS output_tokens,
            coalesce(sum(cost_nanos), 0)::bigint AS cost_nanos,

@@ -91,6 +91,8 @@ pub struct Call {
     pub finished: Option<Instant>,
     /// The client went away before there was an answer.
     pub abandoned: bool,
+    /// A vendor would charge for it: it was not refused, whether or not its client heard the answer.
+    pub charged: bool,
 }
 
 impl Call {
@@ -483,6 +485,15 @@ impl UnderWay {
     }
 }
 
+impl UnderWay {
+    fn note_charged(&self, charged: bool) {
+        let mut script = self.shared.script();
+        if let Some(call) = script.calls.get_mut(self.index).filter(|call| call.started == self.started) {
+            call.charged = charged;
+        }
+    }
+}
+
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.shared.under_way.fetch_sub(1, Ordering::SeqCst);
@@ -502,6 +513,7 @@ async fn serve(shared: Arc<Shared>, request: Request<hyper::body::Incoming>) -> 
     let mut call = shape::read_call(&head, &bytes, started);
     let mut under_way = UnderWay::begin(Arc::clone(&shared), &mut call);
     let (reply, latency, score) = choose(&shared, &call);
+    under_way.note_charged(reply.status == 200);
     let delay = reply.delay.unwrap_or(latency);
     if !delay.is_zero() {
         tokio::time::sleep(delay).await;

@@ -391,6 +391,9 @@ impl Run {
         for index in 0..self.stages.len() {
             let record = &mut self.stages[index].record;
             if matches!(record.state, StageState::Running | StageState::Waiting | StageState::Held) {
+                if record.state == StageState::Running {
+                    self.draft.cut_off.push(index);
+                }
                 record.state = StageState::Cancelled;
                 record.not_before = None;
                 record.finished_at = Some(now);
@@ -443,6 +446,30 @@ impl Run {
     /// Why it ended or is about to, where it did not succeed.
     pub fn failure_code(&self) -> Option<Code> {
         self.failure.as_ref().map(|failure| failure.code)
+    }
+
+    /// The stages whose attempt under way ended with the run, in a step that is not taken yet, and which attempt.
+    pub fn cut_off(&self) -> Vec<(usize, u32)> {
+        self.draft.cut_off.iter().map(|stage| (*stage, self.stages[*stage].record.attempt)).collect()
+    }
+
+    /// Gives the run back, for another replica to take at once: the attempts under way end here, with the calls that
+    /// were made, and others begin in their place. An attempt that is not among `ended` had not begun.
+    pub fn hand_back(&mut self, mut ended: Vec<(usize, DateTime<Utc>, Vec<LedgerEntry>)>, now: DateTime<Utc>) {
+        if self.is_leaving() || self.state.is_terminal() {
+            return;
+        }
+        for stage in 0..self.stages.len() {
+            if self.stages[stage].record.state == StageState::Running {
+                let at = ended.iter().position(|(of, ..)| *of == stage);
+                let (_, started_at, calls) = at.map_or((stage, now, Vec::new()), |at| ended.swap_remove(at));
+                self.interrupt(stage, started_at, calls, now);
+            }
+        }
+        self.state = RunState::Waiting;
+        self.emit(now, EventKind::RunWaiting { until: Some(now), reason: None });
+        self.draft.disposition = Disposition::Park(Some(Duration::ZERO));
+        self.draft.effects.retain(|effect| !effect.is_work());
     }
 
     /// How many owners the attempt under way at a stage had before this one.
@@ -619,6 +646,11 @@ impl Run {
     pub fn is_under_way(&self, stage: usize, attempt: u32) -> bool {
         let record = &self.stages[stage].record;
         record.state == StageState::Running && record.attempt == attempt
+    }
+
+    /// Whether an attempt at some stage is under way, begun or not.
+    pub fn has_under_way(&self) -> bool {
+        self.stages.iter().any(|stage| stage.record.state == StageState::Running)
     }
 
     /// What it took so far.

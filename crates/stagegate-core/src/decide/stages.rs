@@ -267,6 +267,56 @@ impl Run {
         self.draft.effects.push(Effect::WakeAt { stage, at: next_at });
     }
 
+    /// Ends an attempt that its replica cannot finish. It says nothing of the stage, so that it does not count among its
+    /// attempts, and the next one follows at once.
+    pub(super) fn interrupt(
+        &mut self,
+        stage: usize,
+        started_at: DateTime<Utc>,
+        calls: Vec<crate::LedgerEntry>,
+        now: DateTime<Utc>,
+    ) {
+        let run = &mut self.stages[stage];
+        let record = &mut run.record;
+        let mut totals = Totals::default();
+        for call in &calls {
+            totals.add(call);
+            record.totals.add(call);
+            self.totals.add(call);
+        }
+        let (id, attempt) = (record.id.clone(), record.attempt);
+        let message = "its replica was shut down before it had ended".to_owned();
+        let reason = format!("{}: {message}", Code::Draining);
+        let failure = Failure { stage: Some(id.clone()), ..Failure::new(Code::Draining, message) };
+        record.verdict = Some(Verdict::Errored);
+        record.state = StageState::Waiting;
+        record.not_before = Some(now);
+        let ended = Attempt {
+            number: attempt,
+            started_at,
+            finished_at: now,
+            verdict: Verdict::Errored,
+            assessments: Vec::new(),
+            calls,
+            output: None,
+            failure: Some(failure),
+        };
+        self.draft.touch(stage);
+        self.draft.attempts.push((id.clone(), ended));
+        self.emit(
+            now,
+            EventKind::StageRetrying {
+                stage: id,
+                attempt,
+                verdict: Verdict::Errored,
+                score: None,
+                reason,
+                next_at: now,
+                totals,
+            },
+        );
+    }
+
     fn checkpoint(&mut self, stage: usize, ended: Attempt, judged: Judged, now: DateTime<Utc>) {
         let latency_ms = u64::try_from((ended.finished_at - ended.started_at).num_milliseconds()).unwrap_or(0);
         let checkpoint = Checkpoint {

@@ -75,6 +75,8 @@ pub(super) struct Draft {
     pub(super) consumed: Vec<i64>,
     pub(super) disposition: Disposition,
     pub(super) effects: Vec<Effect>,
+    /// Stages whose attempt under way ended with the run.
+    pub(super) cut_off: Vec<usize>,
 }
 
 impl Default for Draft {
@@ -89,6 +91,7 @@ impl Default for Draft {
             consumed: Vec::new(),
             disposition: Disposition::Keep,
             effects: Vec::new(),
+            cut_off: Vec::new(),
         }
     }
 }

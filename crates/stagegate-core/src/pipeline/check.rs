@@ -411,7 +411,7 @@ fn check_kind(stage: &StageDraft<'_>, report: &mut Report<'_>) {
         report.at_key(&stage.path.key("system"), wrong(message, "write it as a message with `role: system`"));
     }
     if given == ["transform"] {
-        for key in ["model", "params", "cache"].iter().filter(|key| has(key)) {
+        for key in ["model", "params", "cache", "sample"].iter().filter(|key| has(key)) {
             let message = format!("a transform calls no model, so that `{key}` means nothing");
             report.at_key(&stage.path.key(key), wrong(message, "remove it; a judge has its own `model`"));
         }

@@ -104,6 +104,11 @@ pub struct StageDefinition {
     /// Sampling parameters; each one given here replaces the default's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub params: Option<Params>,
+    /// Which of several answers to the same prompt: each number has an answer of its own, also in the cache, so that stages
+    /// that ask the same get different ones (best of n). 0 where it is not given.
+    #[serde(default, skip_serializing_if = "is_first")]
+    #[schemars(range(max = 1_000_000))]
+    pub sample: u32,
     /// What the answer must be: `text` (the default), `json`, or `{ schema: … }`.
     #[serde(default)]
     pub output: Output,
@@ -120,6 +125,11 @@ pub struct StageDefinition {
     /// Whether and how long its answers are reused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<Cache>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_first(sample: &u32) -> bool {
+    *sample == 0
 }
 
 /// One message of a conversation.

@@ -100,6 +100,8 @@ pub struct ModelWork {
     pub models: Vec<ModelRef>,
     /// Sampling parameters.
     pub params: Params,
+    /// Which of several answers to the same prompt.
+    pub sample: u32,
     /// Cache policy.
     pub cache: Cache,
 }

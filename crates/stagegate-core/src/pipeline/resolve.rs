@@ -119,6 +119,7 @@ fn resolve_stage(stage: &StageDefinition, defaults: &Defaults, needs: Vec<usize>
         Work::Model(ModelWork {
             models,
             params: merged(stage.params.as_ref(), defaults.params.as_ref()),
+            sample: stage.sample,
             cache: stage.cache.clone().or_else(|| defaults.cache.clone()).unwrap_or_default(),
         })
     };

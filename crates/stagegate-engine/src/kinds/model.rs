@@ -72,7 +72,7 @@ pub(crate) fn request(
         messages,
         params,
         format: pipeline.stages[stage].output.clone(),
-        sample: 0,
+        sample: work.sample,
         purpose: CallPurpose::Stage,
     })
 }

@@ -33,6 +33,9 @@ use crate::{
     stand::{Doomed, Kind, Noted, Rows, Stand},
 };
 
+/// What the provider charges for a call: 100 tokens in and 20 out, at 1 and 2 USD per million.
+const CALL_NANOS: i64 = 140_000;
+
 /// Cases under way at once. Mostly they wait: for a lease to end, for a pause to be over.
 const AT_ONCE: usize = 20;
 /// A case that is not through by then hangs.
@@ -213,6 +216,8 @@ struct Seen {
     /// The names of its events but for `run.resumed`, sorted.
     events: Vec<&'static str>,
     provider_calls: usize,
+    /// Calls that are booked as of unknown outcome.
+    unknown_calls: u32,
     counts: [HashMap<&'static str, usize>; 2],
     fired: bool,
 }
@@ -492,6 +497,11 @@ async fn inspect(client: &Client<'_>, run: RunId, fired: bool) -> Seen {
     assert_eq!(digests.len(), usize::try_from(detail.run.stages_done).expect("few"), "one checkpoint per stage");
 
     let calls = client.provider.calls();
+    // The provider's own count is between what is known and what is booked in all.
+    let charged = CALL_NANOS * i64::try_from(calls.iter().filter(|call| call.charged).count()).expect("few");
+    let known = totals.cost_usd - totals.unknown_usd;
+    assert!(known.nanos() <= charged, "{charged} were charged, {totals:?}");
+    assert!(totals.cost_usd.nanos() >= charged, "{charged} were charged, {totals:?}");
     for (at, again) in calls.iter().enumerate() {
         let earlier = calls[..at].iter().find(|call| call.prompt_text == again.prompt_text);
         let Some(marker) = earlier.and_then(|call| call.prompt_text.split(' ').find(|word| word.starts_with("stage-")))
@@ -509,6 +519,7 @@ async fn inspect(client: &Client<'_>, run: RunId, fired: bool) -> Seen {
         digests,
         events: names,
         provider_calls: calls.len(),
+        unknown_calls: totals.unknown_calls,
         counts: client.first.faulty.counts(),
         fired,
     }
@@ -553,9 +564,20 @@ fn check(scenario: &Scenario, dry: &Seen, at: Injection, seen: &Seen) -> bool {
     if at.how.kills() {
         let most = dry.provider_calls + scenario.unanswered(at);
         assert!(seen.provider_calls <= most, "{} calls, {} undisturbed", seen.provider_calls, dry.provider_calls);
+        // What was under way when the replica died, whether or not it had been sent yet, and no more.
+        let most = dry.unknown_calls + u32::try_from(scenario.side_by_side).expect("few");
+        assert!(seen.unknown_calls <= most, "{} unknown, {} undisturbed", seen.unknown_calls, dry.unknown_calls);
     } else {
         assert_eq!(seen.provider_calls, dry.provider_calls, "nothing is asked again for an error of the store");
         assert_eq!(seen.events, dry.events);
+        // Where the answer to the submit is lost, the run is owned and nobody drives it: whoever takes it up cannot know that
+        // nothing was asked.
+        let undriven = u32::from(at.method == "submit" && at.how == How::FailAfter);
+        let most = dry.unknown_calls + undriven;
+        assert!(
+            (dry.unknown_calls..=most).contains(&seen.unknown_calls),
+            "an error of the store leaves no call unheard"
+        );
     }
     // Where two stages end side by side, their steps may travel as one: then the last commit has no number of its own.
     let merged = scenario.side_by_side > 1 && at.method == "commit" && at.nth == dry.counts[0]["commit"];

@@ -182,3 +182,67 @@ async fn with_the_cache_off_two_stages_that_ask_the_same_get_an_answer_each() {
     assert_eq!(bench.provider.calls_where(&contains("the same")).len(), 2);
     assert_eq!(detail.run.totals.cost_usd, COST + COST);
 }
+
+#[tokio::test]
+async fn each_sample_of_a_prompt_is_an_answer_of_its_own_and_is_cached_by_itself() {
+    let bench = Bench::start().await;
+    let stages = json!([
+        { "id": "a", "prompt": "the same" },
+        { "id": "b", "prompt": "the same", "sample": 1 },
+        { "id": "c", "prompt": "the same", "sample": 2 },
+    ]);
+    bench.run(&pipeline(None, stages.clone()), json!({})).await;
+    assert_eq!(bench.provider.call_count(), 3);
+    let detail = bench.run(&pipeline(None, stages), json!({})).await;
+    assert_eq!((bench.provider.call_count(), detail.run.totals.hits), (3, 3));
+}
+
+#[tokio::test]
+async fn a_drained_replica_books_what_it_cuts_off_before_it_gives_the_run_back() {
+    let bench = Bench::start().await;
+    bench.provider.on(any()).once(Reply::hang());
+    let run = bench.submit(&pipeline(None, json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
+    asked(&bench.provider, 1).await;
+    bench.engine.drain(Duration::ZERO).await;
+    let left = bench.detail(run).await;
+    assert_unknown(&left.run.totals, 1);
+    let next = bench::engine(quick(), &bench.store, &bench.llm).await;
+    finish(&next, run).await;
+    let detail = bench.detail(run).await;
+    // Although it is the second attempt of one: what a shut-down interrupts does not count.
+    assert_state(&detail.run, RunState::Succeeded);
+    assert_unknown(&detail.run.totals, 1);
+    assert_eq!(detail.run.totals.cost_usd, left.run.totals.cost_usd + COST);
+}
+
+#[tokio::test]
+async fn a_run_that_ends_as_it_is_taken_over_books_what_its_former_owner_may_have_bought() {
+    let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+    let store = bench::store(folder.path()).await;
+    let provider = FakeProvider::start().await;
+    provider.on(any()).respond(Reply::hang());
+    let llm = bench::llm(&provider, &store);
+    let doomed = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let left = doomed.spawn({
+        let (store, folder) = (Arc::clone(&store), Arc::clone(&folder));
+        async move {
+            let engine = bench::engine(quick(), &store, &llm).await;
+            let bench = Bench { engine, provider, store, llm, folder };
+            let source =
+                pipeline(None, json!([{ "id": "a", "prompt": "ask" }])).replacen('{', "{\"deadline\":\"1s\",", 1);
+            let run = bench.submit(&source, json!({})).await;
+            asked(&bench.provider, 1).await;
+            (bench, run)
+        }
+    });
+    let (bench, run) = left.await.expect("submitted");
+    doomed.shutdown_background();
+    // It is over by then.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let next = bench::engine(quick(), &bench.store, &bench::llm(&bench.provider, &bench.store)).await;
+    finish(&next, run).await;
+    let detail = bench.detail(run).await;
+    assert_state(&detail.run, RunState::Expired);
+    assert_eq!(bench.provider.call_count(), 1);
+    assert_unknown(&detail.run.totals, 1);
+}

@@ -6,3 +6,4 @@ mod cache;
 mod hint;
 mod llm;
 mod providers;
+mod purse;

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use stagegate_core::{
-    Checkpoint, Origin, StageId, Verdict,
+    Checkpoint, Origin, StageId, Totals, Verdict,
     store::{Commit, Committed},
 };
 
 use super::{Checked, Checks, Promise};
-use crate::cache::mark;
+use crate::{cache::mark, store::State};
 
 /// How long a process may go without the shared cache after it failed there: the breaker's time and its probe.
 const CACHE_SPARED_MS: i64 = 12_000;
@@ -30,6 +30,8 @@ pub(super) struct Calls {
     looked: BTreeMap<(usize, Key), i64>,
     /// When a process last failed to reach the cache.
     failed: BTreeMap<usize, i64>,
+    /// What the provider charged, by the tag of the runs that asked, in nano-dollars.
+    charged: BTreeMap<String, i64>,
 }
 
 #[derive(Debug)]
@@ -90,6 +92,29 @@ impl Checks {
                 let what =
                     format!("call {call} buys again what call {bought} bought and the cache holds since {at} ms");
                 return self.broken(Promise::CrashBuysNothingTwice, what);
+            }
+        }
+        Ok(())
+    }
+
+    /// The provider will charge for a call, whether or not anybody hears the answer.
+    pub(crate) fn charges(&mut self, tag: &str, nanos: i64) {
+        *self.calls.charged.entry(tag.to_owned()).or_default() += nanos;
+    }
+
+    /// Everything is over: of the runs of each tag, what is known to be spent was charged, and what was charged is booked,
+    /// at its worst case where nobody heard.
+    pub(super) fn money(&self, state: &State) -> Checked {
+        for (tag, runs) in &self.tags {
+            let rows = runs.iter().filter_map(|run| state.runs.get(run));
+            let attempts = rows.flat_map(|row| row.attempts.values().flat_map(|all| all.values()));
+            let mut totals = Totals::default();
+            attempts.flat_map(|attempt| &attempt.calls).for_each(|call| totals.add(call));
+            let known = (totals.cost_usd - totals.unknown_usd).nanos();
+            let charged = self.calls.charged.get(tag).copied().unwrap_or(0);
+            if known > charged || totals.cost_usd.nanos() < charged {
+                let what = format!("{charged} nano-dollars were charged to {tag}, whose runs are booked {totals:?}");
+                return self.broken(Promise::MoneyIsExact, what);
             }
         }
         Ok(())

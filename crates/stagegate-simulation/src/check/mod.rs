@@ -26,6 +26,8 @@ pub enum Promise {
     CancelIsObeyed,
     /// 6. What a run took is the sum of its ledger.
     TotalsAddUp,
+    /// 6. Money is exact: what a provider charged is between what is known to be spent and what is booked in all.
+    MoneyIsExact,
     /// 7. Events are complete: gap-free, and every watcher sees each once, in order.
     EventsAreComplete,
     /// 11. Slots are leases: no more live ones than a limit allows, over all replicas.
@@ -52,6 +54,7 @@ impl fmt::Display for Promise {
             Self::CrashBuysNothingTwice => "4, a crash buys nothing twice",
             Self::CancelIsObeyed => "5, cancel is obeyed",
             Self::TotalsAddUp => "6, totals add up",
+            Self::MoneyIsExact => "6, money is exact",
             Self::EventsAreComplete => "7, events are complete",
             Self::SlotsAreLeases => "11, slots are leases",
             Self::StartIsKept => "that a run starts when it is due",

@@ -330,7 +330,7 @@ impl Checks {
                 return self.broken(Promise::EventsAreComplete, what);
             }
         }
-        Ok(())
+        self.money(state)
     }
 
     /// Time is up.

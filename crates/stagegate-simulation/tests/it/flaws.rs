@@ -89,3 +89,8 @@ fn an_outage_that_ages_is_caught() {
 fn a_panic_that_the_engine_catches_is_caught() {
     assert_eq!(caught(Flaw::DriverPanics), Promise::NoPanic);
 }
+
+#[test]
+fn a_provider_that_charges_more_than_is_booked_is_caught() {
+    assert_eq!(caught(Flaw::ChargesTwice), Promise::MoneyIsExact);
+}

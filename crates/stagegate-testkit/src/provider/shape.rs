@@ -50,6 +50,7 @@ pub(super) fn read_call(head: &Parts, bytes: &[u8], started: Instant) -> Call {
         started,
         finished: None,
         abandoned: false,
+        charged: false,
     }
 }
 

@@ -30,6 +30,8 @@ pub(crate) struct Paid {
     pub(crate) exceptions: BTreeMap<&'static str, u64>,
     /// Delivered, parseable answers by the key in their prompt: what the ledger can at most have booked as answered.
     pub(crate) answered: HashMap<String, u64>,
+    /// Charged calls by the key in their prompt: what the ledger must have booked, as known or as unknown.
+    pub(crate) charged_to: HashMap<String, u64>,
     pub(crate) findings: Vec<String>,
     /// Calls that were refused for good, and those that were made again all the same.
     pub(crate) refused: u64,
@@ -148,6 +150,7 @@ pub(crate) fn reconcile(calls: &[Call], known: &Known<'_>) -> Paid {
         if !call.answer.is_charged() {
             continue;
         }
+        *paid.charged_to.entry(call.key.clone()).or_default() += 1;
         requests.entry(call.fingerprint).or_default().push(call);
         if call.fate == Fate::Delivered && (call.answer.is_usable() || call.answer == Answer::Bad) {
             *paid.answered.entry(call.key.clone()).or_default() += 1;

@@ -153,7 +153,12 @@ impl Chaos {
         Box::pin(faults::perform(&world, schedule_said(&world, schedule))).await?;
         tokio::time::sleep(Duration::from_secs_f64(CALM_S)).await;
         let title = if rolling { "Rolling restart under load" } else { "Chaos" };
-        let ending = Ending { title: format!("{title}, seed {}", self.seed), settle: self.settle.0, strict: rolling };
+        let ending = Ending {
+            title: format!("{title}, seed {}", self.seed),
+            settle: self.settle.0,
+            strict: rolling,
+            mixed: false,
+        };
         let setup = vec![
             ("replicas", format!("3, {} profile, lease_ttl {}", self.profile, self.lease_ttl)),
             ("load", format!("{} submits a second for {} minutes", self.rate, self.minutes)),
@@ -193,6 +198,8 @@ struct Ending {
     settle: Duration,
     /// A client that was not answered, or with 5xx, is a finding.
     strict: bool,
+    /// Replicas of the previous release took part.
+    mixed: bool,
 }
 
 /// A load on a world, and its progress lines.
@@ -250,7 +257,7 @@ impl Running {
         windows.extend(told.fences.iter().chain(&told.cache_silences).cloned());
         let paid = calls::reconcile(&world.storm.calls(), &Known::new(&world.timeline, &windows, &audit));
         let take_overs = takeover::measure(&seen.orphans, &seen.windows, &audit, &world.timeline);
-        let mut checks = reconcile::reconcile(&audit, &done, &paid, &read);
+        let mut checks = reconcile::reconcile(&audit, &done, &paid, &read, ending.mixed);
         checks.push(takeover::kept(&seen.paused, &windows, world.plan.lease_ttl_s(), &audit, &world.timeline));
         checks.push(stops(&seen));
         checks.push(well_being(&told, &seen));

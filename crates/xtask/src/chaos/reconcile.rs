@@ -44,7 +44,15 @@ fn is_terminal(state: &str) -> bool {
 }
 
 /// Every check that needs the database and what the clients saw.
-pub(crate) fn reconcile(audit: &Audit, done: &Done, paid: &Paid, read: &HashMap<Uuid, String>) -> Vec<Check> {
+///
+/// `mixed` is whether replicas of the previous release took part, which book nothing for what they abandon.
+pub(crate) fn reconcile(
+    audit: &Audit,
+    done: &Done,
+    paid: &Paid,
+    read: &HashMap<Uuid, String>,
+    mixed: bool,
+) -> Vec<Check> {
     vec![
         accepted(audit, done),
         terminal(audit, read),
@@ -55,6 +63,7 @@ pub(crate) fn reconcile(audit: &Audit, done: &Done, paid: &Paid, read: &HashMap<
         outputs(audit),
         ledger(audit),
         booked(audit, paid),
+        money(audit, paid, mixed),
         leases(audit),
         bought(paid),
         refused(paid),
@@ -316,6 +325,30 @@ fn booked(audit: &Audit, paid: &Paid) -> Check {
     check
 }
 
+/// The ledger's sum is the provider's own count: what is booked as known was charged, and what was charged is booked, as
+/// known or, where nobody heard, as unknown.
+///
+/// One exception, bounded by what was in flight: an attempt whose owner was lost may have had one more call charged than
+/// its successor books, where the shared cache was away (its answer was lost, and its judge's verdict with it) or the owner
+/// woke from past its lease and asked once more. So each take-over excuses one call.
+fn money(audit: &Audit, paid: &Paid, mixed: bool) -> Check {
+    let mut check = Check::new("known <= charged by the provider <= known + unknown");
+    for (key, run) in &audit.keys {
+        check.look();
+        let (known, unknown) = audit.ledger.get(run).map_or((0, 0), |sum| (sum.charged, sum.unknown));
+        let charged = i64::try_from(paid.charged_to.get(key).copied().unwrap_or(0)).unwrap_or(i64::MAX);
+        let events = audit.events.get(run).into_iter().flatten();
+        let take_overs = events.filter(|event| event.kind == "run.resumed").count();
+        let excused = if mixed { i64::MAX } else { i64::try_from(take_overs).unwrap_or(i64::MAX) };
+        if known > charged || (known + unknown).saturating_add(excused) < charged {
+            check.find(format!(
+                "run {run} (key {key}): {charged} charged, {known} booked as known, {unknown} as unknown"
+            ));
+        }
+    }
+    check
+}
+
 /// No lease is held when everything is terminal, least of all by a dead replica.
 fn leases(audit: &Audit) -> Check {
     let mut check = Check::new("no lease is left, and none with a dead replica");
@@ -418,6 +451,7 @@ mod tests {
                 run_id: id,
                 calls: 2,
                 answered: 2,
+                charged: 2,
                 input_tokens: 240,
                 output_tokens: 80,
                 cost_nanos: 10,
@@ -446,7 +480,8 @@ mod tests {
                 ..Submitted::default()
             };
             let done = Done { submitted: vec![submitted], watched: vec![watcher], actions: HashMap::new() };
-            let paid = Paid { answered: [("k".to_owned(), 2)].into(), ..Paid::default() };
+            let answered: HashMap<String, u64> = [("k".to_owned(), 2)].into();
+            let paid = Paid { charged_to: answered.clone(), answered, ..Paid::default() };
             Self { audit, done, paid, read: [(id, "succeeded".to_owned())].into() }
         }
 
@@ -460,7 +495,7 @@ mod tests {
 
         /// The checks that found something.
         fn wrong(&self) -> Vec<&'static str> {
-            let checks = reconcile(&self.audit, &self.done, &self.paid, &self.read);
+            let checks = reconcile(&self.audit, &self.done, &self.paid, &self.read, false);
             checks.iter().filter(|check| check.wrong > 0).map(|check| check.name).collect()
         }
     }
@@ -512,6 +547,10 @@ mod tests {
         });
         found("add up", |world| world.run().cost_nanos = 9);
         found("books no answer", |world| world.paid.answered.clear());
+        found("charged by the provider", |world| world.paid.charged_to.clear());
+        found("charged by the provider", |world| {
+            world.paid.charged_to.insert("k".to_owned(), 3);
+        });
         found("no lease", |world| world.run().owner = Some(Uuid::from_u128(9)));
         found("calls paid", |world| world.paid.findings.push("paid again".into()));
         found("refused for good", |world| world.paid.asked_again.push("asked again".into()));

@@ -116,7 +116,7 @@ impl Upgrade {
             world.seen().findings.push(what.to_owned());
         }
         let title = format!("Upgrade from {} under load, seed {}", &from[..from.len().min(10)], self.seed);
-        let ending = Ending { title, settle: Duration::from_secs(90), strict: false };
+        let ending = Ending { title, settle: Duration::from_secs(90), strict: false, mixed: true };
         let setup = vec![
             ("replicas", "2 of the previous binary, then 2 of this one, dev profile, lease_ttl 3s".to_owned()),
             ("load", format!("{} submits a second", self.rate)),
