@@ -132,14 +132,11 @@ impl Purse for Books {
                 }
                 budget.set_aside(cost).await.map_err(|left| Refusal::TooDear { left })?;
             }
-            match self.begin(worst) {
-                Some(reservation) => Ok(reservation),
-                None => {
-                    // The attempt has ended, so that nobody waits for this answer.
-                    self.settle(cost, None);
-                    Err(Refusal::TooDear { left: Usd::ZERO })
-                }
-            }
+            self.begin(worst).ok_or_else(|| {
+                // The attempt has ended: no caller waits for this answer.
+                self.settle(cost, None);
+                Refusal::TooDear { left: Usd::ZERO }
+            })
         }
         .boxed()
     }

@@ -378,7 +378,7 @@ mod tests {
 
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(600);
+    const LONG: Duration = Duration::from_mins(10);
 
     fn tenant(name: &str) -> TenantId {
         TenantId::new(name).expect("valid")
@@ -391,16 +391,16 @@ mod tests {
     /// Work that has begun and goes on until it is let go.
     async fn held(evaluations: &Arc<Evaluations>, of: &str) -> (mpsc::Sender<()>, tokio::task::JoinHandle<()>) {
         let (release, released) = mpsc::channel::<()>();
-        let (begin, begun) = oneshot::channel();
+        let (begins, under_way) = oneshot::channel();
         let (evaluations, of) = (Arc::clone(evaluations), tenant(of));
         let task = tokio::spawn(async move {
             let work = move || {
-                let _ = begin.send(());
+                let _ = begins.send(());
                 let _ = released.recv();
             };
             evaluations.evaluate_large(&of, work).await.expect("done");
         });
-        begun.await.expect("it begins");
+        under_way.await.expect("it begins");
         (release, task)
     }
 
@@ -474,7 +474,7 @@ mod tests {
         };
         let late = evaluations.evaluate_large(&tenant("slow"), work).await;
         assert_eq!(late, Err(Unevaluated::TooLong(Duration::from_millis(20))));
-        ended.recv_timeout(Duration::from_secs(60)).expect("it was asked to stop");
+        ended.recv_timeout(Duration::from_mins(1)).expect("it was asked to stop");
         assert!(Error::from(Unevaluated::TooLong(LONG)).detail.contains("engine.evaluation_timeout"));
     }
 

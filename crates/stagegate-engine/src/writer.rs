@@ -276,7 +276,7 @@ mod tests {
             match answer {
                 Ok(answer) => assert!(n != 3 && n != 7 && matches!(answer, Submitted::Accepted(None)), "{n}"),
                 Err(error) => {
-                    assert!((n == 3 || n == 7) && error.to_string().contains("no such value"), "{n}: {error}")
+                    assert!((n == 3 || n == 7) && error.to_string().contains("no such value"), "{n}: {error}");
                 }
             }
         }

@@ -231,30 +231,29 @@ async fn board(
     let (key, model) = (places.write.key, reader.model.clone());
     let flight_key = FlightKey { key, refresh: places.refresh };
     let worst = caller.worst_case(request, &model);
-    let mut ticket = match caller.flights.follow(&flight_key, standing.floor) {
-        Some(ticket) => ticket,
-        None => {
-            let reservation = reserve(context, request, &worst).await?;
-            let worst = worst.clone();
-            caller.flights.join(&flight_key, standing.generation, standing.floor, |progress| {
-                let job = Job {
-                    reader,
-                    messages: request.messages.clone(),
-                    params: request.params.clone(),
-                    format: request.format.clone(),
-                    sample: request.sample,
-                    key,
-                    ttl: places.write.ttl,
-                    buyer: buyer(context),
-                    purpose: request.purpose,
-                    reservation,
-                    worst,
-                    refresh: places.refresh,
-                    standing,
-                };
-                Arc::clone(caller).fly(job, progress)
-            })
-        }
+    let mut ticket = if let Some(ticket) = caller.flights.follow(&flight_key, standing.floor) {
+        ticket
+    } else {
+        let reservation = reserve(context, request, &worst).await?;
+        let worst = worst.clone();
+        caller.flights.join(&flight_key, standing.generation, standing.floor, |progress| {
+            let job = Job {
+                reader,
+                messages: request.messages.clone(),
+                params: request.params.clone(),
+                format: request.format.clone(),
+                sample: request.sample,
+                key,
+                ttl: places.write.ttl,
+                buyer: buyer(context),
+                purpose: request.purpose,
+                reservation,
+                worst,
+                refresh: places.refresh,
+                standing,
+            };
+            Arc::clone(caller).fly(job, progress)
+        })
     };
     let mut landed = landing(&mut ticket, context).await;
     if landed.is_none() && ticket.progress.is_storing() {
@@ -322,14 +321,15 @@ async fn landing(ticket: &mut Ticket<Landed>, context: &CallContext) -> Option<A
     if let Poll::Ready(landed) = poll!(&mut ticket.flight) {
         return Some(landed);
     }
-    let called_at = match ticket.progress.called_at() {
-        Some(at) => at,
-        None => tokio::select! {
+    let called_at = if let Some(at) = ticket.progress.called_at() {
+        at
+    } else {
+        tokio::select! {
             biased;
             landed = &mut ticket.flight => return Some(landed),
             at = ticket.progress.called() => at,
             () = sleep_until(context.deadline) => return None,
-        },
+        }
     };
     let until =
         called_at.max(joined).checked_add(context.timeout).map_or(context.deadline, |at| at.min(context.deadline));

@@ -424,6 +424,7 @@ impl Caller {
 }
 
 /// Why a call brought no answer.
+#[expect(clippy::large_enum_variant, reason = "it ends a call that took seconds, and is taken apart at once")]
 enum Stopped {
     Failed(Failed),
     /// The one who was to pay left before the request was sent.

@@ -373,8 +373,8 @@ impl Run {
     fn expire(&mut self, now: DateTime<Utc>) {
         let mut message = format!("the run was not finished by its deadline, {}", self.deadline_at.to_rfc3339());
         let under_way = |record: &&StageRecord| matches!(record.state, StageState::Running | StageState::Waiting);
-        let records = self.stages.iter().map(|stage| &stage.record).filter(under_way);
-        if let Some((stage, outage)) = records.filter_map(|record| Some((&record.id, record.outage()?))).next() {
+        let mut records = self.stages.iter().map(|stage| &stage.record).filter(under_way);
+        if let Some((stage, outage)) = records.find_map(|record| Some((&record.id, record.outage()?))) {
             let _ = write!(message, "; stage `{stage}` waited for an outage to pass: {outage}");
         }
         let failure = Failure::new(Code::DeadlinePassed, message);
@@ -507,7 +507,7 @@ impl Run {
         }
         if self.stages.iter().all(|stage| stage.record.state == StageState::Succeeded) {
             self.succeed(now);
-        } else if !any(self, StageState::Running) && !(self.draining && !ready.is_empty()) {
+        } else if !any(self, StageState::Running) && (!self.draining || ready.is_empty()) {
             self.wait(now);
         }
     }

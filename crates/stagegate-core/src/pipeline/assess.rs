@@ -135,29 +135,27 @@ impl Pipeline {
             {
                 (false, why, None)
             }
-            (Check::Matches(pattern), CompiledCheck::Regex(regex)) => match regex.find(text) {
-                Some(_) => {
+            (Check::Matches(pattern), CompiledCheck::Regex(regex)) => {
+                if regex.find(text).is_some() {
                     let detail = format!("matches `{}`, as it must", cut(pattern, 200));
                     (true, format!("matches the pattern, as it must {here}"), Some(detail))
-                }
-                None => {
+                } else {
                     let detail = format!("does not match `{}`, which it must", cut(pattern, 200));
                     (false, format!("does not match the pattern, which it must {here}"), Some(detail))
                 }
-            },
-            (Check::NotMatches(pattern), CompiledCheck::Regex(regex)) => match regex.find(text) {
-                Some(found) => {
+            }
+            (Check::NotMatches(pattern), CompiledCheck::Regex(regex)) => {
+                if let Some(found) = regex.find(text) {
                     let (from, to) = (found.start(), found.end());
                     let found = cut(found.as_str(), 80);
                     let detail = format!("matches `{}`, which it must not: it says `{found}`", cut(pattern, 200));
                     let reason = format!("matches the pattern, which it must not, at bytes {from} to {to} {here}");
                     (false, reason, Some(detail))
-                }
-                None => {
+                } else {
                     let detail = format!("does not match `{}`, as it must not", cut(pattern, 200));
                     (true, format!("does not match the pattern, as it must not {here}"), Some(detail))
                 }
-            },
+            }
             (Check::Schema(_), CompiledCheck::Schema(validator)) => return assess_schema(validator, output),
             (Check::Expression(source), CompiledCheck::Expression(expression)) => {
                 let source = cut(source, 200);

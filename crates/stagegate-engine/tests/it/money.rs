@@ -15,7 +15,7 @@ const COST: Usd = Usd::from_nanos(100 * 1_000 + 20 * 2_000);
 const LONGEST: i64 = 1_000;
 
 /// A pipeline whose stages are not retried.
-fn pipeline(budget_usd: Option<f64>, stages: Value) -> String {
+fn pipeline(budget_usd: Option<f64>, stages: &Value) -> String {
     let mut source = json!({
         "name": "money",
         "defaults": {
@@ -54,7 +54,7 @@ async fn siblings_that_do_not_fit_beside_each_other_wait_and_the_run_succeeds() 
     let stages =
         json!([{ "id": "a", "prompt": "ask a" }, { "id": "b", "prompt": "ask b" }, { "id": "c", "prompt": "ask c" }]);
     // Two worst cases are more than that; three answers are not.
-    let detail = bench.run(&pipeline(Some(0.003), stages), json!({})).await;
+    let detail = bench.run(&pipeline(Some(0.003), &stages), json!({})).await;
     assert_state(&detail.run, RunState::Succeeded);
     assert_eq!((bench.provider.call_count(), bench.provider.most_under_way()), (3, 1));
     assert_eq!(detail.run.totals.cost_usd, Usd::from_nanos(3 * COST.nanos()));
@@ -66,7 +66,7 @@ async fn a_budget_holds_over_a_whole_fallback_chain() {
     // An empty answer is charged, and the next model is asked.
     bench.provider.on(any()).respond(Reply::text("").usage(100, 1_000));
     let stages = json!([{ "id": "a", "prompt": "ask", "model": ["fake/a", "fake/b", "fake/c"] }]);
-    let detail = bench.run(&pipeline(Some(0.003), stages), json!({})).await;
+    let detail = bench.run(&pipeline(Some(0.003), &stages), json!({})).await;
     assert_state(&detail.run, RunState::Failed);
     assert_eq!((code(&detail), bench.provider.call_count()), (Code::BudgetExhausted, 1));
     assert_eq!(detail.run.totals.cost_usd, Usd::from_dollars(0.0021));
@@ -77,7 +77,7 @@ async fn the_next_model_is_asked_where_it_fits_beside_what_is_spent() {
     let bench = Bench::start().await;
     bench.provider.on(model("a")).respond(Reply::text("").usage(100, 500));
     let stages = json!([{ "id": "a", "prompt": "ask", "model": ["fake/a", "fake/b"] }]);
-    let detail = bench.run(&pipeline(Some(0.0040), stages), json!({})).await;
+    let detail = bench.run(&pipeline(Some(0.0040), &stages), json!({})).await;
     assert_state(&detail.run, RunState::Succeeded);
     assert_eq!(bench.provider.call_count(), 2);
     assert_eq!(detail.run.totals.cost_usd, Usd::from_dollars(0.0011) + COST);
@@ -87,9 +87,9 @@ async fn the_next_model_is_asked_where_it_fits_beside_what_is_spent() {
 async fn an_answer_that_was_cached_needs_no_room_in_the_budget() {
     let bench = Bench::start().await;
     let stages = json!([{ "id": "a", "prompt": "ask" }]);
-    bench.run(&pipeline(None, stages.clone()), json!({})).await;
+    bench.run(&pipeline(None, &stages), json!({})).await;
     // No call fits into this.
-    let detail = bench.run(&pipeline(Some(0.0001), stages), json!({})).await;
+    let detail = bench.run(&pipeline(Some(0.0001), &stages), json!({})).await;
     assert_state(&detail.run, RunState::Succeeded);
     assert_eq!((bench.provider.call_count(), detail.run.totals.cost_usd), (1, Usd::ZERO));
 }
@@ -99,7 +99,7 @@ async fn a_call_that_times_out_is_booked_at_its_worst_case() {
     let bench = Bench::start().await;
     bench.provider.on(any()).respond(Reply::hang());
     let stages = json!([{ "id": "a", "prompt": "ask", "timeout": "300ms" }]);
-    let detail = bench.run(&pipeline(None, stages), json!({})).await;
+    let detail = bench.run(&pipeline(None, &stages), json!({})).await;
     assert_state(&detail.run, RunState::Failed);
     assert_unknown(&detail.run.totals, 1);
 }
@@ -108,7 +108,7 @@ async fn a_call_that_times_out_is_booked_at_its_worst_case() {
 async fn an_answer_that_breaks_off_is_booked_at_its_worst_case() {
     let bench = Bench::start().await;
     bench.provider.on(any()).respond(Reply::echo().cut_halfway());
-    let detail = bench.run(&pipeline(None, json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
+    let detail = bench.run(&pipeline(None, &json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
     assert_state(&detail.run, RunState::Failed);
     assert_unknown(&detail.run.totals, 1);
 }
@@ -118,7 +118,7 @@ async fn a_refused_call_is_booked_at_nothing() {
     for status in [401, 429, 500, 529] {
         let bench = Bench::start().await;
         bench.provider.on(any()).respond(Reply::status(status, "{}"));
-        let detail = bench.run(&pipeline(None, json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
+        let detail = bench.run(&pipeline(None, &json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
         assert_state(&detail.run, RunState::Failed);
         assert_eq!((detail.run.totals.unknown_calls, detail.run.totals.cost_usd), (0, Usd::ZERO), "{status}");
     }
@@ -129,7 +129,7 @@ async fn a_cancelled_run_books_the_calls_under_way_in_the_step_that_ends_it() {
     let bench = Bench::start().await;
     bench.provider.on(any()).respond(Reply::hang());
     let stages = json!([{ "id": "a", "prompt": "ask a" }, { "id": "b", "prompt": "ask b" }]);
-    let run = bench.submit(&pipeline(None, stages), json!({})).await;
+    let run = bench.submit(&pipeline(None, &stages), json!({})).await;
     asked(&bench.provider, 2).await;
     bench.engine.act(&TenantId::default(), run, Action::Cancel, None).await.expect("accepted");
     let events = bench.finish(run).await;
@@ -153,7 +153,7 @@ async fn what_a_dead_replica_may_have_bought_is_booked_by_its_successor() {
         async move {
             let engine = bench::engine(quick(), &store, &llm).await;
             let bench = Bench { engine, provider, store, llm, folder };
-            let run = bench.submit(&pipeline(None, json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
+            let run = bench.submit(&pipeline(None, &json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
             asked(&bench.provider, 1).await;
             (bench, run)
         }
@@ -177,7 +177,7 @@ async fn with_the_cache_off_two_stages_that_ask_the_same_get_an_answer_each() {
         { "id": "a", "prompt": "the same", "cache": off },
         { "id": "b", "prompt": "the same", "cache": off },
     ]);
-    let detail = bench.run(&pipeline(None, stages), json!({})).await;
+    let detail = bench.run(&pipeline(None, &stages), json!({})).await;
     assert_state(&detail.run, RunState::Succeeded);
     assert_eq!(bench.provider.calls_where(&contains("the same")).len(), 2);
     assert_eq!(detail.run.totals.cost_usd, COST + COST);
@@ -191,9 +191,9 @@ async fn each_sample_of_a_prompt_is_an_answer_of_its_own_and_is_cached_by_itself
         { "id": "b", "prompt": "the same", "sample": 1 },
         { "id": "c", "prompt": "the same", "sample": 2 },
     ]);
-    bench.run(&pipeline(None, stages.clone()), json!({})).await;
+    bench.run(&pipeline(None, &stages), json!({})).await;
     assert_eq!(bench.provider.call_count(), 3);
-    let detail = bench.run(&pipeline(None, stages), json!({})).await;
+    let detail = bench.run(&pipeline(None, &stages), json!({})).await;
     assert_eq!((bench.provider.call_count(), detail.run.totals.hits), (3, 3));
 }
 
@@ -201,7 +201,7 @@ async fn each_sample_of_a_prompt_is_an_answer_of_its_own_and_is_cached_by_itself
 async fn a_drained_replica_books_what_it_cuts_off_before_it_gives_the_run_back() {
     let bench = Bench::start().await;
     bench.provider.on(any()).once(Reply::hang());
-    let run = bench.submit(&pipeline(None, json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
+    let run = bench.submit(&pipeline(None, &json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
     asked(&bench.provider, 1).await;
     bench.engine.drain(Duration::ZERO).await;
     let left = bench.detail(run).await;
@@ -229,7 +229,7 @@ async fn a_run_that_ends_as_it_is_taken_over_books_what_its_former_owner_may_hav
             let engine = bench::engine(quick(), &store, &llm).await;
             let bench = Bench { engine, provider, store, llm, folder };
             let source =
-                pipeline(None, json!([{ "id": "a", "prompt": "ask" }])).replacen('{', "{\"deadline\":\"1s\",", 1);
+                pipeline(None, &json!([{ "id": "a", "prompt": "ask" }])).replacen('{', "{\"deadline\":\"1s\",", 1);
             let run = bench.submit(&source, json!({})).await;
             asked(&bench.provider, 1).await;
             (bench, run)
