@@ -256,10 +256,9 @@ fn a_decision_about_another_attempt_than_the_held_one_changes_nothing() {
         attempted(&mut run, 0, 1, output(false, true));
         let approve = SignalKind::Approve { stage: stage_id("one"), attempt: Some(named) };
         let reject = SignalKind::Reject { stage: stage_id("one"), reason: "r".to_owned(), attempt: Some(named) };
-        let signals = [(7, approve), (8, reject)].map(|(id, kind)| Signal { id, kind, by: None });
-        run.on(Stimulus::Signalled(signals.into()), at(60), 0.0);
         let held = SignalKind::Approve { stage: stage_id("one"), attempt: Some(1) };
-        run.on(Stimulus::Signalled(vec![Signal { id: 9, kind: held, by: None }]), at(61), 0.0);
+        let signals = [(7, approve), (8, reject), (9, held)].map(|(id, kind)| Signal { id, kind, by: None });
+        run.on(Stimulus::Taken(signals.into()), at(60), 0.0);
         let commit = run.take_step().expect("approved").commit;
         assert_eq!(commit.checkpoints[0].1.verdict, Verdict::Approved);
         assert_eq!(commit.consumed, [7, 8, 9]);

@@ -172,8 +172,9 @@ async fn a_killed_process_buys_nothing_twice_and_its_run_succeeds() {
     let rows = written(&stand, &run).await;
     assert_eq!((&rows["checkpoints"], &rows["stages"]), (&json!(5), &json!(5)), "one checkpoint per stage: {rows}");
     assert_eq!((&rows["events"], &rows["last_seq"]), (&json!(events.len()), &json!(events.len())), "{rows}");
-    // The call that was never answered has no row: nobody knows what became of it.
-    assert_eq!((&rows["calls"], &rows["epoch"], &rows["owner"]), (&json!(5), &json!(2), &json!(null)), "{rows}");
+    // The call that was under way when its owner died is booked at its worst case, as of unknown outcome.
+    assert_eq!((&rows["calls"], &rows["epoch"], &rows["owner"]), (&json!(6), &json!(2), &json!(null)), "{rows}");
+    assert_eq!(detail["totals"]["unknown_calls"], json!(1), "{}", detail["totals"]);
     let replayed = api.follow(&run, 0, |event| event.kind.name() == "run.finished").await;
     assert_eq!(replayed, events, "who comes late sees the same");
 }
