@@ -129,7 +129,7 @@ impl Provider for Scripted {
         assert!(world.store.flaw != Flaw::DriverPanics || call > 1, "the first call panics on purpose");
         let mut under_way = UnderWay { world, process: self.process, call, over: false };
         let (fate, latency) = self.fate();
-        if !matches!(fate, Fate::Limited(_) | Fate::Failed | Fate::Rejected) {
+        if !matches!(fate, Fate::Limited(_) | Fate::Unreachable | Fate::Failed | Fate::Rejected) {
             let times = if world.store.flaw == Flaw::ChargesTwice { 2 } else { 1 };
             world.book(|checks| checks.charges(&tag, times * price(&usage(call))));
         }
