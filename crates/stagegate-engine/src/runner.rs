@@ -367,7 +367,7 @@ impl Driver {
     /// owners of an attempt may have bought and nobody has looked for.
     async fn abandon(&mut self) {
         let (now, reason) = (self.shared.clock.now(), self.run.failure_code().unwrap_or(Code::Cancelled));
-        for (stage, attempt) in self.run.cut_off() {
+        for (stage, attempt) in self.run.take_cut_off() {
             let open = self.open.iter().position(|open| (open.stage, open.attempt) == (stage, attempt));
             let (started_at, mut calls, former_owners) = match open.map(|at| self.open.swap_remove(at)) {
                 Some(open) => (open.started_at, open.books.close(reason), open.books.former_owners()),

@@ -185,7 +185,8 @@ pub(crate) async fn events(db: &Db, tenant: &TenantId, run: RunId, after: u64, l
         .fetch_all(db.read().await?.conn())
         .await
         .sql()?;
-    (after + 1..).zip(&rows).map(|(seq, row)| Ok(event(db, row, run, seq))).collect()
+    // The rows first: past the last seq there is none, and no number for it.
+    Ok(rows.iter().zip(after.saturating_add(1)..).map(|(row, seq)| event(db, row, run, seq)).collect())
 }
 
 /// An event, or what stands in its place where its row cannot be read.
@@ -208,7 +209,7 @@ pub(crate) async fn news(db: &Db, seen: &[(RunId, u64)], limit: u32) -> StoreRes
         let run = records::run_id(row, "events", "run_id")?;
         let of_run = found.last().filter(|(last, _)| *last == run).and_then(|(_, events)| events.last());
         let seen = of_run.map_or_else(|| after.get(&run).copied().unwrap_or(0), |event| event.seq);
-        let event = event(db, row, run, seen + 1);
+        let event = event(db, row, run, seen.saturating_add(1));
         match found.last_mut() {
             Some((last, events)) if *last == run => events.push(event),
             _ => found.push((run, vec![event])),

@@ -448,9 +448,11 @@ impl Run {
         self.failure.as_ref().map(|failure| failure.code)
     }
 
-    /// The stages whose attempt under way ended with the run, in a step that is not taken yet, and which attempt.
-    pub fn cut_off(&self) -> Vec<(usize, u32)> {
-        self.draft.cut_off.iter().map(|stage| (*stage, self.stages[*stage].record.attempt)).collect()
+    /// The stages whose attempt under way ended with the run, in a step that is not taken yet, and which attempt. Each is
+    /// told once, so that its calls are booked once however long the step before this one is under way.
+    pub fn take_cut_off(&mut self) -> Vec<(usize, u32)> {
+        let stages = std::mem::take(&mut self.draft.cut_off);
+        stages.into_iter().map(|stage| (stage, self.stages[stage].record.attempt)).collect()
     }
 
     /// Gives the run back, for another replica to take at once: the attempts under way end here, with the calls that

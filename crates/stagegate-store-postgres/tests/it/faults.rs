@@ -175,8 +175,8 @@ async fn a_row_that_cannot_be_read_is_named() {
     let mut connection = PgConnection::connect(database.url()).await.expect("connects");
     let changes = [
         ("UPDATE attempts SET body = '{\"hunter2\"'", "attempts", "body"),
-        ("UPDATE stages SET verdict = 'hunter2'", "stages", "verdict"),
-        ("UPDATE runs SET state = 'hunter2'", "runs", "state"),
+        ("UPDATE stages SET verdict = 'no word: hunter2'", "stages", "verdict"),
+        ("UPDATE runs SET state = 'no word: hunter2'", "runs", "state"),
     ];
     for (change, expected_table, expected_column) in changes {
         connection.execute(change).await.expect("changes");

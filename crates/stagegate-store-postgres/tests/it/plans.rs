@@ -19,8 +19,8 @@ const BIG: [&str; 7] = ["runs", "run_payloads", "stages", "attempts", "checkpoin
 
 /// 200,000 runs: most are done, a few wait, run or failed.
 const GENERATE: &str = "
-INSERT INTO replicas (id, name, version, draining, seen_at, expires_at)
-SELECT md5('replica' || n)::uuid, 'r', '1', false, now(), now() + interval '1 day' FROM generate_series(1, 5) n;
+INSERT INTO replicas (id, name, version, draining, seen_at, expires_at, capabilities)
+SELECT md5('replica' || n)::uuid, 'r', '1', false, now(), now() + interval '1 day', '{compact_rows,open_vocabulary}' FROM generate_series(1, 5) n;
 INSERT INTO runs (id, tenant, pipeline, version, stages_total, priority, labels, created_at, deadline_at, state, owner,
                   epoch, available_at, last_seq)
 SELECT md5('run' || n)::uuid, 'tenant-' || n % 7, 'pipeline-' || n % 11, 1, 5, n % 3,

@@ -42,7 +42,7 @@ async fn an_exhausted_pool_is_unavailable_and_counts_its_waiters() {
     }
     let waiting = tokio::spawn({
         let store = store.clone();
-        async move { store.ping().await }
+        async move { store.run_record(&tenant("acme"), run_id(2)).await }
     });
     while store.pool_stats().waiters == 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -53,7 +53,7 @@ async fn an_exhausted_pool_is_unavailable_and_counts_its_waiters() {
     assert_eq!(store.pool_stats().waiters, 0);
     drop(lock);
     assert_eq!(reading.await.expect("no panic").expect("answers"), None);
-    store.ping().await.expect("free again");
+    store.run_record(&tenant("acme"), run_id(2)).await.expect("free again");
     store.observe_pool();
     let text = metrics.render().expect("renders");
     assert!(text.contains("stagegate_db_pool_connections{state=\"max\"} 1"), "{text}");

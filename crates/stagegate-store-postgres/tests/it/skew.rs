@@ -10,8 +10,8 @@ use stagegate_testkit::store::fixtures::{pipeline, tenant};
 
 /// Of 500 small tenants, ten of everything each.
 const SMALL: &str = "
-INSERT INTO replicas (id, name, version, draining, seen_at, expires_at)
-SELECT md5('replica' || n)::uuid, 'r', '1', false, now(), now() + interval '1 day' FROM generate_series(1, 5) n;
+INSERT INTO replicas (id, name, version, draining, seen_at, expires_at, capabilities)
+SELECT md5('replica' || n)::uuid, 'r', '1', false, now(), now() + interval '1 day', '{compact_rows,open_vocabulary}' FROM generate_series(1, 5) n;
 INSERT INTO pipelines (tenant, name, latest) SELECT 'small-' || n, 'p', 2 FROM generate_series(1, 500) n;
 INSERT INTO pipeline_versions (tenant, name, version, digest, created_at, definition)
 SELECT 'small-' || n, 'p', v, decode(md5(n || '/' || v), 'hex'), now(), '{}' FROM generate_series(1, 500) n,
