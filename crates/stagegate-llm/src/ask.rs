@@ -231,12 +231,12 @@ async fn board(
     let (key, model) = (places.write.key, reader.model.clone());
     let flight_key = FlightKey { key, refresh: places.refresh };
     let worst = caller.worst_case(request, &model);
-    let mut ticket = if let Some(ticket) = caller.flights.follow(&flight_key, standing.floor) {
+    let mut ticket = if let Some(ticket) = caller.flights.follow(&flight_key, standing.floor, context.timeout) {
         ticket
     } else {
         let reservation = reserve(context, request, &worst).await?;
         let worst = worst.clone();
-        caller.flights.join(&flight_key, standing.generation, standing.floor, |progress| {
+        caller.flights.join(&flight_key, standing.generation, standing.floor, context.timeout, |progress| {
             let job = Job {
                 reader,
                 messages: request.messages.clone(),

@@ -13,6 +13,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use futures::{
@@ -55,6 +56,12 @@ impl Progress {
         }
         called.await;
         self.called_at().unwrap_or_else(Instant::now)
+    }
+
+    /// Whether the provider has been asked for as long as one call may take, without an answer. A caller that joins it
+    /// would keep a call that hangs from being abandoned, as long as there is always another caller.
+    fn is_stale(&self, longest: Duration) -> bool {
+        !self.is_storing() && self.called_at().is_some_and(|at| at.elapsed() >= longest)
     }
 
     /// The answer is there, and is being stored.
@@ -116,32 +123,33 @@ impl<K: Eq + Hash + Clone + Send + 'static, T: Send + Sync + 'static> Flights<K,
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn share(under_way: &HashMap<K, Slot<T>>, key: &K, floor: u64) -> Option<Ticket<T>> {
+    fn share(under_way: &HashMap<K, Slot<T>>, key: &K, floor: u64, longest: Duration) -> Option<Ticket<T>> {
         // The generation first: a share that was taken and dropped in here could be the last, and its end needs the lock.
-        let slot = under_way.get(key).filter(|slot| slot.generation >= floor)?;
+        let slot = under_way.get(key).filter(|slot| slot.generation >= floor && !slot.progress.is_stale(longest))?;
         let flight = slot.flight.upgrade()?;
         Some(Ticket { flight, progress: Arc::clone(&slot.progress), began: false })
     }
 
     /// Joins the flight under this key, if there is one that is not too old.
-    pub(crate) fn follow(&self, key: &K, floor: u64) -> Option<Ticket<T>> {
-        Self::share(&self.lock(), key, floor)
+    pub(crate) fn follow(&self, key: &K, floor: u64, longest: Duration) -> Option<Ticket<T>> {
+        Self::share(&self.lock(), key, floor, longest)
     }
 
     /// Joins the flight under this key, or begins one under `generation`. A flight that began below `floor` is too
-    /// old: what it brings was asked for before an invalidation.
+    /// old: what it brings was asked for before an invalidation. So is one whose call has taken `longest` already.
     pub(crate) fn join<F>(
         self: &Arc<Self>,
         key: &K,
         generation: u64,
         floor: u64,
+        longest: Duration,
         begin: impl FnOnce(Arc<Progress>) -> F,
     ) -> Ticket<T>
     where
         F: Future<Output = T> + Send + 'static,
     {
         let mut under_way = self.lock();
-        if let Some(ticket) = Self::share(&under_way, key, floor) {
+        if let Some(ticket) = Self::share(&under_way, key, floor, longest) {
             return ticket;
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
@@ -191,12 +199,14 @@ mod tests {
 
     use super::*;
 
+    const LONG: Duration = Duration::from_mins(1);
+
     type Lot = Arc<Flights<&'static str, usize>>;
 
     /// A flight that counts its beginnings and ends when told.
     fn join(flights: &Lot, floor: u64, begun: &Arc<AtomicUsize>, end: &Arc<Notify>) -> Ticket<usize> {
         let (begun, end) = (Arc::clone(begun), Arc::clone(end));
-        flights.join(&"key", 5, floor, |_| async move {
+        flights.join(&"key", 5, floor, LONG, |_| async move {
             let nth = begun.fetch_add(1, Ordering::Relaxed);
             end.notified().await;
             nth
@@ -257,11 +267,28 @@ mod tests {
     #[tokio::test]
     async fn only_a_flight_under_way_can_be_followed() {
         let (flights, begun, end) = lot();
-        assert!(flights.follow(&"key", 0).is_none());
+        assert!(flights.follow(&"key", 0, LONG).is_none());
         let first = join(&flights, 0, &begun, &end);
-        assert!(flights.follow(&"key", 5).is_some_and(|ticket| !ticket.began));
-        assert!(flights.follow(&"key", 6).is_none(), "it is from before an invalidation");
+        assert!(flights.follow(&"key", 5, LONG).is_some_and(|ticket| !ticket.began));
+        assert!(flights.follow(&"key", 6, LONG).is_none(), "it is from before an invalidation");
         drop(first);
-        assert!(flights.follow(&"key", 0).is_none());
+        assert!(flights.follow(&"key", 0, LONG).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_hangs_is_not_joined_once_it_took_as_long_as_a_call_may() {
+        let flights: Lot = Arc::default();
+        let hangs = |progress: Arc<Progress>| {
+            progress.calls();
+            std::future::pending::<usize>()
+        };
+        let _first = flights.join(&"key", 0, 0, LONG, hangs);
+        tokio::time::advance(LONG / 2).await;
+        assert!(flights.follow(&"key", 0, LONG).is_some(), "there is time left");
+        tokio::time::advance(LONG / 2).await;
+        assert!(flights.follow(&"key", 0, LONG).is_none());
+        let next = flights.join(&"key", 0, 0, LONG, hangs);
+        assert!(next.began);
+        assert!(flights.follow(&"key", 0, LONG).is_some(), "the new call takes its place");
     }
 }
