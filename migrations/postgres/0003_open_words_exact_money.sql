@@ -285,12 +285,12 @@ END $$;
 
 -- The first runs of a lane that can be taken, best first.
 CREATE FUNCTION due_runs_3(of_tenant text, of_lane text, due timestamptz, passed_over uuid[], most integer)
-RETURNS TABLE (id uuid, priority smallint, available_at timestamptz)
+RETURNS TABLE (id uuid, pipeline text, priority smallint, available_at timestamptz)
 LANGUAGE plpgsql STABLE ROWS 10 AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
-        SELECT r.id, r.priority, r.available_at FROM runs r
+        SELECT r.id, r.pipeline, r.priority, r.available_at FROM runs r
         -- What a replica of schema 2 parked may not be due.
         WHERE r.tenant = of_tenant AND r.lane = of_lane AND r.ready AND r.available_at <= due
           AND r.id <> ALL (passed_over)
@@ -319,7 +319,6 @@ DECLARE
     of_used bigint[];
     of_pipeline_used bigint[];
     of_key_used bigint[];
-    of_pipeline_no bigint[];
     of_key_no bigint[];
     rooms integer[];
     depths integer[];
@@ -339,8 +338,7 @@ BEGIN
     WITH live AS MATERIALIZED (
         SELECT p.id FROM replicas p WHERE p.dead_at IS NULL AND p.expires_at > due
     ), head AS MATERIALIZED (
-        SELECT l.*, dense_rank() OVER (ORDER BY l.tenant, l.pipeline) AS pipeline_no,
-               dense_rank() OVER (ORDER BY l.tenant, l.pipeline, l.key) AS key_no
+        SELECT l.*, dense_rank() OVER (ORDER BY l.tenant, l.pipeline, l.key) AS key_no
         FROM unnest(in_tenants, in_lanes, in_pipelines, in_keys, in_pipeline_maxima, in_key_maxima) WITH ORDINALITY
             AS l(tenant, lane, pipeline, key, pipeline_max, key_max, no)
     ), shared AS MATERIALIZED (
@@ -382,7 +380,7 @@ BEGIN
             WHERE key IS NOT NULL GROUP BY tenant, pipeline, key
         ) k
     ), room AS MATERIALIZED (
-        SELECT h.no, h.pipeline_no, h.key_no, t.weight, t.max, coalesce(t.used, 0) AS used,
+        SELECT h.no, h.key_no, t.weight, t.max, coalesce(t.used, 0) AS used,
                coalesce(p.used, 0) AS pipeline_used, coalesce(k.used, 0) AS key_used,
                greatest(0, least(most, t.max - coalesce(t.used, 0), h.pipeline_max - coalesce(p.used, 0),
                                  h.key_max - coalesce(k.used, 0)))::integer AS room
@@ -393,9 +391,9 @@ BEGIN
     )
     SELECT array_agg(r.weight ORDER BY r.no), array_agg(r.max ORDER BY r.no), array_agg(r.used ORDER BY r.no),
            array_agg(r.pipeline_used ORDER BY r.no), array_agg(r.key_used ORDER BY r.no),
-           array_agg(r.pipeline_no ORDER BY r.no), array_agg(r.key_no ORDER BY r.no), array_agg(r.room ORDER BY r.no),
+           array_agg(r.key_no ORDER BY r.no), array_agg(r.room ORDER BY r.no),
            array_agg(least(r.room, greatest(1, 2 * most / cardinality(in_lanes))) ORDER BY r.no)
-    INTO of_weight, of_max, of_used, of_pipeline_used, of_key_used, of_pipeline_no, of_key_no, rooms, depths
+    INTO of_weight, of_max, of_used, of_pipeline_used, of_key_used, of_key_no, rooms, depths
     FROM room r;
     LOOP
         pipeline_taken := '{}';
@@ -408,7 +406,9 @@ BEGIN
         whose := '{}';
         wheres := '{}';
         FOR c IN
-            SELECT m.tenant, m.no::integer AS no, r.id, r.available_at
+            -- The lane of the runs without limits holds those of all pipelines, so that a run tells its own.
+            SELECT m.tenant, m.no::integer AS no, r.id, r.available_at,
+                   dense_rank() OVER (ORDER BY m.tenant, r.pipeline) AS pipeline_no
             FROM unnest(in_tenants, in_lanes, depths) WITH ORDINALITY AS m(tenant, lane, depth, no)
             CROSS JOIN LATERAL due_runs_3(m.tenant, m.lane, due, passed_over, m.depth) r
             WHERE m.depth > 0
@@ -420,7 +420,7 @@ BEGIN
             END IF;
             CONTINUE WHEN taken >= most
                 OR of_used[c.no] + taken >= of_max[c.no]
-                OR of_pipeline_used[c.no] + coalesce(pipeline_taken[of_pipeline_no[c.no]], 0) >= in_pipeline_maxima[c.no]
+                OR of_pipeline_used[c.no] + coalesce(pipeline_taken[c.pipeline_no], 0) >= in_pipeline_maxima[c.no]
                 OR of_key_used[c.no] + coalesce(key_taken[of_key_no[c.no]], 0) >= in_key_maxima[c.no];
             ids := ids || c.id;
             ratios := ratios || (of_used[c.no] + taken)::float8 / of_weight[c.no];
@@ -428,7 +428,7 @@ BEGIN
             whose := whose || of_tenant;
             wheres := wheres || c.no;
             taken := taken + 1;
-            pipeline_taken[of_pipeline_no[c.no]] := coalesce(pipeline_taken[of_pipeline_no[c.no]], 0) + 1;
+            pipeline_taken[c.pipeline_no] := coalesce(pipeline_taken[c.pipeline_no], 0) + 1;
             key_taken[of_key_no[c.no]] := coalesce(key_taken[of_key_no[c.no]], 0) + 1;
         END LOOP;
         SELECT array_agg(o.id ORDER BY o.ratio, o.since, o.tenant, o.n), array_agg(o.lane)
