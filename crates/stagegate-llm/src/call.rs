@@ -18,7 +18,7 @@ use crate::{
     Partial, Request,
     breaker::{BreakerState, Permit},
     cache::{
-        AnswerCache, Look,
+        AnswerCache, Found, Look,
         entry::{Buyer, Entry, NewEntry, Only, jittered},
         floors::{Reader, Standing},
     },
@@ -43,6 +43,10 @@ pub(crate) struct FlightKey {
     pub(crate) key: CacheKey,
     pub(crate) refresh: bool,
 }
+
+/// After a wait for its turn that is longer than this a call looks into the cache again: a look-up costs a millisecond, and
+/// another replica may have bought the answer meanwhile.
+const LONG_TURN: Duration = Duration::from_secs(1);
 
 /// Everything that a call needs, shared by all of them.
 #[derive(Debug)]
@@ -189,14 +193,13 @@ impl Caller {
     /// A flight, from its first look to the stored answer.
     pub(crate) async fn fly(self: Arc<Self>, mut job: Job, progress: Arc<Progress>) -> Landed {
         // Between this one's look-up and its beginning, another flight may have landed.
-        let only = job.refresh.then_some(Only::Stage(&job.buyer));
-        let look = Look { reader: &job.reader, key: job.key, ttl: job.ttl, only };
-        if let Some(entry) = self.cache.find_local(look) {
+        if let Some(entry) = self.cache.find_local(look_of(&job)) {
             return Landed::Cached(entry);
         }
         let mut reservation = job.reservation.take();
         match self.call(&job, &mut reservation, &progress).await {
             Err(Stopped::Unpaid) => Landed::Unpaid,
+            Err(Stopped::Cached(entry)) => Landed::Cached(entry),
             Err(Stopped::Failed(failed)) => {
                 if let (Some(reservation), Some(paid)) = (reservation, failed.paid) {
                     let row = paid.entry(job.purpose, &job.reader.model, Origin::Provider, Some(failed.code));
@@ -242,7 +245,13 @@ impl Caller {
         let model = &job.reader.model;
         let served = self.served(model)?;
         let door = self.doors.of(model);
+        let queued_at = Instant::now();
         let (_slot, permit) = enter(served, &door, job).await.map_err(|shut| unasked(model, shut))?;
+        if queued_at.elapsed() >= LONG_TURN
+            && let Found::Hit(entry, _) = self.cache.find(look_of(job)).await
+        {
+            return Err(Stopped::Cached(entry));
+        }
         if door.state() == BreakerState::HalfOpen {
             self.doors.publish(model, &self.meter);
         }
@@ -423,12 +432,20 @@ impl Caller {
     }
 }
 
+/// Where an answer to this may lie.
+fn look_of(job: &Job) -> Look<'_> {
+    let only = job.refresh.then_some(Only::Stage(&job.buyer));
+    Look { reader: &job.reader, key: job.key, ttl: job.ttl, only }
+}
+
 /// Why a call brought no answer.
 #[expect(clippy::large_enum_variant, reason = "it ends a call that took seconds, and is taken apart at once")]
 enum Stopped {
     Failed(Failed),
     /// The one who was to pay left before the request was sent.
     Unpaid,
+    /// Another replica bought the same while this call waited for its turn.
+    Cached(Arc<Entry>),
 }
 
 impl From<Failed> for Stopped {
