@@ -197,7 +197,7 @@ impl Caller {
             return Landed::Cached(entry);
         }
         let mut reservation = job.reservation.take();
-        match self.call(&job, &mut reservation, &progress).await {
+        match self.call(&mut job, &mut reservation, &progress).await {
             Err(Stopped::Unpaid) => Landed::Unpaid,
             Err(Stopped::Cached(entry)) => Landed::Cached(entry),
             Err(Stopped::Failed(failed)) => {
@@ -238,7 +238,7 @@ impl Caller {
 
     async fn call(
         &self,
-        job: &Job,
+        job: &mut Job,
         reservation: &mut Option<Box<dyn Reservation>>,
         progress: &Progress,
     ) -> Result<Bought, Stopped> {
@@ -247,10 +247,12 @@ impl Caller {
         let door = self.doors.of(model);
         let queued_at = Instant::now();
         let (_slot, permit) = enter(served, &door, job).await.map_err(|shut| unasked(model, shut))?;
-        if queued_at.elapsed() >= LONG_TURN
-            && let Found::Hit(entry, _) = self.cache.find(look_of(job)).await
-        {
-            return Err(Stopped::Cached(entry));
+        if queued_at.elapsed() >= LONG_TURN {
+            match self.cache.find(look_of(job)).await {
+                Found::Hit(entry, _) => return Err(Stopped::Cached(entry)),
+                // The request is sent from here on; and a cache that was away at the first look may be back.
+                Found::Miss(standing) => job.standing = standing,
+            }
         }
         if door.state() == BreakerState::HalfOpen {
             self.doors.publish(model, &self.meter);
