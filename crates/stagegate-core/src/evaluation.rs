@@ -2,8 +2,8 @@
 //! spend, whether it is still wanted, and the fence around it. Runs no threads and reads no clock: whoever has a pool
 //! asks an evaluation to stop through a [`Stop`].
 //!
-//! The work is measured where it is done, in units of about ten nanoseconds at worst ([`pay`]). What cannot be
-//! interrupted (a regular expression, a JSON Schema) says its price before it starts ([`claim`]).
+//! The work is measured where it is done, in units of about ten nanoseconds at worst (`pay`). What cannot be
+//! interrupted (a regular expression, a JSON Schema) says its price before it starts (`claim`).
 //!
 //! An evaluation belongs to one thread from its beginning to its end, so that its meter is the thread's.
 

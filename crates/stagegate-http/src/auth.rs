@@ -4,8 +4,8 @@
 //! A verified key is trusted for [`KEY_CACHE_TTL`] without asking the store, so a revocation is obeyed within that.
 //!
 //! A flood of wrong keys costs the store little: a wrong key is remembered as wrong, only a few look-ups are under way at
-//! once, and a peer that failed too often ([`crate::failures`]) is told to wait instead of being looked up. A right key of
-//! the same peer goes on: one that was right within [`FAMILIAR_FOR`] is always looked up. So only the first use of a key
+//! once, and a peer that failed too often (`failures.rs`) is told to wait instead of being looked up. A right key of
+//! the same peer goes on: one that was right within `FAMILIAR_FOR` is always looked up. So only the first use of a key
 //! on this replica has to wait, a second or so at a time, while somebody behind the same address guesses.
 
 use std::{fmt::Write as _, net::IpAddr, sync::Arc, time::Duration};
