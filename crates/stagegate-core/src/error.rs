@@ -145,6 +145,8 @@ codes! {
     InvalidStart = "SG0212", 422, "The start time is not possible";
     /// A replica of an older release still runs, which would not understand it.
     OlderReplica = "SG0213", 409, "A replica of an older release would not understand this";
+    /// The tenant may have no more pipelines or versions.
+    QuotaReached = "SG0214", 403, "The tenant's quota is reached";
 
     // Why a run ended without success
     /// The gate failed and no attempt was left.

@@ -113,6 +113,40 @@ pub struct NewVersion {
     pub definition: Value,
     /// When.
     pub now: DateTime<Utc>,
+    /// How much the tenant may have with it.
+    pub quota: PipelineQuota,
+}
+
+/// How many pipelines and versions a tenant may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PipelineQuota {
+    /// Pipelines.
+    pub pipelines: u32,
+    /// Versions of all its pipelines together.
+    pub versions: u32,
+}
+
+impl PipelineQuota {
+    /// Whether one more version fits beside what is there, as the first of a new pipeline or of a known one.
+    pub fn fits(self, pipelines: u64, versions: u64, is_known: bool) -> bool {
+        versions < u64::from(self.versions) && (is_known || pipelines < u64::from(self.pipelines))
+    }
+}
+
+/// What became of a registration.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Registered {
+    /// A new version.
+    New(PipelineVersion),
+    /// The version with this content, which was there.
+    Known(PipelineVersion),
+    /// The quota leaves no room for it. Nothing changed.
+    Full {
+        /// Pipelines that the tenant has.
+        pipelines: u64,
+        /// Versions that it has.
+        versions: u64,
+    },
 }
 
 /// A registered version. Immutable.
@@ -460,9 +494,9 @@ pub enum Committed {
 /// The store. See the module's documentation for what every implementation promises.
 #[async_trait]
 pub trait Store: Send + Sync + std::fmt::Debug + 'static {
-    /// Registers a version; the same content of the same name gives the version that is there. The flag tells
-    /// whether it is new.
-    async fn register(&self, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)>;
+    /// Registers a version, where its quota has room; the same content of the same name gives the version that is there,
+    /// quota or not. Registrations at the same time never overstep the quota together.
+    async fn register(&self, new: &NewVersion) -> StoreResult<Registered>;
 
     /// A version, or with None the newest.
     async fn pipeline(

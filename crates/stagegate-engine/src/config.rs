@@ -8,6 +8,7 @@ use stagegate_core::{
     TenantId,
     fair::{Share, Shares},
     pipeline::{Retention, Span},
+    store::PipelineQuota,
 };
 
 /// How runs are executed.
@@ -75,11 +76,24 @@ pub struct TenantLimits {
     pub max_runs: Option<u32>,
     /// Runs that may wait to be claimed; past it a submit is answered 429.
     pub max_queued: u64,
+    /// Pipelines that may be registered.
+    #[schemars(range(min = 1))]
+    pub max_pipelines: u32,
+    /// Versions that may be registered, of all pipelines together. They are kept for ever, as their runs refer to them.
+    #[schemars(range(min = 1))]
+    pub max_versions: u32,
+}
+
+impl TenantLimits {
+    /// How many pipelines and versions.
+    pub fn pipeline_quota(&self) -> PipelineQuota {
+        PipelineQuota { pipelines: self.max_pipelines, versions: self.max_versions }
+    }
 }
 
 impl Default for TenantLimits {
     fn default() -> Self {
-        Self { weight: 1, max_runs: None, max_queued: 200_000 }
+        Self { weight: 1, max_runs: None, max_queued: 200_000, max_pipelines: 10_000, max_versions: 100_000 }
     }
 }
 

@@ -37,7 +37,7 @@ use stagegate_core::{
     TenantId,
     hint::Hints,
     pipeline::{Stage, Work},
-    store::{NewSignal, NewVersion, PipelineVersion, RunRecord, SignalKind, Signalled},
+    store::{NewSignal, NewVersion, PipelineVersion, Registered, RunRecord, SignalKind, Signalled},
 };
 use stagegate_llm::Llm;
 use stagegate_telemetry::Metrics;
@@ -203,8 +203,13 @@ impl Engine {
             digest: pipeline.digest,
             definition: pipeline.definition,
             now: self.shared.clock.now(),
+            quota: self.shared.config.limits_of(tenant).pipeline_quota(),
         };
-        Ok(self.shared.store.register(&new).await?)
+        match self.shared.store.register(&new).await? {
+            Registered::New(version) => Ok((version, true)),
+            Registered::Known(version) => Ok((version, false)),
+            Registered::Full { pipelines, versions } => Err(pipelines::full(new.quota, pipelines, versions)),
+        }
     }
 
     /// The pipeline that a definition stands for; else every mistake of it, models included, as the violations of an

@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use stagegate_core::{Code, Error, Pipeline, PipelineName, Store, TenantId, store::PipelineVersion};
+use stagegate_core::{
+    Code, Error, Pipeline, PipelineName, Store, TenantId,
+    store::{PipelineQuota, PipelineVersion},
+};
 use tokio_util::task::TaskTracker;
 
 use crate::{
@@ -129,6 +132,20 @@ impl Pipelines {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         compiled.get(&(tenant.clone(), name.clone(), version))
     }
+}
+
+/// The refusal of a version for which a tenant's quota has no room.
+pub(crate) fn full(quota: PipelineQuota, pipelines: u64, versions: u64) -> Error {
+    let (count, what, max, key) = if versions >= u64::from(quota.versions) {
+        (versions, "versions of pipelines", quota.versions, "max_versions")
+    } else {
+        (pipelines, "pipelines", quota.pipelines, "max_pipelines")
+    };
+    let detail = format!(
+        "the tenant has {count} {what} and may have {max}: register again what is there, which makes no new version, or \
+         ask for a higher engine.tenants.NAME.{key}"
+    );
+    Error::new(Code::QuotaReached, detail)
 }
 
 /// Answers a batch: one query per name, however many ask for it. Each began to wait before its query began, so that none

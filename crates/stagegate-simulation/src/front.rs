@@ -12,8 +12,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, Disposition, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
-        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord,
-        Signal, Signalled, Snapshot, StageDetail, Submitted,
+        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
+        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 
@@ -279,7 +279,7 @@ async fn sleep(length: Duration) {
 
 #[async_trait]
 impl Store for Front {
-    async fn register(&self, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
+    async fn register(&self, new: &NewVersion) -> StoreResult<Registered> {
         self.plain("register", self.world.store.register(new)).await
     }
 

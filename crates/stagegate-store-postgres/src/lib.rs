@@ -32,8 +32,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
-        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord,
-        Signal, Signalled, Snapshot, StageDetail, Submitted,
+        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
+        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -101,7 +101,7 @@ impl PostgresStore {
 
 #[async_trait]
 impl Store for PostgresStore {
-    async fn register(&self, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
+    async fn register(&self, new: &NewVersion) -> StoreResult<Registered> {
         pipelines::register(&self.pool, new).await
     }
 

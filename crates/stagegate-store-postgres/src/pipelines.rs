@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use sqlx::postgres::PgRow;
 use stagegate_core::{
     PipelineName, StoreError, StoreResult, TenantId,
-    store::{NewVersion, PipelineVersion},
+    store::{NewVersion, PipelineVersion, Registered},
 };
 use uuid::Uuid;
 
@@ -18,6 +18,15 @@ use crate::{
 const BY_DIGEST: &str = "/* pipelines.by_digest */
 SELECT name, version, digest, created_at, definition FROM pipeline_versions
 WHERE tenant = $1 AND name = $2 AND digest = $3";
+
+/// Makes the registrations of a tenant wait for each other, so that they do not overstep its quota together.
+const LOCK_TENANT: &str = "/* pipelines.lock_tenant */
+SELECT pg_advisory_xact_lock(7394117, hashtext($1))";
+
+/// What a tenant has. No version is ever removed, so that the newest number of each pipeline is their count.
+const COUNT: &str = "/* pipelines.count */
+SELECT count(*) AS pipelines, coalesce(sum(latest), 0)::bigint AS versions, coalesce(bool_or(name = $2), false) AS is_known
+FROM pipelines WHERE tenant = $1";
 
 /// Enters a pipeline without versions, where it is new.
 const ENTER: &str = "/* pipelines.enter */
@@ -55,29 +64,39 @@ SELECT name, version, digest, created_at, definition FROM pipeline_versions
 WHERE tenant = $1 AND name = $2 AND version < $3
 ORDER BY version DESC LIMIT $4";
 
-pub(crate) async fn register(pool: &Pool, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
+pub(crate) async fn register(pool: &Pool, new: &NewVersion) -> StoreResult<Registered> {
     let (tenant, name, digest) = (new.tenant.as_str(), new.name.as_str(), &new.digest[..]);
     let same = || sqlx::query(BY_DIGEST).bind(tenant).bind(name).bind(digest);
     let mut connection = pool.acquire_as_guest("pipelines.register").await?;
     // Most registrations repeat what is there, and take no lock.
     if let Some(row) = connection.row("pipelines.by_digest", same()).await? {
-        return Ok((version(&row)?, false));
+        return version(&row).map(Registered::Known);
     }
     let definition = rows::to_json("a definition", &new.definition)?;
     connection.begin().await?;
-    connection.rows("pipelines.enter", sqlx::query(ENTER).bind(tenant).bind(name)).await?;
-    connection.rows("pipelines.lock", sqlx::query(LOCK).bind(tenant).bind(name)).await?;
-    let there = connection.row("pipelines.by_digest", same()).await?;
-    let added = there.is_none();
-    let row = if added {
-        let add = sqlx::query(ADD).bind(tenant).bind(name).bind(digest).bind(new.now).bind(definition);
-        connection.row("pipelines.add", add).await?
-    } else {
-        there
+    connection.rows("pipelines.lock_tenant", sqlx::query(LOCK_TENANT).bind(tenant)).await?;
+    let counted = connection.row("pipelines.count", sqlx::query(COUNT).bind(tenant).bind(name)).await?;
+    let counted = counted.ok_or_else(|| StoreError::Defect("pipelines.count: no answer".into()))?;
+    let counted = Reader::new(&counted, "pipelines", Uuid::nil());
+    let (pipelines, versions) = (counted.seq("pipelines")?, counted.seq("versions")?);
+    let fits = new.quota.fits(pipelines, versions, counted.get("is_known")?);
+    if fits {
+        connection.rows("pipelines.enter", sqlx::query(ENTER).bind(tenant).bind(name)).await?;
+        // Replicas of schema 3 do not lock the tenant.
+        connection.rows("pipelines.lock", sqlx::query(LOCK).bind(tenant).bind(name)).await?;
+    }
+    let registered = match connection.row("pipelines.by_digest", same()).await? {
+        Some(row) => Registered::Known(version(&row)?),
+        None if !fits => Registered::Full { pipelines, versions },
+        None => {
+            let add = sqlx::query(ADD).bind(tenant).bind(name).bind(digest).bind(new.now).bind(definition);
+            let row = connection.row("pipelines.add", add).await?;
+            let row = row.ok_or_else(|| StoreError::Defect("pipelines.add: the locked pipeline is gone".into()))?;
+            Registered::New(version(&row)?)
+        }
     };
-    let row = row.ok_or_else(|| StoreError::Defect("pipelines.add: the locked pipeline is gone".into()))?;
     connection.commit().await?;
-    Ok((version(&row)?, added))
+    Ok(registered)
 }
 
 pub(crate) async fn get(

@@ -44,8 +44,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
-        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord,
-        Signal, Signalled, Snapshot, StageDetail, Submitted,
+        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
+        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -133,7 +133,7 @@ async fn try_to_write(db: &Db) -> StoreResult<()> {
 
 #[async_trait]
 impl Store for SqliteStore {
-    async fn register(&self, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
+    async fn register(&self, new: &NewVersion) -> StoreResult<Registered> {
         pipelines::register(&self.db, new).await
     }
 

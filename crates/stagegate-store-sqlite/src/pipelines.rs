@@ -3,7 +3,7 @@
 use sqlx::sqlite::SqliteRow;
 use stagegate_core::{
     PipelineName, StoreResult, TenantId,
-    store::{NewVersion, PipelineVersion},
+    store::{NewVersion, PipelineVersion, Registered},
 };
 
 use crate::{
@@ -15,6 +15,10 @@ use crate::{
 // version-by-digest
 const BY_DIGEST: &str = "SELECT version, digest, definition, created_at FROM pipeline_versions \
     WHERE tenant = ?1 AND name = ?2 AND digest = ?3";
+
+// count-versions: none is ever removed, so that the newest number of each pipeline is their count.
+const COUNT: &str = "SELECT count(*) AS pipelines, coalesce(sum(latest), 0) AS versions, \
+    coalesce(max(name = ?2), 0) AS is_known FROM pipelines WHERE tenant = ?1";
 
 // next-version
 const NEXT: &str = "INSERT INTO pipelines (tenant, name, latest) VALUES (?1, ?2, 1) \
@@ -38,7 +42,7 @@ pub(crate) const NEWEST: &str = "SELECT v.name, v.version, v.digest, v.definitio
 pub(crate) const VERSIONS: &str = "SELECT name, version, digest, definition, created_at FROM pipeline_versions \
     WHERE tenant = ?1 AND name = ?2 AND version < ?3 ORDER BY version DESC LIMIT ?4";
 
-pub(crate) async fn register(db: &Db, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
+pub(crate) async fn register(db: &Db, new: &NewVersion) -> StoreResult<Registered> {
     let definition = json(&new.definition)?;
     let mut tx = db.write(Lane::Runs).await?;
     let known = sqlx::query(BY_DIGEST)
@@ -50,7 +54,15 @@ pub(crate) async fn register(db: &Db, new: &NewVersion) -> StoreResult<(Pipeline
         .sql()?;
     if let Some(row) = known {
         tx.commit().await?;
-        return Ok((version(&row, &new.name)?, false));
+        return version(&row, &new.name).map(Registered::Known);
+    }
+    let counting = sqlx::query(COUNT).bind(new.tenant.as_str()).bind(new.name.as_str());
+    let counted = counting.fetch_one(tx.conn()).await.sql()?;
+    let counted = Cells::new(&counted, "pipelines", || new.tenant.to_string());
+    let (pipelines, versions) = (counted.number("pipelines")?, counted.number("versions")?);
+    if !new.quota.fits(pipelines, versions, counted.get("is_known")?) {
+        tx.commit().await?;
+        return Ok(Registered::Full { pipelines, versions });
     }
     let next: i64 =
         sqlx::query_scalar(NEXT).bind(new.tenant.as_str()).bind(new.name.as_str()).fetch_one(tx.conn()).await.sql()?;
@@ -65,7 +77,7 @@ pub(crate) async fn register(db: &Db, new: &NewVersion) -> StoreResult<(Pipeline
         .await
         .sql()?;
     tx.commit().await?;
-    Ok((version(&row, &new.name)?, true))
+    version(&row, &new.name).map(Registered::New)
 }
 
 pub(crate) async fn pipeline(

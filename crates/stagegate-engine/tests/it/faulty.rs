@@ -272,7 +272,7 @@ macro_rules! through {
 }
 
 through! {
-    register(new: &s::NewVersion) -> (s::PipelineVersion, bool);
+    register(new: &s::NewVersion) -> s::Registered;
     pipeline(tenant: &TenantId, name: &PipelineName, version: Option<u32>) -> Option<s::PipelineVersion>;
     pipelines(tenant: &TenantId, after: Option<&PipelineName>, limit: u32) -> Vec<s::PipelineVersion>;
     versions(tenant: &TenantId, name: &PipelineName, before: Option<u32>, limit: u32) -> Vec<s::PipelineVersion>;

@@ -3,7 +3,9 @@
 use http::Method;
 use serde_json::{Value, json};
 
-use crate::app::{HELD, PIPELINE, spawn_app};
+use stagegate_engine::config::{EngineConfig, TenantLimits};
+
+use crate::app::{HELD, Options, PIPELINE, TestApp, spawn_app};
 
 #[tokio::test]
 async fn the_same_content_is_the_same_version() {
@@ -21,6 +23,25 @@ async fn the_same_content_is_the_same_version() {
     assert_eq!(read.body["version"], 2);
     let old = app.get("/v1/pipelines/two-steps/versions/1").await;
     assert_eq!(old.body["definition"], first.body["definition"]);
+}
+
+#[tokio::test]
+async fn a_registration_past_the_quota_is_refused_with_what_to_do() {
+    let limits = TenantLimits { max_pipelines: 1, max_versions: 2, ..TenantLimits::default() };
+    let engine = EngineConfig { tenant_defaults: limits, ..EngineConfig::default() };
+    let app = TestApp::spawn_with(Options::default(), engine, None).await;
+    let register = async |source: String| app.post_text("/v1/pipelines", "application/yaml", source).await;
+    assert_eq!(register(PIPELINE.to_owned()).await.status, 201);
+    let full = register(HELD.to_owned()).await;
+    full.is_problem(403, "SG0214");
+    let detail = full.body["detail"].to_string();
+    assert!(detail.contains("has 1 pipelines and may have 1") && detail.contains("max_pipelines"), "{detail}");
+    assert_eq!(register(PIPELINE.replace("Go on", "Continue")).await.status, 201);
+    let full = register(PIPELINE.replace("Go on", "Finish")).await;
+    full.is_problem(403, "SG0214");
+    let detail = full.body["detail"].to_string();
+    assert!(detail.contains("has 2 versions") && detail.contains("max_versions"), "{detail}");
+    assert_eq!(register(PIPELINE.to_owned()).await.status, 200, "what is there stays there");
 }
 
 #[tokio::test]

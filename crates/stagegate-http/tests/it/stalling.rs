@@ -9,8 +9,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun, NewSignal,
-        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
-        Signalled, Snapshot, StageDetail, Submitted,
+        NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery, RunRecord,
+        Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use tokio::sync::watch;
@@ -55,7 +55,7 @@ macro_rules! pass_on {
 }
 
 pass_on! {
-    fn register(new: &NewVersion) -> StoreResult<(PipelineVersion, bool)>;
+    fn register(new: &NewVersion) -> StoreResult<Registered>;
     fn pipeline(tenant: &TenantId, name: &PipelineName, version: Option<u32>) -> StoreResult<Option<PipelineVersion>>;
     fn pipelines(tenant: &TenantId, after: Option<&PipelineName>, limit: u32) -> StoreResult<Vec<PipelineVersion>>;
     fn versions(tenant: &TenantId, name: &PipelineName, before: Option<u32>, limit: u32)

@@ -22,8 +22,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun, NewSignal,
-        NewVersion, PipelineVersion, Pulse, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, Signal,
-        Signalled, Snapshot, StageDetail, Submitted,
+        NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery, RunRecord,
+        Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use tokio::time::Instant;
@@ -82,12 +82,20 @@ impl State {
         self.runs.get(&run).filter(|row| row.record.tenant == *tenant)
     }
 
-    fn register(&mut self, new: &NewVersion) -> (PipelineVersion, bool) {
-        let versions = self.versions.entry((new.tenant.clone(), new.name.clone())).or_default();
+    fn register(&mut self, new: &NewVersion) -> Registered {
+        let own = self.versions.iter().filter(|((tenant, _), _)| *tenant == new.tenant);
+        let counts = own.fold((0, 0), |(pipelines, all), (_, versions)| (pipelines + 1, all + versions.len() as u64));
+        let key = (new.tenant.clone(), new.name.clone());
+        let is_known = self.versions.contains_key(&key);
         let digest = hex(&new.digest);
-        if let Some(known) = versions.iter().find(|version| version.digest == digest) {
-            return (known.clone(), false);
+        let same = |versions: &Vec<PipelineVersion>| versions.iter().find(|version| version.digest == digest).cloned();
+        if let Some(known) = self.versions.get(&key).and_then(same) {
+            return Registered::Known(known);
         }
+        if !new.quota.fits(counts.0, counts.1, is_known) {
+            return Registered::Full { pipelines: counts.0, versions: counts.1 };
+        }
+        let versions = self.versions.entry(key).or_default();
         let version = PipelineVersion {
             name: new.name.clone(),
             version: u32::try_from(versions.len()).map_or(u32::MAX, |count| count + 1),
@@ -96,7 +104,7 @@ impl State {
             definition: new.definition.clone(),
         };
         versions.push(version.clone());
-        (version, true)
+        Registered::New(version)
     }
 
     fn list(&self, query: &RunQuery) -> Vec<RunRecord> {
@@ -127,7 +135,7 @@ impl State {
 
 #[async_trait]
 impl Store for MemoryStore {
-    async fn register(&self, new: &NewVersion) -> StoreResult<(PipelineVersion, bool)> {
+    async fn register(&self, new: &NewVersion) -> StoreResult<Registered> {
         Ok(self.with(|state, _| state.register(new)))
     }
 

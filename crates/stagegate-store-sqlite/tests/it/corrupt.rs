@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 use sqlx::{AssertSqlSafe, Executor as _};
 use stagegate_core::{
     RunId, Store, StoreError, StoreResult,
-    store::{ApiKey, Commit, NewApiKey, NewVersion, Role},
+    store::{ApiKey, Commit, NewApiKey, NewVersion, PipelineQuota, Role},
 };
 use stagegate_testkit::store::fixtures::{
     at, checkpoint, commit, full_attempt, full_stage, key_id, live_replica, pipeline, stage, step, submit_leased,
@@ -95,6 +95,7 @@ async fn pipelines_and_keys_that_cannot_be_read_are_named() {
         digest: [1; 32],
         definition: serde_json::json!({}),
         now: at(1),
+        quota: PipelineQuota { pipelines: 1, versions: 1 },
     };
     store.register(&new).await.expect("register");
     spoil(&path, "UPDATE pipeline_versions SET definition = '{'").await;

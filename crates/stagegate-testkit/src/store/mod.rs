@@ -72,6 +72,8 @@ macro_rules! store_contract {
         $crate::store_contract! { @modules $make,
             pipelines {
                 the_same_content_is_the_same_version
+                a_quota_bounds_pipelines_and_versions_of_a_tenant
+                concurrent_registrations_never_overstep_the_quota
                 versions_are_numbered_per_tenant_and_name
                 concurrent_registrations_are_numbered_without_gaps
                 the_newest_version_is_the_default

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use stagegate_core::{
     Store,
-    store::{NewVersion, PipelineVersion},
+    store::{NewVersion, PipelineQuota, PipelineVersion, Registered},
 };
 
 use super::{
@@ -13,12 +13,59 @@ use super::{
 
 fn version(of: &str, name: &str, content: u8, definition: Value) -> NewVersion {
     let now = at(i64::from(content));
-    NewVersion { tenant: tenant(of), name: pipeline(name), digest: [content; 32], definition, now }
+    let quota = PipelineQuota { pipelines: 100, versions: 100 };
+    NewVersion { tenant: tenant(of), name: pipeline(name), digest: [content; 32], definition, now, quota }
 }
 
 async fn register(store: &dyn Store, of: &str, name: &str, content: u8) -> (PipelineVersion, bool) {
     let new = version(of, name, content, json!({"name": name, "content": content}));
-    store.register(&new).await.expect("register")
+    match store.register(&new).await.expect("register") {
+        Registered::New(version) => (version, true),
+        Registered::Known(version) => (version, false),
+        full @ Registered::Full { .. } => panic!("{name} {content}: {full:?}"),
+    }
+}
+
+/// A quota refuses what would be new, tells what is there, changes nothing, and never what is registered already or what
+/// others do.
+pub async fn a_quota_bounds_pipelines_and_versions_of_a_tenant(subject: Subject) {
+    let store = subject.store.as_ref();
+    let offer = async |of: &str, name: &str, content: u8| {
+        let quota = PipelineQuota { pipelines: 2, versions: 4 };
+        let new = NewVersion { quota, ..version(of, name, content, json!({"content": content})) };
+        store.register(&new).await.expect("register")
+    };
+    let full = |pipelines, versions| Registered::Full { pipelines, versions };
+    for (name, content) in [("p", 1), ("q", 1), ("p", 2)] {
+        assert!(matches!(offer("acme", name, content).await, Registered::New(_)), "{name} {content}");
+    }
+    assert_eq!(offer("acme", "r", 1).await, full(2, 3), "a third pipeline");
+    assert_eq!(store.pipeline(&tenant("acme"), &pipeline("r"), None).await.expect("read"), None);
+    assert!(matches!(offer("acme", "q", 2).await, Registered::New(version) if version.version == 2));
+    assert_eq!(offer("acme", "q", 3).await, full(2, 4), "a fifth version");
+    assert!(matches!(offer("acme", "p", 1).await, Registered::Known(version) if version.version == 1));
+    assert!(matches!(offer("umbrella", "r", 1).await, Registered::New(_)), "another tenant");
+}
+
+/// Twenty writers of as many pipelines at once.
+pub async fn concurrent_registrations_never_overstep_the_quota(subject: Subject) {
+    let work = (0..20_u8).map(|n| {
+        let store = subject.store.clone();
+        let quota = PipelineQuota { pipelines: 7, versions: 9 };
+        // Two versions of each of ten pipelines.
+        let new = NewVersion { quota, ..version("acme", &format!("p{}", n / 2), n, json!({ "content": n })) };
+        tokio::spawn(async move { store.register(&new).await.expect("register") })
+    });
+    let mut new = Vec::new();
+    for task in work.collect::<Vec<_>>() {
+        if let Registered::New(version) = task.await.expect("no panic") {
+            new.push(version);
+        }
+    }
+    let pipelines = subject.store.pipelines(&tenant("acme"), None, 100).await.expect("list");
+    assert!(pipelines.len() <= 7 && new.len() <= 9, "{} pipelines, {} versions", pipelines.len(), new.len());
+    assert_eq!(new.iter().filter(|version| version.version == 1).count(), pipelines.len());
+    assert!(pipelines.len() == 7 || new.len() == 9, "there was room: {} and {}", pipelines.len(), new.len());
 }
 
 /// The same content of one name is one version, with its first date.
@@ -31,7 +78,7 @@ pub async fn the_same_content_is_the_same_version(subject: Subject) {
     assert!(new && second.version == 2);
     let mut again = version("acme", "p", 1, json!({"name": "p", "content": 1}));
     again.now = at(9_999);
-    assert_eq!(store.register(&again).await.expect("register"), (first, false));
+    assert_eq!(store.register(&again).await.expect("register"), Registered::Known(first));
 }
 
 /// Each tenant and each name counts for itself.
@@ -114,7 +161,8 @@ pub async fn pipelines_and_versions_page_in_order(subject: Subject) {
 
 /// Any JSON.
 pub async fn a_definition_comes_back_as_it_was(subject: Subject) {
-    let (made, _) = subject.store.register(&version("acme", "p", 1, nasty_json())).await.expect("register");
+    let registered = subject.store.register(&version("acme", "p", 1, nasty_json())).await.expect("register");
+    let Registered::New(made) = registered else { panic!("{registered:?}") };
     assert_eq!(made.definition, nasty_json());
     let read = subject.store.pipeline(&tenant("acme"), &pipeline("p"), None).await.expect("read");
     assert_eq!(read, Some(made));

@@ -15,8 +15,8 @@ use stagegate_core::{
     fair::{Limits, Share, Shares},
     pipeline::{CacheMode, Labels},
     store::{
-        Backlog, Commit, Committed, Disposition, Lease, NewRun, NewSignal, NewVersion, QueueStats, ReplicaRecord,
-        RunQuery, Signal, SignalKind, StageRecord,
+        Backlog, Commit, Committed, Disposition, Lease, NewRun, NewSignal, NewVersion, PipelineQuota, QueueStats,
+        ReplicaRecord, RunQuery, Signal, SignalKind, StageRecord,
     },
 };
 use uuid::Uuid;
@@ -170,7 +170,9 @@ impl World {
         let content: u8 = self.rng.random_range(0..6);
         let name = pipeline(pick(&mut self.rng, &PIPELINES).unwrap_or("a"));
         let definition = json!({"name": name, "content": content});
-        let new = NewVersion { tenant: self.tenant(), name, digest: [content; 32], definition, now: at(self.now) };
+        let quota = PipelineQuota { pipelines: 2, versions: 8 };
+        let (tenant, now) = (self.tenant(), at(self.now));
+        let new = NewVersion { tenant, name, digest: [content; 32], definition, now, quota };
         both!(self, store => store.register(&new));
         both!(self, store => store.versions(&new.tenant, &new.name, None, 10));
     }

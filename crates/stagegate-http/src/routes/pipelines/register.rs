@@ -24,6 +24,7 @@ use crate::{
     responses(
         (status = 201, description = "A new version.", body = PipelineView, headers(("Location" = String))),
         (status = 200, description = "The version with this content, which was there.", body = PipelineView),
+        (status = 403, description = "The tenant may have no more pipelines or versions (SG0214), or the key's role is too low (SG0011)."),
         (status = 422, description = "The definition has mistakes (SG0100); `violations` lists every one."),
     )
 )]
