@@ -2,7 +2,7 @@
 //! that a retry which comes first wins, and one that comes later finds what is left.
 
 use chrono::TimeDelta;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sqlx::postgres::PgRow;
 use stagegate_core::{RunId, StoreResult, store::Kept};
 use uuid::Uuid;
@@ -93,16 +93,14 @@ async fn unquote(connection: &mut Connection, runs: &[RunId]) -> StoreResult<()>
     for row in &found {
         let run = rows::id(row, "run_id", "attempts")?;
         let read = Reader::new(row, "attempts", run);
-        let mut body: Value = read.json("body")?;
-        forget_detail(&mut body["failure"]);
-        body["assessments"].as_array_mut().into_iter().flatten().for_each(forget_detail);
-        if body["failure"].is_null() {
-            body.as_object_mut().map(|body| body.shift_remove("failure"));
-        }
+        let mut body: Map<String, Value> = read.json("body")?;
+        body.get_mut("failure").map(forget_detail);
+        let assessments = body.get_mut("assessments").and_then(Value::as_array_mut);
+        assessments.into_iter().flatten().for_each(forget_detail);
         of.push(run);
         stages.push(read.get::<String>("stage_id")?);
         numbers.push(read.get::<Option<i32>>("number")?);
-        bodies.push(body.to_string());
+        bodies.push(Value::Object(body).to_string());
     }
     if of.is_empty() {
         return Ok(());

@@ -5,15 +5,15 @@ use std::{future::Future, sync::Arc, time::Duration};
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 use stagegate_core::{
     Epoch, RunState, Store, StoreError, StoreResult,
-    store::{Committed, Lease, NewSignal, SignalKind},
+    store::{Commit, Committed, Lease, NewSignal, SignalKind},
 };
 use stagegate_store_postgres::PoolConfig;
 use stagegate_testkit::{
     proxy::{Mode, Proxy},
     servers::{Postgres, TestDatabase},
     store::fixtures::{
-        NASTY, claim_all, commit, full_attempt, full_stage, live_replica, new_run, replica, stage, step, submit,
-        submit_leased,
+        NASTY, at, claim_all, commit, end, full_attempt, full_stage, live_replica, new_run, replica, signal,
+        signals_of, stage, step, submit, submit_leased,
     },
 };
 use uuid::Uuid;
@@ -188,6 +188,29 @@ async fn a_row_that_cannot_be_read_is_named() {
         let StoreError::Corrupt { table, column, id, .. } = error else { panic!("{error}") };
         assert_eq!((table, column, id), (expected_table, expected_column, run.id.to_string()));
     }
+}
+
+#[tokio::test]
+async fn an_attempt_that_cannot_be_read_fails_the_purge_of_its_own_run_alone() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let owner = live_replica(&store).await;
+    let mut runs = Vec::new();
+    for ms in 1..=2 {
+        let (run, lease) = submit_leased(&store, ms, owner).await;
+        let attempts = vec![(stage("s1"), full_attempt(1, "x"))];
+        commit(&store, &Commit { attempts, ..step(lease, 3) }).await;
+        commit(&store, &end(lease, 4, RunState::Failed)).await;
+        runs.push(run.id);
+    }
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    for body in [r#"[{"detail":"hunter2"}]"#, r#"{"detail":"#] {
+        let change = sqlx::query("UPDATE attempts SET body = $1 WHERE run_id = $2").bind(body).bind(runs[0].0);
+        change.execute(&mut connection).await.expect("changes");
+        let error = store.purge(&runs, at(700)).await.expect_err("corrupt");
+        assert!(matches!(error, StoreError::Corrupt { table: "attempts", column: "body", .. }), "{error}");
+    }
+    assert_eq!(store.purge(&runs[1..], at(700)).await.expect("purges"), 1);
 }
 
 #[tokio::test]
