@@ -159,18 +159,31 @@ pub(crate) async fn signals(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<(R
     for row in &found {
         let run = RunId(rows::id(row, "run_id", "signals")?);
         let read = Reader::new(row, "signals", run.0);
-        let kind = SignalKind::read(read.get("body")?).map_err(|error| read.corrupt("body", json_problem(&error)));
-        let signal = match kind.and_then(|kind| Ok((kind, read.json::<By>("body")?.by))) {
-            Ok((kind, by)) => Signal { id: read.get("id")?, kind, by },
-            Err(error) => {
-                pool.unreadable(&error); // It stays where it is, and the others are heard.
-                continue;
-            }
-        };
+        let signal = readable(pool, &read)?;
         match signals.last_mut().filter(|(last, _)| *last == run) {
             Some((_, of_run)) => of_run.push(signal),
             None => signals.push((run, vec![signal])),
         }
     }
     Ok(signals)
+}
+
+/// A signal that cannot be read is one that this release does not know: its run neither parks on it, for it would be claimed
+/// again at once, nor consumes it. A cancel is obeyed even where it does not tell by whom it is.
+fn readable(pool: &Pool, read: &Reader<'_>) -> StoreResult<Signal> {
+    let (id, body) = (read.get("id")?, read.get::<&str>("body")?);
+    let kind = SignalKind::read(body).map_err(|error| read.corrupt("body", json_problem(&error)));
+    let by = read.json::<By>("body");
+    let (kind, by) = match (kind, by) {
+        (Ok(kind), Ok(By { by })) => (kind, by),
+        (Ok(SignalKind::Cancel), Err(error)) => {
+            pool.unreadable(&error);
+            (SignalKind::Cancel, None)
+        }
+        (Err(error), _) | (_, Err(error)) => {
+            pool.unreadable(&error);
+            (SignalKind::Unknown(body.into()), None)
+        }
+    };
+    Ok(Signal { id, kind, by })
 }

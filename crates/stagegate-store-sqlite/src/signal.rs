@@ -158,14 +158,7 @@ pub(crate) async fn signals(db: &Db, leases: &[Lease]) -> StoreResult<Vec<(RunId
     for row in sqlx::query(PENDING).bind(owned.as_str()).fetch_all(tx.conn()).await.sql()? {
         let run = run_id(&row, "signals", "run_id")?;
         let cells = Cells::new(&row, "signals", || run.to_string());
-        let kind = match cells.read("kind", SignalKind::read) {
-            Ok(kind) => kind,
-            Err(error) => {
-                db.metrics.unreadable(&error); // It stays where it is, and the others are heard.
-                continue;
-            }
-        };
-        let signal = Signal { id: cells.get("id")?, kind, by: cells.get("asked_by")? };
+        let signal = readable(db, &cells)?;
         match found.last_mut() {
             Some((last, signals)) if *last == run => signals.push(signal),
             _ => found.push((run, vec![signal])),
@@ -173,4 +166,21 @@ pub(crate) async fn signals(db: &Db, leases: &[Lease]) -> StoreResult<Vec<(RunId
     }
     tx.commit().await?;
     Ok(found)
+}
+
+/// A signal that cannot be read is one that this release does not know: its run neither parks on it, for it would be claimed
+/// again at once, nor consumes it. A cancel is obeyed even where it does not tell by whom it is.
+fn readable<K: Fn() -> String>(db: &Db, cells: &Cells<'_, K>) -> StoreResult<Signal> {
+    let (kind, by) = match (cells.read("kind", SignalKind::read), cells.get("asked_by")) {
+        (Ok(kind), Ok(by)) => (kind, by),
+        (Ok(SignalKind::Cancel), Err(error)) => {
+            db.metrics.unreadable(&error);
+            (SignalKind::Cancel, None)
+        }
+        (Err(error), _) | (_, Err(error)) => {
+            db.metrics.unreadable(&error);
+            (SignalKind::Unknown(cells.get::<&str>("kind").unwrap_or_default().into()), None)
+        }
+    };
+    Ok(Signal { id: cells.get("id")?, kind, by })
 }

@@ -1,7 +1,10 @@
 //! Gates: checks, judges, retries with the critique, holds.
 
 use serde_json::json;
-use stagegate_core::{Code, Evaluator, RunState, TenantId, Verdict};
+use stagegate_core::{
+    Code, Evaluator, RunState, Store as _, TenantId, Verdict,
+    store::{NewSignal, SignalKind, Signalled},
+};
 use stagegate_engine::Action;
 use stagegate_testkit::provider::{Reply, both, contains, judges, stages};
 
@@ -67,6 +70,26 @@ async fn a_held_output_waits_for_a_person() {
     assert_state(&bench.detail(run).await.run, RunState::Succeeded);
     let stage = bench.engine.store().stage(&tenant, run, &draft).await.expect("read").expect("there");
     assert_eq!(stage.checkpoint.expect("approved").verdict, Verdict::Approved);
+}
+
+#[tokio::test]
+async fn a_held_run_whose_signal_cannot_be_read_does_not_park_and_wake_without_end() {
+    let bench = Bench::start().await;
+    bench.provider.on(contains("write")).respond(Reply::text("short"));
+    let gate = r#"{ "checks": [ { "min_chars": 10 } ], "on_fail": "hold" }"#;
+    let run = bench.submit(&gated(gate), json!({ "text": "x" })).await;
+    bench.until(run, "run.waiting").await;
+    let tenant = TenantId::default();
+    let unreadable = NewSignal { tenant: tenant.clone(), run, kind: SignalKind::Unknown("}{".into()), by: None };
+    let answer = bench.store.signal(&unreadable).await.expect("left");
+    assert!(matches!(answer, Signalled::Accepted { .. }), "{answer:?}");
+    bench.until(run, "run.resumed").await;
+    let draft = "draft".parse().expect("valid");
+    bench.engine.act(&tenant, run, Action::Approve(draft), None).await.expect("accepted");
+    let events = bench.finish(run).await;
+    assert_state(&bench.detail(run).await.run, RunState::Succeeded);
+    let parked = events.iter().filter(|event| event.kind.name() == "run.waiting").count();
+    assert_eq!(parked, 1, "before the signal came");
 }
 
 #[tokio::test]

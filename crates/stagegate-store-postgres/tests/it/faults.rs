@@ -5,7 +5,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 use stagegate_core::{
     Epoch, RunState, Store, StoreError, StoreResult,
-    store::{Commit, Committed, Lease, NewSignal, SignalKind},
+    store::{Commit, Committed, Lease, NewSignal, SignalKind, Signalled},
 };
 use stagegate_store_postgres::PoolConfig;
 use stagegate_testkit::{
@@ -188,6 +188,26 @@ async fn a_row_that_cannot_be_read_is_named() {
         let StoreError::Corrupt { table, column, id, .. } = error else { panic!("{error}") };
         assert_eq!((table, column, id), (expected_table, expected_column, run.id.to_string()));
     }
+}
+
+#[tokio::test]
+async fn a_signal_that_does_not_tell_by_whom_it_is_obeyed_if_it_is_a_cancel_and_else_left_alone() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let owner = live_replica(&store).await;
+    let (run, lease) = submit_leased(&store, 1, owner).await;
+    for kind in [SignalKind::Unknown(r#"{"kind":"pause"}"#.into()), SignalKind::Cancel] {
+        assert!(matches!(signal(&store, run.id, kind).await, Signalled::Accepted { .. }));
+    }
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let approve =
+        "UPDATE signals SET body = '{\"kind\":\"approve\",\"stage\":\"s1\",\"by\":7}' WHERE body LIKE '%pause%'";
+    for change in [approve, "UPDATE signals SET body = '{\"kind\":\"cancel\",\"by\":7}' WHERE body LIKE '%cancel%'"] {
+        connection.execute(change).await.expect("changes");
+    }
+    let left = signals_of(&store, lease).await;
+    assert!(matches!(left[0].kind, SignalKind::Unknown(_)), "{left:?}");
+    assert_eq!((&left[1].kind, &left[1].by), (&SignalKind::Cancel, &None));
 }
 
 #[tokio::test]

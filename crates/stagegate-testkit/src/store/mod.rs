@@ -209,6 +209,7 @@ macro_rules! store_contract {
                 unknown_words_of_rows_come_back_as_they_were
                 an_unknown_run_state_is_shown_as_it_is
                 an_unknown_signal_is_carried_until_it_is_consumed
+                a_signal_that_cannot_be_read_is_an_unknown_one
             }
             keys {
                 a_key_is_found_by_its_hash

@@ -169,3 +169,20 @@ pub async fn an_unknown_signal_is_carried_until_it_is_consumed(subject: Subject)
     assert_eq!(SignalKind::read(r#"{"kind":"cancel","why":"x"}"#).expect("a signal"), SignalKind::Cancel);
     assert!(SignalKind::read("[]").is_err() && SignalKind::read(&Value::Null.to_string()).is_err());
 }
+
+/// Neither lost, for then a parked run would be woken by it for ever and not know why, nor in the way of the others.
+pub async fn a_signal_that_cannot_be_read_is_an_unknown_one(subject: Subject) {
+    let store: &Arc<dyn Store> = &subject.store;
+    let owner = live_replica(store).await;
+    let (run, lease) = submit_leased(store, 1, owner).await;
+    let unreadable = ["}{", "[]", r#"{"kind":7}"#].map(|body| SignalKind::Unknown(body.into()));
+    for kind in unreadable.iter().cloned().chain([SignalKind::Cancel]) {
+        assert!(matches!(signal(store, run.id, kind).await, Signalled::Accepted { .. }));
+    }
+    let left = signals_of(store, lease).await;
+    let kinds: Vec<_> = left.iter().map(|signal| signal.kind.clone()).collect();
+    assert_eq!(kinds[..3], unreadable);
+    assert_eq!(kinds[3..], [SignalKind::Cancel]);
+    assert_eq!(left[3].by.as_deref(), Some("ann"));
+    assert!(left.is_sorted_by(|a, b| a.id < b.id), "each has the id that it has in its row: {left:?}");
+}
