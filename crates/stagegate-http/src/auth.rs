@@ -3,10 +3,12 @@
 //!
 //! A verified key is trusted for [`KEY_CACHE_TTL`] without asking the store, so a revocation is obeyed within that.
 //!
-//! A flood of wrong keys costs the store little: a wrong key is remembered as wrong, only a few look-ups are under way at
-//! once, and a peer that failed too often (`failures.rs`) is told to wait instead of being looked up. A right key of
-//! the same peer goes on: one that was right within `FAMILIAR_FOR` is always looked up. So only the first use of a key
-//! on this replica has to wait, a second or so at a time, while somebody behind the same address guesses.
+//! A flood of wrong keys costs the store little and keeps no right key out, also behind the same address:
+//! - A wrong key is remembered as wrong. A peer that failed too often (`failures.rs`) is told to wait, but only where its key
+//!   is remembered as wrong, or has not the form of one.
+//! - Keys that are not known here are looked up a few at once. Peers take turns at that, so that one does not stand behind
+//!   the flood of another.
+//! - A key that was right within `FAMILIAR_FOR` does not stand in that line.
 
 use std::{fmt::Write as _, net::IpAddr, sync::Arc, time::Duration};
 
@@ -23,18 +25,18 @@ use http::{
 use moka::sync::Cache;
 use sha2::{Digest, Sha256};
 use stagegate_core::{
-    Code, Error, StoreError, TenantId,
+    Code, Error, TenantId,
     store::{ApiKey, Role},
 };
 use tokio::time::Instant;
 
-use crate::{context::Identity, problem::Problem, serve::Peer, state::Shared};
+use crate::{context::Identity, fair::Permit, problem::Problem, serve::Peer, state::Shared};
 
 /// How long a look-up, found or not, is remembered: the longest time that a revoked key still works.
 pub const KEY_CACHE_TTL: Duration = Duration::from_secs(5);
 /// Look-ups remembered at once.
 const KEY_CACHE_MAX: u64 = 10_000;
-/// How long a key that was right counts as familiar.
+/// How long a key counts as familiar after it was last found to be right.
 pub(crate) const FAMILIAR_FOR: Duration = Duration::from_hours(1);
 /// How every secret begins, so that scanners and people can tell what it is.
 pub const KEY_PREFIX: &str = "sg_";
@@ -65,7 +67,8 @@ pub(crate) struct KeyCache {
     right: Cache<[u8; 32], Arc<ApiKey>>,
     /// Beside the right ones, so that a flood of these displaces none of those.
     wrong: Cache<[u8; 32], ()>,
-    familiar: Cache<[u8; 32], ()>,
+    /// When a key was last found to be right.
+    familiar: Cache<[u8; 32], Instant>,
 }
 
 /// What is remembered of a key.
@@ -81,7 +84,7 @@ impl KeyCache {
         Self {
             right: cache().time_to_live(KEY_CACHE_TTL).build(),
             wrong: Cache::builder().max_capacity(KEY_CACHE_MAX).time_to_live(KEY_CACHE_TTL).build(),
-            familiar: Cache::builder().max_capacity(KEY_CACHE_MAX).time_to_live(FAMILIAR_FOR).build(),
+            familiar: Cache::builder().max_capacity(KEY_CACHE_MAX).build(),
         }
     }
 
@@ -95,38 +98,62 @@ impl KeyCache {
     }
 
     /// A failed look-up is not remembered. Two requests may look up the same new key at once: it is one index read.
-    async fn find(&self, shared: &Shared, hash: [u8; 32]) -> Result<Option<Arc<ApiKey>>, StoreError> {
+    async fn find(&self, shared: &Shared, peer: Option<Peer>, hash: [u8; 32]) -> Result<Option<Arc<ApiKey>>, Error> {
         match self.remembered(&hash) {
             Remembered::Right(key) => return Ok(Some(key)),
             Remembered::Wrong => return Ok(None),
             Remembered::Nothing => {}
         }
         // Those that are familiar do not stand in line with those that may be made up.
-        let is_familiar = self.familiar.contains_key(&hash);
-        let _turn = if is_familiar { None } else { shared.lookups.acquire().await.ok() };
+        let _turn = if self.is_familiar(&hash, Instant::now()) { None } else { Some(turn(shared, peer).await?) };
         match self.remembered(&hash) {
             Remembered::Right(key) => return Ok(Some(key)),
             Remembered::Wrong => return Ok(None),
             Remembered::Nothing => {}
         }
         let found = shared.engine.store().key_by_hash(&hash).await?.map(Arc::new);
-        match &found {
+        self.note(hash, found.as_ref(), shared.clock.now(), Instant::now());
+        Ok(found)
+    }
+
+    fn is_familiar(&self, hash: &[u8; 32], now: Instant) -> bool {
+        self.familiar.get(hash).is_some_and(|at| now.saturating_duration_since(at) < FAMILIAR_FOR)
+    }
+
+    /// Takes note of what a look-up found.
+    fn note(&self, hash: [u8; 32], found: Option<&Arc<ApiKey>>, at: DateTime<Utc>, now: Instant) {
+        match found {
             Some(key) => self.right.insert(hash, Arc::clone(key)),
             None => self.wrong.insert(hash, ()),
         }
-        Ok(found)
+        if found.is_some_and(|key| check_alive(key, at).is_ok()) {
+            self.familiar.insert(hash, now);
+        } else {
+            self.familiar.invalidate(&hash);
+        }
     }
+}
+
+/// A turn at looking up a key that is not known here.
+async fn turn(shared: &Shared, peer: Option<Peer>) -> Result<Permit<Option<Peer>>, Error> {
+    shared.lookups.wait_for(&peer, 1).await.map_err(|_| {
+        let detail = "Too many keys that are not known here wait for their look-up; come back in a second.";
+        Error::new(Code::Overloaded, detail).retry_after(Duration::from_secs(1))
+    })
 }
 
 /// The key that a request came with, for what goes on after its answer has begun: an event stream must not outlive it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Credential([u8; 32]);
+pub(crate) struct Credential {
+    hash: [u8; 32],
+    peer: Option<Peer>,
+}
 
 impl Credential {
     /// Whether the key may still be used. Asks the store at most once every [`KEY_CACHE_TTL`] for all streams of a key;
     /// while the store cannot say, nothing has changed.
     pub(crate) async fn is_alive(self, shared: &Shared) -> bool {
-        match shared.keys.find(shared, self.0).await {
+        match shared.keys.find(shared, self.peer, self.hash).await {
             Ok(key) => key.is_some_and(|key| check_alive(&key, shared.clock.now()).is_ok()),
             Err(error) => {
                 tracing::warn!(%error, "the key of an event stream could not be looked up; the stream goes on");
@@ -150,7 +177,7 @@ pub(crate) async fn authenticate(
             Some(secret) => known_key(&shared, peer, secret).await?,
             None => return Err(missing()),
         };
-        request.extensions_mut().insert(Credential(hash));
+        request.extensions_mut().insert(Credential { hash, peer });
         Identity { tenant: key.tenant.clone(), role: key.role, key: Some(key.id) }
     };
     tracing::Span::current().record("tenant", identity.tenant.as_str());
@@ -158,12 +185,13 @@ pub(crate) async fn authenticate(
     Ok(next.run(request).await)
 }
 
-/// The key of a secret that a peer presents. One that is refused counts against the peer.
+/// The key of a secret that a peer presents. One that is refused counts against the peer. A peer that failed too often is
+/// told to wait instead of being told that its key is wrong; a key that may be right is looked up all the same.
 async fn known_key(shared: &Shared, peer: Option<Peer>, secret: &str) -> Result<(Arc<ApiKey>, [u8; 32]), Problem> {
     let hash = hash_secret(secret);
-    let is_trusted = shared.keys.right.contains_key(&hash) || shared.keys.familiar.contains_key(&hash);
+    let is_key = secret.len() <= CREDENTIAL_MAX_BYTES && secret.starts_with(KEY_PREFIX);
     if let Some(peer) = peer
-        && !is_trusted
+        && (!is_key || matches!(shared.keys.remembered(&hash), Remembered::Wrong))
         && let Some(wait) = shared.failures.wait_of(peer, Instant::now())
     {
         let detail = "Too many authentications from this address failed; come back when `retry-after` says so.";
@@ -175,18 +203,12 @@ async fn known_key(shared: &Shared, peer: Option<Peer>, secret: &str) -> Result<
         }
         problem
     };
-    if secret.len() > CREDENTIAL_MAX_BYTES || !secret.starts_with(KEY_PREFIX) {
+    if !is_key {
         return Err(failed(refused("This is not an API key of Stagegate: one begins with `sg_`.")));
     }
-    let key = shared.keys.find(shared, hash).await?;
+    let key = shared.keys.find(shared, peer, hash).await?;
     let key = key.ok_or_else(|| failed(refused("The API key is not known.")))?;
-    if let Err(problem) = check_alive(&key, shared.clock.now()) {
-        shared.keys.familiar.invalidate(&hash);
-        return Err(failed(problem));
-    }
-    if !shared.keys.familiar.contains_key(&hash) {
-        shared.keys.familiar.insert(hash, ());
-    }
+    check_alive(&key, shared.clock.now()).map_err(failed)?;
     Ok((key, hash))
 }
 
@@ -262,6 +284,7 @@ fn is_local(authority: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use rand::{SeedableRng as _, rngs::StdRng};
+    use stagegate_core::KeyId;
 
     use super::*;
 
@@ -272,6 +295,34 @@ mod tests {
         assert!(secret.starts_with(KEY_PREFIX) && secret.len() == 67);
         assert_eq!(hash, hash_secret(&secret));
         assert_ne!(secret, generate_key(&mut rng).0);
+    }
+
+    #[test]
+    fn a_key_stays_familiar_as_long_as_it_is_in_use_and_right() {
+        let (keys, hash, start) = (KeyCache::new(), [1; 32], Instant::now());
+        let after = |minutes| start + Duration::from_mins(minutes);
+        let alive = ApiKey {
+            id: KeyId(uuid::Uuid::from_u128(1)),
+            tenant: TenantId::default(),
+            role: Role::Viewer,
+            name: "k".to_owned(),
+            created_at: DateTime::UNIX_EPOCH,
+            expires_at: None,
+            revoked_at: None,
+        };
+        let revoked = Arc::new(ApiKey { revoked_at: Some(DateTime::UNIX_EPOCH), ..alive.clone() });
+        let alive = Arc::new(alive);
+        assert!(!keys.is_familiar(&hash, start));
+        for minutes in [0, 50, 100] {
+            keys.note(hash, Some(&alive), DateTime::UNIX_EPOCH, after(minutes));
+        }
+        assert!(keys.is_familiar(&hash, after(159)), "an hour after its last use");
+        assert!(!keys.is_familiar(&hash, after(160)));
+        for found in [None, Some(&revoked)] {
+            keys.note(hash, Some(&alive), DateTime::UNIX_EPOCH, after(200));
+            keys.note(hash, found, DateTime::UNIX_EPOCH, after(201));
+            assert!(!keys.is_familiar(&hash, after(202)), "it is wrong now");
+        }
     }
 
     #[test]

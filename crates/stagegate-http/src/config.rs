@@ -42,11 +42,12 @@ pub struct HttpConfig {
     #[schemars(range(min = 1))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections_per_peer: Option<usize>,
-    /// Failed authentications of one address a minute (IPv6: of one /64 network); past it keys that are not known yet are
-    /// answered 429. Keys that were in use within the last hour go on.
+    /// Failed authentications of one address a minute (IPv6: of one /64 network); past it keys that are known to be wrong
+    /// are answered 429. Others are looked up as ever, so that no right key is refused for them.
     #[schemars(range(min = 1))]
     pub max_auth_failures_per_minute: u32,
-    /// Event streams at once. A tenant that has less than a quarter of them takes one of the tenant that has most.
+    /// Event streams at once, three quarters of `max_connections_per_peer` of one address at most. A tenant that has less
+    /// than a quarter of them takes one of the tenant that has most.
     pub max_event_streams: usize,
     /// The pause between two keep-alive comments of an event stream.
     pub sse_keep_alive: Span,
@@ -83,6 +84,12 @@ impl HttpConfig {
     /// Connections of one peer at once.
     pub(crate) fn max_connections_per_peer(&self) -> usize {
         self.max_connections_per_peer.unwrap_or((self.max_connections - self.max_connections / 4).max(1))
+    }
+
+    /// Event streams of one peer at once: the rest of its connections is for others behind the same address.
+    pub(crate) fn max_event_streams_per_peer(&self) -> usize {
+        let connections = self.max_connections_per_peer();
+        (connections - connections / 4).max(1)
     }
 }
 

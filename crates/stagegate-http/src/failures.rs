@@ -1,8 +1,7 @@
 //! Failed authentications: owns how many a peer may have before it is told to wait.
 //!
-//! A bucket a peer: each failure takes from it, and it fills again within a minute. Only a look-up of a key that is not
-//! known here asks whether it is empty, so that those who share an address with an attacker are hardly hindered: see
-//! [`crate::auth`].
+//! A bucket a peer: each failure takes from it, and it fills again within a minute. Only what is known to be wrong without a
+//! look-up is held against it, so that those who share an address with an attacker are not hindered: see [`crate::auth`].
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

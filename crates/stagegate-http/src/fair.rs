@@ -1,8 +1,10 @@
-//! Fair limits: owns how a limited thing is shared out between tenants.
+//! Fair limits: owns how a limited thing is shared out between tenants, or between peers where no tenant is known yet.
 //!
 //! - A tenant that is alone may have all of it.
 //! - While others ask too, a tenant that has a quarter gets more only as long as a quarter stays free for them.
 //! - What is free goes to the waiting tenant that has the least.
+//! - A tenant that asks for more than a quarter has a quarter of the line at most, and the line has as many places again for
+//!   those that ask for less.
 //!
 //! So a tenant that asks after others took everything waits for one return at most, or, where holders can be told to give
 //! way ([`FairLimit::take_over`]), for nothing.
@@ -20,38 +22,48 @@ use tokio_util::sync::CancellationToken;
 /// How long a tenant counts as asking after it asked.
 const ASKS_FOR: Duration = Duration::from_secs(10);
 
+/// Who shares a limit: tenants, unless said otherwise.
+pub(crate) trait Sharer: Ord + Clone {}
+impl<T: Ord + Clone> Sharer for T {}
+
 /// A limit that tenants share.
 #[derive(Debug)]
-pub(crate) struct FairLimit {
+pub(crate) struct FairLimit<T: Sharer = TenantId> {
     capacity: usize,
     waiting_max: usize,
-    state: Mutex<State>,
+    state: Mutex<State<T>>,
 }
 
-#[derive(Debug, Default)]
-struct State {
+#[derive(Debug)]
+struct State<T: Sharer> {
     used: usize,
     waiting: usize,
     /// Those that hold something or wait.
-    tenants: BTreeMap<TenantId, Tenant>,
+    tenants: BTreeMap<T, Tenant<T>>,
     /// The tenant that asked last, and the one before that was another.
-    asked: [Option<(TenantId, Instant)>; 2],
+    asked: [Option<(T, Instant)>; 2],
     next: u64,
 }
 
-#[derive(Debug, Default)]
-struct Tenant {
+#[derive(Debug)]
+struct Tenant<T: Sharer> {
     used: usize,
-    waiting: VecDeque<Waiting>,
+    waiting: VecDeque<Waiting<T>>,
     /// Those of its permits that can be told to give way, the oldest first.
     holders: BTreeMap<u64, (usize, CancellationToken)>,
 }
 
+impl<T: Sharer> Default for Tenant<T> {
+    fn default() -> Self {
+        Self { used: 0, waiting: VecDeque::new(), holders: BTreeMap::new() }
+    }
+}
+
 #[derive(Debug)]
-struct Waiting {
+struct Waiting<T: Sharer> {
     id: u64,
     weight: usize,
-    granted: oneshot::Sender<Permit>,
+    granted: oneshot::Sender<Permit<T>>,
 }
 
 /// Refused: the tenant has its share, or too many wait.
@@ -60,43 +72,43 @@ pub(crate) struct Full;
 
 /// What a tenant holds; given back when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Permit {
-    limit: Arc<FairLimit>,
-    tenant: TenantId,
+pub(crate) struct Permit<T: Sharer = TenantId> {
+    limit: Arc<FairLimit<T>>,
+    tenant: T,
     weight: usize,
     /// Of one that can be told to give way.
     id: Option<u64>,
 }
 
-impl FairLimit {
-    /// So much in all; so many may wait.
+impl<T: Sharer> FairLimit<T> {
+    /// So much in all; so many may wait that ask for more than a quarter, and as many again that do not.
     pub(crate) fn new(capacity: usize, waiting_max: usize) -> Arc<Self> {
-        Arc::new(Self { capacity: capacity.max(1), waiting_max, state: Mutex::default() })
+        let state = State { used: 0, waiting: 0, tenants: BTreeMap::new(), asked: [None, None], next: 0 };
+        Arc::new(Self { capacity: capacity.max(1), waiting_max, state: Mutex::new(state) })
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes one. A tenant that has its share is refused at once; one that has less waits for a return.
-    pub(crate) async fn take(self: &Arc<Self>, tenant: &TenantId) -> Result<Permit, Full> {
+    pub(crate) async fn take(self: &Arc<Self>, tenant: &T) -> Result<Permit<T>, Full> {
         self.acquire(tenant, 1, false).await
     }
 
-    /// Takes so much, and waits for it in any case.
-    pub(crate) async fn wait_for(self: &Arc<Self>, tenant: &TenantId, weight: usize) -> Result<Permit, Full> {
+    /// Takes so much, and waits for it, also beyond its share.
+    pub(crate) async fn wait_for(self: &Arc<Self>, tenant: &T, weight: usize) -> Result<Permit<T>, Full> {
         self.acquire(tenant, weight.clamp(1, self.capacity), true).await
     }
 
-    async fn acquire(self: &Arc<Self>, tenant: &TenantId, weight: usize, patient: bool) -> Result<Permit, Full> {
+    async fn acquire(self: &Arc<Self>, tenant: &T, weight: usize, patient: bool) -> Result<Permit<T>, Full> {
         let (id, granted) = {
             let mut state = self.state();
             state.note_asker(tenant, Instant::now());
             if state.may_have(self.capacity, tenant, weight, Instant::now()) {
                 return Ok(self.grant(&mut state, tenant, weight, None));
             }
-            let is_within = state.is_within(self.capacity, tenant, weight);
-            if state.waiting >= self.waiting_max || !(patient || is_within) {
+            if !state.may_wait(self, tenant, weight, patient) {
                 return Err(Full);
             }
             state.next += 1;
@@ -114,11 +126,7 @@ impl FairLimit {
 
     /// Takes one whose holder can be told to give way by `gives_way`. A tenant that has less than a quarter takes the newest
     /// of the tenant that has most, if that has more than a quarter; nobody waits.
-    pub(crate) fn take_over(
-        self: &Arc<Self>,
-        tenant: &TenantId,
-        gives_way: &CancellationToken,
-    ) -> Result<Permit, Full> {
+    pub(crate) fn take_over(self: &Arc<Self>, tenant: &T, gives_way: &CancellationToken) -> Result<Permit<T>, Full> {
         let mut state = self.state();
         state.note_asker(tenant, Instant::now());
         if !state.may_have(self.capacity, tenant, 1, Instant::now()) {
@@ -141,11 +149,11 @@ impl FairLimit {
 
     fn grant(
         self: &Arc<Self>,
-        state: &mut State,
-        tenant: &TenantId,
+        state: &mut State<T>,
+        tenant: &T,
         weight: usize,
         gives_way: Option<&CancellationToken>,
-    ) -> Permit {
+    ) -> Permit<T> {
         state.used += weight;
         state.next += 1;
         let id = gives_way.map(|_| state.next);
@@ -158,10 +166,10 @@ impl FairLimit {
     }
 
     /// Hands out what is free, to the one that has least first.
-    fn hand_out(self: &Arc<Self>, state: &mut State) -> Vec<(oneshot::Sender<Permit>, Permit)> {
+    fn hand_out(self: &Arc<Self>, state: &mut State<T>) -> Vec<(oneshot::Sender<Permit<T>>, Permit<T>)> {
         let mut given = Vec::new();
         while state.waiting > 0 {
-            let first = |tenant: &Tenant| tenant.waiting.front().map(|first| first.id);
+            let first = |tenant: &Tenant<T>| tenant.waiting.front().map(|first| first.id);
             let next =
                 state.tenants.iter().filter_map(|(name, tenant)| Some((tenant.used, first(tenant)?, name))).min();
             let Some((_, _, name)) = next else { break };
@@ -183,7 +191,7 @@ impl FairLimit {
     }
 
     /// After something was given back. A permit whose asker has gone is given back in turn.
-    fn settle(self: &Arc<Self>, change: impl FnOnce(&mut State)) {
+    fn settle(self: &Arc<Self>, change: impl FnOnce(&mut State<T>)) {
         let given = {
             let mut state = self.state();
             change(&mut state);
@@ -199,8 +207,8 @@ fn quarter(capacity: usize) -> usize {
     (capacity / 4).max(1)
 }
 
-impl State {
-    fn note_asker(&mut self, tenant: &TenantId, now: Instant) {
+impl<T: Sharer> State<T> {
+    fn note_asker(&mut self, tenant: &T, now: Instant) {
         match &mut self.asked {
             [Some((last, at)), _] if last == tenant => *at = now,
             asked => {
@@ -210,18 +218,32 @@ impl State {
         }
     }
 
-    fn used_by(&self, tenant: &TenantId) -> usize {
+    fn used_by(&self, tenant: &T) -> usize {
         self.tenants.get(tenant).map_or(0, |each| each.used)
     }
 
     /// Whether it would have no more than a quarter. The first of a tenant is within, whatever it weighs.
-    fn is_within(&self, capacity: usize, tenant: &TenantId, weight: usize) -> bool {
+    fn is_within(&self, capacity: usize, tenant: &T, weight: usize) -> bool {
         let used = self.used_by(tenant);
         used == 0 || used + weight <= quarter(capacity)
     }
 
+    /// Whether it may stand in line: those whose wishes, with all that they wait for, are within their share, find a place
+    /// though others fill theirs.
+    fn may_wait(&self, limit: &FairLimit<T>, tenant: &T, weight: usize, patient: bool) -> bool {
+        let (used, waiting, in_line) = self.tenants.get(tenant).map_or((0, 0, 0), |each| {
+            (each.used, each.waiting.len(), each.waiting.iter().map(|waiting| waiting.weight).sum::<usize>())
+        });
+        let wished = used + in_line;
+        if wished == 0 || wished + weight <= quarter(limit.capacity) {
+            self.waiting < 2 * limit.waiting_max
+        } else {
+            patient && waiting < limit.waiting_max / 4 && self.waiting < limit.waiting_max
+        }
+    }
+
     /// Whether it may have so much now.
-    fn may_have(&self, capacity: usize, tenant: &TenantId, weight: usize, now: Instant) -> bool {
+    fn may_have(&self, capacity: usize, tenant: &T, weight: usize, now: Instant) -> bool {
         let free = capacity - self.used.min(capacity);
         if weight > free {
             return false;
@@ -233,12 +255,12 @@ impl State {
         if others().any(|(name, each)| each.waiting.front().is_some_and(|w| self.is_within(capacity, name, w.weight))) {
             return false;
         }
-        let asks = |(name, at): &(TenantId, Instant)| name != tenant && now.duration_since(*at) < ASKS_FOR;
+        let asks = |(name, at): &(T, Instant)| name != tenant && now.duration_since(*at) < ASKS_FOR;
         let is_alone = others().all(|(_, each)| each.used == 0) && !self.asked.iter().flatten().any(asks);
         is_alone || free - weight >= quarter(capacity)
     }
 
-    fn give_back(&mut self, tenant: &TenantId, weight: usize) {
+    fn give_back(&mut self, tenant: &T, weight: usize) {
         self.used -= weight;
         if let Some(each) = self.tenants.get_mut(tenant) {
             each.used -= weight;
@@ -247,14 +269,14 @@ impl State {
     }
 
     /// Forgets a tenant that holds nothing and does not wait.
-    fn forget(&mut self, tenant: &TenantId) {
+    fn forget(&mut self, tenant: &T) {
         if self.tenants.get(tenant).is_some_and(|each| each.used == 0 && each.waiting.is_empty()) {
             self.tenants.remove(tenant);
         }
     }
 }
 
-impl Drop for Permit {
+impl<T: Sharer> Drop for Permit<T> {
     fn drop(&mut self) {
         let (tenant, weight, id) = (&self.tenant, self.weight, self.id);
         self.limit.settle(|state| {
@@ -269,14 +291,14 @@ impl Drop for Permit {
 }
 
 /// A place in line; left when the asker goes away.
-struct InLine<'a> {
-    limit: &'a Arc<FairLimit>,
-    tenant: &'a TenantId,
+struct InLine<'a, T: Sharer> {
+    limit: &'a Arc<FairLimit<T>>,
+    tenant: &'a T,
     id: u64,
     waits: bool,
 }
 
-impl Drop for InLine<'_> {
+impl<T: Sharer> Drop for InLine<'_, T> {
     fn drop(&mut self) {
         if !self.waits {
             return;
@@ -348,7 +370,10 @@ mod tests {
         let other = tenant("b");
         let mut waits = Box::pin(limit.take(&other));
         assert!((&mut waits).now_or_never().is_none());
-        assert_eq!(now(&limit, "c").expect("at once").expect_err("one waits at most"), Full);
+        let third = tenant("c");
+        let also_waits = Box::pin(limit.take(&third));
+        assert!(also_waits.now_or_never().is_none(), "within its share");
+        assert_eq!(limit.state().waiting, 1, "and gone again");
         drop(waits);
         assert_eq!(limit.state().waiting, 0);
         let mut granted = Box::pin(limit.take(&other));
@@ -356,6 +381,24 @@ mod tests {
         drop(held);
         drop(granted); // Granted, and never looked at.
         assert!(limit.state().tenants.is_empty() && limit.state().used == 0);
+    }
+
+    #[test]
+    fn a_tenant_that_wants_more_than_its_share_leaves_the_line_to_others() {
+        let limit = FairLimit::new(8, 8);
+        let (a, b) = (tenant("a"), tenant("b"));
+        let take = |weight| limit.wait_for(&a, weight).now_or_never().expect("at once").expect("a permit");
+        let (one, other) = (take(4), take(4));
+        let mut line: Vec<_> = (0..2).map(|_| Box::pin(limit.wait_for(&a, 1))).collect();
+        assert!(line.iter_mut().all(|waits| waits.now_or_never().is_none()), "a quarter of the line");
+        assert_eq!(limit.wait_for(&a, 1).now_or_never().expect("at once").expect_err("no more"), Full);
+        let mut first = Box::pin(limit.wait_for(&b, 4));
+        assert!((&mut first).now_or_never().is_none(), "another finds its place");
+        drop(one);
+        let first = first.now_or_never().expect("before those of a").expect("a permit");
+        assert!(line.iter_mut().all(|waits| waits.now_or_never().is_none()));
+        drop((other, first));
+        assert!(line.iter_mut().all(|waits| waits.now_or_never().is_some_and(|permit| permit.is_ok())));
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod routes;
 mod serve;
 mod sse;
 mod state;
+mod streams;
 mod views;
 
 use std::{future::Future, net::SocketAddr};

@@ -27,9 +27,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     auth::{Credential, KEY_CACHE_TTL},
-    fair::Permit,
     problem::Problem,
+    serve::Peer,
     state::Shared,
+    streams::StreamPlace,
 };
 
 /// What a client is told to wait before it reconnects.
@@ -42,21 +43,21 @@ const OPENING: &str = "retry: 1000\n\n";
 const KEEP_ALIVE: &str = ": keep-alive\n\n";
 const END: &str = ": end of stream\n\n";
 
-/// One open stream: a permit and a gauge, given back when it is dropped.
+/// One open stream: a place and a gauge, given back when it is dropped.
 struct Slot {
     metrics: Metrics,
-    _permit: Permit,
+    _place: StreamPlace,
 }
 
 impl Slot {
-    fn take(shared: &Shared, tenant: &TenantId, gives_way: &CancellationToken) -> Result<Self, Problem> {
-        let Ok(permit) = shared.streams.take_over(tenant, gives_way) else {
+    fn take(shared: &Shared, asked: &Asked, gives_way: &CancellationToken) -> Result<Self, Problem> {
+        let Ok(place) = shared.streams.take(asked.peer, &asked.tenant, gives_way) else {
             let error =
                 Error::new(Code::Overloaded, "Too many event streams are open; poll the events as JSON instead.");
             return Err(error.retry_after(RECONNECT_AFTER).into());
         };
         shared.metrics.sse_streams.inc();
-        Ok(Self { metrics: shared.metrics.clone(), _permit: permit })
+        Ok(Self { metrics: shared.metrics.clone(), _place: place })
     }
 }
 
@@ -73,6 +74,8 @@ pub(crate) struct Asked {
     pub(crate) after: u64,
     /// None for an open daemon.
     pub(crate) credential: Option<Credential>,
+    /// From where it asks.
+    pub(crate) peer: Option<Peer>,
 }
 
 /// The stream of a run's events after a seq. It ends after `run.finished`, when the replica shuts down, when its key is
@@ -82,7 +85,7 @@ pub(crate) struct Asked {
 /// can close the window of one HTTP/2 stream and leave its connection alive, and nothing here would be polled any more.
 pub(crate) fn respond(shared: &Shared, asked: Asked) -> Result<Response, Problem> {
     let ended = shared.shutdown.child_token();
-    let slot = Slot::take(shared, &asked.tenant, &ended)?;
+    let slot = Slot::take(shared, &asked, &ended)?;
     let chunks = chunks(shared, asked, slot, ended);
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(pump(chunks, sender, shared.config.request_timeout.0));
@@ -133,7 +136,7 @@ fn chunks(
     slot: Slot,
     ended: CancellationToken,
 ) -> impl Stream<Item = Bytes> + Send + 'static {
-    let Asked { tenant, run, after, credential } = asked;
+    let Asked { tenant, run, after, credential, peer: _ } = asked;
     let open = Open {
         batches: shared.engine.watch(tenant, run, after),
         run,

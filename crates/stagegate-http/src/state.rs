@@ -5,20 +5,25 @@ use std::sync::Arc;
 use stagegate_core::Clock;
 use stagegate_engine::Engine;
 use stagegate_telemetry::Metrics;
-use tokio::{sync::Semaphore, time::Instant};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     App, auth::KeyCache, config::HttpConfig, failures::Failures, fair::FairLimit, openapi::Document,
-    routes::probes::Probes,
+    routes::probes::Probes, serve::Peer, streams::Streams,
 };
 
 /// Requests under way at once, event streams and probes aside. Past it callers are told to come back (SG0007).
 pub(crate) const MAX_REQUESTS_IN_FLIGHT: usize = 1_024;
 /// Requests of tenants with less than their share that wait for a slot, and bodies that wait for room.
 const WAITING_MAX: usize = 1_024;
-/// Look-ups at once of keys that are not known here: whose they are is not known before.
+/// Look-ups at once of keys that are not known here: whose they are is not known before, so that peers share them.
 const LOOKUPS_MAX: usize = 2;
+/// Requests that wait for such a look-up, a quarter of them of one peer: a new replica knows none of the keys of those who
+/// come to it at once.
+const LOOKUPS_WAITING_MAX: usize = 16_384;
+/// Requests that wait to read: a quarter is as many as there are slots, so that none is refused.
+const READS_WAITING_MAX: usize = 4 * MAX_REQUESTS_IN_FLIGHT;
 
 /// What every request shares.
 pub(crate) struct Parts {
@@ -31,15 +36,15 @@ pub(crate) struct Parts {
     pub(crate) keys: KeyCache,
     pub(crate) failures: Failures,
     /// A permit a look-up of a key that is not known here.
-    pub(crate) lookups: Semaphore,
+    pub(crate) lookups: Arc<FairLimit<Option<Peer>>>,
     /// A permit a byte of a body.
     pub(crate) bodies: Arc<FairLimit>,
     /// A permit a request under way.
     pub(crate) slots: Arc<FairLimit>,
     /// A permit a request that asks the store.
     pub(crate) reads: Arc<FairLimit>,
-    /// A permit an event stream.
-    pub(crate) streams: Arc<FairLimit>,
+    /// A place an event stream.
+    pub(crate) streams: Arc<Streams>,
     /// Cancelled when the shutdown begins: event streams end.
     pub(crate) shutdown: CancellationToken,
     pub(crate) probes: Probes,
@@ -55,11 +60,11 @@ impl Parts {
         Arc::new(Self {
             keys: KeyCache::new(),
             failures: Failures::new(app.config.max_auth_failures_per_minute),
-            lookups: Semaphore::new(LOOKUPS_MAX),
+            lookups: FairLimit::new(LOOKUPS_MAX, LOOKUPS_WAITING_MAX),
             bodies: FairLimit::new(app.config.bodies_max_bytes.max(app.config.body_max_bytes), WAITING_MAX),
             slots: FairLimit::new(MAX_REQUESTS_IN_FLIGHT, WAITING_MAX),
-            reads: FairLimit::new(app.reads_max, MAX_REQUESTS_IN_FLIGHT),
-            streams: FairLimit::new(app.config.max_event_streams, 0),
+            reads: FairLimit::new(app.reads_max, READS_WAITING_MAX),
+            streams: Streams::new(app.config.max_event_streams, app.config.max_event_streams_per_peer()),
             metrics: app.metrics,
             config: app.config,
             open,

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) const RESERVED: usize = 64;
 
 /// Who connects: an address, or for IPv6 the network of it that one customer of a provider has to choose from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Peer(IpAddr);
 
 impl Peer {

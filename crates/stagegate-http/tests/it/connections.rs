@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use stagegate_core::pipeline::Span;
 use stagegate_engine::config::EngineConfig;
 use stagegate_http::config::{AuthMode, HttpConfig};
@@ -329,6 +330,42 @@ async fn a_body_that_does_not_fit_waits_and_is_not_lost() {
     for answer in std::iter::once(first).chain(waiting) {
         assert_eq!(answer.await.expect("an answer").status(), 202);
     }
+}
+
+#[tokio::test]
+async fn a_tenant_that_fills_its_part_of_the_line_for_bodies_keeps_no_other_out_of_it() {
+    let app = spawn(HttpConfig { body_max_bytes: 1_000, bodies_max_bytes: 1_000, ..keys() }).await;
+    let register = app.http.post(app.url("/v1/pipelines")).bearer_auth(&app.stranger);
+    let register = register.header("content-type", "text/yaml").body(PIPELINE).send().await.expect("an answer");
+    assert_eq!(register.status(), 201);
+    // The first one has all the room, and the others wait, until no more of them may.
+    let (mut sending, mut answers) = (Vec::new(), futures::stream::FuturesUnordered::new());
+    for _ in 0..6 {
+        let mut client = http_2(&app, 65_535).await;
+        for _ in 0..250 {
+            client = client.ready().await.expect("ready");
+            let (answer, mut body) = client.send_request(submit_head(&app, &app.operator), false).expect("sent");
+            body.send_data(bytes::Bytes::from_static(b"{"), false).expect("sent");
+            sending.push(body);
+            answers.push(answer);
+        }
+    }
+    let refused = answers.next().await.expect("one of many").expect("an answer");
+    assert_eq!(refused.status(), 429, "the line is full for this tenant");
+    let body = serde_json::json!({ "pipeline": "two-steps", "input": { "brief": "b" } });
+    let other = app.http.post(app.url("/v1/runs")).bearer_auth(&app.stranger).json(&body).send();
+    let ended = async {
+        // The other one has come by then.
+        for _ in 0..20 {
+            assert_eq!(app.http.get(app.url("/healthz")).send().await.expect("an answer").status(), 200);
+        }
+        for mut body in sending {
+            drop(body.send_data(bytes::Bytes::from_static(b"}"), true)); // Those that were refused take no more.
+        }
+        drop(answers.collect::<Vec<_>>().await);
+    };
+    let (other, ()) = futures::join!(other, ended);
+    assert_eq!(other.expect("an answer").status(), 202);
 }
 
 #[tokio::test]

@@ -114,3 +114,29 @@ async fn a_tenant_that_has_every_stream_gives_some_to_another_that_asks() {
         assert!(text.ends_with(": end of stream\n\n"), "{text}");
     }
 }
+
+#[tokio::test]
+async fn a_tenant_that_has_every_stream_of_an_address_leaves_connections_to_others_behind_it() {
+    let http = HttpConfig { max_connections_per_peer: Some(8), ..config() };
+    let app = TestApp::spawn(Options { http, latency: NEVER }).await;
+    app.register(PIPELINE).await;
+    let id = app.submit("slow").await;
+    let open = async |key: &str| {
+        let request = app.http.get(app.url(&format!("/v1/runs/{id}/events"))).bearer_auth(key);
+        request.header("accept", "text/event-stream").send().await.expect("an answer")
+    };
+    // Each over a connection of its own, as HTTP/1.1 needs it.
+    let mut held = Vec::new();
+    for _ in 0..12 {
+        let answer = open(&app.viewer).await;
+        match answer.status().as_u16() {
+            200 => held.push(answer),
+            429 => drop(answer.text().await.expect("a problem")),
+            status => panic!("{status}"),
+        }
+    }
+    assert_eq!(held.len(), 6, "three quarters of the connections");
+    let others = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let request = others.get(app.url("/v1/runs")).bearer_auth(&app.stranger);
+    assert_eq!(request.send().await.expect("an answer").status(), 200);
+}

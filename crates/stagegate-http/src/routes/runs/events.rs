@@ -15,6 +15,7 @@ use crate::{
     extract::{Fields, FromQuery, Path, Query},
     problem::Problem,
     routes::{NUMBER_MAX, header_text, run_id, runs::not_found},
+    serve::Peer,
     sse,
 };
 
@@ -77,6 +78,7 @@ pub(crate) async fn events(
     Path(id): Path<String>,
     Query(query): Query<EventsQuery>,
     credential: Option<Extension<Credential>>,
+    peer: Option<Extension<Peer>>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let id = run_id(&id)?;
@@ -88,7 +90,8 @@ pub(crate) async fn events(
             Ok(StatusCode::NO_CONTENT.into_response())
         } else {
             let credential = credential.map(|Extension(credential)| credential);
-            let asked = sse::Asked { tenant: context.tenant, run: id, after, credential };
+            let peer = peer.map(|Extension(peer)| peer);
+            let asked = sse::Asked { tenant: context.tenant, run: id, after, credential, peer };
             sse::respond(&context.shared, asked)
         };
     }
