@@ -222,12 +222,22 @@ impl Engine {
 
     /// Accepts a run. The flag tells whether it is new, or the one that the idempotency key stands for.
     pub async fn submit(&self, submit: Submit) -> Result<(RunRecord, bool), Error> {
-        let key = submit.idempotency.clone().map(|asked| (submit.tenant.clone(), asked));
-        let answer = self.accept(submit).await;
-        submit::or_replay(&self.shared, key, answer).await
+        self.submit_in_turn(submit, async {}).await
     }
 
-    async fn accept(&self, submit: Submit) -> Result<(RunRecord, bool), Error> {
+    /// The same. Where the answer is in the store, `turn` is awaited before that is asked, and what it brings is held until
+    /// it has answered.
+    pub async fn submit_in_turn<T>(
+        &self,
+        submit: Submit,
+        turn: impl Future<Output = T>,
+    ) -> Result<(RunRecord, bool), Error> {
+        let (tenant, key) = (submit.tenant.clone(), submit.idempotency.clone());
+        let answer = self.accept(submit).await;
+        submit::or_replay(&self.shared, &tenant, key, answer, turn).await
+    }
+
+    async fn accept(&self, submit: Submit) -> Result<submit::Answer, Error> {
         let judged = submit::judge(&self.shared, submit).await?;
         // In a task of its own: a caller who hangs up must not leave the insert without a driver.
         let shared = Arc::clone(&self.shared);

@@ -24,21 +24,35 @@ const LABEL_MAX_CHARS: usize = 128;
 /// How long an input waits for room on its way to the database.
 const ROOM_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Whom a submit's idempotency key belongs to, and what it stands for.
-pub(crate) type Key = (TenantId, Idempotency);
+/// What became of a submit that was not refused.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    /// A new run.
+    New(Box<RunRecord>),
+    /// The run that its idempotency key stands for.
+    Existing(RunId),
+}
 
 /// What is answered to a submit. A repeated request is its run, whatever would be said of it today: a stricter version may
 /// be there since, the queue may be full, this replica may drain. The insert finds that by itself; where none is made, the
-/// key is looked up.
-pub(crate) async fn or_replay(
+/// key is looked up. What is read beside the insert waits for its turn.
+pub(crate) async fn or_replay<T>(
     shared: &Shared,
-    key: Option<Key>,
-    answer: Result<(RunRecord, bool), Error>,
+    tenant: &TenantId,
+    key: Option<Idempotency>,
+    answer: Result<Answer, Error>,
+    turn: impl Future<Output = T>,
 ) -> Result<(RunRecord, bool), Error> {
     match (answer, key) {
-        (Err(refusal), Some((tenant, asked))) if is_judgement(refusal.code) => {
-            match shared.store.replay(&tenant, &asked, shared.clock.now()).await {
-                Ok(Some(Submitted::Existing(run))) => existing(shared, &tenant, run).await,
+        (Ok(Answer::New(record)), _) => Ok((*record, true)),
+        (Ok(Answer::Existing(run)), _) => {
+            let _turn = turn.await;
+            existing(shared, tenant, run).await
+        }
+        (Err(refusal), Some(asked)) if is_judgement(refusal.code) => {
+            let _turn = turn.await;
+            match shared.store.replay(tenant, &asked, shared.clock.now()).await {
+                Ok(Some(Submitted::Existing(run))) => existing(shared, tenant, run).await,
                 Ok(Some(Submitted::Conflict(run))) => Err(conflict(run)),
                 Ok(_) => Err(refusal),
                 Err(error) => {
@@ -47,7 +61,7 @@ pub(crate) async fn or_replay(
                 }
             }
         }
-        (answer, _) => answer,
+        (Err(refusal), _) => Err(refusal),
     }
 }
 
@@ -97,7 +111,7 @@ pub(crate) async fn judge(shared: &Arc<Shared>, submit: Submit) -> Result<Judged
 }
 
 /// See [`crate::Engine::submit`].
-pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<(RunRecord, bool), Error> {
+pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<Answer, Error> {
     let Judged { submit, pipeline, version, limits } = judged;
     let Submit { tenant, input, cache_mode, priority, labels, idempotency, start_at, request_id, .. } = submit;
     let _on_its_way = on_its_way(shared, input.text_bytes()).await?;
@@ -153,11 +167,12 @@ pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<(RunR
                         shared.whisper.work();
                     }
                 }
-                return Ok((RunRecord { state: RunState::Queued, started_at: None, last_seq: 1, ..record }, true));
+                let queued = RunRecord { state: RunState::Queued, started_at: None, last_seq: 1, ..record };
+                return Ok(Answer::New(Box::new(queued)));
             }
-            Ok((record, true))
+            Ok(Answer::New(Box::new(record)))
         }
-        Ok(Submitted::Existing(id)) => existing(shared, &tenant, id).await,
+        Ok(Submitted::Existing(id)) => Ok(Answer::Existing(id)),
         Ok(Submitted::Conflict(id)) => Err(conflict(id)),
         Err(error) => {
             shared.doubt(); // It may have happened.

@@ -244,7 +244,8 @@ pub(crate) async fn limit_load(
         let error = Error::new(Code::Overloaded, "Too many requests are under way; come back in a second.");
         return Err(error.retry_after(Duration::from_secs(1)).into());
     };
-    // Submits go to the store in batches that all share; these two ask it for the pipeline alone.
+    // Submits go to the store in batches that all share, and take their turn where they read beside that; the other two ask it
+    // for the pipeline alone.
     let asks_little = request.method() == Method::POST
         && matches!(request.uri().path(), "/v1/runs" | "/v1/plan" | "/v1/pipelines/validate");
     if asks_little {

@@ -322,3 +322,31 @@ name: two-steps
 input: { type: object, required: [brief, more], properties: { brief: { type: string }, more: { type: string } } }
 stages: [ { id: first, transform: 'x' } ]
 ";
+
+#[tokio::test]
+async fn refused_submits_with_a_key_take_turns_at_the_store_with_other_reads() {
+    let app = spawn_app().await;
+    app.register(PIPELINE).await;
+    let known = json!({ "pipeline": "two-steps", "version": 1, "input": { "brief": "b" } });
+    assert_eq!(app.post("/v1/runs", &known).await.status, 202);
+    app.stalling.hang(true);
+    let refused = (0..20).map(|n| {
+        let body = json!({ "pipeline": "two-steps", "version": 1, "input": { "brief": 7 } });
+        app.send(app.request(Method::POST, "/v1/runs").header("idempotency-key", format!("k{n}")).json(&body))
+    });
+    let full = async {
+        while app.stalling.hung("replay") < 6 {
+            tokio::task::yield_now().await;
+        }
+        // What comes later has come by then.
+        for _ in 0..20 {
+            assert_eq!(app.http.get(app.url("/healthz")).send().await.expect("an answer").status(), 200);
+        }
+        assert_eq!(app.stalling.hung("replay"), 6, "as many as may read at once");
+        app.stalling.hang(false);
+    };
+    let (answers, ()) = futures::join!(futures::future::join_all(refused), full);
+    for answer in answers {
+        answer.is_problem(422, "SG0200");
+    }
+}

@@ -1,6 +1,9 @@
 //! A store that can be made to hang: it takes every question and answers none.
 
-use std::sync::Arc;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -20,11 +23,13 @@ use tokio::sync::watch;
 pub(crate) struct Stalling {
     inner: Arc<dyn Store>,
     hangs: watch::Sender<bool>,
+    /// How many calls have hung, by their names.
+    hung: Mutex<HashMap<&'static str, usize>>,
 }
 
 impl Stalling {
     pub(crate) fn new(inner: Arc<dyn Store>) -> Self {
-        Self { inner, hangs: watch::Sender::new(false) }
+        Self { inner, hangs: watch::Sender::new(false), hung: Mutex::default() }
     }
 
     /// Whether it hangs from here on.
@@ -32,7 +37,15 @@ impl Stalling {
         self.hangs.send_replace(hangs);
     }
 
-    async fn wait(&self) {
+    /// How many calls of this name came while it hung.
+    pub(crate) fn hung(&self, name: &str) -> usize {
+        self.hung.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied().unwrap_or(0)
+    }
+
+    async fn wait(&self, name: &'static str) {
+        if *self.hangs.borrow() {
+            *self.hung.lock().unwrap_or_else(PoisonError::into_inner).entry(name).or_default() += 1;
+        }
         // The sender lives as long as this does.
         let _ = self.hangs.subscribe().wait_for(|hangs| !hangs).await;
     }
@@ -43,7 +56,7 @@ macro_rules! pass_on {
         #[async_trait]
         impl Store for Stalling {
             $(async fn $name(&self, $($arg: $kind),*) -> $answer {
-                self.wait().await;
+                self.wait(stringify!($name)).await;
                 self.inner.$name($($arg),*).await
             })*
 

@@ -100,7 +100,8 @@ pub(crate) async fn submit(
         start_at: body.start_at,
         request_id: Some(context.request_id.clone()),
     };
-    let (run, is_new) = context.engine.submit(submit).await?;
+    let turn = context.shared.reads.wait_for(&context.tenant, 1);
+    let (run, is_new) = context.engine.submit_in_turn(submit, turn).await?;
     tracing::info!(run_id = %run.id, pipeline = %run.pipeline, version = run.version, is_new, "run accepted");
     let location = [(LOCATION, run_path(run.id))];
     let mut response = (StatusCode::ACCEPTED, location, Json(RunView::new(run, context.now()))).into_response();
