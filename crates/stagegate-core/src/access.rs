@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{KeyId, TenantId};
+use crate::{Failure, KeyId, TenantId};
 
 /// What a key may do, inside its tenant. Each includes the ones before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
@@ -54,6 +54,9 @@ pub struct ApiKey {
     pub expires_at: Option<DateTime<Utc>>,
     /// When it was revoked.
     pub revoked_at: Option<DateTime<Utc>>,
+    /// That its row cannot be read, and which column it is (SG0505): then only the other fields that could be read count.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub failure: Option<Failure>,
 }
 
 /// A key to be stored: what is kept of the secret is its SHA-256.

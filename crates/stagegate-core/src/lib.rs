@@ -36,4 +36,4 @@ pub use run::{
 pub use secret::Secret;
 pub use store::{Store, StoreError, StoreResult};
 pub use usage::{Usage, Usd};
-pub use word::Word;
+pub use word::{Rest, Word};

@@ -5,7 +5,10 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{Code, Json, ModelRef, StageId, Usage, Usd, word::open_words};
+use crate::{
+    Code, Json, ModelRef, StageId, Usage, Usd,
+    word::{Rest, open_words},
+};
 
 open_words! {
     /// Where a run stands.
@@ -75,12 +78,16 @@ pub struct Failure {
     /// The stage, where it was one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stage: Option<StageId>,
+    /// What a newer release wrote beside that.
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub rest: Rest,
 }
 
 impl Failure {
     /// A failure that quotes nothing.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), detail: None, stage: None }
+        Self { code, message: message.into(), detail: None, stage: None, rest: Rest::default() }
     }
 
     /// The same, of a stage.
@@ -89,10 +96,11 @@ impl Failure {
         Self { stage: Some(stage), ..self }
     }
 
-    /// What of it may be told in events, logs and records.
+    /// What of it may be told in events, logs and records. What a newer release wrote is not: nobody here knows whether
+    /// it quotes.
     #[must_use]
     pub fn public(&self) -> Self {
-        Self { code: self.code, message: self.message.clone(), detail: None, stage: self.stage.clone() }
+        Self { stage: self.stage.clone(), ..Self::new(self.code, self.message.clone()) }
     }
 }
 
@@ -152,6 +160,10 @@ pub struct Assessment {
     /// The model that judged.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub model: Option<ModelRef>,
+    /// What a newer release wrote beside that.
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub rest: Rest,
 }
 
 open_words! {
@@ -212,6 +224,10 @@ pub struct LedgerEntry {
     /// Why it failed, where it did.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<Code>,
+    /// What a newer release wrote beside that.
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub rest: Rest,
 }
 
 /// One try at a stage: a model call plus its assessments.
@@ -236,10 +252,15 @@ pub struct Attempt {
     /// Why it failed, where it did.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub failure: Option<Failure>,
+    /// What a newer release wrote beside that.
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub rest: Rest,
 }
 
 impl Attempt {
-    /// Removes what may quote payloads: they are purged.
+    /// Removes what may quote payloads: they are purged. A newer release that writes a new member which may quote writes it
+    /// only while every replica can purge it.
     pub fn purge(&mut self) {
         self.output = None;
         self.assessments.iter_mut().for_each(|assessment| assessment.detail = None);

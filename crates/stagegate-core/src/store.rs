@@ -20,6 +20,7 @@ mod records;
 
 pub use records::{
     Backlog, Kept, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, StageDetail, StageRecord, Waiting,
+    unreadable_pipeline,
 };
 
 pub use crate::access::{ApiKey, NewApiKey, Role};
@@ -162,6 +163,9 @@ pub struct PipelineVersion {
     pub created_at: DateTime<Utc>,
     /// The canonical JSON.
     pub definition: Value,
+    /// That its row cannot be read, and which column it is (SG0505): then only the other fields that could be read count.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub failure: Option<Failure>,
 }
 
 // ---- Submitting ---------------------------------------------------------------------------------------------

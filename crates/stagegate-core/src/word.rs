@@ -10,6 +10,8 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use serde_json::{Map, Value};
+
 /// The longest word, in bytes. A longer one makes its row unreadable.
 pub const WORD_MAX_BYTES: usize = 32;
 /// How many distinct words a process keeps. They come from the database, where other releases wrote them; one more makes its row
@@ -62,6 +64,41 @@ impl fmt::Display for Word {
 impl<'de> serde::Deserialize<'de> for Word {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserialize(deserializer, Self::new)
+    }
+}
+
+/// Members of a JSON object that this release does not know, as a newer one wrote them. None cost nothing.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Rest(Option<Box<Map<String, Value>>>);
+
+impl Rest {
+    /// Those of an object.
+    pub fn of(members: Map<String, Value>) -> Self {
+        Self(Some(members).filter(|members| !members.is_empty()).map(Box::new))
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+}
+
+/// They may quote: only how many there are is told.
+impl fmt::Debug for Rest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} unknown", self.0.as_ref().map_or(0, |members| members.len()))
+    }
+}
+
+impl serde::Serialize for Rest {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().flat_map(|members| members.iter()))
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Rest {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Map::deserialize(deserializer).map(Self::of)
     }
 }
 

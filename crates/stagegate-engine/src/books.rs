@@ -202,6 +202,7 @@ mod tests {
             priced: true,
             latency_ms: 0,
             error: None,
+            rest: stagegate_core::Rest::default(),
         }
     }
 

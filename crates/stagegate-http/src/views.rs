@@ -50,6 +50,9 @@ pub(crate) struct PipelineSummary {
     created_at: DateTime<Utc>,
     /// The ids of its stages.
     stages: Vec<StageId>,
+    /// That it is registered and cannot be read, and which column it is (SG0505).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failure: Option<Failure>,
     /// Where to go from here.
     links: PipelineLinks,
 }
@@ -115,6 +118,7 @@ impl From<PipelineVersion> for PipelineSummary {
             version: version.version,
             digest: version.digest,
             created_at: version.created_at,
+            failure: version.failure,
         }
     }
 }

@@ -135,6 +135,7 @@ impl Paid {
             priced: self.priced,
             latency_ms: millis(self.latency),
             error,
+            rest: stagegate_core::Rest::default(),
         }
     }
 }
@@ -346,6 +347,7 @@ impl Caller {
             priced: worst.is_some(),
             latency_ms: 0,
             error: Some(Code::ProviderTimeout),
+            rest: stagegate_core::Rest::default(),
         }
     }
 

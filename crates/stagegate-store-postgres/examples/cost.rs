@@ -55,6 +55,7 @@ fn attempt() -> Attempt {
         priced: true,
         latency_ms: 12,
         error: None,
+        rest: stagegate_core::Rest::default(),
     };
     Attempt {
         number: 1,
@@ -65,6 +66,7 @@ fn attempt() -> Attempt {
         calls: vec![call],
         output: None,
         failure: None,
+        rest: stagegate_core::Rest::default(),
     }
 }
 

@@ -3,7 +3,7 @@
 use sqlx::postgres::PgRow;
 use stagegate_core::{
     ReplicaId, StoreResult, TenantId,
-    store::{Backlog, QueueStats, ReplicaRecord},
+    store::{Backlog, QueueStats, ReplicaRecord, unreadable_pipeline},
 };
 use uuid::Uuid;
 
@@ -114,7 +114,8 @@ pub(crate) async fn backlog(pool: &Pool, tenant: Option<&TenantId>) -> StoreResu
         let read = Reader::new(row, "runs", Uuid::nil());
         Ok(Backlog {
             tenant: read.parse("tenant")?,
-            pipeline: read.parse("pipeline")?,
+            // Counted all the same.
+            pipeline: pool.readable(read.parse("pipeline")).unwrap_or_else(unreadable_pipeline),
             queued: read.seq("queued")?,
             waiting: read.seq("waiting")?,
             running: read.seq("running")?,
@@ -139,7 +140,14 @@ pub(crate) async fn replicas(pool: &Pool, tenant: Option<&TenantId>) -> StoreRes
         None => sqlx::query(REPLICAS),
     };
     let found = pool.acquire_as_guest("replicas.list").await?.rows("replicas.list", query).await?;
-    Ok(found.iter().filter_map(|row| pool.readable(replica(row))).collect())
+    let readable = |row| {
+        let id = rows::id(row, "id", "replicas")?;
+        Ok(replica(row).unwrap_or_else(|error| {
+            pool.unreadable(&error);
+            ReplicaRecord::unreadable(ReplicaId(id), &error)
+        }))
+    };
+    found.iter().map(readable).collect()
 }
 
 fn replica(row: &PgRow) -> StoreResult<ReplicaRecord> {
@@ -158,5 +166,6 @@ fn replica(row: &PgRow) -> StoreResult<ReplicaRecord> {
         oldest_lease_ms: oldest
             .map(|ms| u64::try_from(ms).map_err(|_| read.corrupt("leased_at", "negative")))
             .transpose()?,
+        failure: None,
     })
 }

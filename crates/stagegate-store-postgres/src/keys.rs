@@ -61,7 +61,15 @@ pub(crate) async fn list(pool: &Pool, tenant: Option<&TenantId>) -> StoreResult<
         Some(tenant) => sqlx::query(LIST_OF).bind(tenant.as_str()),
         None => sqlx::query(LIST),
     };
-    pool.acquire_as_guest("keys.list").await?.rows("keys.list", query).await?.iter().map(key).collect()
+    let found = pool.acquire_as_guest("keys.list").await?.rows("keys.list", query).await?;
+    let readable = |row| {
+        let id = rows::id(row, "id", "api_keys")?;
+        Ok(key(row).unwrap_or_else(|error| {
+            pool.unreadable(&error);
+            ApiKey::unreadable(KeyId(id), Reader::new(row, "api_keys", id).parse("tenant").ok(), &error)
+        }))
+    };
+    found.iter().map(readable).collect()
 }
 
 pub(crate) async fn revoke(pool: &Pool, id: KeyId, now: Time) -> StoreResult<bool> {
@@ -80,5 +88,6 @@ fn key(row: &PgRow) -> StoreResult<ApiKey> {
         created_at: read.get("created_at")?,
         expires_at: read.get("expires_at")?,
         revoked_at: read.get("revoked_at")?,
+        failure: None,
     })
 }

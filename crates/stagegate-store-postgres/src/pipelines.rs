@@ -118,7 +118,8 @@ pub(crate) async fn list(
 ) -> StoreResult<Vec<PipelineVersion>> {
     let after = after.map_or("", PipelineName::as_str);
     let query = sqlx::query(LIST).bind(tenant.as_str()).bind(after).bind(i64::from(limit));
-    pool.acquire_as_guest("pipelines.list").await?.rows("pipelines.list", query).await?.iter().map(version).collect()
+    let found = pool.acquire_as_guest("pipelines.list").await?.rows("pipelines.list", query).await?;
+    Ok(found.iter().filter_map(|row| listed(pool, row)).collect())
 }
 
 pub(crate) async fn versions(
@@ -130,13 +131,20 @@ pub(crate) async fn versions(
 ) -> StoreResult<Vec<PipelineVersion>> {
     let before = before.map_or(i32::MAX, rows::small);
     let query = sqlx::query(VERSIONS).bind(tenant.as_str()).bind(name.as_str()).bind(before).bind(i64::from(limit));
-    pool.acquire_as_guest("pipelines.versions")
-        .await?
-        .rows("pipelines.versions", query)
-        .await?
-        .iter()
-        .map(version)
-        .collect()
+    let found = pool.acquire_as_guest("pipelines.versions").await?.rows("pipelines.versions", query).await?;
+    Ok(found.iter().filter_map(|row| listed(pool, row)).collect())
+}
+
+/// A version, or what stands in its place where its row cannot be read. One whose very name or number cannot be read has
+/// no place: the cursor of the next page is made of them.
+fn listed(pool: &Pool, row: &PgRow) -> Option<PipelineVersion> {
+    let error = match version(row) {
+        Ok(version) => return Some(version),
+        Err(error) => error,
+    };
+    pool.unreadable(&error);
+    let read = Reader::new(row, "pipeline_versions", Uuid::nil());
+    Some(PipelineVersion::unreadable(read.parse("name").ok()?, read.number("version").ok()?, &error))
 }
 
 fn version(row: &PgRow) -> StoreResult<PipelineVersion> {
@@ -153,5 +161,6 @@ fn version(row: &PgRow) -> StoreResult<PipelineVersion> {
         digest,
         created_at: read.get("created_at")?,
         definition: read.json("definition")?,
+        failure: None,
     })
 }

@@ -6,10 +6,13 @@ use std::{fmt::Display, str::FromStr};
 use chrono::{DateTime, Utc};
 use serde::de::{DeserializeOwned, IntoDeserializer as _};
 use serde::{Deserialize, Serialize};
-use sqlx::{Decode, Postgres, Row as _, Type, postgres::PgRow};
+use sqlx::{
+    Decode, Postgres, Row as _, Type,
+    postgres::{PgRow, PgValueFormat},
+};
 use stagegate_core::{
-    Assessment, Attempt, Checkpoint, Failure, Json, LedgerEntry, RunState, StageState, StoreError, StoreResult, Totals,
-    Usage, Usd,
+    Assessment, Attempt, Checkpoint, Failure, Json, LedgerEntry, Rest, RunState, StageState, StoreError, StoreResult,
+    Totals, Usage, Usd,
     store::{RunRecord, StageRecord},
 };
 use uuid::Uuid;
@@ -59,6 +62,9 @@ macro_rules! attempt_columns {
 pub(crate) use stagegate_core::event::lean;
 pub(crate) use {attempt_columns, checkpoint_columns, run_columns, stage_columns};
 
+/// The farthest time from the year 2000 that is read: some two hundred thousand years.
+const TIME_MAX_MICROS: u64 = 200_000 * 365 * 24 * 3_600 * 1_000_000;
+
 /// How many numbers make up [`Totals`].
 pub(crate) const TOTALS: usize = 13;
 
@@ -87,8 +93,20 @@ impl<'r> Reader<'r> {
     }
 
     pub(crate) fn get<T: Decode<'r, Postgres> + Type<Postgres>>(&self, column: &'static str) -> StoreResult<T> {
+        if T::type_info() == <Time as Type<Postgres>>::type_info() && self.is_beyond_time(column) {
+            return Err(self.corrupt(column, "no time"));
+        }
         // sqlx's message names types, not values.
         self.row.try_get(column).map_err(|error| self.corrupt(column, error))
+    }
+
+    /// Whether a column holds `infinity`, or a time that chrono has none for: sqlx would panic.
+    fn is_beyond_time(&self, column: &'static str) -> bool {
+        let Ok(value) = self.row.try_get_raw(column) else { return false };
+        // Microseconds since 2000.
+        let micros = value.as_bytes().ok().filter(|_| value.format() == PgValueFormat::Binary);
+        let micros = micros.and_then(|bytes| bytes.try_into().ok()).map(i64::from_be_bytes);
+        micros.is_some_and(|micros| micros.unsigned_abs() > TIME_MAX_MICROS)
     }
 
     /// A count or an ordinal.
@@ -244,11 +262,18 @@ pub(crate) struct AttemptBody<'a> {
     calls: &'a [LedgerEntry],
     #[serde(skip_serializing_if = "Option::is_none")]
     failure: Option<&'a Failure>,
+    #[serde(flatten)]
+    rest: &'a Rest,
 }
 
 impl<'a> AttemptBody<'a> {
     pub(crate) fn of(attempt: &'a Attempt) -> Self {
-        Self { assessments: &attempt.assessments, calls: &attempt.calls, failure: attempt.failure.as_ref() }
+        Self {
+            assessments: &attempt.assessments,
+            calls: &attempt.calls,
+            failure: attempt.failure.as_ref(),
+            rest: &attempt.rest,
+        }
     }
 }
 
@@ -259,6 +284,8 @@ struct StoredAttemptBody {
     calls: Vec<LedgerEntry>,
     #[serde(default)]
     failure: Option<Failure>,
+    #[serde(flatten)]
+    rest: Rest,
 }
 
 /// What was called, of an attempt's `body`.
@@ -283,6 +310,7 @@ pub(crate) fn attempt(read: Reader<'_>) -> StoreResult<Option<Attempt>> {
         calls: body.calls,
         output: read.maybe_payload("a_output")?,
         failure: body.failure,
+        rest: body.rest,
     }))
 }
 

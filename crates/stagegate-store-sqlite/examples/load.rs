@@ -138,6 +138,7 @@ impl Load {
                 reason: String::new(),
                 detail: None,
                 model: None,
+                rest: stagegate_core::Rest::default(),
             }],
             calls: vec![LedgerEntry {
                 purpose: CallPurpose::Stage,
@@ -150,10 +151,12 @@ impl Load {
                 priced: true,
                 latency_ms: 12,
                 error: None,
+                rest: stagegate_core::Rest::default(),
             }],
             // The checkpoint has it.
             output: None,
             failure: None,
+            rest: stagegate_core::Rest::default(),
         }
     }
 

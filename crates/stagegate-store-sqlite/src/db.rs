@@ -149,6 +149,11 @@ impl Db {
         Ok(Write { lane, conn, writers, _in_use: self.in_use() })
     }
 
+    /// What was read of a row, where it could be; the others are.
+    pub(crate) fn readable<T>(&self, read: StoreResult<T>) -> Option<T> {
+        read.map_err(|error| self.metrics.unreadable(&error)).ok()
+    }
+
     /// A connection to read from.
     pub(crate) async fn read(&self) -> StoreResult<Read> {
         let conn = self.wait(self.readers.acquire()).await?;

@@ -1,9 +1,10 @@
 //! What is counted: the queue, the backlog, depths, and replicas. Reads the indexes of what waits and of what is
 //! leased, which hold nothing that has ended. Changes nothing.
 
+use sqlx::sqlite::SqliteRow;
 use stagegate_core::{
     ReplicaId, StoreResult, TenantId,
-    store::{Backlog, QueueStats, ReplicaRecord},
+    store::{Backlog, QueueStats, ReplicaRecord, unreadable_pipeline},
 };
 
 use crate::{
@@ -133,27 +134,28 @@ pub(crate) async fn backlog(db: &Db, tenant: Option<&TenantId>) -> StoreResult<V
         None => sqlx::query(BACKLOG),
     };
     let rows = query.fetch_all(db.read().await?.conn()).await.sql()?;
-    let backlog = |row| {
+    let backlog = |row: &SqliteRow| {
         let cells = Cells::new(row, "runs", || "a backlog".to_owned());
         Ok(Backlog {
             tenant: cells.parsed("tenant")?,
-            pipeline: cells.parsed("pipeline")?,
+            // Counted all the same.
+            pipeline: db.readable(cells.parsed("pipeline")).unwrap_or_else(unreadable_pipeline),
             queued: cells.number("queued")?,
             waiting: cells.number("waiting")?,
             running: cells.number("running")?,
             oldest_queued_ms: cells.number("oldest_queued_ms")?,
         })
     };
-    rows.iter().map(backlog).collect()
+    Ok(rows.iter().filter_map(|row| db.readable(backlog(row))).collect())
 }
 
 pub(crate) async fn depths(db: &Db) -> StoreResult<Vec<(TenantId, u64)>> {
     let rows = sqlx::query(DEPTHS).fetch_all(db.read().await?.conn()).await.sql()?;
-    let depth = |row| {
+    let depth = |row: &SqliteRow| {
         let cells = Cells::new(row, "runs", || "a depth".to_owned());
         Ok((cells.parsed("tenant")?, cells.number("n")?))
     };
-    rows.iter().map(depth).collect()
+    Ok(rows.iter().filter_map(|row| db.readable(depth(row))).collect())
 }
 
 pub(crate) async fn replicas(db: &Db, tenant: Option<&TenantId>) -> StoreResult<Vec<ReplicaRecord>> {
@@ -162,20 +164,28 @@ pub(crate) async fn replicas(db: &Db, tenant: Option<&TenantId>) -> StoreResult<
         None => sqlx::query(REPLICAS),
     };
     let rows = query.fetch_all(db.read().await?.conn()).await.sql()?;
-    let replica = |row| {
+    let readable = |row| {
         let id = ReplicaId(Cells::new(row, "replicas", || "unknown".to_owned()).get("id")?);
-        let cells = Cells::new(row, "replicas", || id.0.to_string());
-        Ok(ReplicaRecord {
-            id,
-            name: cells.get("name")?,
-            version: cells.get("version")?,
-            alive: cells.get("alive")?,
-            draining: cells.get("draining")?,
-            started_at: cells.time("entered_at")?,
-            heartbeat_age_ms: cells.number("age")?,
-            runs: cells.number("runs")?,
-            oldest_lease_ms: cells.get::<Option<i64>>("oldest")?.map(count),
-        })
+        Ok(replica(row, id).unwrap_or_else(|error| {
+            db.metrics.unreadable(&error);
+            ReplicaRecord::unreadable(id, &error)
+        }))
     };
-    rows.iter().map(replica).collect()
+    rows.iter().map(readable).collect()
+}
+
+fn replica(row: &SqliteRow, id: ReplicaId) -> StoreResult<ReplicaRecord> {
+    let cells = Cells::new(row, "replicas", || id.0.to_string());
+    Ok(ReplicaRecord {
+        id,
+        name: cells.get("name")?,
+        version: cells.get("version")?,
+        alive: cells.get("alive")?,
+        draining: cells.get("draining")?,
+        started_at: cells.time("entered_at")?,
+        heartbeat_age_ms: cells.number("age")?,
+        runs: cells.number("runs")?,
+        oldest_lease_ms: cells.get::<Option<i64>>("oldest")?.map(count),
+        failure: None,
+    })
 }

@@ -62,7 +62,14 @@ pub(crate) async fn list(db: &Db, tenant: Option<&TenantId>) -> StoreResult<Vec<
         None => sqlx::query(OF_ALL),
     };
     let rows = query.fetch_all(db.read().await?.conn()).await.sql()?;
-    rows.iter().map(key).collect()
+    let readable = |row| {
+        let id = KeyId(Cells::new(row, "api_keys", || "unknown".to_owned()).get("id")?);
+        Ok(key(row).unwrap_or_else(|error| {
+            db.metrics.unreadable(&error);
+            ApiKey::unreadable(id, Cells::new(row, "api_keys", String::new).parsed("tenant").ok(), &error)
+        }))
+    };
+    rows.iter().map(readable).collect()
 }
 
 pub(crate) async fn revoke(db: &Db, id: KeyId, now: DateTime<Utc>) -> StoreResult<bool> {
@@ -83,5 +90,6 @@ fn key(row: &SqliteRow) -> StoreResult<ApiKey> {
         created_at: cells.time("created_at")?,
         expires_at: cells.opt_time("expires_at")?,
         revoked_at: cells.opt_time("revoked_at")?,
+        failure: None,
     })
 }

@@ -110,7 +110,11 @@ pub(crate) async fn pipelines(
         .fetch_all(db.read().await?.conn())
         .await
         .sql()?;
-    rows.iter().map(|row| version(row, &Cells::new(row, "pipeline_versions", String::new).parsed("name")?)).collect()
+    let named = |row| {
+        let name = db.readable(Cells::new(row, "pipeline_versions", String::new).parsed("name"))?;
+        listed(db, row, &name)
+    };
+    Ok(rows.iter().filter_map(named).collect())
 }
 
 pub(crate) async fn versions(
@@ -128,7 +132,19 @@ pub(crate) async fn versions(
         .fetch_all(db.read().await?.conn())
         .await
         .sql()?;
-    rows.iter().map(|row| version(row, name)).collect()
+    Ok(rows.iter().filter_map(|row| listed(db, row, name)).collect())
+}
+
+/// A version, or what stands in its place where its row cannot be read. One whose very name or number cannot be read has
+/// no place: the cursor of the next page is made of them.
+fn listed(db: &Db, row: &SqliteRow, name: &PipelineName) -> Option<PipelineVersion> {
+    let error = match version(row, name) {
+        Ok(version) => return Some(version),
+        Err(error) => error,
+    };
+    db.metrics.unreadable(&error);
+    let number = Cells::new(row, "pipeline_versions", || name.to_string()).number("version").ok()?;
+    Some(PipelineVersion::unreadable(name.clone(), number, &error))
 }
 
 fn version(row: &SqliteRow, name: &PipelineName) -> StoreResult<PipelineVersion> {
@@ -142,5 +158,6 @@ fn version(row: &SqliteRow, name: &PipelineName) -> StoreResult<PipelineVersion>
         digest: hex(digest),
         created_at: cells.time("created_at")?,
         definition: cells.json("definition")?,
+        failure: None,
     })
 }

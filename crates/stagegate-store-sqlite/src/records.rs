@@ -143,6 +143,7 @@ pub(crate) fn attempt(row: &SqliteRow) -> StoreResult<(RunId, StageId, Attempt)>
         calls: Vec::new(),
         output: cells.opt_payload("output")?,
         failure: cells.opt_json("failure")?,
+        rest: stagegate_core::Rest::default(),
     };
     Ok((run, stage, attempt))
 }
@@ -164,6 +165,7 @@ pub(crate) fn call(row: &SqliteRow) -> StoreResult<(RunId, StageId, u32, LedgerE
         priced: cells.get("priced")?,
         latency_ms: cells.number("latency_ms")?,
         error: cells.opt_word::<Code>("error")?,
+        rest: stagegate_core::Rest::default(),
     };
     Ok((run, stage, attempt, entry))
 }

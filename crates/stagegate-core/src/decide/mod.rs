@@ -433,6 +433,7 @@ impl Run {
             calls,
             output: None,
             failure,
+            rest: crate::Rest::default(),
         };
         self.draft.touch(stage);
         self.draft.attempts.push((id, ended));

@@ -54,6 +54,7 @@ impl Run {
             calls,
             output: None,
             failure: None,
+            rest: crate::Rest::default(),
         };
         match result {
             AttemptResult::Output { output, usable, assessments, model, origin } => {
@@ -64,7 +65,13 @@ impl Run {
                 self.on_output(stage, Attempt { assessments, ..ended }, judged, now);
             }
             AttemptResult::Cut { output, assessments, model, code, message, detail, told } => {
-                let failure = Failure { code, message, detail, stage: Some(self.stages[stage].record.id.clone()) };
+                let failure = Failure {
+                    code,
+                    message,
+                    detail,
+                    stage: Some(self.stages[stage].record.id.clone()),
+                    rest: crate::Rest::default(),
+                };
                 let public = failure.public();
                 let next_at = self.meet_outage(stage, &public, told, now, jitter);
                 if self.attempts_left(stage) {
@@ -77,7 +84,13 @@ impl Run {
                 self.on_failed_attempt(stage, ended, public, again, totals, now);
             }
             AttemptResult::Failed { code, message, detail, kind } => {
-                let failure = Failure { code, message, detail, stage: Some(self.stages[stage].record.id.clone()) };
+                let failure = Failure {
+                    code,
+                    message,
+                    detail,
+                    stage: Some(self.stages[stage].record.id.clone()),
+                    rest: crate::Rest::default(),
+                };
                 let public = failure.public();
                 let ended = Attempt { failure: Some(failure), ..ended };
                 let again = self.again(stage, &public, kind, now, jitter);
@@ -300,6 +313,7 @@ impl Run {
             calls,
             output: None,
             failure: Some(failure),
+            rest: crate::Rest::default(),
         };
         self.draft.touch(stage);
         self.draft.attempts.push((id.clone(), ended));

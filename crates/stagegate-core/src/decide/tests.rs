@@ -78,6 +78,7 @@ fn assessment(passed: bool) -> Assessment {
         reason: "too short".to_owned(),
         detail: None,
         model: None,
+        rest: crate::Rest::default(),
     }
 }
 

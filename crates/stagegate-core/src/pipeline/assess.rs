@@ -35,6 +35,7 @@ fn assessment(name: &str, passed: bool, reason: String, detail: Option<String>) 
         reason,
         detail: detail.filter(|_| !passed),
         model: None,
+        rest: crate::Rest::default(),
     }
 }
 

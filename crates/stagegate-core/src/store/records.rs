@@ -2,12 +2,15 @@
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::{
-    Attempt, Checkpoint, Code, Failure, Json, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId,
-    StageState, StoreError, TenantId, Totals, Verdict,
+    Attempt, Checkpoint, Code, Failure, Json, KeyId, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState,
+    StageId, StageState, StoreError, TenantId, Totals, Verdict,
+    access::{ApiKey, Role},
     pipeline::{CacheMode, Labels},
+    store::PipelineVersion,
 };
 
 /// A run without its payloads.
@@ -106,6 +109,65 @@ impl Kept {
     }
 }
 
+impl PipelineVersion {
+    /// What stands in a list for a version whose row cannot be read: its name and number, and which column it is.
+    pub fn unreadable(name: PipelineName, version: u32, error: &StoreError) -> Self {
+        Self {
+            name,
+            version,
+            digest: String::new(),
+            created_at: DateTime::UNIX_EPOCH,
+            definition: Value::Null,
+            failure: Some(Failure::new(Code::CorruptRow, error.to_string())),
+        }
+    }
+}
+
+impl ApiKey {
+    /// What stands in a list for a key whose row cannot be read: its id, and which column it is. Nobody is let in by such
+    /// a key; it can be revoked.
+    pub fn unreadable(id: KeyId, tenant: Option<TenantId>, error: &StoreError) -> Self {
+        Self {
+            id,
+            tenant: tenant.unwrap_or_else(unreadable_tenant),
+            role: Role::Viewer,
+            name: UNREADABLE.to_owned(),
+            created_at: DateTime::UNIX_EPOCH,
+            expires_at: None,
+            revoked_at: None,
+            failure: Some(Failure::new(Code::CorruptRow, error.to_string())),
+        }
+    }
+}
+
+impl ReplicaRecord {
+    /// What stands in a list for a replica whose row cannot be read: its id, and which column it is.
+    pub fn unreadable(id: ReplicaId, error: &StoreError) -> Self {
+        Self {
+            id,
+            name: UNREADABLE.to_owned(),
+            version: UNREADABLE.to_owned(),
+            alive: false,
+            draining: false,
+            started_at: DateTime::UNIX_EPOCH,
+            heartbeat_age_ms: 0,
+            runs: 0,
+            oldest_lease_ms: None,
+            failure: Some(Failure::new(Code::CorruptRow, error.to_string())),
+        }
+    }
+}
+
+/// The pipeline in whose place the backlog counts the runs of pipelines whose name cannot be read.
+pub fn unreadable_pipeline() -> PipelineName {
+    unreadable_name()
+}
+
+#[expect(clippy::unwrap_used, reason = "the literal is a name; a test reads it")]
+fn unreadable_tenant() -> TenantId {
+    TenantId::new(UNREADABLE).unwrap()
+}
+
 #[expect(clippy::unwrap_used, reason = "the literal is a name; a test reads it")]
 fn unreadable_name() -> PipelineName {
     PipelineName::new(UNREADABLE).unwrap()
@@ -130,6 +192,8 @@ mod tests {
         assert_eq!((run.id, run.created_at, run.state.as_str()), (id, now, UNREADABLE));
         assert!(run.failure.is_some_and(|failure| failure.message.contains("runs.labels")));
         assert!(!Kept::unreadable(id).state.is_terminal());
+        assert_eq!(ApiKey::unreadable(KeyId(id.0), None, &error).tenant.as_str(), UNREADABLE);
+        assert_eq!(unreadable_pipeline().as_str(), UNREADABLE);
     }
 }
 
@@ -342,6 +406,9 @@ pub struct ReplicaRecord {
     pub runs: u64,
     /// How long it has owned the one that it has owned longest.
     pub oldest_lease_ms: Option<u64>,
+    /// That its row cannot be read, and which column it is (SG0505): then only the other fields that could be read count.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub failure: Option<Failure>,
 }
 
 /// A run, as retention looks at it.

@@ -70,6 +70,7 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
         // Its words are about the output, and quote it.
         detail: Some(verdict.reason),
         model: reply.calls.last().map(|call| call.model.clone()),
+        rest: stagegate_core::Rest::default(),
     }))
 }
 

@@ -175,6 +175,7 @@ fn incomplete(partial: Partial, error: CallError) -> AttemptResult {
         reason: format!("{message}; give the whole answer in fewer words"),
         detail: None,
         model: None,
+        rest: stagegate_core::Rest::default(),
     }];
     let model = Some(model);
     match error.kind {

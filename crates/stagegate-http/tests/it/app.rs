@@ -314,6 +314,7 @@ pub(crate) async fn new_key(
         created_at: SystemClock.now(),
         expires_at,
         revoked_at: None,
+        failure: None,
     };
     store.create_key(&NewApiKey { key, hash }).await.expect("stored");
     (secret, id)

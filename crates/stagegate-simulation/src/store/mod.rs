@@ -102,6 +102,7 @@ impl State {
             digest,
             created_at: new.now,
             definition: new.definition.clone(),
+            failure: None,
         };
         versions.push(version.clone());
         Registered::New(version)

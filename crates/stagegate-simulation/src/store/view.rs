@@ -70,6 +70,7 @@ impl State {
                 heartbeat_age_ms: span(replica.beat_at, now),
                 runs,
                 oldest_lease_ms: oldest.map(|since| span(since, now)),
+                failure: None,
             });
         }
         found.sort_by_key(|replica| !replica.alive);

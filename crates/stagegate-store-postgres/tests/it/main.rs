@@ -4,6 +4,7 @@ mod capabilities;
 mod claims;
 mod compact;
 mod contract;
+mod corrupt;
 mod faults;
 mod plans;
 mod pool;

@@ -8,8 +8,8 @@ use stagegate_core::{
     store::{ApiKey, Commit, NewApiKey, NewVersion, PipelineQuota, Role},
 };
 use stagegate_testkit::store::fixtures::{
-    at, checkpoint, commit, full_attempt, full_stage, key_id, live_replica, pipeline, stage, step, submit_leased,
-    tenant,
+    at, checkpoint, commit, full_attempt, full_stage, key_id, live_replica, new_run, of_tenant, pipeline, stage, step,
+    submit, submit_leased, tenant,
 };
 
 use crate::support::{folder, open_dyn, raw};
@@ -110,8 +110,69 @@ async fn pipelines_and_keys_that_cannot_be_read_are_named() {
         created_at: at(1),
         expires_at: None,
         revoked_at: None,
+        failure: None,
     };
     store.create_key(&NewApiKey { key, hash: [2; 32] }).await.expect("create");
     spoil(&path, "UPDATE api_keys SET role = 'king'").await;
     assert_names(store.key_by_hash(&[2; 32]).await, ("api_keys", "role"), &id.to_string());
+}
+
+#[tokio::test]
+async fn a_row_that_cannot_be_read_stands_in_its_place_and_the_others_are_listed() {
+    let (_folder, path) = folder();
+    let store = open_dyn(&path).await;
+    let (of, name) = (tenant("acme"), pipeline("p"));
+    for digest in [1, 2] {
+        let new = NewVersion {
+            tenant: of.clone(),
+            name: name.clone(),
+            digest: [digest; 32],
+            definition: serde_json::json!({}),
+            now: at(1),
+        };
+        store.register(&new).await.expect("register");
+        let key = ApiKey {
+            id: key_id(),
+            tenant: of.clone(),
+            role: Role::Admin,
+            name: format!("k{digest}"),
+            created_at: at(1),
+            expires_at: None,
+            revoked_at: None,
+            failure: None,
+        };
+        store.create_key(&NewApiKey { key, hash: [digest; 32] }).await.expect("create");
+    }
+    let (bad, good) = (live_replica(&store).await, live_replica(&store).await);
+    for ms in [1, 2] {
+        submit(&store, &new_run(ms)).await;
+    }
+    submit(&store, &of_tenant("globex", 3)).await;
+    spoil(&path, "UPDATE pipeline_versions SET definition = '{' WHERE version = 1").await;
+    let versions = store.versions(&of, &name, None, 10).await.expect("lists");
+    let told: Vec<_> = versions.iter().map(|each| (each.version, each.failure.is_some())).collect();
+    assert_eq!(told, [(2, false), (1, true)]);
+    spoil(&path, "UPDATE pipeline_versions SET definition = '{'").await;
+    let newest = store.pipelines(&of, None, 10).await.expect("lists");
+    assert!(
+        newest[0].name == name && newest[0].failure.as_ref().is_some_and(|failure| failure.message.contains("p@2"))
+    );
+    spoil(&path, "UPDATE api_keys SET role = 'king' WHERE name = 'k1'").await;
+    for asked in [Some(&of), None] {
+        let keys = store.keys(asked).await.expect("lists");
+        let unreadable: Vec<_> = keys.iter().filter(|key| key.failure.is_some()).collect();
+        assert_eq!((keys.len(), unreadable.len()), (2, 1));
+        assert_eq!((&unreadable[0].tenant, unreadable[0].role), (&of, Role::Viewer));
+    }
+    let sql = format!("UPDATE replicas SET entered_at = 9223372036854775807 WHERE id = x'{}'", bad.0.simple());
+    raw(&path).await.execute(AssertSqlSafe(sql)).await.expect("spoilt");
+    let replicas = store.replicas(None).await.expect("lists");
+    let failed = |id| replicas.iter().find(|each| each.id == id).map(|each| each.failure.is_some());
+    assert_eq!((failed(bad), failed(good)), (Some(true), Some(false)));
+    spoil(&path, "UPDATE runs SET tenant = 'No Tenant' WHERE tenant = 'globex'").await;
+    spoil(&path, "UPDATE runs SET pipeline = 'No Slug' WHERE created_at % 2 = 1").await;
+    let backlog = store.backlog(Some(&of)).await.expect("counts");
+    let counted: Vec<_> = backlog.iter().map(|line| (line.pipeline.as_str(), line.queued)).collect();
+    assert_eq!(counted, [("unreadable", 1), ("brief-to-spec", 1)]);
+    assert_eq!(store.depths().await.expect("counts"), [(of, 2)]);
 }

@@ -6,8 +6,8 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use stagegate_core::{
     Assessment, Attempt, CallPurpose, Checkpoint, Code, Epoch, Evaluator, Event, EventKind, Failure, KeyId,
-    LedgerEntry, ModelRef, Origin, PipelineName, ReplicaId, RunId, RunState, StageId, StageState, Store, TenantId,
-    Totals, Usage, Usd, Verdict,
+    LedgerEntry, ModelRef, Origin, PipelineName, ReplicaId, Rest, RunId, RunState, StageId, StageState, Store,
+    TenantId, Totals, Usage, Usd, Verdict,
     fair::{Limits, Share, Shares},
     store::{
         Commit, Disposition, Heartbeat, Idempotency, Lease, NewRun, NewSignal, RunDetail, RunRecord, Signal,
@@ -168,6 +168,12 @@ pub fn failure(message: &str) -> Failure {
     Failure::new(Code::GateFailed, message).of_stage(stage("s1"))
 }
 
+/// Members that this release does not know.
+pub fn rest() -> Rest {
+    let members = json!({ "retry_hint": { "b": 1, "a": [null, "x"] }, "later": true });
+    Rest::of(members.as_object().cloned().unwrap_or_default())
+}
+
 /// Totals with a different number everywhere.
 pub fn totals(n: u32) -> Totals {
     let base = u64::from(n) * 1_000;
@@ -207,7 +213,7 @@ pub fn full_stage(of: &str, text: &str) -> StageRecord {
         judged: 1,
         outages: 4,
         outage_since: Some(at(70)),
-        failure: Some(failure(text)),
+        failure: Some(Failure { rest: rest(), ..failure(text) }),
         started_at: Some(at(11)),
         finished_at: Some(at(12)),
     }
@@ -227,6 +233,7 @@ pub fn full_attempt(number: u32, text: &str) -> Attempt {
         priced: false,
         latency_ms: 1_234,
         error,
+        rest: stagegate_core::Rest::default(),
     };
     Attempt {
         number,
@@ -243,13 +250,15 @@ pub fn full_attempt(number: u32, text: &str) -> Attempt {
             reason: text.to_owned(),
             detail: Some(format!("it says {text}")),
             model: Some(model()),
+            rest: rest(),
         }],
         calls: vec![
             call(CallPurpose::Stage, Origin::Provider, None),
             call(CallPurpose::Judge, Origin::Coalesced, Some(Code::ProviderTimeout)),
         ],
         output: Some(nasty_json().into()),
-        failure: Some(Failure { detail: Some(format!("the provider says {text}")), ..failure(text) }),
+        failure: Some(Failure { detail: Some(format!("the provider says {text}")), rest: rest(), ..failure(text) }),
+        rest: Rest::default(),
     }
 }
 

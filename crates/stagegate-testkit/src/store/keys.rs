@@ -16,6 +16,7 @@ fn key(of: &str, role: Role, n: u8) -> NewApiKey {
         created_at: at(i64::from(n)),
         expires_at: n.is_multiple_of(2).then(|| at(1_000)),
         revoked_at: None,
+        failure: None,
     };
     NewApiKey { key, hash: [n; 32] }
 }

@@ -210,6 +210,7 @@ macro_rules! store_contract {
                 an_unknown_run_state_is_shown_as_it_is
                 an_unknown_signal_is_carried_until_it_is_consumed
                 a_signal_that_cannot_be_read_is_an_unknown_one
+                unknown_fields_survive_a_rewrite
             }
             keys {
                 a_key_is_found_by_its_hash

@@ -34,6 +34,7 @@ fn call(origin: Origin) -> LedgerEntry {
         priced: true,
         latency_ms: 12,
         error: None,
+        rest: stagegate_core::Rest::default(),
     }
 }
 
@@ -49,6 +50,7 @@ fn passed(of: &str, ms: i64, output: Value) -> (StageDetail, EventKind) {
         calls: vec![call(origin)],
         output: None,
         failure: None,
+        rest: stagegate_core::Rest::default(),
     };
     let mut totals = Totals::default();
     totals.add(&attempt.calls[0]);

@@ -11,8 +11,8 @@ use stagegate_core::{
 use super::{
     Subject,
     fixtures::{
-        at, checkpoint, commit, full_attempt, full_stage, live_replica, park, record, signal, signals_of, stage, step,
-        submit_leased, tenant,
+        at, checkpoint, commit, full_attempt, full_stage, live_replica, park, record, rest, signal, signals_of, stage,
+        step, submit_leased, tenant,
     },
 };
 
@@ -185,4 +185,38 @@ pub async fn a_signal_that_cannot_be_read_is_an_unknown_one(subject: Subject) {
     assert_eq!(kinds[3..], [SignalKind::Cancel]);
     assert_eq!(left[3].by.as_deref(), Some("ann"));
     assert!(left.is_sorted_by(|a, b| a.id < b.id), "each has the id that it has in its row: {left:?}");
+}
+
+/// Fields of failures, assessments and attempts, when the row that has them is loaded and written again.
+pub async fn unknown_fields_survive_a_rewrite(subject: Subject) {
+    let store = &subject.store;
+    let owner = live_replica(store).await;
+    let (run, lease) = submit_leased(store, 1, owner).await;
+    let failure = Failure { rest: rest(), ..Failure::new(Code::GateFailed, "of the future") };
+    let written = Commit {
+        stages: vec![full_stage("s1", "x")],
+        attempts: vec![(stage("s1"), full_attempt(1, "x"))],
+        failure: Some(failure.clone()),
+        ..step(lease, 3)
+    };
+    commit(store, &written).await;
+    let loaded = store.load(&[lease]).await.expect("loads").remove(0);
+    assert_eq!(loaded.run.failure, Some(failure.clone()));
+    let (of, attempt) = loaded.last_attempts[0].clone();
+    assert!(!attempt.assessments[0].rest.is_empty());
+    let again = Attempt { number: 2, verdict: Verdict::Approved, ..attempt.clone() };
+    let rewritten = Commit {
+        stages: loaded.stages.clone(),
+        attempts: vec![(of, again.clone())],
+        failure: loaded.run.failure,
+        ..step(lease, 4)
+    };
+    commit(store, &rewritten).await;
+    assert_eq!(record(store, run.id).await.failure, Some(failure));
+    let shown = store.stage(&run.tenant, run.id, &stage("s1")).await.expect("reads").expect("there");
+    assert_eq!((&shown.stage, &shown.attempts), (&full_stage("s1", "x"), &vec![attempt, again]));
+    let shown = serde_json::to_value(&shown.attempts[0]).expect("JSON");
+    for place in ["/failure/later", "/assessments/0/later"] {
+        assert_eq!(shown.pointer(place), Some(&json!(true)), "{shown:#}");
+    }
 }

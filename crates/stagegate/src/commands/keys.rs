@@ -120,6 +120,7 @@ impl Create {
             created_at: now,
             expires_at,
             revoked_at: None,
+            failure: None,
         };
         let told = format!(
             "key {id} for tenant `{}`, role {}, {}; {note}\nthe secret is shown this once:",
@@ -180,6 +181,9 @@ fn until(expires_at: Option<DateTime<Utc>>) -> String {
 }
 
 fn state(key: &ApiKey, now: DateTime<Utc>) -> String {
+    if let Some(failure) = &key.failure {
+        return failure.message.clone();
+    }
     match (key.revoked_at, key.expires_at) {
         (Some(at), _) => format!("revoked {}", at.format("%Y-%m-%d")),
         (None, Some(at)) if at <= now => format!("expired {}", at.format("%Y-%m-%d")),

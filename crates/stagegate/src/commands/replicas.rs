@@ -82,6 +82,7 @@ fn replica_row(replica: &ReplicaRecord) -> Vec<String> {
         (true, true) => "draining",
         (false, _) => "dead",
     };
+    let state = replica.failure.as_ref().map_or(state, |failure| &failure.message);
     vec![
         replica.id.to_string(),
         replica.name.clone(),
