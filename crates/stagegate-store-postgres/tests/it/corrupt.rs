@@ -6,7 +6,7 @@ use sqlx::{AssertSqlSafe, Connection as _, Executor as _, PgConnection};
 use stagegate_core::{
     RunState, StageState, Store,
     fair::Shares,
-    store::{ApiKey, Commit, Committed, NewApiKey, NewVersion, Role, SignalKind, StageRecord},
+    store::{ApiKey, Commit, Committed, NewApiKey, NewVersion, PipelineQuota, Role, SignalKind, StageRecord},
 };
 use stagegate_store_postgres::PoolConfig;
 use stagegate_testkit::store::fixtures::{
@@ -26,6 +26,7 @@ async fn with_versions_and_keys(store: &Arc<dyn Store>) {
             digest: [digest; 32],
             definition: serde_json::json!({}),
             now: at(1),
+            quota: PipelineQuota { pipelines: 9, versions: 9 },
         };
         store.register(&new).await.expect("register");
         let key = ApiKey {

@@ -129,6 +129,7 @@ async fn a_row_that_cannot_be_read_stands_in_its_place_and_the_others_are_listed
             digest: [digest; 32],
             definition: serde_json::json!({}),
             now: at(1),
+            quota: PipelineQuota { pipelines: 9, versions: 9 },
         };
         store.register(&new).await.expect("register");
         let key = ApiKey {
