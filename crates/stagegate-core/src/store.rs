@@ -612,7 +612,8 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// their state. For retention, which walks through all of them.
     async fn kept(&self, after: Option<RunId>, created_before: DateTime<Utc>, limit: u32) -> StoreResult<Vec<Kept>>;
 
-    /// Removes the inputs, outputs, and attempts' outputs of those of these runs that are terminal, and notes when.
+    /// Removes the inputs, outputs, and attempts' outputs of those of these runs that are terminal, with what quotes them, and
+    /// notes when. The quotes go also where the release before has removed the rest.
     async fn purge(&self, runs: &[RunId], now: DateTime<Utc>) -> StoreResult<u64>;
 
     /// Removes those of these runs that are terminal, whole: payloads first, the run last. The ledger keeps its rows.

@@ -4,12 +4,15 @@
 //! at a time with a pause after each, and begins anew a while after it came to the end. A page is decided by the run's
 //! own pipeline version first, and by the configuration where that says nothing. Payloads go first, whole runs at the
 //! end of their own time. Nothing here can remove what is alive: the store looks at the state under the row's lock.
+//!
+//! The release before removes payloads too, while it is the eldest, and leaves what quotes them in rows that this one wrote. So
+//! what was purged is purged again, until a whole walk was made that began when none of that release could come back.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use stagegate_core::{
-    Error, PipelineName, RunId, RunState, StoreError, TenantId,
+    Capability, Error, PipelineName, RunId, RunState, StoreError, TenantId,
     pipeline::{Retention, Span},
     store::Kept,
 };
@@ -29,6 +32,7 @@ const YOUNG: TimeDelta = TimeDelta::seconds(1);
 
 /// Walks until the drain begins.
 pub(crate) async fn walk(shared: Arc<Shared>) {
+    let mut again = true;
     loop {
         let pause = shared.config.retention_every.0.mul_f64(0.9 + shared.random::<f64>() / 5.0);
         tokio::select! {
@@ -36,11 +40,16 @@ pub(crate) async fn walk(shared: Arc<Shared>) {
             () = shared.drain.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
         }
+        let is_alone = shared.common(Capability::OpenVocabulary);
         match is_eldest(&shared).await {
             Ok(false) => {}
-            Ok(true) => match round(&shared).await {
-                Ok((0, 0)) => {}
-                Ok((purged, deleted)) => tracing::info!(purged, deleted, "retention removed what was too old"),
+            Ok(true) => match round(&shared, again).await {
+                Ok((purged, deleted)) => {
+                    again &= !is_alone;
+                    if purged + deleted > 0 {
+                        tracing::info!(purged, deleted, "retention removed what was too old");
+                    }
+                }
                 Err(error) => tracing::warn!(%error, "retention stopped half way; it goes on in its next round"),
             },
             Err(error) => tracing::warn!(%error, "retention did not begin; it waits for its next round"),
@@ -56,7 +65,7 @@ async fn is_eldest(shared: &Shared) -> Result<bool, Error> {
 }
 
 /// One walk from the oldest run to the youngest. Returns how many runs lost their payloads, and how many went whole.
-async fn round(shared: &Shared) -> Result<(u64, u64), Error> {
+async fn round(shared: &Shared, again: bool) -> Result<(u64, u64), Error> {
     let (mut after, mut purged, mut deleted) = (None::<RunId>, 0, 0);
     let mut kept_by = HashMap::new();
     loop {
@@ -65,7 +74,7 @@ async fn round(shared: &Shared) -> Result<(u64, u64), Error> {
         let (mut payloads, mut whole) = (Vec::new(), Vec::new());
         for run in &page {
             let rule = rule(shared, &mut kept_by, run).await;
-            match due(run, &rule, now) {
+            match due(run, &rule, again, now) {
                 Due::Nothing => {}
                 Due::Payloads => payloads.push(run.run),
                 Due::Whole => whole.push(run.run),
@@ -152,8 +161,8 @@ enum Due {
     Whole,
 }
 
-/// What of a run is too old.
-fn due(run: &Kept, rule: &Retention, now: DateTime<Utc>) -> Due {
+/// What of a run is too old; whether what was purged is purged `again`.
+fn due(run: &Kept, rule: &Retention, again: bool, now: DateTime<Utc>) -> Due {
     let Some(finished_at) = run.finished_at.filter(|_| run.state.is_terminal()) else { return Due::Nothing };
     let span = match run.state {
         RunState::Succeeded => rule.succeeded,
@@ -166,7 +175,7 @@ fn due(run: &Kept, rule: &Retention, now: DateTime<Utc>) -> Due {
         |span: Option<Span>| span.is_some_and(|span| (now - finished_at).to_std().is_ok_and(|age| age >= span.0));
     if over(span) {
         Due::Whole
-    } else if !run.purged && over(rule.payloads) {
+    } else if if run.purged { again } else { over(rule.payloads) } {
         Due::Payloads
     } else {
         Due::Nothing
@@ -195,7 +204,7 @@ mod tests {
         let now = DateTime::UNIX_EPOCH + TimeDelta::days(1000);
         let hours = |hours| Some(Span(Duration::from_hours(hours)));
         let rule = Retention { succeeded: hours(10), failed: hours(20), payloads: hours(5), ..Retention::default() };
-        let decide = |state, ago| due(&kept(state, ago), &rule, now);
+        let decide = |state, ago| due(&kept(state, ago), &rule, false, now);
         assert_eq!(decide(RunState::Succeeded, 4), Due::Nothing);
         assert_eq!(decide(RunState::Succeeded, 5), Due::Payloads);
         assert_eq!(decide(RunState::Succeeded, 10), Due::Whole);
@@ -206,7 +215,9 @@ mod tests {
             assert_eq!(decide(state, 10_000), Due::Nothing);
         }
         let purged = Kept { purged: true, ..kept(RunState::Failed, 10) };
-        assert_eq!(due(&purged, &rule, now), Due::Nothing);
-        assert_eq!(due(&kept(RunState::Failed, 10_000), &Retention::default(), now), Due::Nothing);
+        assert_eq!(due(&purged, &rule, false, now), Due::Nothing);
+        assert_eq!(due(&purged, &rule, true, now), Due::Payloads, "what another release purged is purged again");
+        assert_eq!(due(&Kept { purged: true, ..kept(RunState::Failed, 20) }, &rule, true, now), Due::Whole);
+        assert_eq!(due(&kept(RunState::Failed, 10_000), &Retention::default(), true, now), Due::Nothing);
     }
 }

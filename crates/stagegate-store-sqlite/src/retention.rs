@@ -101,9 +101,12 @@ pub(crate) async fn purge(db: &Db, runs: &[RunId], now: DateTime<Utc>) -> StoreR
     }
     let mut tx = db.write(Lane::Runs).await?;
     let which = these(tx.conn(), UNPURGED, runs).await?;
+    // Of all that have ended: the release before leaves what quotes payloads.
+    let ended = id_list(these(tx.conn(), ENDED, runs).await?);
+    sqlx::query(PURGE_ATTEMPTS).bind(ended).execute(tx.conn()).await.sql()?;
     if !which.is_empty() {
         let ids = id_list(which.iter().copied());
-        for sql in [PURGE_PAYLOADS, PURGE_CHECKPOINTS, PURGE_ATTEMPTS] {
+        for sql in [PURGE_PAYLOADS, PURGE_CHECKPOINTS] {
             sqlx::query(sql).bind(ids.as_str()).execute(tx.conn()).await.sql()?;
         }
         sqlx::query(PURGE_RUNS).bind(ids.as_str()).bind(ms(now)).execute(tx.conn()).await.sql()?;

@@ -234,6 +234,29 @@ async fn an_attempt_that_cannot_be_read_fails_the_purge_of_its_own_run_alone() {
 }
 
 #[tokio::test]
+async fn what_quotes_payloads_goes_though_the_release_before_has_purged_the_run() {
+    let (store, database) = crate::fresh(&PoolConfig::default()).await;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let owner = live_replica(&store).await;
+    let (run, lease) = submit_leased(&store, 1, owner).await;
+    let (stages, attempts) = (vec![full_stage("s1", "x")], vec![(stage("s1"), full_attempt(1, "x"))]);
+    commit(&store, &Commit { stages, attempts, ..step(lease, 3) }).await;
+    commit(&store, &end(lease, 4, RunState::Failed)).await;
+    let mut connection = PgConnection::connect(database.url()).await.expect("connects");
+    let of_before = sqlx::query("SELECT purge_runs_2(ARRAY[$1], now())").bind(run.id.0);
+    of_before.execute(&mut connection).await.expect("purges");
+    let quotes = async || {
+        let detail = store.stage(&run.tenant, run.id, &stage("s1")).await.expect("reads").expect("there");
+        let failures = detail.attempts.iter().filter_map(|attempt| attempt.failure.as_ref()?.detail.clone());
+        let judged = detail.attempts.iter().flat_map(|attempt| &attempt.assessments);
+        failures.chain(judged.filter_map(|each| each.detail.clone())).count()
+    };
+    assert_eq!(quotes().await, 2);
+    assert_eq!(store.purge(&[run.id], at(700)).await.expect("purges"), 0, "it is purged");
+    assert_eq!(quotes().await, 0);
+}
+
+#[tokio::test]
 async fn what_the_server_refuses_is_told_by_its_kind_and_without_values() {
     let (store, database) = crate::fresh(&PoolConfig::default()).await;
     let mut connection = PgConnection::connect(database.url()).await.expect("connects");

@@ -4,12 +4,14 @@ use std::{path::Path, sync::Arc};
 
 use sqlx::Executor as _;
 use stagegate_core::{
-    PipelineName, Store, StoreError,
-    store::{NewRun, RunQuery},
+    PipelineName, RunState, Store, StoreError,
+    store::{Commit, NewRun, RunQuery},
 };
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
-use stagegate_testkit::store::fixtures::{dump, new_run, pipeline, submit, tenant};
+use stagegate_testkit::store::fixtures::{
+    at, commit, dump, end, full_attempt, live_replica, new_run, pipeline, stage, step, submit, submit_leased, tenant,
+};
 
 use crate::support::{folder, open, open_dyn, raw};
 
@@ -171,4 +173,22 @@ fn all_of(name: PipelineName) -> RunQuery {
         before: None,
         limit: 200,
     }
+}
+
+#[tokio::test]
+async fn what_quotes_payloads_goes_though_the_release_before_has_purged_the_run() {
+    let (_folder, path) = folder();
+    let store = open_dyn(&path).await;
+    let owner = live_replica(&store).await;
+    let (run, lease) = submit_leased(&store, 1, owner).await;
+    let attempts = vec![(stage("s1"), full_attempt(1, "x"))];
+    commit(&store, &Commit { attempts, ..step(lease, 3) }).await;
+    commit(&store, &end(lease, 4, RunState::Failed)).await;
+    // It knew of no quotes.
+    raw(&path).await.execute("UPDATE runs SET purged_at = 1").await.expect("purged");
+    assert_eq!(store.purge(&[run.id], at(700)).await.expect("purges"), 0, "it is purged");
+    let detail = store.stage(&run.tenant, run.id, &stage("s1")).await.expect("reads").expect("there");
+    let attempt = &detail.attempts[0];
+    assert_eq!(attempt.failure.as_ref().and_then(|failure| failure.detail.as_ref()), None);
+    assert!(attempt.assessments.iter().all(|each| each.detail.is_none()));
 }
