@@ -309,6 +309,7 @@ mod tests {
             created_at: DateTime::UNIX_EPOCH,
             expires_at: None,
             revoked_at: None,
+            failure: None,
         };
         let revoked = Arc::new(ApiKey { revoked_at: Some(DateTime::UNIX_EPOCH), ..alive.clone() });
         let alive = Arc::new(alive);
