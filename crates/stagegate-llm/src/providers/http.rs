@@ -254,6 +254,12 @@ impl Exchange {
         serde_json::from_slice(&self.body).unwrap_or(Value::Null)
     }
 
+    /// Whether the body is an error as vendors write it: an `error` that is an object.
+    fn has_vendor_error(&self) -> bool {
+        let body = self.error_json();
+        body.pointer("/0/error").unwrap_or(&body["error"]).is_object()
+    }
+
     /// When it was answered, for dates that must be compared with something.
     pub(super) fn answered_at(&self) -> DateTime<Utc> {
         retry_after::answered_at(&self.headers, SystemClock.now())
@@ -392,9 +398,17 @@ pub(super) fn quoting(error: ProviderError, words: String) -> ProviderError {
     ProviderError { detail: Some(words), ..error }
 }
 
-/// A refusal of a provider, with its words where it had some. They may echo the prompt.
+/// Whether a status says that something between us and the model stopped waiting for it: the model may have gone on, and
+/// may charge for that. 503 is not among them: it says that nobody was there to take the request.
+fn is_of_gateway(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 408 | 499 | 502 | 504 | 520..=524)
+}
+
+/// A refusal of a provider, with its words where it had some. They may echo the prompt. A vendor refuses with an error
+/// object of its own, and charges nothing; what a gateway answers in its place does not tell what the model charges.
 pub(super) fn refused(code: Code, name: &str, exchange: &Exchange, words: Option<String>) -> ProviderError {
-    let refused = error(code, format!("{name}: {}", exchange.wordless()));
+    let unheard = is_of_gateway(exchange.status) && !exchange.has_vendor_error();
+    let refused = ProviderError { unheard, ..error(code, format!("{name}: {}", exchange.wordless())) };
     match words {
         Some(words) => quoting(refused, format!("{name}: {words}")),
         None => refused,
