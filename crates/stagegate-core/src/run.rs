@@ -230,6 +230,14 @@ pub struct LedgerEntry {
     pub rest: Rest,
 }
 
+impl LedgerEntry {
+    /// Whether it is a call that a former owner of the run may have made, which nobody can tell any more. Of unknown outcome
+    /// like one that was sent and not heard, but that one took its time, a millisecond at least.
+    pub fn is_presumed(&self) -> bool {
+        self.unknown && self.latency_ms == 0
+    }
+}
+
 /// One try at a stage: a model call plus its assessments.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Attempt {

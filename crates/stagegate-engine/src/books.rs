@@ -42,7 +42,7 @@ impl UnderWay {
     fn unheard(self, error: Code) -> Option<LedgerEntry> {
         let latency = self.sent_at?.elapsed();
         let latency_ms = u64::try_from(latency.as_millis()).unwrap_or(u64::MAX);
-        Some(LedgerEntry { latency_ms, error: Some(error), ..self.worst })
+        Some(LedgerEntry { latency_ms: latency_ms.max(1), error: Some(error), ..self.worst })
     }
 }
 
@@ -90,14 +90,10 @@ impl Books {
         }
     }
 
-    /// Books rows for which nothing was set aside.
-    fn spend(&self, rows: impl IntoIterator<Item = LedgerEntry>) {
-        for row in rows {
-            if let Some(budget) = &self.budget {
-                budget.spend(row.cost_usd);
-            }
-            self.lock().calls.push(row);
-        }
+    /// Books what each of so many former owners may have bought and nobody can find. The budget passes over it.
+    fn presume(&self, worst: &[LedgerEntry], owners: u32) {
+        let mut kept = self.lock();
+        (0..owners).for_each(|_| kept.calls.extend(worst.iter().cloned()));
     }
 
     fn begin(&self, worst: LedgerEntry) -> Option<Box<dyn Reservation>> {
@@ -145,17 +141,21 @@ impl Purse for Books {
         self.lock().former_owners > 0
     }
 
-    fn inherited(&self, bought: LedgerEntry) {
-        self.spend([bought]);
+    fn inherited(&self, bought: LedgerEntry, before: Vec<LedgerEntry>, rest: Vec<LedgerEntry>) {
+        if let Some(budget) = &self.budget {
+            budget.spend(bought.cost_usd);
+        }
+        self.lock().calls.push(bought);
+        // Whichever of them bought it: its successor found it, and asked nothing more.
+        let former_owners = self.former_owners();
+        self.presume(&before, former_owners);
+        self.presume(&rest, former_owners.saturating_sub(1));
     }
 
     fn lost(&self, worst: Vec<LedgerEntry>) {
-        // A former owner had one call of this attempt under way at most, and what it had bought before is found: so the
-        // first request whose answer is not found is the one that it can have been at.
+        // The first request whose answer is not found is the one that a former owner can have been at.
         let former_owners = std::mem::take(&mut self.lock().former_owners);
-        for _ in 0..former_owners {
-            self.spend(worst.iter().cloned());
-        }
+        self.presume(&worst, former_owners);
     }
 }
 
@@ -260,11 +260,28 @@ mod tests {
     async fn each_former_owner_is_booked_at_the_first_request_that_is_not_found() {
         let (_, books) = books(2);
         assert!(books.inherits());
-        books.inherited(row(0.1, false));
+        books.inherited(row(0.1, false), Vec::new(), Vec::new());
         assert!(books.inherits(), "what comes after it may be lost all the same");
         books.lost(vec![row(0.2, true), row(0.3, true)]);
         assert!(!books.inherits());
         let booked = costs(&books.close(Code::StageTimeout));
         assert_eq!(booked, [(0.1, false), (0.2, true), (0.3, true), (0.2, true), (0.3, true)]);
+    }
+
+    #[tokio::test]
+    async fn beside_an_answer_that_is_found_the_other_calls_of_former_owners_are_booked() {
+        let (_, books) = books(2);
+        books.inherited(row(0.1, false), vec![row(0.02, true)], vec![row(0.03, true), row(0.04, true)]);
+        let booked = costs(&books.close(Code::StageTimeout));
+        let in_vain = (0.02, true);
+        assert_eq!(booked, [(0.1, false), in_vain, in_vain, (0.03, true), (0.04, true)], "one of the two bought it");
+    }
+
+    #[tokio::test]
+    async fn a_budget_passes_over_what_is_only_presumed() {
+        let (budget, books) = books(3);
+        books.lost(vec![row(0.4, true)]);
+        assert_eq!(books.close(Code::StageTimeout).len(), 3, "it is booked");
+        assert_eq!(budget.set_aside(Usd::from_dollars(1.0)).await, Ok(()));
     }
 }

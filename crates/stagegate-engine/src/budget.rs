@@ -79,6 +79,13 @@ impl Budget {
         self.changed.notify_waiters();
     }
 
+    /// So much of what is spent is presumed: calls that former owners of the run may have made. They had set it aside, so that
+    /// it was theirs to spend, and whether they spent it never turns out: a call that fits beside what is certain is not
+    /// refused for it.
+    pub(crate) fn pass_over(&self, presumed: Usd) {
+        self.settle(Usd::ZERO, Usd::ZERO - presumed);
+    }
+
     /// Spends what nothing was set aside for.
     pub(crate) fn spend(&self, cost: Usd) {
         self.settle(Usd::ZERO, cost);

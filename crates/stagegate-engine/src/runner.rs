@@ -14,7 +14,7 @@ use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
-    Code, Error, Failure, Json, LedgerEntry, Verdict,
+    Code, Error, Failure, Json, LedgerEntry, StageId, Verdict,
     decide::{AttemptResult, Effect, FailureKind, Outcome, Run, Stimulus},
     pipeline::{Part, Seen, Work},
     store::{Committed, Disposition, Signal},
@@ -32,8 +32,8 @@ use crate::{
     shared::Shared,
 };
 
-/// The pause before signals that could not be read are read again.
-const SIGNALS_RETRY: Duration = Duration::from_secs(1);
+/// The pause before what could not be read is read again.
+const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// How long a run that was asked something unknown is kept: others of this release would fare no better, so that it must not go round
 /// without a pause.
@@ -58,7 +58,7 @@ impl Handle {
         self.woken.notify_one();
     }
 
-    /// Stop at once and write nothing more: the life in which the run was leased has ended.
+    /// Stop at once and begin nothing more: the life in which the run was leased has ended.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
         self.woken.notify_one();
@@ -124,6 +124,8 @@ pub(crate) struct Driver {
     replies: Vec<(usize, Reply)>,
     /// What the run holds in memory; it grows with its outputs.
     in_memory: memory::Permit,
+    /// Whether anything is durable that this owner decided.
+    has_written: bool,
 }
 
 /// An attempt under way.
@@ -159,14 +161,19 @@ impl Driver {
             rendering: None,
             replies,
             in_memory,
+            has_written: false,
         }
     }
 
     /// Drives the run until it ends, parks, is lost, or must be handed back. `first` is what was decided and is
     /// already durable.
     pub(crate) async fn drive(&mut self, first: Vec<Effect>) -> Ended {
+        self.has_written = !first.is_empty();
         if !self.hear_first().await {
-            return Ended::HandBack;
+            return Box::pin(self.stopped(None)).await;
+        }
+        if let Some(budget) = self.budget.clone().filter(|_| self.run.totals().unknown_calls > 0) {
+            self.pass_over_presumed(budget).await;
         }
         self.perform(first).await;
         let handle = Arc::clone(&self.handle);
@@ -183,7 +190,7 @@ impl Driver {
                 self.give_back();
             }
             if handle.is_stopped() {
-                return Ended::HandBack;
+                return Box::pin(self.stopped(committing.take())).await;
             }
             if reading.is_none() && handle.take_signalled() {
                 reading = Some(self.signals());
@@ -277,6 +284,7 @@ impl Driver {
     ) -> Option<Ended> {
         match acked {
             Ok(Committed::Now | Committed::Already) => {
+                self.has_written = true;
                 observe::committed(&self.shared, &self.run, &step);
                 self.shared.tell(self.run.lease().run, step.into_events());
                 self.perform(effects).await;
@@ -353,14 +361,91 @@ impl Driver {
         self.open.push(Open { stage, attempt, started_at, books });
     }
 
+    /// The life in which the run was leased has ended: what is under way is cut off at once. The lease may be ours all the same,
+    /// and only we know what was sent: so the run is given back with that, where the store answers in the time of a lease. Where
+    /// others have the run the step changes nothing, and they presume the worst.
+    async fn stopped(&mut self, committing: Option<Committing>) -> Ended {
+        if !self.has_written && committing.is_none() {
+            return Ended::HandBack; // As it was found.
+        }
+        if self.run.state().is_terminal() {
+            self.abandon().await;
+        }
+        let ended = self.cut_off();
+        if self.shared.drain.is_cancelled() {
+            return Ended::HandBack; // The store had its time.
+        }
+        let patience = self.shared.config.lease_ttl.0;
+        let given_back = async {
+            if let Some(Committing { sent, step, then, .. }) = committing
+                && let Some(ended) = self.acknowledged(sent.await, step, Vec::new(), then).await
+            {
+                return ended;
+            }
+            if self.run.has_under_way() {
+                self.run.hand_back(ended, self.shared.clock.now());
+            }
+            let Some(Committing { sent, step, then, .. }) = self.begin_commit() else { return Ended::HandBack };
+            let acked = sent.await;
+            self.acknowledged(acked, step, Vec::new(), then).await.unwrap_or(Ended::HandBack)
+        };
+        match tokio::time::timeout(patience, given_back).await {
+            Ok(Ended::Committed) => {
+                self.shared.whisper.work();
+                Ended::Committed
+            }
+            Ok(ended) => ended,
+            Err(_) => Ended::HandBack,
+        }
+    }
+
+    /// The budget passes over what former owners are only presumed to have spent. Read anew: the run's totals tell of it and
+    /// of calls that were sent in one sum.
+    fn pass_over_presumed(&self, budget: Arc<Budget>) -> BoxFuture<'static, ()> {
+        let (store, handle) = (Arc::clone(&self.shared.store), Arc::clone(&self.handle));
+        let (tenant, run) = (self.run.tenant().clone(), self.run.lease().run);
+        let stages: Vec<StageId> = self.run.unknown_stages().cloned().collect();
+        async move {
+            for stage in stages {
+                let detail = loop {
+                    match store.stage(&tenant, run, &stage).await {
+                        Ok(detail) => break detail,
+                        Err(error) if error.is_retryable() && !handle.is_stopped() => {
+                            tracing::warn!(%error, "the calls of this run could not be read; they are read again");
+                            tokio::time::sleep(STORE_RETRY).await;
+                        }
+                        Err(error) => {
+                            tracing::error!(%error, "the calls of this run cannot be read; all of them count");
+                            break None;
+                        }
+                    }
+                };
+                let attempts = detail.into_iter().flat_map(|detail| detail.attempts);
+                let calls = attempts.flat_map(|attempt| attempt.calls).filter(LedgerEntry::is_presumed);
+                calls.for_each(|call| budget.pass_over(call.cost_usd));
+            }
+        }
+        .boxed()
+    }
+
     /// Cuts off what is under way, and gives the run back with what was booked.
     fn give_back(&mut self) {
-        let close = |open: Open| (open.stage, open.started_at, open.books.close(Code::Draining));
-        let ended = self.open.drain(..).map(close).collect();
+        let ended = self.cut_off();
+        self.run.hand_back(ended, self.shared.clock.now());
+    }
+
+    /// Cuts off what is under way. Returns the attempts that had asked somebody, with their calls.
+    fn cut_off(&mut self) -> Vec<(usize, DateTime<Utc>, Vec<LedgerEntry>)> {
+        // While former owners are not booked yet nothing was asked: what they bought is left for the next one to find.
+        let ended = self.open.drain(..).filter_map(|Open { stage, started_at, books, .. }| {
+            let calls = books.close(Code::Draining);
+            (books.former_owners() == 0).then_some((stage, started_at, calls))
+        });
+        let ended = ended.collect();
         self.attempts.clear();
         self.timers.clear();
         self.rendering = None;
-        self.run.hand_back(ended, self.shared.clock.now());
+        ended
     }
 
     /// Ends everything under way. Where the run ends by it, the calls are booked in the step that ends it, with what former
@@ -505,7 +590,7 @@ impl Driver {
                     Ok(mut found) => return found.pop().map(|(_, signals)| signals).unwrap_or_default(),
                     Err(error) if error.is_retryable() => {
                         tracing::warn!(%error, "the signals of this run could not be read; they are read again");
-                        tokio::time::sleep(SIGNALS_RETRY).await;
+                        tokio::time::sleep(STORE_RETRY).await;
                     }
                     Err(error) => {
                         tracing::error!(%error, "the signals of this run cannot be read");

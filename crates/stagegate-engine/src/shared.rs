@@ -243,12 +243,10 @@ impl Shared {
     /// Ends the present life: every driver stops at once. Returns how many there were.
     pub(crate) fn end_life(&self) -> usize {
         self.present().ended.cancel();
-        let stopped = std::mem::take(&mut *self.driven());
-        for handle in stopped.values() {
-            handle.stop();
-        }
-        self.count(0);
-        stopped.len()
+        // They leave the table when they have given back what was under way: until then nobody else hands it back.
+        let driven = self.driven();
+        driven.values().for_each(|handle| handle.stop());
+        driven.len()
     }
 
     /// Whether a run may be taken in its submit: nobody waits before it, and nothing is to be counted.

@@ -111,11 +111,13 @@ pub(crate) async fn complete(
 }
 
 /// What a former owner of this attempt bought, whichever model of the chain gave it: found by its successor, it is the
-/// purchase and no saving. Where it is not found, what each of them may have bought is booked at its worst case.
+/// purchase and no saving. What else each of them may have bought and nobody can find is booked at its worst case: of a
+/// chain the models before the one that is found, and all of them where none is found.
 async fn inherited(caller: &Arc<Caller>, context: &CallContext, request: &Request) -> Option<Reply> {
     let purse = context.purse.as_ref().filter(|purse| purse.inherits())?;
     let (started, buyer) = (Instant::now(), buyer(context));
-    for model in request.models.iter().filter(|model| caller.served(model).is_ok()) {
+    let worst_cases = |models: &[ModelRef]| models.iter().map(|model| caller.worst_case(request, model)).collect();
+    for (index, model) in request.models.iter().enumerate().filter(|(_, model)| caller.served(model).is_ok()) {
         let (places, reader) = (Places::of(context, request, model), reader(context, model));
         for place in places.reads.iter().flatten() {
             let look = Look { only: Some(Only::Attempt(&buyer)), ..look(&reader, *place, &buyer) };
@@ -124,12 +126,13 @@ async fn inherited(caller: &Arc<Caller>, context: &CallContext, request: &Reques
                 let (usage, cost, priced, latency) = (entry.usage, entry.cost(), entry.priced, started.elapsed());
                 let paid = Paid { usage, cost, priced, latency, unknown: false };
                 let row = paid.entry(request.purpose, &entry.model, Origin::Provider, None);
-                purse.inherited(row.clone());
+                let (before, rest) = request.models.split_at(index);
+                purse.inherited(row.clone(), worst_cases(before), worst_cases(rest));
                 return Some(Reply { content: entry.content.clone(), calls: vec![row], key: place.key });
             }
         }
     }
-    purse.lost(request.models.iter().map(|model| caller.worst_case(request, model)).collect());
+    purse.lost(worst_cases(&request.models));
     None
 }
 

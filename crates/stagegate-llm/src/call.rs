@@ -133,7 +133,8 @@ impl Paid {
             saved_usd,
             unknown: self.unknown,
             priced: self.priced,
-            latency_ms: millis(self.latency),
+            // One of unknown outcome that was sent took its time; see `LedgerEntry::is_presumed`.
+            latency_ms: millis(self.latency).max(u64::from(self.unknown)),
             error,
             rest: stagegate_core::Rest::default(),
         }

@@ -31,8 +31,11 @@ pub trait Purse: Send + Sync + fmt::Debug {
     /// Whether former owners of the caller's work may have asked before it, without telling what came of it.
     fn inherits(&self) -> bool;
 
-    /// A former owner had bought this answer, and the caller has found it. It is booked here, as a purchase.
-    fn inherited(&self, bought: LedgerEntry);
+    /// A former owner had bought this answer, and the caller has found it. It is booked here, as a purchase. `before` is the
+    /// worst case of each model of the chain before the one that gave it: each former owner may have asked those in vain,
+    /// which leaves no answer. `rest` is the same of that model and those after it: former owners other than the buyer may
+    /// have asked those, too.
+    fn inherited(&self, bought: LedgerEntry, before: Vec<LedgerEntry>, rest: Vec<LedgerEntry>);
 
     /// What each former owner may have bought is not found: the worst case of every call that its request can have
     /// led to.

@@ -19,7 +19,7 @@ pub use step::{Effect, Step};
 
 use crate::{
     Assessment, Attempt, Checkpoint, Code, EventKind, Failure, Json, LedgerEntry, ModelRef, Origin, Pipeline, RunState,
-    StageState, TenantId, Totals, Verdict,
+    StageId, StageState, TenantId, Totals, Verdict,
     decide::step::Draft,
     evaluation,
     pipeline::{CacheMode, Part, Seen},
@@ -457,22 +457,36 @@ impl Run {
     }
 
     /// Gives the run back, for another replica to take at once: the attempts under way end here, with the calls that
-    /// were made, and others begin in their place. An attempt that is not among `ended` had not begun.
+    /// were made, and others begin in their place. An attempt that is not among `ended` had asked nobody: where it had
+    /// other owners before this one it stays as they left it, because only under its own number is found what they bought.
     pub fn hand_back(&mut self, mut ended: Vec<(usize, DateTime<Utc>, Vec<LedgerEntry>)>, now: DateTime<Utc>) {
         if self.is_leaving() || self.state.is_terminal() {
             return;
         }
         for stage in 0..self.stages.len() {
-            if self.stages[stage].record.state == StageState::Running {
-                let at = ended.iter().position(|(of, ..)| *of == stage);
-                let (_, started_at, calls) = at.map_or((stage, now, Vec::new()), |at| ended.swap_remove(at));
-                self.interrupt(stage, started_at, calls, now);
+            let record = &mut self.stages[stage].record;
+            if record.state != StageState::Running {
+                continue;
             }
+            let at = ended.iter().position(|(of, ..)| *of == stage);
+            if at.is_none() && record.former_owners > 0 {
+                record.former_owners -= 1; // The next owner counts this one again.
+                self.draft.touch(stage);
+                continue;
+            }
+            let (_, started_at, calls) = at.map_or((stage, now, Vec::new()), |at| ended.swap_remove(at));
+            self.interrupt(stage, started_at, calls, now);
         }
         self.state = RunState::Waiting;
         self.emit(now, EventKind::RunWaiting { until: Some(now), reason: None });
         self.draft.disposition = Disposition::Park(Some(Duration::ZERO));
         self.draft.effects.retain(|effect| !effect.is_work());
+    }
+
+    /// The stages with calls of unknown outcome.
+    pub fn unknown_stages(&self) -> impl Iterator<Item = &StageId> {
+        let records = self.stages.iter().map(|stage| &stage.record);
+        records.filter(|record| record.totals.unknown_calls > 0).map(|record| &record.id)
     }
 
     /// How many owners the attempt under way at a stage had before this one.

@@ -298,7 +298,7 @@ impl Run {
             self.totals.add(call);
         }
         let (id, attempt) = (record.id.clone(), record.attempt);
-        let message = "its replica was shut down before it had ended".to_owned();
+        let message = "its replica stopped before it had ended".to_owned();
         let reason = format!("{}: {message}", Code::Draining);
         let failure = Failure { stage: Some(id.clone()), ..Failure::new(Code::Draining, message) };
         record.verdict = Some(Verdict::Errored);

@@ -496,6 +496,27 @@ fn a_resumed_run_repeats_the_attempt_that_was_under_way() {
     assert_eq!(started(&step.effects), [(1, 1)]);
 }
 
+#[test]
+fn a_run_that_is_given_back_before_it_asked_anybody_keeps_its_attempt_and_its_former_owners() {
+    let (_, mut run, _) = begin(CANONICAL);
+    run.on(Stimulus::Taken(Vec::new()), at(50), 0.0);
+    let step = run.take_step().expect("resumed");
+    assert_eq!(step.commit.stages[0].former_owners, 1);
+    run.hand_back(Vec::new(), at(51));
+    let step = run.take_step().expect("given back");
+    let record = &step.commit.stages[0];
+    assert_eq!((record.state, record.attempt, record.former_owners), (StageState::Running, 1, 0));
+    assert_eq!((names(&step.commit), step.commit.attempts.len()), (vec!["run.waiting"], 0));
+    run.on(Stimulus::Taken(Vec::new()), at(52), 0.0);
+    let step = run.take_step().expect("resumed");
+    assert_eq!((step.commit.stages[0].former_owners, started(&step.effects)), (1, vec![(0, 1)]));
+
+    // What asked something ends, and what had no other owner has nothing to keep.
+    run.hand_back(vec![(0, at(52), Vec::new())], at(53));
+    let step = run.take_step().expect("given back");
+    assert_eq!((step.commit.stages[0].state, step.commit.attempts.len()), (StageState::Waiting, 1));
+}
+
 /// What may happen next, drawn at random.
 #[derive(Debug, Clone)]
 enum Move {

@@ -63,7 +63,7 @@ impl Purse for Noting {
         false
     }
 
-    fn inherited(&self, _: LedgerEntry) {}
+    fn inherited(&self, _: LedgerEntry, _: Vec<LedgerEntry>, _: Vec<LedgerEntry>) {}
 
     fn lost(&self, _: Vec<LedgerEntry>) {}
 }
@@ -143,7 +143,7 @@ async fn a_caller_that_waits_for_its_purse_gives_up_at_its_deadline() {
         fn inherits(&self) -> bool {
             false
         }
-        fn inherited(&self, _: LedgerEntry) {}
+        fn inherited(&self, _: LedgerEntry, _: Vec<LedgerEntry>, _: Vec<LedgerEntry>) {}
         fn lost(&self, _: Vec<LedgerEntry>) {}
     }
     let one = Scripted::new(Act::Answer("a"));
