@@ -203,7 +203,7 @@ struct Setup {
 /// What is the same in all worlds: prices and metrics take longer to make than a world to play.
 static PRICED: LazyLock<(LlmConfig, Prices)> = LazyLock::new(|| {
     let price = Price { input: 1.0, output: 2.0, cache_read: None, cache_write: None };
-    let config = LlmConfig { prices: [("sim/quick".to_owned(), price)].into(), ..LlmConfig::default() };
+    let config = LlmConfig { prices: [("sim/*".to_owned(), price)].into(), ..LlmConfig::default() };
     let prices = Prices::new(&config).unwrap_or_else(|error| unreachable!("a price that is an amount: {error:?}"));
     (config, prices)
 });

@@ -247,7 +247,7 @@ impl Front {
 
     async fn do_heartbeat(&self, beat: &Heartbeat) -> StoreResult<Pulse> {
         let pulse = self.world.store.heartbeat(beat).await?;
-        self.world.book(|checks| checks.beat(beat, &pulse));
+        self.world.book(|checks| checks.beat(self.process, beat, &pulse));
         if !pulse.alive {
             self.world.note_by(self.process, || "was declared dead".to_owned());
         }

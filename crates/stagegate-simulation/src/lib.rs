@@ -63,6 +63,8 @@ pub enum Flaw {
     TimeUntold,
     /// A run that is loaded is told that its outage began long ago.
     OutageAges,
+    /// A run that is loaded is told that its attempts under way have ended, so that nobody books what came of them.
+    OwnersForgotten,
     /// The first call makes its driver panic; the engine catches that and goes on.
     DriverPanics,
     /// The provider charges twice for what it answers.

@@ -54,6 +54,7 @@ fn asked(request: &ProviderRequest<'_>) -> (String, String) {
 
 fn digest(request: &ProviderRequest<'_>) -> u64 {
     let mut hasher = DefaultHasher::new();
+    request.model.hash(&mut hasher);
     for message in request.messages {
         (message.role as u8, &message.content).hash(&mut hasher);
     }
@@ -131,7 +132,7 @@ impl Provider for Scripted {
         let (fate, latency) = self.fate();
         if !matches!(fate, Fate::Limited(_) | Fate::Unreachable | Fate::Failed | Fate::Rejected) {
             let times = if world.store.flaw == Flaw::ChargesTwice { 2 } else { 1 };
-            world.book(|checks| checks.charges(&tag, times * price(&usage(call))));
+            world.book(|checks| checks.charges(call, &tag, times * price(&usage(call))));
         }
         if fate == Fate::Hangs {
             std::future::pending::<()>().await;

@@ -33,7 +33,8 @@ pub(crate) fn pipeline(rng: &mut StdRng, n: usize) -> Made {
             needs.insert(own, upstream.iter().filter_map(ids).collect());
         }
     }
-    let mut definition = json!({ "name": name, "defaults": { "model": "sim/quick" }, "stages": stages });
+    let models = if rng.random_bool(0.3) { json!(["sim/quick", "sim/other"]) } else { json!("sim/quick") };
+    let mut definition = json!({ "name": name, "defaults": { "model": models }, "stages": stages });
     if rng.random_bool(0.2) {
         definition["deadline"] = json!(format!("{}s", rng.random_range(10..60)));
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use stagegate_core::{
-    Checkpoint, Origin, StageId, Totals, Verdict,
+    Checkpoint, Origin, RunId, StageId, Totals, Verdict,
     store::{Commit, Committed},
 };
 
@@ -33,14 +33,29 @@ pub(super) struct Calls {
     looked: BTreeMap<(usize, Key), i64>,
     /// When a process last failed to reach the cache.
     failed: BTreeMap<usize, i64>,
-    /// What the provider charged, by the tag of the runs that asked, in nano-dollars.
-    charged: BTreeMap<String, i64>,
+    /// What the provider charged, by the tag of the runs that asked.
+    charged: BTreeMap<String, Charged>,
+    /// The cache lost something, or a process did without it.
+    lost: bool,
+}
+
+/// What the provider charged for the runs of one tag, in nano-dollars.
+#[derive(Debug, Default, Clone, Copy)]
+struct Charged {
+    all: i64,
+    /// For calls of processes that had lost the lease before they asked: no owner is left that could book them.
+    unowned: i64,
+    /// For judges.
+    judges: i64,
 }
 
 #[derive(Debug)]
 struct Call {
     request: u64,
     started: i64,
+    judges: bool,
+    /// Its process holds the lease of a run of this tag, as far as can be told.
+    owned: bool,
     /// The answer arrived, and can be used.
     received: bool,
     /// It reached the shared cache.
@@ -57,7 +72,13 @@ impl Calls {
 impl Checks {
     /// A request leaves a process.
     pub(crate) fn call_starts(&mut self, process: usize, call: u64, request: u64, tag: &str, stage: &str) -> Checked {
-        self.calls.made.insert(call, Call { request, started: self.now_ms, received: false, cached: false });
+        let holds = |run: &RunId| {
+            let holder = self.runs.get(run).and_then(|book| book.holder);
+            holder.is_some_and(|(replica, _)| self.processes.get(&replica) == Some(&process))
+        };
+        let owned = self.tags.get(tag).is_some_and(|runs| runs.iter().all(holds));
+        let (judges, started) = (stage.starts_with("judge-"), self.now_ms);
+        self.calls.made.insert(call, Call { request, started, judges, owned, received: false, cached: false });
         self.is_needed(process, call, request)?;
         let stage = stage.strip_prefix("judge-").unwrap_or(stage);
         let Ok(stage) = StageId::new(stage) else { return Ok(()) };
@@ -101,12 +122,19 @@ impl Checks {
     }
 
     /// The provider will charge for a call, whether or not anybody hears the answer.
-    pub(crate) fn charges(&mut self, tag: &str, nanos: i64) {
-        *self.calls.charged.entry(tag.to_owned()).or_default() += nanos;
+    pub(crate) fn charges(&mut self, call: u64, tag: &str, nanos: i64) {
+        let charged = self.calls.charged.entry(tag.to_owned()).or_default();
+        charged.all += nanos;
+        let Some(made) = self.calls.made.get(&call) else { return };
+        if !made.owned {
+            charged.unowned += nanos;
+        } else if made.judges {
+            charged.judges += nanos;
+        }
     }
 
     /// Everything is over: of the runs of each tag, what is known to be spent was charged, and what was charged is booked,
-    /// at its worst case where nobody heard. Named exceptions: what a lost lease can hide (docs/durability.md).
+    /// at its worst case where nobody heard. The exceptions are those that docs/durability.md names, and no others.
     pub(super) fn money(&self, state: &State) -> Checked {
         for (tag, runs) in &self.tags {
             let rows = runs.iter().filter_map(|run| state.runs.get(run));
@@ -114,13 +142,16 @@ impl Checks {
             let mut totals = Totals::default();
             attempts.flat_map(|attempt| &attempt.calls).for_each(|call| totals.add(call));
             let known = (totals.cost_usd - totals.unknown_usd).nanos();
-            let charged = self.calls.charged.get(tag).copied().unwrap_or(0);
-            // A call that an owner makes after its lease was lost, and one whose answer the cache lost as well, has no owner
-            // that can book it: one a take-over at most, times what can be under way side by side.
+            let Charged { all: charged, unowned, judges } = self.calls.charged.get(tag).copied().unwrap_or_default();
+            // A judge's call of an owner whose answer the cache lost, so that its successor looks no further than that: one a
+            // take-over at most, times what can be under way side by side.
             let take_overs: i64 = runs.iter().filter_map(|run| state.runs.get(run)).map(|row| row.epoch.0 - 1).sum();
-            let lost = take_overs.max(0) * DEAREST_CALL_NANOS;
-            if known > charged || totals.cost_usd.nanos() + lost < charged {
-                let what = format!("{charged} nano-dollars were charged to {tag}, whose runs are booked {totals:?}");
+            let hidden = if self.calls.lost { judges.min(take_overs.max(0) * DEAREST_CALL_NANOS) } else { 0 };
+            if known > charged || totals.cost_usd.nanos() + unowned + hidden < charged {
+                let what = format!(
+                    "{charged} nano-dollars were charged to {tag} ({unowned} without a lease, {judges} for judges), whose runs \
+                     are booked {totals:?}"
+                );
                 return self.broken(Promise::MoneyIsExact, what);
             }
         }
@@ -163,6 +194,7 @@ impl Checks {
 
     pub(crate) fn cache_failed(&mut self, process: usize) {
         self.calls.failed.insert(process, self.now_ms);
+        self.calls.lost = true;
     }
 
     /// A look under a key, and whether it found something. What is found need not be bought, and what was acknowledged
@@ -196,5 +228,6 @@ impl Checks {
 
     pub(crate) fn cache_flushed(&mut self) {
         self.calls.entries.clear();
+        self.calls.lost = true;
     }
 }

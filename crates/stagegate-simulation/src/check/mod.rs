@@ -99,6 +99,8 @@ pub(crate) struct Checks {
     tags: BTreeMap<String, Vec<RunId>>,
     /// Until when each replica counts as alive.
     replicas: BTreeMap<ReplicaId, i64>,
+    /// Which process each replica is a life of.
+    processes: BTreeMap<ReplicaId, usize>,
     /// When a process was last kept from hearing what is asked of its runs.
     disturbed: BTreeMap<usize, i64>,
     calls: calls::Calls,

@@ -123,7 +123,8 @@ impl Checks {
         Ok(())
     }
 
-    pub(crate) fn beat(&mut self, beat: &Heartbeat, pulse: &Pulse) {
+    pub(crate) fn beat(&mut self, process: usize, beat: &Heartbeat, pulse: &Pulse) {
+        self.processes.insert(beat.replica, process);
         if pulse.alive {
             let ttl = i64::try_from(beat.ttl.as_millis()).unwrap_or(i64::MAX);
             self.replicas.insert(beat.replica, self.now_ms + ttl);

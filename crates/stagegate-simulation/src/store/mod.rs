@@ -18,7 +18,7 @@ use std::{
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use stagegate_core::{
-    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, Store, StoreError, StoreResult, TenantId,
+    Event, KeyId, PipelineName, ReplicaId, RunId, StageId, StageState, Store, StoreError, StoreResult, TenantId,
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun, NewSignal,
@@ -253,6 +253,13 @@ impl Store for MemoryStore {
         if self.flaw == Flaw::OutageAges {
             for record in found.iter_mut().flat_map(|snapshot| &mut snapshot.stages) {
                 record.outage_since = record.outage_since.map(|since| since - Duration::from_hours(1));
+            }
+        }
+        if self.flaw == Flaw::OwnersForgotten {
+            for record in found.iter_mut().flat_map(|snapshot| &mut snapshot.stages) {
+                if record.state == StageState::Running {
+                    (record.state, record.not_before) = (StageState::Waiting, record.started_at);
+                }
             }
         }
         Ok(found)

@@ -94,3 +94,8 @@ fn a_panic_that_the_engine_catches_is_caught() {
 fn a_provider_that_charges_more_than_is_booked_is_caught() {
     assert_eq!(caught(Flaw::ChargesTwice), Promise::MoneyIsExact);
 }
+
+#[test]
+fn a_take_over_that_forgets_its_former_owners_is_caught() {
+    assert_eq!(caught(Flaw::OwnersForgotten), Promise::MoneyIsExact);
+}
