@@ -28,6 +28,13 @@ const WAKE: u64 = 1000;
 /// Runs that are read of each lane at least.
 const FIRST: usize = 4;
 
+/// The states in which this release knows how to go on: a run in another is left to those that know it.
+macro_rules! known {
+    ($run:literal) => {
+        concat!($run, "state IN ('queued', 'running', 'waiting')")
+    };
+}
+
 // anything-to-claim: what a claim would find, without taking the write lock.
 pub(crate) const ANYTHING: &str = concat!(
     "SELECT EXISTS (SELECT 1 FROM runs WHERE ready_at IS NOT NULL) \
@@ -47,8 +54,11 @@ pub(crate) const WAKE_DUE: &str = concat!(
 );
 
 // cancelled: what ends as soon as it is claimed.
-pub(crate) const CANCELLED: &str = "SELECT id, epoch FROM runs INDEXED BY runs_cancelled \
-    WHERE ready_at IS NOT NULL AND cancel_requested = 1 ORDER BY id LIMIT ?1";
+pub(crate) const CANCELLED: &str = concat!(
+    "SELECT id, epoch FROM runs INDEXED BY runs_cancelled WHERE ready_at IS NOT NULL AND cancel_requested = 1 AND ",
+    known!(""),
+    " ORDER BY id LIMIT ?1"
+);
 
 /// The lanes in which something waits: each is found by one look into the index, or two, from the one before it.
 macro_rules! lanes {
@@ -71,15 +81,20 @@ pub(crate) const CANDIDATES: &str = concat!(
     lanes!(),
     "SELECT c.id, c.epoch, c.tenant, c.lane, c.pipeline, c.pipeline_max, c.key, c.key_max, c.priority, c.ready_at \
      FROM lanes CROSS JOIN runs AS c ON c.rowid IN (SELECT first.rowid FROM runs AS first INDEXED BY runs_lanes \
-     WHERE first.ready_at IS NOT NULL AND first.tenant = lanes.tenant AND first.lane = lanes.lane \
-     ORDER BY first.priority DESC, first.ready_at, first.id LIMIT ?1)"
+     WHERE first.ready_at IS NOT NULL AND first.tenant = lanes.tenant AND first.lane = lanes.lane AND ",
+    known!("first."),
+    " ORDER BY first.priority DESC, first.ready_at, first.id LIMIT ?1)"
 );
 
 // deeper-candidates: the same of these lanes, each a tenant and a lane.
-pub(crate) const DEEPER: &str = "SELECT c.id, c.epoch, c.tenant, c.lane, c.pipeline, c.pipeline_max, c.key, c.key_max, \
+pub(crate) const DEEPER: &str = concat!(
+    "SELECT c.id, c.epoch, c.tenant, c.lane, c.pipeline, c.pipeline_max, c.key, c.key_max, \
     c.priority, c.ready_at FROM json_each(?2) AS asked CROSS JOIN runs AS c ON c.rowid IN (SELECT first.rowid \
     FROM runs AS first INDEXED BY runs_lanes WHERE first.ready_at IS NOT NULL AND first.tenant = asked.value ->> 0 \
-    AND first.lane = asked.value ->> 1 ORDER BY first.priority DESC, first.ready_at, first.id LIMIT ?1)";
+    AND first.lane = asked.value ->> 1 AND ",
+    known!("first."),
+    " ORDER BY first.priority DESC, first.ready_at, first.id LIMIT ?1)"
+);
 
 // leases-by-tenant: in the order of the index, so that nothing is sorted.
 pub(crate) const BY_TENANT: &str = "SELECT tenant, NULL, NULL, count(*) FROM runs INDEXED BY runs_leased \

@@ -73,6 +73,7 @@ impl State {
         }
         // In the order of their ids, and at most half.
         let cancelled = self.runs.values().filter(|row| row.ready_at.is_some() && row.record.cancel_requested);
+        let cancelled = cancelled.filter(|row| !matches!(row.record.state, RunState::Unknown(_)));
         let mut ready: Vec<RunId> = cancelled.map(|row| row.record.id).take(limit.div_ceil(2) as usize).collect();
         let (candidates, mut used) = self.candidates(flaw);
         let (taken, candidates): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|each| ready.contains(&each.run));
@@ -99,6 +100,9 @@ impl State {
         for row in self.runs.values() {
             let (tenant, pipeline, limits) = (&row.record.tenant, &row.record.pipeline, &row.limits);
             if let Some(at) = row.ready_at.and_then(DateTime::from_timestamp_millis) {
+                if matches!(row.record.state, RunState::Unknown(_)) {
+                    continue; // Left to those who know how to go on with it.
+                }
                 candidates.push(Candidate {
                     run: row.record.id,
                     tenant: tenant.clone(),

@@ -211,6 +211,7 @@ macro_rules! store_contract {
                 an_unknown_signal_is_carried_until_it_is_consumed
                 a_signal_that_cannot_be_read_is_an_unknown_one
                 unknown_fields_survive_a_rewrite
+                a_run_in_an_unknown_state_is_left_to_those_who_know_it
             }
             keys {
                 a_key_is_found_by_its_hash

@@ -1,18 +1,19 @@
 //! Promises about words of newer releases: they are carried, never taken for corruption.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use stagegate_core::{
     Attempt, CallPurpose, Checkpoint, Code, Evaluator, Event, Failure, Origin, RunState, StageState, Store, Verdict,
+    fair::Shares,
     store::{Commit, RunQuery, SignalKind, Signalled, StageRecord},
 };
 
 use super::{
     Subject,
     fixtures::{
-        at, checkpoint, commit, full_attempt, full_stage, live_replica, park, record, rest, signal, signals_of, stage,
-        step, submit_leased, tenant,
+        at, checkpoint, commit, full_attempt, full_stage, live_replica, new_run, park, record, rest, signal,
+        signals_of, stage, step, submit, submit_leased, tenant,
     },
 };
 
@@ -218,5 +219,28 @@ pub async fn unknown_fields_survive_a_rewrite(subject: Subject) {
     let shown = serde_json::to_value(&shown.attempts[0]).expect("JSON");
     for place in ["/failure/later", "/assessments/0/later"] {
         assert_eq!(shown.pointer(place), Some(&json!(true)), "{shown:#}");
+    }
+}
+
+/// However often it is claimed, beside others that are taken; whether its owner died or it was parked.
+pub async fn a_run_in_an_unknown_state_is_left_to_those_who_know_it(subject: Subject) {
+    let store = &subject.store;
+    let newer = live_replica(store).await;
+    let state = parse(RunState::parse, "hibernating");
+    let (owned, lease) = submit_leased(store, 1, newer).await;
+    commit(store, &Commit { state, ..step(lease, 3) }).await;
+    let (parked, lease) = submit_leased(store, 2, newer).await;
+    commit(store, &Commit { state, ..park(lease, 3, Some(Duration::ZERO)) }).await;
+    submit(store, &new_run(3)).await;
+    store.leave(newer).await.expect("leaves");
+    let older = live_replica(store).await;
+    let taken = store.claim(older, 10, &Shares::default()).await.expect("claims");
+    assert_eq!(taken.len(), 1, "the others are taken");
+    for _ in 0..3 {
+        assert_eq!(store.claim(older, 10, &Shares::default()).await.expect("claims"), []);
+    }
+    for run in [owned, parked] {
+        assert_eq!(record(store, run.id).await.state, state);
+        assert!(taken.iter().all(|lease| lease.run != run.id));
     }
 }
