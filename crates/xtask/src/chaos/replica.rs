@@ -95,10 +95,12 @@ impl Replica {
     fn config(&self) -> String {
         let Setup { lease_ttl_ms, drain_delay_ms, provider_url, .. } = &self.setup;
         let drain_delay = drain_delay_ms.map_or_else(String::new, |ms| format!("drain_delay = \"{ms}ms\"\n"));
+        // Older binaries do not know this one either; nobody goes back to them here.
+        let way_back = drain_delay_ms.map_or("", |_| "way_back = \"1ms\"\n");
         format!(
             "[http]\nlisten = \"{}\"\nauth = \"open\"\nsse_keep_alive = \"2s\"\n{drain_delay}\
              [engine]\nlease_ttl = \"{lease_ttl_ms}ms\"\npark_after = \"2s\"\npoll_interval = \"500ms\"\n\
-             drain_grace = \"5s\"\n\
+             drain_grace = \"5s\"\n{way_back}\
              [store]\ndatabase_url = \"postgres://stagegate@{}/stagegate\"\n\
              [redis]\nurl = \"redis://{}/\"\n\
              [llm.providers.storm]\nkind = \"openai\"\nbase_url = \"{provider_url}\"\nmax_concurrency = 2000\n\

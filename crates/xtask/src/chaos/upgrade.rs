@@ -1,5 +1,6 @@
-//! `cargo xtask upgrade`: the previous binary and this one side by side on one database, while its schema moves on. Owns
-//! how the previous binary is built and the order of the steps.
+//! `cargo xtask upgrade`: the previous binary and this one side by side on one database, while its schema moves on; then
+//! this one beside a synthetic next release ([`super::next`]). Owns how the previous binary is built and the order of the
+//! steps.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,7 +15,7 @@ use tokio::{process::Command, time::sleep};
 use uuid::Uuid;
 
 use super::{
-    CALM_S, DRAIN_DELAY_MS, Ending, Running, prepare, until_interrupted,
+    CALM_S, DRAIN_DELAY_MS, Ending, Running, next, prepare, until_interrupted,
     world::{Orphans, Plan, WindowKind, World},
 };
 use crate::{
@@ -26,7 +27,12 @@ use crate::{
 const LOOKS: u32 = 80;
 const LOOK_PAUSE: Duration = Duration::from_millis(150);
 
-/// Run the previous binary and this one side by side while the schema is migrated, and reconcile
+/// Run the previous binary and this one side by side while the schema is migrated, then this one beside the next, and reconcile
+///
+/// The next release (N+1) is made up: a replica with one capability more, on a schema with columns and a table more, that is
+/// leased runs, claims others, and writes events, fields, codes, verdicts, states and signals that this release does not
+/// know. This release must carry them, go on with what it can read, leave what it cannot, and refuse what it would not
+/// understand.
 ///
 /// The previous binary is built in a worktree under target/upgrade, from what was compiled of the dependencies already,
 /// and kept there.
@@ -101,6 +107,9 @@ impl Upgrade {
         sleep(step).await;
         let second = stop_for_good(&world, old_2, "KILL").await?;
         sleep(step).await;
+        if let Err(error) = Box::pin(next::beside(&world, &run.client, new_2)).await {
+            world.seen().findings.push(format!("beside the next release: {error:#}"));
+        }
         let crossed = [
             ("of a killed new replica, finished by old ones", to_old.len(), count(&to_old, &["r1", "r2"])),
             ("of a stopped old replica, gone on with by others", first.len(), count(&first, &["r2", "r3", "r4"])),
@@ -129,7 +138,7 @@ fn count(owners: &[(Uuid, Option<String>)], names: &[&str]) -> usize {
     owners.iter().filter(|(_, owner)| owner.as_deref().is_some_and(|owner| names.contains(&owner))).count()
 }
 
-async fn launch(world: &World, index: usize) -> anyhow::Result<()> {
+pub(crate) async fn launch(world: &World, index: usize) -> anyhow::Result<()> {
     world.replicas[index].launch()?;
     world.replicas[index].ready().await
 }

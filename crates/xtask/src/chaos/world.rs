@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use super::{
     client::Client,
+    load::Submitted,
     pipelines::PIPELINES,
     replica::{Replica, Setup},
     timeline::Timeline,
@@ -97,6 +98,8 @@ pub(crate) struct Seen {
     pub(crate) paused: Vec<(Orphans, f64)>,
     /// SIGTERMs: the replica, when, the seconds it took, and its exit status.
     pub(crate) stops: Vec<(String, f64, f64, Option<i32>)>,
+    /// Runs that something else than the load submitted.
+    pub(crate) submitted: Vec<Submitted>,
     /// What broke a promise on the way.
     pub(crate) findings: Vec<String>,
     /// What could not be done, and why.
