@@ -19,8 +19,8 @@ use utoipa::ToSchema;
 mod records;
 
 pub use records::{
-    Backlog, Kept, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, StageDetail, StageRecord, Waiting,
-    unreadable_pipeline,
+    ATTEMPTS_READ_MAX, Backlog, Kept, QueueStats, ReplicaRecord, RunDetail, RunQuery, RunRecord, StageDetail,
+    StageRecord, Waiting, unreadable_pipeline,
 };
 
 pub use crate::access::{ApiKey, NewApiKey, Role};
@@ -548,7 +548,7 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// Runs of a tenant.
     async fn runs(&self, query: &RunQuery) -> StoreResult<Vec<RunRecord>>;
 
-    /// A stage of a run; None where it has no row.
+    /// A stage of a run, with its newest attempts; None where it has no row.
     async fn stage(&self, tenant: &TenantId, run: RunId, stage: &StageId) -> StoreResult<Option<StageDetail>>;
 
     /// Events after a seq, in order, at most `limit`.

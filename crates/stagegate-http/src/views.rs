@@ -366,8 +366,10 @@ pub(crate) struct StageDetailView {
     pub(crate) stage: StageView,
     /// Its committed result; null until it has one.
     pub(crate) checkpoint: Option<Checkpoint>,
-    /// Its attempts in order, each with its assessments and its model calls.
+    /// Its newest attempts that ended, at most 200, in order; each with its assessments and its model calls.
     pub(crate) attempts: Vec<Attempt>,
+    /// How many attempts have ended.
+    pub(crate) attempts_total: u32,
 }
 
 /// The ids of the stages that a stage needs.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::{Postgres, QueryBuilder, postgres::PgRow};
 use stagegate_core::{
     Event, RunId, RunState, StageId, StoreResult, TenantId,
-    store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
+    store::{ATTEMPTS_READ_MAX, RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
 };
 use uuid::Uuid;
 
@@ -48,7 +48,7 @@ pub const RUN: &str = concat!(
      ORDER BY s.stage_id"
 );
 
-/// A stage with its checkpoint, one row per attempt; the checkpoint's output stands in the first.
+/// A stage with its checkpoint, one row for each of its newest attempts; the checkpoint's output stands in the first.
 pub const STAGE: &str = concat!(
     "/* stages.read */ SELECT ",
     stage_columns!(),
@@ -64,12 +64,14 @@ pub const STAGE: &str = concat!(
     " ON s.stage_id = $2
      LEFT JOIN checkpoints c ON c.run_id = r.id AND c.stage_id = s.stage_id
      LEFT JOIN LATERAL (
-         SELECT number, started_at, finished_at, verdict, body, output FROM attempts
-         WHERE run_id = r.id AND stage_id = s.stage_id
+         (SELECT number, started_at, finished_at, verdict, body, output FROM attempts
+          WHERE run_id = r.id AND stage_id = s.stage_id
+          ORDER BY number DESC LIMIT $4)
          UNION ALL
          SELECT c.attempt, c.attempt_started_at, coalesce(c.attempt_finished_at, c.created_at),
                 coalesce(c.attempt_verdict, c.verdict), c.attempt_body, NULL
          WHERE c.attempt_body IS NOT NULL
+         ORDER BY number DESC LIMIT $4
      ) a ON true
      WHERE r.id = $1 AND r.tenant = $3
      ORDER BY a.number"
@@ -197,7 +199,8 @@ pub(crate) async fn stage(
     run: RunId,
     stage: &StageId,
 ) -> StoreResult<Option<StageDetail>> {
-    let query = sqlx::query(STAGE).bind(run.0).bind(stage.as_str()).bind(tenant.as_str());
+    let most = i64::try_from(ATTEMPTS_READ_MAX).unwrap_or(i64::MAX);
+    let query = sqlx::query(STAGE).bind(run.0).bind(stage.as_str()).bind(tenant.as_str()).bind(most);
     let found = pool.acquire_as_guest("stages.read").await?.rows("stages.read", query).await?;
     let Some(first) = found.first() else { return Ok(None) };
     let read = Reader::new(first, "stages", run.0);

@@ -41,7 +41,7 @@ pub(crate) const CHECKPOINTS: &str = concat!(
 pub(crate) const LAST_ATTEMPTS: &str = concat!(
     "SELECT ",
     attempt_columns!(),
-    " FROM attempts a WHERE run_id IN (SELECT unhex(value) FROM json_each(?1)) \
+    " FROM attempts a WHERE run_id IN (SELECT unhex(value) FROM json_each(?1)) AND a.output IS NOT NULL \
      AND number = (SELECT max(number) FROM attempts b WHERE b.run_id = a.run_id AND b.stage = a.stage \
      AND b.output IS NOT NULL) \
      AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = a.run_id AND c.stage = a.stage)"

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection, sqlite::SqliteRow};
 use stagegate_core::{
     Attempt, Event, Json, LedgerEntry, RunId, RunState, StageId, StoreResult, TenantId,
-    store::{RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
+    store::{ATTEMPTS_READ_MAX, RunDetail, RunQuery, RunRecord, StageDetail, StageRecord},
 };
 
 use crate::{
@@ -134,21 +134,18 @@ pub(crate) async fn stage(db: &Db, tenant: &TenantId, run: RunId, id: &StageId) 
     let checkpoint =
         of_stage(checkpoint_columns!(), "checkpoints", run, id, "").build().fetch_optional(&mut *conn).await.sql()?;
     let checkpoint = checkpoint.map(|row| records::checkpoint(&row)).transpose()?.map(|(_, _, checkpoint)| checkpoint);
-    // stage-attempts
+    // stage-attempts: the newest of them.
     let mut attempts = Vec::new();
-    for row in of_stage(attempt_columns!(), "attempts", run, id, " ORDER BY number")
-        .build()
-        .fetch_all(&mut *conn)
-        .await
-        .sql()?
-    {
-        attempts.push(records::attempt(&row)?.2);
+    let mut newest = of_stage(attempt_columns!(), "attempts", run, id, " ORDER BY number DESC LIMIT ");
+    newest.push_bind(i64::try_from(ATTEMPTS_READ_MAX).unwrap_or(i64::MAX));
+    for row in newest.build().fetch_all(&mut *conn).await.sql()?.iter().rev() {
+        attempts.push(records::attempt(row)?.2);
     }
     // stage-calls
     let mut calls: HashMap<u32, Vec<LedgerEntry>> = HashMap::new();
-    for row in
-        of_stage(ledger_columns!(), "ledger", run, id, " ORDER BY attempt, call").build().fetch_all(conn).await.sql()?
-    {
+    let mut of_those = of_stage(ledger_columns!(), "ledger", run, id, " AND attempt >= ");
+    of_those.push_bind(attempts.first().map_or(0, |attempt| attempt.number)).push(" ORDER BY attempt, call");
+    for row in of_those.build().fetch_all(conn).await.sql()? {
         let (_, _, attempt, call) = records::call(&row)?;
         calls.entry(attempt).or_default().push(call);
     }

@@ -328,9 +328,12 @@ pub struct StageDetail {
     pub stage: StageRecord,
     /// Its checkpoint.
     pub checkpoint: Option<Checkpoint>,
-    /// Its attempts, in order.
+    /// Its newest attempts that ended, in order; at most [`ATTEMPTS_READ_MAX`].
     pub attempts: Vec<Attempt>,
 }
+
+/// How many attempts of a stage are read at most: outages are bounded by time, so that there may be many.
+pub const ATTEMPTS_READ_MAX: usize = 200;
 
 /// Which runs to list. Newest first.
 #[derive(Debug, Clone)]

@@ -38,6 +38,7 @@ async fn a_run_is_accepted_followed_and_read() {
     let stage = app.get(&format!("/v1/runs/{id}/stages/second")).await.body;
     assert_eq!((&stage["state"], &stage["checkpoint"]["verdict"]), (&json!("succeeded"), &json!("passed")));
     assert_eq!(stage["attempts"][0]["calls"][0]["purpose"], "stage");
+    assert_eq!(stage["attempts_total"], 1);
 }
 
 #[tokio::test]

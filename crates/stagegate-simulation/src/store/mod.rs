@@ -21,9 +21,9 @@ use stagegate_core::{
     Event, KeyId, PipelineName, ReplicaId, RunId, StageId, StageState, Store, StoreError, StoreResult, TenantId,
     fair::Shares,
     store::{
-        ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun, NewSignal,
-        NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery, RunRecord,
-        Signal, Signalled, Snapshot, StageDetail, Submitted,
+        ATTEMPTS_READ_MAX, ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
+        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
+        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
     },
 };
 use tokio::time::Instant;
@@ -216,10 +216,13 @@ impl Store for MemoryStore {
     async fn stage(&self, tenant: &TenantId, run: RunId, stage: &StageId) -> StoreResult<Option<StageDetail>> {
         Ok(self.with(|state, _| {
             let row = state.row(tenant, run)?;
+            let newest = row.attempts.get(stage).into_iter().flat_map(|all| all.values().rev().take(ATTEMPTS_READ_MAX));
+            let mut attempts: Vec<_> = newest.cloned().collect();
+            attempts.reverse();
             Some(StageDetail {
                 stage: row.stages.get(stage)?.clone(),
                 checkpoint: row.checkpoints.get(stage).cloned(),
-                attempts: row.attempts.get(stage).map_or_else(Vec::new, |all| all.values().cloned().collect()),
+                attempts,
             })
         }))
     }

@@ -96,6 +96,7 @@ macro_rules! store_contract {
             reading {
                 what_is_not_there_is_none
                 tenants_are_walls_for_every_read
+                a_stage_is_read_with_its_newest_attempts_alone
                 lists_are_newest_first_and_page_without_gaps
                 lists_filter_by_everything
                 events_are_gap_free_and_page

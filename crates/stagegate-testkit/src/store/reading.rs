@@ -3,7 +3,7 @@
 use stagegate_core::{
     RunId, RunState, Store,
     pipeline::Labels,
-    store::{NewRun, NewSignal, RunQuery, SignalKind, Signalled},
+    store::{ATTEMPTS_READ_MAX, NewRun, NewSignal, RunQuery, SignalKind, Signalled},
 };
 
 use super::{
@@ -67,6 +67,24 @@ pub async fn tenants_are_walls_for_every_read(subject: Subject) {
     let signal = NewSignal { tenant: other, run: run.id, kind: SignalKind::Cancel, by: None };
     assert_eq!(store.signal(&signal).await.expect("signal"), Signalled::NoSuchRun);
     assert!(!store.run_record(&run.tenant, run.id).await.expect("read").expect("there").cancel_requested);
+}
+
+/// Those are its end; earlier ones stay in the ledger and the events.
+pub async fn a_stage_is_read_with_its_newest_attempts_alone(subject: Subject) {
+    let store = &subject.store;
+    let owner = live_replica(store).await;
+    let (run, lease) = submit_leased(store, 1, owner).await;
+    let many = u32::try_from(ATTEMPTS_READ_MAX).expect("a small number") + 3;
+    let mut step = step(lease, 3);
+    step.stages = vec![full_stage("s1", "x"), full_stage("s2", "x")];
+    step.attempts = (1..=many).map(|number| (stage("s1"), full_attempt(number, "x"))).collect();
+    step.attempts.push((stage("s2"), full_attempt(1, "x")));
+    commit(store, &step).await;
+    let read = store.stage(&run.tenant, run.id, &stage("s1")).await.expect("read").expect("there");
+    assert!(read.attempts.iter().map(|attempt| attempt.number).eq(4..=many), "the newest, in order");
+    assert_eq!(read.attempts[0], full_attempt(4, "x"), "whole, with their calls");
+    let other = store.stage(&run.tenant, run.id, &stage("s2")).await.expect("read").expect("there");
+    assert_eq!(other.attempts, [full_attempt(1, "x")]);
 }
 
 /// Page by page, by cursor, nothing twice and nothing missing, while new runs come in.

@@ -13,7 +13,8 @@ use crate::{
 
 /// Read a stage
 ///
-/// A stage of a run with its attempts (each with its assessments and its model calls) and its checkpoint.
+/// A stage of a run with its newest attempts (at most 200, each with its assessments and its model calls) and its
+/// checkpoint. A stage that waits for an outage to pass may have had more: `attempts_total` tells.
 #[utoipa::path(
     get, path = "/v1/runs/{id}/stages/{stage}", tag = "stages", operation_id = "getStage",
     params(("id" = RunId, Path, description = "The run's id."), ("stage" = StageId, Path, description = "The stage's id.")),
@@ -41,6 +42,8 @@ pub(crate) async fn stage(
         // A replica of the release before, which purges too, does not know what may quote.
         attempts.iter_mut().for_each(stagegate_core::Attempt::purge);
     }
+    // They are counted from 1, without gaps.
+    let attempts_total = attempts.last().map_or(0, |attempt| attempt.number);
     let stage = StageView::new(id, row, needs_of(&pipeline, index), context.now());
-    Ok(Json(StageDetailView { stage, checkpoint, attempts }))
+    Ok(Json(StageDetailView { stage, checkpoint, attempts, attempts_total }))
 }
