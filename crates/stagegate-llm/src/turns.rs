@@ -1,16 +1,29 @@
 //! Turns: owns who goes next where only so many may go at once. Those who wait go one tenant after the other, each
 //! tenant's in the order in which they came, so that a tenant that asks much delays others by one turn each.
+//!
+//! A turn may take hours, and nobody is told to give way. So there are shares, too:
+//!
+//! - A tenant that is alone may have all turns.
+//! - While others ask, a tenant that has a quarter gets more only as long as a quarter stays free for them, and none while
+//!   one waits that has less than a quarter.
+//! - What is free goes to the waiting tenant that has the least.
 
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use stagegate_core::TenantId;
-use tokio::sync::oneshot;
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout},
+};
 
 /// Who may wait at once; past it the caller is told to come back.
 const WAITING_MAX: usize = 65_536;
+/// How long a tenant counts as asking after it asked.
+const ASKS_FOR: Duration = Duration::from_secs(10);
 
 /// So many may go at once.
 #[derive(Debug, Clone)]
@@ -20,18 +33,29 @@ pub(crate) struct Turns {
 
 #[derive(Debug)]
 struct Inner {
+    at_once: usize,
     free: usize,
     /// Those who wait, or waited until they gave up.
     waiting: usize,
-    by_tenant: HashMap<TenantId, VecDeque<oneshot::Sender<Turn>>>,
-    /// The tenants that have somebody waiting; the first of them is next.
+    /// The tenants that have a turn or wait for one.
+    by_tenant: HashMap<TenantId, Tenant>,
+    /// The tenants that have somebody waiting; of those that have as few turns the first is next.
     order: VecDeque<TenantId>,
+    /// The tenant that asked last, and the one before that was another.
+    asked: [Option<(TenantId, Instant)>; 2],
+}
+
+#[derive(Debug, Default)]
+struct Tenant {
+    turns: usize,
+    waiting: VecDeque<oneshot::Sender<Turn>>,
 }
 
 /// A turn; the next one begins when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Turn {
     turns: Turns,
+    tenant: TenantId,
 }
 
 /// Too many wait already.
@@ -40,7 +64,15 @@ pub(crate) struct Full;
 
 impl Turns {
     pub(crate) fn new(at_once: usize) -> Self {
-        let inner = Inner { free: at_once.max(1), waiting: 0, by_tenant: HashMap::new(), order: VecDeque::new() };
+        let at_once = at_once.max(1);
+        let inner = Inner {
+            at_once,
+            free: at_once,
+            waiting: 0,
+            by_tenant: HashMap::new(),
+            order: VecDeque::new(),
+            asked: [None, None],
+        };
         Self { inner: Arc::new(Mutex::new(inner)) }
     }
 
@@ -50,11 +82,13 @@ impl Turns {
 
     /// Waits for a turn.
     pub(crate) async fn take(&self, tenant: &TenantId) -> Result<Turn, Full> {
-        let waiter = {
+        let mut waiter = {
             let inner = &mut *self.lock();
-            if inner.free > 0 {
-                inner.free -= 1;
-                return Ok(Turn { turns: self.clone() });
+            let now = Instant::now();
+            inner.note_asker(tenant, now);
+            if inner.may_have(tenant, now) {
+                inner.begin(tenant);
+                return Ok(Turn { turns: self.clone(), tenant: tenant.clone() });
             }
             if inner.waiting >= WAITING_MAX {
                 inner.forget_those_who_gave_up();
@@ -64,77 +98,159 @@ impl Turns {
             }
             inner.enqueue(tenant)
         };
-        waiter.await.map_err(|_| Full)
-    }
-
-    /// Gives a turn to whoever is next.
-    fn pass_on(&self) {
-        let mut turn = Turn { turns: self.clone() };
         loop {
-            let next = {
-                let inner = &mut *self.lock();
-                let next = inner.next();
-                if next.is_none() {
-                    inner.free += 1;
-                }
-                next
-            };
-            let Some(next) = next else { break };
-            // A waiter that is dropped later gives on what it was given, for it holds the turn.
-            match next.send(turn) {
-                Ok(()) => return,
-                Err(back) => turn = back,
+            match timeout(ASKS_FOR, &mut waiter).await {
+                Ok(turn) => return turn.map_err(|_| Full),
+                // What is kept free for others is given away once they ask no more.
+                Err(_) => self.settle(|_| {}),
             }
         }
-        // It is free: nothing is left to be given on.
-        std::mem::forget(turn);
+    }
+
+    /// Makes a change, and gives what is free to those who are next.
+    fn settle(&self, change: impl FnOnce(&mut Inner)) {
+        let given = {
+            let inner = &mut *self.lock();
+            change(inner);
+            let mut given = Vec::new();
+            while let Some((tenant, waiter)) = inner.next(Instant::now()) {
+                given.push((waiter, Turn { turns: self.clone(), tenant }));
+            }
+            given
+        };
+        // A waiter that is dropped gives back what it was given, for it holds the turn.
+        for (waiter, turn) in given {
+            drop(waiter.send(turn));
+        }
     }
 }
 
+fn quarter(at_once: usize) -> usize {
+    (at_once / 4).max(1)
+}
+
 impl Inner {
+    fn note_asker(&mut self, tenant: &TenantId, now: Instant) {
+        match &mut self.asked {
+            [Some((last, at)), _] if last == tenant => *at = now,
+            asked => {
+                asked.swap(0, 1);
+                asked[0] = Some((tenant.clone(), now));
+            }
+        }
+    }
+
+    /// Whether it would have no more than a quarter with one more.
+    fn is_within(&self, tenant: &TenantId) -> bool {
+        self.by_tenant.get(tenant).is_none_or(|of| of.turns < quarter(self.at_once))
+    }
+
+    /// Whether it may have one more now.
+    fn may_have(&mut self, tenant: &TenantId, now: Instant) -> bool {
+        if self.free == 0 {
+            return false;
+        }
+        if self.is_within(tenant) {
+            return true;
+        }
+        self.forget_first_that_gave_up();
+        if self.order.iter().any(|other| other != tenant && self.is_within(other)) {
+            return false;
+        }
+        let asks = |(name, at): &(TenantId, Instant)| name != tenant && now.duration_since(*at) < ASKS_FOR;
+        let has_turns = |(name, of): (&TenantId, &Tenant)| name != tenant && of.turns > 0;
+        let is_alone = !self.asked.iter().flatten().any(asks) && !self.by_tenant.iter().any(has_turns);
+        is_alone || self.free > quarter(self.at_once)
+    }
+
+    fn begin(&mut self, tenant: &TenantId) {
+        self.free -= 1;
+        self.by_tenant.entry(tenant.clone()).or_default().turns += 1;
+    }
+
+    fn end(&mut self, tenant: &TenantId) {
+        self.free += 1;
+        if let Some(of) = self.by_tenant.get_mut(tenant) {
+            of.turns -= 1;
+            if of.turns == 0 && of.waiting.is_empty() {
+                self.by_tenant.remove(tenant);
+            }
+        }
+    }
+
     fn enqueue(&mut self, tenant: &TenantId) -> oneshot::Receiver<Turn> {
         let (sender, receiver) = oneshot::channel();
         self.waiting += 1;
-        if let Some(queue) = self.by_tenant.get_mut(tenant) {
-            queue.push_back(sender);
-        } else {
-            self.by_tenant.insert(tenant.clone(), VecDeque::from([sender]));
+        let of = self.by_tenant.entry(tenant.clone()).or_default();
+        if of.waiting.is_empty() {
             self.order.push_back(tenant.clone());
         }
+        of.waiting.push_back(sender);
         receiver
     }
 
-    fn next(&mut self) -> Option<oneshot::Sender<Turn>> {
-        let tenant = self.order.pop_front()?;
-        let queue = self.by_tenant.get_mut(&tenant)?;
-        let next = queue.pop_front();
-        self.waiting -= usize::from(next.is_some());
-        if queue.is_empty() {
-            self.by_tenant.remove(&tenant);
-        } else {
-            self.order.push_back(tenant);
+    /// Who is next, and has its turn from here on.
+    fn next(&mut self, now: Instant) -> Option<(TenantId, oneshot::Sender<Turn>)> {
+        if self.free == 0 {
+            return None;
         }
-        next
+        self.forget_first_that_gave_up();
+        let turns = |tenant: &TenantId| self.by_tenant.get(tenant).map_or(0, |of| of.turns);
+        // The first of those that have as few.
+        let (at, _) = self.order.iter().enumerate().min_by_key(|(_, tenant)| turns(tenant))?;
+        let tenant = self.order.get(at)?.clone();
+        if !self.may_have(&tenant, now) {
+            return None;
+        }
+        self.order.remove(at);
+        let of = self.by_tenant.get_mut(&tenant)?;
+        let waiter = of.waiting.pop_front()?;
+        self.waiting -= 1;
+        if !of.waiting.is_empty() {
+            self.order.push_back(tenant.clone());
+        }
+        self.begin(&tenant);
+        Some((tenant, waiter))
+    }
+
+    /// Those at the head of their tenant's queue: a tenant whose waiters are all gone does not ask.
+    fn forget_first_that_gave_up(&mut self) {
+        let waiting = &mut self.waiting;
+        forget(&mut self.order, &mut self.by_tenant, |queue| {
+            while queue.front().is_some_and(oneshot::Sender::is_closed) {
+                queue.pop_front();
+                *waiting -= 1;
+            }
+        });
     }
 
     fn forget_those_who_gave_up(&mut self) {
-        let by_tenant = &mut self.by_tenant;
-        self.order.retain(|tenant| {
-            let Some(queue) = by_tenant.get_mut(tenant) else { return false };
-            queue.retain(|waiter| !waiter.is_closed());
-            let is_left = !queue.is_empty();
-            if !is_left {
-                by_tenant.remove(tenant);
-            }
-            is_left
-        });
-        self.waiting = self.by_tenant.values().map(VecDeque::len).sum();
+        forget(&mut self.order, &mut self.by_tenant, |queue| queue.retain(|waiter| !waiter.is_closed()));
+        self.waiting = self.by_tenant.values().map(|of| of.waiting.len()).sum();
     }
+}
+
+/// Forgets some of those who wait, and the tenants that have nobody left.
+fn forget(
+    order: &mut VecDeque<TenantId>,
+    by_tenant: &mut HashMap<TenantId, Tenant>,
+    mut some: impl FnMut(&mut VecDeque<oneshot::Sender<Turn>>),
+) {
+    order.retain(|tenant| {
+        let Some(of) = by_tenant.get_mut(tenant) else { return false };
+        some(&mut of.waiting);
+        let is_left = !of.waiting.is_empty();
+        if !is_left && of.turns == 0 {
+            by_tenant.remove(tenant);
+        }
+        is_left
+    });
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.turns.pass_on();
+        let tenant = &self.tenant;
+        self.turns.settle(|inner| inner.end(tenant));
     }
 }
 
@@ -198,5 +314,55 @@ mod tests {
         drop(waiters);
         drop(waiter(&turns, "b"));
         assert_eq!(turns.lock().waiting, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tenant_that_is_alone_has_all_and_gets_no_more_once_another_waits() {
+        let (turns, a, b) = (Turns::new(8), tenant("a"), tenant("b"));
+        let mut of_a = Vec::new();
+        for _ in 0..8 {
+            of_a.push(turns.take(&a).now_or_never().expect("alone").expect("a turn"));
+        }
+        let (mut more_of_a, mut first, mut second) = (waiter(&turns, "a"), waiter(&turns, "b"), waiter(&turns, "b"));
+        drop(of_a.pop());
+        let of_b = has_turn(&mut first).expect("who has the least");
+        assert!(has_turn(&mut more_of_a).is_none());
+        drop(of_a.pop());
+        let also_of_b = has_turn(&mut second).expect("up to a quarter");
+        // Two stay free for the others from here on.
+        drop(of_a.pop());
+        drop(of_a.pop());
+        assert!(has_turn(&mut more_of_a).is_none());
+        drop(of_a.pop());
+        let third = has_turn(&mut more_of_a).expect("a quarter is free beside it");
+        let mut fourth = waiter(&turns, "a");
+        drop((of_b, also_of_b));
+        drop(has_turn(&mut fourth).expect("more is free"));
+        let of_b = turns.take(&b).now_or_never().expect("it is kept for others").expect("a turn");
+        drop((third, of_b));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_kept_free_is_given_away_once_nobody_else_asks() {
+        let (turns, a) = (Turns::new(4), tenant("a"));
+        drop(turns.take(&tenant("b")).await.expect("free"));
+        let _of_a: Vec<_> = [turns.take(&a).await, turns.take(&a).await, turns.take(&a).await].into();
+        let start = Instant::now();
+        let _last = turns.take(&a).await.expect("all of it, in the end");
+        assert_eq!(start.elapsed(), ASKS_FOR);
+    }
+
+    #[tokio::test]
+    async fn a_tenant_whose_waiters_gave_up_keeps_nothing_from_others() {
+        let (turns, a) = (Turns::new(4), tenant("a"));
+        let mut of_a = Vec::new();
+        for _ in 0..4 {
+            of_a.push(turns.take(&a).await.expect("alone"));
+        }
+        drop(waiter(&turns, "b"));
+        let mut more_of_a = waiter(&turns, "a");
+        drop(of_a.pop());
+        drop(of_a.pop());
+        assert!(has_turn(&mut more_of_a).is_some(), "one stays free beside it");
     }
 }
