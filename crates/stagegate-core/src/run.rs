@@ -78,6 +78,9 @@ pub struct Failure {
     /// The stage, where it was one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stage: Option<StageId>,
+    /// Of an outage that is waited out: the models that met it.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub models: Vec<ModelRef>,
     /// What a newer release wrote beside that.
     #[serde(flatten)]
     #[schema(ignore)]
@@ -87,7 +90,7 @@ pub struct Failure {
 impl Failure {
     /// A failure that quotes nothing.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), detail: None, stage: None, rest: Rest::default() }
+        Self { code, message: message.into(), detail: None, stage: None, models: Vec::new(), rest: Rest::default() }
     }
 
     /// The same, of a stage.

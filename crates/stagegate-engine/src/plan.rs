@@ -205,6 +205,7 @@ impl Planner<'_> {
             cache_mode: cache.mode,
             cache_ttl: cache.ttl.0,
             timeout: PEEK_TIMEOUT,
+            outage_until: Instant::now(),
             deadline: Instant::now() + PEEK_TIMEOUT,
             purse: None,
         };

@@ -15,7 +15,7 @@ use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered}
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use stagegate_core::{
     Code, Error, Failure, Json, LedgerEntry, StageId, Verdict,
-    decide::{AttemptResult, Effect, FailureKind, Outcome, Run, Stimulus},
+    decide::{AttemptResult, Effect, FailureKind, Outcome, Run, Stimulus, Tried},
     pipeline::{Part, Seen, Work},
     store::{Committed, Disposition, Signal},
 };
@@ -488,8 +488,10 @@ impl Driver {
             stage,
             attempt,
             critique: run.critique(stage),
+            models_left: run.models_left(stage).to_vec(),
             cache_mode: run.cache_mode(),
             books,
+            outage_until: Instant::now() + run.outage_left(stage, now),
             deadline: Instant::now() + left,
         }
     }
@@ -642,5 +644,6 @@ fn out_of_time() -> AttemptResult {
         message: "the attempt was not over at the run's deadline".to_owned(),
         detail: None,
         kind: FailureKind::Outage { told: None },
+        tried: Tried::default(),
     }
 }

@@ -263,6 +263,7 @@ impl Bench {
             attempt: 1,
             purse: None,
             timeout: Duration::from_mins(1),
+            outage_until: tokio::time::Instant::now() + Duration::from_mins(1),
             deadline: tokio::time::Instant::now() + Duration::from_mins(1),
         }
     }

@@ -4,7 +4,12 @@
 use std::{sync::Arc, task::Poll, time::Duration};
 
 use futures::poll;
-use stagegate_core::{Code, LedgerEntry, ModelRef, Origin, cache::CacheKey, decide::FailureKind, pipeline::CacheMode};
+use stagegate_core::{
+    Code, LedgerEntry, ModelRef, Origin,
+    cache::CacheKey,
+    decide::{FailureKind, Tried},
+    pipeline::CacheMode,
+};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
@@ -14,7 +19,8 @@ use crate::{
         entry::{Buyer, Entry, Only, RUN_TTL},
         floors::{Reader, Standing},
     },
-    call::{Caller, Failed, FlightKey, Job, Landed, Paid, millis, unheard_of},
+    call::{Caller, Failed, FlightKey, Job, Landed, Paid, millis, unasked, unheard_of},
+    door::Shut,
     inflight::Ticket,
     key::{answer_key, stage_key},
     prices::DEFAULT_MAX_OUTPUT_TOKENS,
@@ -150,6 +156,11 @@ fn give_up(mut failures: Vec<(&ModelRef, Failed)>, request: &Request) -> CallErr
     let calls = rows(&failures, request);
     let partial = failures.iter_mut().rev().find_map(|(_, failed)| failed.partial.take());
     let is_unusable = failures.iter().any(|(_, failed)| failed.kind == FailureKind::Unusable);
+    let is_away = |(_, failed): &&(&ModelRef, Failed)| matches!(failed.kind, FailureKind::Outage { .. });
+    let tried = Tried {
+        away: failures.iter().filter(is_away).map(|(model, _)| (*model).clone()).collect(),
+        answered: failures.iter().any(|(_, failed)| failed.has_paid_answer()),
+    };
     // The outage that passes first; one that did not say when may pass at once.
     let rank = |failed: &Failed| match failed.kind {
         FailureKind::Outage { told } => (true, std::cmp::Reverse(told)),
@@ -161,7 +172,7 @@ fn give_up(mut failures: Vec<(&ModelRef, Failed)>, request: &Request) -> CallErr
     if kind == FailureKind::Final && is_unusable {
         kind = FailureKind::Unusable;
     }
-    CallError { code, message, detail, kind, partial, calls }
+    CallError { code, message, detail, kind, tried, partial, calls }
 }
 
 async fn ask(
@@ -176,7 +187,7 @@ async fn ask(
     let places = Places::of(context, request, model);
     let reader = reader(context, model);
     let found = timeout_at(context.deadline, find(caller, context, &reader, &places)).await;
-    let standing = match found {
+    let mut standing = match found {
         Ok(Ok((entry, origin, key))) => return Ok(hit(caller, request, &entry, origin, key, started)),
         Ok(Err(standing)) => standing,
         Err(_) => return Err(late(model, "looked in the cache")),
@@ -184,13 +195,44 @@ async fn ask(
     if Instant::now() >= context.deadline {
         return Err(late(model, "had not begun"));
     }
-    // Again where the caller that was to pay for all left before the request was sent.
+    let mut patience_until = None;
     loop {
-        let boarded = board(caller, context, request, reader.clone(), &places, standing, started).await?;
-        if let Some(answered) = boarded {
-            return Ok(answered);
+        match board(caller, context, request, reader.clone(), &places, standing, started).await? {
+            Boarded::Answered(answered) => return Ok(answered),
+            Boarded::Anew => {}
+            Boarded::Probing(left) => {
+                // The wait for a probe is for the model, so that it is an outage like any other once it takes long: then it
+                // is told, recorded, and bounded by `max_wait`. A chain has others to ask.
+                let until = *patience_until
+                    .get_or_insert_with(|| (Instant::now() + caller.slow_call).min(context.outage_until));
+                let shut = Shut::Probing(left);
+                if request.models.len() > 1 || Instant::now() >= until {
+                    return Err(unasked(model, shut));
+                }
+                match timeout_at(until.min(context.deadline), caller.doors.of(model).probed()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(shut)) => return Err(unasked(model, shut)),
+                    Err(_) => return Err(unasked(model, shut)),
+                }
+                // The request is sent from here on; and another replica may have bought the answer meanwhile.
+                match timeout_at(context.deadline, find(caller, context, &reader, &places)).await {
+                    Ok(Ok((entry, origin, key))) => return Ok(hit(caller, request, &entry, origin, key, started)),
+                    Ok(Err(now)) => standing = now,
+                    Err(_) => return Err(late(model, "looked in the cache")),
+                }
+            }
         }
     }
+}
+
+/// How a share in a flight ended, where it did not fail.
+#[expect(clippy::large_enum_variant, reason = "it is taken apart at once")]
+enum Boarded {
+    Answered(Answered),
+    /// It ended before its request was sent, since the caller that was to pay had left.
+    Anew,
+    /// Others probe whether the model is back.
+    Probing(Duration),
 }
 
 /// Looks in each place; the standing of the last one where nothing is found.
@@ -221,7 +263,6 @@ fn hit(caller: &Caller, request: &Request, entry: &Entry, origin: Origin, key: C
 }
 
 /// Joins the flight of identical requests, or sets the worst case aside and begins one; waits for it until the deadline.
-/// None where it ended before its request was sent, since the caller that was to pay had left.
 async fn board(
     caller: &Arc<Caller>,
     context: &CallContext,
@@ -230,7 +271,7 @@ async fn board(
     places: &Places,
     standing: Standing,
     started: Instant,
-) -> Result<Option<Answered>, Failed> {
+) -> Result<Boarded, Failed> {
     let (key, model) = (places.write.key, reader.model.clone());
     let flight_key = FlightKey { key, refresh: places.refresh };
     let worst = caller.worst_case(request, &model);
@@ -277,8 +318,9 @@ async fn board(
         return Err(Failed { paid, ..failed });
     };
     match &*landed {
-        Landed::Unpaid => Ok(None),
-        Landed::Cached(entry) => Ok(Some(hit(caller, request, entry, Origin::CacheLocal, key, started))),
+        Landed::Unpaid => Ok(Boarded::Anew),
+        Landed::Probing(left) => Ok(Boarded::Probing(*left)),
+        Landed::Cached(entry) => Ok(Boarded::Answered(hit(caller, request, entry, Origin::CacheLocal, key, started))),
         Landed::Bought(bought) => {
             let (origin, paid) = if pays {
                 (Origin::Provider, bought.paid)
@@ -287,7 +329,7 @@ async fn board(
                 (Origin::Coalesced, Paid { latency: started.elapsed(), ..bought.paid })
             };
             let call = paid.entry(request.purpose, &model, origin, None);
-            Ok(Some(Answered { content: bought.content.clone(), key, call }))
+            Ok(Boarded::Answered(Answered { content: bought.content.clone(), key, call }))
         }
         // The call is one row of the ledger, however many waited for it.
         Landed::Failed(failed) => Err(Failed { paid: failed.paid.filter(|_| pays), ..failed.clone() }),

@@ -7,12 +7,17 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout},
+};
 
 use crate::config::BreakerConfig;
 
 /// Calls that probe at once. More than one, so that a slow one does not keep the others from a model that is back.
 const PROBES_MAX: usize = 3;
+/// How long a probe keeps its place at least, whatever `slow_call` says: with 0 a half-open breaker would let all pass.
+const PROBE_PLACE_MIN: Duration = Duration::from_secs(1);
 
 /// Where a breaker stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,8 +44,8 @@ pub(crate) struct Breaker {
 pub(crate) enum Refusal {
     /// It is open, so long.
     Open(Duration),
-    /// Others probe; see [`Breaker::passable`].
-    Probing,
+    /// Others probe, and keep their places so long at most; see [`Breaker::passable`].
+    Probing(Duration),
 }
 
 #[derive(Debug)]
@@ -59,8 +64,10 @@ enum Phase {
     Open {
         until: Instant,
     },
+    /// When each probe began that has a place. One that has taken `slow_call` loses it, so that a few calls that hang do
+    /// not keep everybody from a model that is back; its answer still counts.
     HalfOpen {
-        probes: usize,
+        probes: Vec<Instant>,
     },
 }
 
@@ -70,10 +77,26 @@ impl Inner {
         self.round += 1;
     }
 
-    /// An open breaker whose time is over is half open, whether or not anybody asked yet.
-    fn wake(&mut self) {
-        if matches!(self.phase, Phase::Open { until } if Instant::now() >= until) {
-            self.turn(Phase::HalfOpen { probes: 0 });
+    /// An open breaker whose time is over is half open, whether or not anybody asked yet; a probe whose time is over has
+    /// no place any more.
+    fn wake(&mut self, place: Duration) {
+        let now = Instant::now();
+        if matches!(self.phase, Phase::Open { until } if now >= until) {
+            self.turn(Phase::HalfOpen { probes: Vec::new() });
+        }
+        if let Phase::HalfOpen { probes } = &mut self.phase {
+            probes.retain(|began| now.duration_since(*began) < place);
+        }
+    }
+
+    fn refusal(&self, place: Duration) -> Option<Refusal> {
+        match &self.phase {
+            Phase::Open { until } => Some(Refusal::Open(until.saturating_duration_since(Instant::now()))),
+            Phase::HalfOpen { probes } if probes.len() >= PROBES_MAX => {
+                let oldest = probes.iter().min().map_or(Duration::ZERO, Instant::elapsed);
+                Some(Refusal::Probing(place.saturating_sub(oldest)))
+            }
+            Phase::Closed { .. } | Phase::HalfOpen { .. } => None,
         }
     }
 }
@@ -90,30 +113,32 @@ impl Breaker {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// How long a probe keeps its place.
+    fn place(&self) -> Duration {
+        self.config.slow_call.0.max(PROBE_PLACE_MIN)
+    }
+
     /// Lets a call pass, or says why not. Whoever got a permit says how the call went; a permit that is dropped says
     /// nothing.
     pub(crate) fn admit(&self) -> Result<Permit, Refusal> {
         let mut inner = self.lock();
-        inner.wake();
-        match &mut inner.phase {
-            Phase::Closed { .. } => {}
-            Phase::Open { until } => return Err(Refusal::Open(until.saturating_duration_since(Instant::now()))),
-            Phase::HalfOpen { probes } if *probes >= PROBES_MAX => return Err(Refusal::Probing),
-            Phase::HalfOpen { probes } => *probes += 1,
+        inner.wake(self.place());
+        if let Some(refusal) = inner.refusal(self.place()) {
+            return Err(refusal);
+        }
+        let began = Instant::now();
+        if let Phase::HalfOpen { probes } = &mut inner.phase {
+            probes.push(began);
         }
         let round = inner.round;
-        Ok(Permit { breaker: self.clone(), round, told: false })
+        Ok(Permit { breaker: self.clone(), round, began, told: false })
     }
 
     /// Why a call would be refused now, if it would. Admits nothing.
     pub(crate) fn refusal(&self) -> Option<Refusal> {
         let mut inner = self.lock();
-        inner.wake();
-        match inner.phase {
-            Phase::Open { until } => Some(Refusal::Open(until.saturating_duration_since(Instant::now()))),
-            Phase::HalfOpen { probes } if probes >= PROBES_MAX => Some(Refusal::Probing),
-            _ => None,
-        }
+        inner.wake(self.place());
+        inner.refusal(self.place())
     }
 
     /// Returns once a call may pass, for which it waits while others probe; or how long the breaker is open.
@@ -122,22 +147,27 @@ impl Breaker {
             match self.refusal() {
                 None => return Ok(()),
                 Some(Refusal::Open(left)) => return Err(left),
-                Some(Refusal::Probing) => {}
+                Some(Refusal::Probing(_)) => {}
             }
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
             // It may have changed before this began to listen.
-            if self.refusal() == Some(Refusal::Probing) {
-                changed.await;
+            if let Some(Refusal::Probing(left)) = self.refusal() {
+                let _ = timeout(left, changed).await;
             }
         }
+    }
+
+    /// Whether it is closed, and no call of its window failed.
+    pub(crate) fn has_no_failure(&self) -> bool {
+        matches!(&self.lock().phase, Phase::Closed { window } if !window.contains(&true))
     }
 
     /// Where it stands.
     pub(crate) fn state(&self) -> BreakerState {
         let mut inner = self.lock();
-        inner.wake();
+        inner.wake(self.place());
         match inner.phase {
             Phase::Closed { .. } => BreakerState::Closed,
             Phase::HalfOpen { .. } => BreakerState::HalfOpen,
@@ -146,7 +176,7 @@ impl Breaker {
     }
 
     /// Whether it changed where the breaker stands.
-    fn tell(&self, round: u64, outcome: Outcome) -> bool {
+    fn tell(&self, round: u64, began: Instant, outcome: Outcome) -> bool {
         let mut inner = self.lock();
         if inner.round != round {
             return false;
@@ -164,8 +194,10 @@ impl Breaker {
                 Some(Phase::Closed { window: VecDeque::new() })
             }
             (Phase::HalfOpen { probes }, Outcome::Abandoned) => {
-                *probes = probes.saturating_sub(1);
-                self.changed.notify_waiters();
+                if let Some(at) = probes.iter().position(|probe| *probe == began) {
+                    probes.swap_remove(at);
+                    self.changed.notify_waiters();
+                }
                 None
             }
             _ => None,
@@ -205,12 +237,13 @@ enum Outcome {
 pub(crate) struct Permit {
     breaker: Breaker,
     round: u64,
+    began: Instant,
     told: bool,
 }
 
 impl Permit {
     fn tell(&mut self, outcome: Outcome) -> bool {
-        !std::mem::replace(&mut self.told, true) && self.breaker.tell(self.round, outcome)
+        !std::mem::replace(&mut self.told, true) && self.breaker.tell(self.round, self.began, outcome)
     }
 
     /// The call succeeded. True where this closed the breaker.
@@ -306,7 +339,8 @@ mod tests {
         tokio::time::advance(OPEN_FOR).await;
         assert_eq!(breaker.state(), BreakerState::HalfOpen);
         let mut probes: Vec<_> = (0..PROBES_MAX).map(|_| breaker.admit().expect("a probe")).collect();
-        assert_eq!(breaker.admit().expect_err("these are enough"), Refusal::Probing);
+        let place = BreakerConfig::default().slow_call.0;
+        assert_eq!(breaker.admit().expect_err("these are enough"), Refusal::Probing(place));
         let waiting = breaker.clone();
         let waiter = tokio::spawn(async move { waiting.passable().await });
         tokio::task::yield_now().await;
@@ -332,6 +366,22 @@ mod tests {
         assert_eq!(breaker.passable().await, Ok(()));
         breaker.admit().expect("another probe").reached();
         assert_eq!(breaker.state(), BreakerState::Closed, "a refusal shows that it is back");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_that_hangs_loses_its_place_and_what_it_finds_out_still_counts() {
+        let breaker = open();
+        tokio::time::advance(OPEN_FOR).await;
+        let hang: Vec<_> = (0..PROBES_MAX).map(|_| breaker.admit().expect("a probe")).collect();
+        let start = Instant::now();
+        assert_eq!(breaker.passable().await, Ok(()), "though none of them has ended");
+        assert_eq!(start.elapsed(), BreakerConfig::default().slow_call.0);
+        let next: Vec<_> = (0..PROBES_MAX).map(|_| breaker.admit().expect("a place")).collect();
+        assert!(matches!(breaker.admit(), Err(Refusal::Probing(_))));
+        drop(hang);
+        assert!(matches!(breaker.admit(), Err(Refusal::Probing(_))), "they had no place to leave");
+        next.into_iter().next().expect("one of them").success();
+        assert_eq!(breaker.state(), BreakerState::Closed);
     }
 
     #[tokio::test(start_paused = true)]

@@ -57,7 +57,7 @@ pub(crate) struct Caller {
     /// The longest wait that a provider is granted.
     retry_after_max: Duration,
     /// A call that was given up counts as the model's failure only where it had so long.
-    slow_call: Duration,
+    pub(crate) slow_call: Duration,
     pub(crate) cache: Arc<AnswerCache>,
     pub(crate) flights: Arc<Flights<FlightKey, Landed>>,
     pub(crate) meter: Meter,
@@ -94,6 +94,9 @@ pub(crate) enum Landed {
     Failed(Failed),
     /// The caller that was to pay left before the request was sent. Those who are left begin anew.
     Unpaid,
+    /// Others probe whether the model is back, and keep their places so long at most. Whether that is worth a wait is each
+    /// caller's to say: it may have another model to ask.
+    Probing(Duration),
 }
 
 /// A usable answer.
@@ -163,6 +166,16 @@ impl Failed {
     pub(crate) fn unasked(code: Code, message: String, kind: FailureKind) -> Self {
         Self { code, message, detail: None, kind, partial: None, paid: None }
     }
+
+    /// Whether the model gave an answer that was charged for and cannot be used.
+    pub(crate) fn has_paid_answer(&self) -> bool {
+        let is_paid = || self.paid.is_some_and(|paid| paid.unknown || paid.usage != Usage::default());
+        match self.kind {
+            FailureKind::Unusable => true,
+            FailureKind::Final => is_paid(),
+            FailureKind::Outage { .. } => false,
+        }
+    }
 }
 
 impl Caller {
@@ -201,6 +214,7 @@ impl Caller {
         let mut reservation = job.reservation.take();
         match self.call(&mut job, &mut reservation, &progress).await {
             Err(Stopped::Unpaid) => Landed::Unpaid,
+            Err(Stopped::Probing(left)) => Landed::Probing(left),
             Err(Stopped::Cached(entry)) => Landed::Cached(entry),
             Err(Stopped::Failed(failed)) => {
                 if let (Some(reservation), Some(paid)) = (reservation, failed.paid) {
@@ -248,7 +262,10 @@ impl Caller {
         let served = self.served(model)?;
         let door = self.doors.of(model);
         let queued_at = Instant::now();
-        let (_slot, permit) = enter(served, &door, job).await.map_err(|shut| unasked(model, shut))?;
+        let (_slot, permit) = enter(served, &door, job).await.map_err(|shut| match shut {
+            Shut::Probing(left) => Stopped::Probing(left),
+            shut => unasked(model, shut).into(),
+        })?;
         if queued_at.elapsed() >= LONG_TURN {
             match self.cache.find(look_of(job)).await {
                 Found::Hit(entry, _) => return Err(Stopped::Cached(entry)),
@@ -287,6 +304,9 @@ impl Caller {
                 self.grant(&mut error);
                 if let Some(told) = error.retry_after.filter(|_| is_outage(&error)) {
                     door.asked_to_wait(told);
+                }
+                if error.code == Code::ProviderModel {
+                    self.doors.forget(model, door);
                 }
                 Err(self.failed(job, error, latency).into())
             }
@@ -449,6 +469,8 @@ enum Stopped {
     Failed(Failed),
     /// The one who was to pay left before the request was sent.
     Unpaid,
+    /// Others probe.
+    Probing(Duration),
     /// Another replica bought the same while this call waited for its turn.
     Cached(Arc<Entry>),
 }
@@ -472,32 +494,29 @@ fn believed(model: &ModelRef, usage: Usage) -> Usage {
     capped
 }
 
-/// Waits until the call may go out: for the breaker's probes, the model's pace and a slot of its provider. Nothing of that
-/// is the model's doing, so that no clock runs.
+/// Waits until the call may go out: for the model's pace and a slot of its provider. Neither is the model's doing, so that
+/// no clock runs.
 async fn enter(served: &Served, door: &Door, job: &Job) -> Result<(Turn, Permit), Shut> {
     let tenant = &job.reader.tenant;
-    loop {
-        door.pass(tenant).await?;
-        let slot = served.slot(tenant).await.map_err(|Full| Shut::Full)?;
-        // Asked twice: nobody queues for a model that is spared, and who queued while it began to fail does not call it.
-        match door.admit() {
-            Ok(permit) => return Ok((slot, permit)),
-            Err(Shut::Probing) => drop(slot),
-            Err(shut) => return Err(shut),
-        }
-    }
+    door.pass(tenant).await?;
+    let slot = served.slot(tenant).await.map_err(|Full| Shut::Full)?;
+    // Asked twice: nobody queues for a model that is spared, and who queued while it began to fail does not call it.
+    Ok((slot, door.admit()?))
 }
 
 /// Why a model was not asked. It is an outage like one of the model's own, for which nobody is to blame.
-fn unasked(model: &ModelRef, shut: Shut) -> Failed {
+pub(crate) fn unasked(model: &ModelRef, shut: Shut) -> Failed {
     let (code, message, told) = match shut {
         Shut::Breaker(left) => (Code::BreakerOpen, format!("`{model}` failed too often and is being spared"), left),
         Shut::Told(left) => {
             (Code::ProviderRateLimited, format!("`{model}` asked to wait, and is left alone until then"), left)
         }
-        Shut::Probing | Shut::Full => {
-            (Code::ProviderTimeout, format!("too many calls wait for `{model}` already"), FULL_WAIT)
-        }
+        Shut::Probing(left) => (
+            Code::BreakerOpen,
+            format!("`{model}` failed too often, and other calls find out whether it is back"),
+            left,
+        ),
+        Shut::Full => (Code::ProviderTimeout, format!("too many calls wait for `{model}` already"), FULL_WAIT),
     };
     Failed::unasked(code, message, FailureKind::Outage { told: Some(told) })
 }
@@ -522,9 +541,11 @@ fn is_outage(error: &ProviderError) -> bool {
         )
 }
 
-/// Whether an error says that the model is ill, rather than that it did not like the request or wants less of them.
+/// Whether an error says that the model is ill, rather than that it did not like the request, wants less of them, or
+/// answered in a way that cannot be used.
 fn is_illness(error: &ProviderError) -> bool {
     error.retryable
+        && !error.answered
         && matches!(
             error.code,
             Code::ProviderUnreachable | Code::ProviderFailed | Code::ProviderTimeout | Code::ProviderMalformed
@@ -592,6 +613,7 @@ mod tests {
             retry_after: None,
             usage: None,
             unheard: false,
+            answered: false,
             limits: crate::provider::Limits::default(),
         };
         for code in [Code::ProviderUnreachable, Code::ProviderFailed, Code::ProviderTimeout, Code::ProviderMalformed] {

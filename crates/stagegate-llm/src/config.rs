@@ -180,7 +180,8 @@ pub struct BreakerConfig {
     pub failure_rate: f64,
     /// How long it stays open before a few calls probe.
     pub open_for: Span,
-    /// A call that a stage's `timeout` ended counts as a failure only where the model had so long to answer.
+    /// A call that a stage's `timeout` ended counts as a failure only where the model had so long to answer. After so long
+    /// a call that probes leaves its place to another one.
     pub slow_call: Span,
 }
 

@@ -17,7 +17,7 @@ use crate::{
     turns::{Full, Turns},
 };
 
-/// Models that have a door, at most. Past it those are forgotten whose breaker is closed: they hold little else.
+/// Models that have a door. Past it the least recently used is forgotten, and never one that a call is at.
 const DOORS_MAX: usize = 1_024;
 
 /// The door of one model.
@@ -36,10 +36,19 @@ pub(crate) enum Shut {
     Breaker(Duration),
     /// The model asked to be left alone, so long.
     Told(Duration),
-    /// Others probe: it is worth another look at once, see [`Door::pass`].
-    Probing,
+    /// Others probe, and keep their places so long at most: see [`Door::probed`].
+    Probing(Duration),
     /// Too many wait.
     Full,
+}
+
+impl From<Refusal> for Shut {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Open(left) => Self::Breaker(left),
+            Refusal::Probing(left) => Self::Probing(left),
+        }
+    }
 }
 
 impl Door {
@@ -51,9 +60,16 @@ impl Door {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for what others find out who probe, and for a place among the calls that the pace keeps apart.
+    /// Waits until those who probe have found something out, or left a place.
+    pub(crate) async fn probed(&self) -> Result<(), Shut> {
+        self.breaker.passable().await.map_err(Shut::Breaker)
+    }
+
+    /// Waits for a place among the calls that the pace keeps apart. Who would be refused does not wait.
     pub(crate) async fn pass(&self, tenant: &TenantId) -> Result<(), Shut> {
-        self.breaker.passable().await.map_err(Shut::Breaker)?;
+        if let Some(refusal) = self.breaker.refusal() {
+            return Err(refusal.into());
+        }
         if !self.paced()? {
             return Ok(());
         }
@@ -70,17 +86,14 @@ impl Door {
         let (mut pace, now) = (self.pace(), Instant::now());
         match pace.held(now) {
             Some(left) => Err(Shut::Told(left)),
-            None => Ok(pace.is_paced(now)),
+            None => Ok(pace.is_paced()),
         }
     }
 
     /// Lets a call go out now, or says why not.
     pub(crate) fn admit(&self) -> Result<Permit, Shut> {
         self.paced()?;
-        self.breaker.admit().map_err(|refusal| match refusal {
-            Refusal::Open(left) => Shut::Breaker(left),
-            Refusal::Probing => Shut::Probing,
-        })
+        self.breaker.admit().map_err(Shut::from)
     }
 
     /// The model answered.
@@ -98,8 +111,10 @@ impl Door {
         self.breaker.state()
     }
 
-    fn may_be_forgotten(&self) -> bool {
-        self.state() == BreakerState::Closed && self.pace().held(Instant::now()).is_none()
+    /// Whether it knows nothing that matters: neither a failure nor a wish to wait.
+    fn is_untroubled(&self) -> bool {
+        let mut pace = self.pace();
+        self.breaker.has_no_failure() && pace.held(Instant::now()).is_none() && !pace.is_paced()
     }
 }
 
@@ -107,41 +122,85 @@ impl Door {
 #[derive(Debug)]
 pub(crate) struct Doors {
     config: Arc<BreakerConfig>,
-    by_model: Mutex<HashMap<ModelRef, Arc<Door>>>,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    by_model: HashMap<ModelRef, Kept>,
+    /// Counts uses.
+    uses: u64,
+}
+
+#[derive(Debug)]
+struct Kept {
+    door: Arc<Door>,
+    /// Its last use.
+    used: u64,
+}
+
+impl Known {
+    /// Makes room for one more: of those that no call is at, one that knows nothing that matters, else one that is closed,
+    /// else any; the least recently used of them. Where all are in use there are more of them for a while, as many as calls.
+    fn make_room(&mut self) {
+        if self.by_model.len() < DOORS_MAX {
+            return;
+        }
+        let rank = |kept: &Kept| {
+            let troubled = !kept.door.is_untroubled();
+            (troubled, troubled && kept.door.state() != BreakerState::Closed, kept.used)
+        };
+        let idle = self.by_model.iter().filter(|(_, kept)| Arc::strong_count(&kept.door) == 1);
+        let first = idle.min_by_key(|(_, kept)| rank(kept)).map(|(model, _)| model.clone());
+        if let Some(model) = first {
+            self.by_model.remove(&model);
+        }
+    }
 }
 
 impl Doors {
     /// None yet.
     pub(crate) fn new(config: BreakerConfig) -> Self {
-        Self { config: Arc::new(config), by_model: Mutex::default() }
+        Self { config: Arc::new(config), known: Mutex::default() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<ModelRef, Arc<Door>>> {
-        self.by_model.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The door of a model.
     pub(crate) fn of(&self, model: &ModelRef) -> Arc<Door> {
-        let mut by_model = self.lock();
-        if let Some(door) = by_model.get(model) {
-            return Arc::clone(door);
+        let known = &mut *self.lock();
+        known.uses += 1;
+        let used = known.uses;
+        if let Some(kept) = known.by_model.get_mut(model) {
+            kept.used = used;
+            return Arc::clone(&kept.door);
         }
-        if by_model.len() >= DOORS_MAX {
-            by_model.retain(|_, door| !door.may_be_forgotten());
+        known.make_room();
+        let door = Arc::new(Door::new(Arc::clone(&self.config)));
+        known.by_model.insert(model.clone(), Kept { door: Arc::clone(&door), used });
+        door
+    }
+
+    /// The provider has no such model: a name that somebody made up must not take the place of a model's. `door` is the
+    /// caller's own; where another call is at it, that one forgets it.
+    pub(crate) fn forget(&self, model: &ModelRef, door: Arc<Door>) {
+        let known = &mut *self.lock();
+        drop(door);
+        let is_idle = |kept: &Kept| Arc::strong_count(&kept.door) == 1 && kept.door.is_untroubled();
+        if known.by_model.get(model).is_some_and(is_idle) {
+            known.by_model.remove(model);
         }
-        if by_model.len() >= DOORS_MAX {
-            by_model.clear();
-        }
-        let door = by_model.entry(model.clone()).or_insert_with(|| Arc::new(Door::new(Arc::clone(&self.config))));
-        Arc::clone(door)
     }
 
     /// Models of a provider whose breaker is open.
     pub(crate) fn open_of(&self, provider: &str) -> Vec<String> {
-        let by_model = self.lock();
-        let mut open: Vec<_> = by_model
+        let known = self.lock();
+        let mut open: Vec<_> = known
+            .by_model
             .iter()
-            .filter(|(model, door)| model.provider() == provider && door.state() == BreakerState::Open)
+            .filter(|(model, kept)| model.provider() == provider && kept.door.state() == BreakerState::Open)
             .map(|(model, _)| model.model().to_owned())
             .collect();
         open.sort();
@@ -151,11 +210,12 @@ impl Doors {
     /// Publishes the state of a model. Models that share a label show the worst of them.
     pub(crate) fn publish(&self, model: &ModelRef, meter: &Meter) {
         let label = meter.labels(model);
-        let by_model = self.lock();
-        let worst = by_model
+        let known = self.lock();
+        let worst = known
+            .by_model
             .iter()
             .filter(|(other, _)| meter.labels(other) == label)
-            .map(|(_, door)| door.state())
+            .map(|(_, kept)| kept.door.state())
             .max()
             .unwrap_or(BreakerState::Closed);
         meter.breaker(model, worst);
@@ -198,12 +258,40 @@ mod tests {
         assert_eq!(went, [0, 3, 6, 12, 9]);
     }
 
+    fn model(n: usize) -> ModelRef {
+        ModelRef::new(format!("sim/{n}")).expect("a model")
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn doors_are_bounded() {
-        let doors = Doors::new(BreakerConfig::default());
-        for n in 0..3 * DOORS_MAX {
-            let _ = doors.of(&ModelRef::new(format!("sim/{n}")).expect("a model"));
+    async fn doors_are_bounded_and_names_that_are_made_up_keep_none_from_what_it_knows() {
+        let doors = Doors::new(BreakerConfig { min_calls: 2, ..BreakerConfig::default() });
+        let (paced, failing, open, used) = (model(0), model(1), model(2), model(3));
+        (0..20).for_each(|_| doors.of(&paced).answered());
+        doors.of(&paced).asked_to_wait(Duration::from_secs(3));
+        tokio::time::advance(Duration::from_secs(3)).await;
+        assert_eq!(doors.of(&paced).paced(), Ok(true));
+        doors.of(&failing).admit().expect("closed").failure();
+        for _ in 0..2 {
+            doors.of(&open).admit().expect("closed").failure();
         }
-        assert!(doors.lock().len() <= DOORS_MAX);
+        let at_it = doors.of(&used);
+        for n in 4..3 * DOORS_MAX {
+            let _ = doors.of(&model(n));
+        }
+        assert_eq!(doors.lock().by_model.len(), DOORS_MAX);
+        assert_eq!(doors.of(&paced).paced(), Ok(true));
+        assert!(!doors.of(&failing).breaker.has_no_failure());
+        assert_eq!(doors.of(&open).state(), BreakerState::Open);
+        assert!(Arc::ptr_eq(&at_it, &doors.of(&used)), "a call is at it");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_model_that_does_not_exist_has_no_door_once_its_last_call_is_over() {
+        let doors = Doors::new(BreakerConfig::default());
+        let (first, second) = (doors.of(&model(1)), doors.of(&model(1)));
+        doors.forget(&model(1), first);
+        assert_eq!(doors.lock().by_model.len(), 1, "another call is at it");
+        doors.forget(&model(1), second);
+        assert_eq!(doors.lock().by_model.len(), 0);
     }
 }

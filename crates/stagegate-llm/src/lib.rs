@@ -28,7 +28,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 use stagegate_core::{
     CallPurpose, Clock, Code, Error, LedgerEntry, ModelRef, PipelineName, RunId, StageId, TenantId, Usage, Usd,
     cache::{CacheKey, CacheScope, CacheTier},
-    decide::FailureKind,
+    decide::{FailureKind, Tried},
     error::nearest,
     pipeline::{CacheMode, Message, Models, OutputFormat, Params},
 };
@@ -64,6 +64,8 @@ pub struct CallContext {
     pub cache_ttl: Duration,
     /// How long one call of a provider may take, from when its request is sent; then the next model is asked.
     pub timeout: Duration,
+    /// Until when a model that is away is waited for in the call; not later than the run waits an outage out.
+    pub outage_until: Instant,
     /// When the answer must be there, whatever is waited for.
     pub deadline: Instant,
     /// Who pays; None where calls are neither limited nor booked.
@@ -110,6 +112,8 @@ pub struct CallError {
     pub detail: Option<String>,
     /// Whether the same call may succeed later, and when.
     pub kind: FailureKind,
+    /// What came of the models of the chain.
+    pub tried: Tried,
     /// An answer that came but was cut, so that a critique can name it.
     pub partial: Option<Partial>,
     /// The calls that failed, in order.

@@ -76,6 +76,9 @@ pub struct ProviderError {
     /// True where the request was sent, and what the provider made of it is not known: it may have charged for it.
     /// Vendors charge for nothing that they refuse or fail at, so that an error that was heard is no such case.
     pub unheard: bool,
+    /// True where an answer of the vendor's shape came that cannot be used. Prompts can bring that about, so that it is no
+    /// sign that the model is ill.
+    pub answered: bool,
     /// What is left of the provider's limits, where it told.
     pub limits: Limits,
 }

@@ -86,7 +86,9 @@ impl Turns {
             let inner = &mut *self.lock();
             let now = Instant::now();
             inner.note_asker(tenant, now);
-            if inner.may_have(tenant, now) {
+            // Who waits already goes first.
+            let has_line = inner.by_tenant.get(tenant).is_some_and(|of| !of.waiting.is_empty());
+            if !has_line && inner.may_have(tenant, now) {
                 inner.begin(tenant);
                 return Ok(Turn { turns: self.clone(), tenant: tenant.clone() });
             }
@@ -98,6 +100,7 @@ impl Turns {
             }
             inner.enqueue(tenant)
         };
+        self.settle(|_| {});
         loop {
             match timeout(ASKS_FOR, &mut waiter).await {
                 Ok(turn) => return turn.map_err(|_| Full),

@@ -200,6 +200,7 @@ fn error(code: Code, retryable: bool, retry_after: Option<Duration>) -> Provider
         retry_after,
         usage: None,
         unheard: false,
+        answered: false,
         limits: Limits::default(),
     }
 }

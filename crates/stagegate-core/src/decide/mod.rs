@@ -90,6 +90,8 @@ pub enum AttemptResult {
         detail: Option<String>,
         /// Whether another attempt may fare better, and what bounds the attempts.
         kind: FailureKind,
+        /// What came of the models that were asked.
+        tried: Tried,
     },
     /// One model of the chain gave an answer that was cut, another may answer later: the answer is kept and judged as
     /// what it is, and the wait is kept as well.
@@ -108,7 +110,19 @@ pub enum AttemptResult {
         detail: Option<String>,
         /// How long they asked to wait.
         told: Option<Duration>,
+        /// What came of the models that were asked.
+        tried: Tried,
     },
+}
+
+/// What came of the models of a chain of which none gave an answer that can be used.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tried {
+    /// Those that met an outage, and may answer later. Empty where they are not the stage's own but its judge's.
+    pub away: Vec<ModelRef>,
+    /// Whether one gave an answer that was paid for. It counts among the answers that `retry.max_attempts` bounds, also
+    /// beside an outage.
+    pub answered: bool,
 }
 
 /// Whether another attempt may fare better, and what bounds the attempts.

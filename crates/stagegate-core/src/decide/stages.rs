@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::{AttemptResult, Effect, FailureKind, Outcome, Run};
+use super::{AttemptResult, Effect, FailureKind, Outcome, Run, Tried};
 use crate::{
     Assessment, Attempt, Checkpoint, Code, Evaluator, EventKind, Failure, Json, ModelRef, Origin, StageId, StageState,
     Totals, Verdict,
@@ -64,71 +64,89 @@ impl Run {
                 let judged = Judged { output, usable, model, origin, totals, next_at: now };
                 self.on_output(stage, Attempt { assessments, ..ended }, judged, now);
             }
-            AttemptResult::Cut { output, assessments, model, code, message, detail, told } => {
-                let failure = Failure {
-                    code,
-                    message,
-                    detail,
-                    stage: Some(self.stages[stage].record.id.clone()),
-                    rest: crate::Rest::default(),
-                };
+            AttemptResult::Cut { output, assessments, model, code, message, detail, told, tried } => {
+                let id = self.stages[stage].record.id.clone();
+                let failure = Failure { detail, ..Failure::new(code, message).of_stage(id) };
                 let public = failure.public();
-                let next_at = self.meet_outage(stage, &public, told, now, jitter);
+                let outage = Outage { told, away: tried.away };
+                let next_at = self.meet_outage(stage, &public, outage, now, jitter);
                 if self.attempts_left(stage) {
                     let judged = Judged { output, usable: false, model, origin: Origin::Provider, totals, next_at };
                     return self.on_output(stage, Attempt { assessments, ..ended }, judged, now);
                 }
-                // The answers are used up, the other models are not: they are waited for.
+                // The answers are used up, the other models are not: they are waited for, and they alone are asked.
+                self.stages[stage].record.judged += 1;
                 let ended = Attempt { assessments, failure: Some(failure), ..ended };
                 let again = self.outage_may_pass(stage, now).then_some(next_at);
                 self.on_failed_attempt(stage, ended, public, again, totals, now);
             }
-            AttemptResult::Failed { code, message, detail, kind } => {
-                let failure = Failure {
-                    code,
-                    message,
-                    detail,
-                    stage: Some(self.stages[stage].record.id.clone()),
-                    rest: crate::Rest::default(),
-                };
+            AttemptResult::Failed { code, message, detail, kind, tried } => {
+                let id = self.stages[stage].record.id.clone();
+                let failure = Failure { detail, ..Failure::new(code, message).of_stage(id) };
                 let public = failure.public();
                 let ended = Attempt { failure: Some(failure), ..ended };
-                let again = self.again(stage, &public, kind, now, jitter);
+                let again = match kind {
+                    FailureKind::Outage { told } => self.after_outage(stage, &public, told, tried, now, jitter),
+                    FailureKind::Unusable => self.after_unusable(stage, now, jitter),
+                    FailureKind::Final => {
+                        self.forget_outage(stage);
+                        None
+                    }
+                };
                 self.on_failed_attempt(stage, ended, public, again, totals, now);
             }
         }
     }
 
-    /// When the stage is tried again after a failed call, if it is.
-    fn again(
+    fn forget_outage(&mut self, stage: usize) {
+        let record = &mut self.stages[stage].record;
+        record.end_outage();
+        record.failure = None;
+    }
+
+    /// When the stage is tried again after an answer that cannot be used, if it is.
+    fn after_unusable(&mut self, stage: usize, now: DateTime<Utc>, jitter: f64) -> Option<DateTime<Utc>> {
+        let may_retry = self.attempts_left(stage);
+        self.forget_outage(stage);
+        let record = &mut self.stages[stage].record;
+        record.judged += 1;
+        let doublings = record.judged - 1;
+        may_retry.then(|| self.at_most_deadline(now, self.backoff(stage, doublings, jitter)))
+    }
+
+    /// When the stage is tried again after an outage, if it is. An answer beside it that was paid for counts; once answers
+    /// are used up only the models that met the outage are asked, and where it was not the stage's own that did, nothing is
+    /// left to be asked.
+    fn after_outage(
         &mut self,
         stage: usize,
         failure: &Failure,
-        kind: FailureKind,
+        told: Option<Duration>,
+        tried: Tried,
         now: DateTime<Utc>,
         jitter: f64,
     ) -> Option<DateTime<Utc>> {
-        match kind {
-            FailureKind::Final => {
-                let record = &mut self.stages[stage].record;
-                record.end_outage();
-                record.failure = None;
-                None
-            }
-            FailureKind::Outage { told } => {
-                let next_at = self.meet_outage(stage, failure, told, now, jitter);
-                self.outage_may_pass(stage, now).then_some(next_at)
-            }
-            FailureKind::Unusable => {
-                let may_retry = self.attempts_left(stage);
-                let record = &mut self.stages[stage].record;
-                record.end_outage();
-                record.failure = None;
-                record.judged += 1;
-                let doublings = record.judged - 1;
-                may_retry.then(|| self.at_most_deadline(now, self.backoff(stage, doublings, jitter)))
+        if tried.answered {
+            self.stages[stage].record.judged += 1;
+            if self.are_answers_used_up(stage) && tried.away.is_empty() {
+                self.forget_outage(stage);
+                return None;
             }
         }
+        let next_at = self.meet_outage(stage, failure, Outage { told, away: tried.away }, now, jitter);
+        self.outage_may_pass(stage, now).then_some(next_at)
+    }
+
+    /// Whether as many answers were judged as may be.
+    fn are_answers_used_up(&self, stage: usize) -> bool {
+        self.stages[stage].record.judged >= self.pipeline.stages[stage].retry.max_attempts
+    }
+
+    /// The models of a stage that its next attempt asks; all of its chain where this is empty. Once answers are used up,
+    /// they are those that met the outage that is waited out: the others have answered, and would be paid again.
+    pub fn models_left(&self, stage: usize) -> &[ModelRef] {
+        let outage = self.stages[stage].record.failure.as_ref().filter(|_| self.are_answers_used_up(stage));
+        outage.map_or(&[], |outage| &outage.models)
     }
 
     /// One more attempt met an outage. Returns when the stage is tried again: after what was told, spread so that not all
@@ -137,19 +155,23 @@ impl Run {
         &mut self,
         stage: usize,
         failure: &Failure,
-        told: Option<Duration>,
+        outage: Outage,
         now: DateTime<Utc>,
         jitter: f64,
     ) -> DateTime<Utc> {
+        let Outage { told, away } = outage;
         let record = &mut self.stages[stage].record;
+        // The judge's outage says nothing of the stage's own models.
+        let before = record.failure.take().map_or_else(Vec::new, |before| before.models);
+        let models = if away.is_empty() { before } else { away };
         let since = *record.outage_since.get_or_insert(now);
         record.outages = record.outages.saturating_add(1);
-        record.failure = Some(failure.clone());
+        record.failure = Some(Failure { models, ..failure.clone() });
         let met = record.outages - 1;
         let wait = match told {
-            None => self.backoff(stage, met, jitter),
+            None => self.pause(stage, met, jitter),
             // Whoever is told too short a wait again and again asks ever less often.
-            Some(told) => spread(told, jitter).max(self.backoff(stage, met / 4, jitter)),
+            Some(told) => spread(told, jitter).max(self.pause(stage, met / 4, jitter)),
         };
         let next_at = self.at_most_deadline(now, wait);
         let last = since.checked_add_signed(delta(self.pipeline.stages[stage].retry.max_wait()));
@@ -160,6 +182,13 @@ impl Run {
     fn outage_may_pass(&self, stage: usize, now: DateTime<Utc>) -> bool {
         let since = self.stages[stage].record.outage_since.unwrap_or(now);
         now - since < delta(self.pipeline.stages[stage].retry.max_wait())
+    }
+
+    /// How much longer an outage of this stage is waited out: all of `max_wait` where it has met none yet.
+    pub fn outage_left(&self, stage: usize, now: DateTime<Utc>) -> Duration {
+        let max_wait = self.pipeline.stages[stage].retry.max_wait();
+        let waited = self.stages[stage].record.outage_since.map_or(TimeDelta::zero(), |since| now - since);
+        max_wait.saturating_sub(waited.to_std().unwrap_or(Duration::ZERO))
     }
 
     /// A provider may wish for more than a calendar holds; past the deadline there is nothing to wait for.
@@ -440,6 +469,11 @@ impl Run {
         self.stages[stage].record.judged + 1 < self.pipeline.stages[stage].retry.max_attempts
     }
 
+    /// The pause after an outage that so many others came before: the definition's back-off, and never less than the floor.
+    fn pause(&self, stage: usize, met: u32, jitter: f64) -> Duration {
+        self.backoff(stage, met, jitter).max(outage_floor(met).map_or(Duration::ZERO, |floor| spread(floor, jitter)))
+    }
+
     /// The back-off after so many doublings, between half and all of it.
     fn backoff(&self, stage: usize, doublings: u32, jitter: f64) -> Duration {
         let backoff = self.pipeline.stages[stage].retry.backoff;
@@ -453,11 +487,29 @@ fn spread(told: Duration, jitter: f64) -> Duration {
     told.saturating_add((told / 2).min(SPREAD_MAX).mul_f64(jitter.clamp(0.0, 1.0)))
 }
 
+/// Outages in a row whose pauses are the definition's alone.
+const OUTAGES_FREE: u32 = 5;
+/// The longest floor.
+const OUTAGE_FLOOR_MAX: Duration = Duration::from_secs(30);
+
+/// The least pause after an outage that so many others came before, whatever the definition says: each attempt costs the
+/// store two commits, so that without it a back-off of a millisecond would take them from all other runs.
+fn outage_floor(met: u32) -> Option<Duration> {
+    let doublings = met.checked_sub(OUTAGES_FREE)?;
+    Some(Duration::from_secs(1 << doublings.min(5)).min(OUTAGE_FLOOR_MAX))
+}
+
 /// The most that is added to a wait that was told.
 const SPREAD_MAX: Duration = Duration::from_secs(30);
 
 fn delta(span: Duration) -> TimeDelta {
     TimeDelta::from_std(span).unwrap_or(TimeDelta::MAX)
+}
+
+/// An outage that an attempt met: how long to wait, where that was told, and the models that met it.
+struct Outage {
+    told: Option<Duration>,
+    away: Vec<ModelRef>,
 }
 
 /// An output on its way through the gate.

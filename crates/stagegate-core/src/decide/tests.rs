@@ -94,12 +94,20 @@ fn output(passed: bool, usable: bool) -> Outcome {
 }
 
 fn failed(kind: FailureKind) -> Outcome {
+    failed_as(kind, Tried::default())
+}
+
+fn failed_as(kind: FailureKind, tried: Tried) -> Outcome {
     let (code, message) = (Code::ProviderFailed, "503".to_owned());
     Outcome {
         started_at: at(0),
         calls: Vec::new(),
-        result: AttemptResult::Failed { code, message, detail: None, kind },
+        result: AttemptResult::Failed { code, message, detail: None, kind, tried },
     }
+}
+
+fn models(names: &[&str]) -> Vec<ModelRef> {
+    names.iter().map(|name| ModelRef::new(*name).expect("a model")).collect()
 }
 
 fn outage(told: Option<Duration>) -> Outcome {
@@ -116,6 +124,7 @@ fn cut(told: Duration) -> Outcome {
         message: "slow down".to_owned(),
         detail: None,
         told: Some(told),
+        tried: Tried { away: models(&["sim/slow"]), answered: true },
     };
     Outcome { started_at: at(0), calls: Vec::new(), result }
 }
@@ -344,6 +353,30 @@ fn outages_do_not_count_as_attempts() {
 }
 
 #[test]
+fn a_long_outage_is_asked_ever_less_often_whatever_the_definition_says() {
+    let source = CANONICAL.replace("backoff: 1s..30s", "backoff: 1ms..1ms, max_wait: 366d");
+    for told in [None, Some(Duration::from_millis(1))] {
+        let (_, mut run, _) = begin(&source);
+        let mut pauses_ms = Vec::new();
+        for attempt in 1..=60 {
+            run.on(Stimulus::Attempted { stage: 0, attempt, outcome: outage(told) }, at(1), 0.0);
+            let step = run.take_step().expect("decided");
+            pauses_ms.push((step.commit.stages[0].not_before.expect("a time") - at(1)).num_milliseconds());
+            if step.commit.then != Disposition::Keep {
+                run.on(Stimulus::Taken(Vec::new()), at(1), 0.0);
+                run.take_step();
+            }
+            due(&mut run, 0, at(1));
+        }
+        // What somebody told is believed a few times more.
+        let doubled_each = if told.is_some() { 4 } else { 1 };
+        assert!(pauses_ms[..5 * doubled_each].iter().all(|pause| *pause <= 1), "{pauses_ms:?}");
+        let floor: Vec<_> = pauses_ms.iter().skip(5 * doubled_each).step_by(doubled_each).take(7).copied().collect();
+        assert_eq!(floor, [1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000], "{pauses_ms:?}");
+    }
+}
+
+#[test]
 fn an_outage_is_waited_out_for_max_wait_and_its_failure_tells_of_it() {
     let source = CANONICAL.replace("backoff: 1s..30s", "backoff: 1s..30s, max_wait: 1m");
     let (_, mut run, _) = begin(&source);
@@ -401,15 +434,40 @@ fn an_answer_that_was_cut_beside_an_outage_is_judged_and_the_wait_is_kept() {
     assert_eq!(step.commit.attempts[0].1.verdict, Verdict::Retry);
     assert_eq!(run.critique(0).expect("of the answer").reasons, ["complete: cut"]);
 
-    // No answer more may be judged, but the other model may still give one.
+    // No answer more may be judged, but the other model may still give one: it alone is asked.
+    assert_eq!(run.models_left(0), []);
     run.on(Stimulus::Taken(Vec::new()), at(40), 0.0);
     let attempt = due(&mut run, 0, at(40));
     let step = attempted(&mut run, 0, attempt, cut(wait));
     assert_eq!(step.commit.state, RunState::Waiting);
+    assert_eq!(run.models_left(0), models(&["sim/slow"]));
     run.on(Stimulus::Taken(Vec::new()), at(80), 0.0);
     let attempt = due(&mut run, 0, at(80));
     let step = attempted(&mut run, 0, attempt, output(true, true));
     assert_eq!(step.commit.checkpoints.len(), 1);
+}
+
+#[test]
+fn answers_that_are_paid_count_beside_an_outage_and_then_only_the_models_that_are_away_are_asked() {
+    let beside =
+        |away: &[&str], answered| failed_as(FailureKind::Outage { told: None }, Tried { away: models(away), answered });
+    let (_, mut run, _) = begin(CANONICAL);
+    attempted(&mut run, 0, 1, beside(&["sim/b", "sim/c"], true));
+    assert_eq!(run.models_left(0), [], "one more answer may be judged");
+    due(&mut run, 0, at(9));
+    let step = attempted(&mut run, 0, 2, beside(&["sim/b", "sim/c"], true));
+    assert_eq!(step.commit.stages[0].judged, 2);
+    assert_eq!(run.models_left(0), models(&["sim/b", "sim/c"]));
+    due(&mut run, 0, at(19));
+    attempted(&mut run, 0, 3, beside(&["sim/c"], true));
+    assert_eq!(run.models_left(0), models(&["sim/c"]), "the other has answered since");
+    due(&mut run, 0, at(29));
+    attempted(&mut run, 0, 4, beside(&[], false));
+    assert_eq!(run.models_left(0), models(&["sim/c"]), "the judge was away, which says nothing of the stage's models");
+    due(&mut run, 0, at(39));
+    let commit = attempted(&mut run, 0, 5, beside(&[], true)).commit;
+    let failure = commit.failure.expect("nothing is left to be asked");
+    assert_eq!((failure.code, failure.models), (Code::AttemptsExhausted, Vec::new()));
 }
 
 #[test]

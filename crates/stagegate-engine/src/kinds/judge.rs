@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use stagegate_core::{
     Assessment, CallPurpose, Code, Evaluator, Json,
-    decide::{AttemptResult, FailureKind},
+    decide::{AttemptResult, FailureKind, Tried},
     pipeline::{Cache, Judge, Message, ModelWork, OutputFormat, Params, Part, Role, Work},
 };
 use stagegate_llm::Request;
@@ -48,7 +48,10 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
         context.evaluate(Part::Rubric(index), move |pipeline, seen| pipeline.render_rubric(index, seen)).await?;
     let rubric = rubric.map_err(failed_render)?.unwrap_or_default();
     let (request, cache) = request(judge, &stage.work, &rubric, &output.to_plain_text());
-    let reply = context.complete(&context.call_context(&cache), &request).await.map_err(failed_call)?;
+    let reply = context.complete(&context.call_context(&cache), &request).await.map_err(|mut error| {
+        error.tried.away.clear(); // They are not the stage's own.
+        failed_call(error)
+    })?;
     let Some(verdict) = read(&reply.content) else {
         // The judge failed at its task, the output is not to blame: the attempt is repeated, its answer is cached.
         context.llm.evict(&context.tenant, reply.key).await;
@@ -57,6 +60,7 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
             message: "the judge's answer was not a verdict (a score in [0, 1] and a reason)".to_owned(),
             detail: None,
             kind: FailureKind::Unusable,
+            tried: Tried { away: Vec::new(), answered: true },
         });
     };
     Ok(Some(Assessment {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use stagegate_core::{
     Assessment, Evaluator, Failure, Json, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
-    decide::{AttemptResult, Critique, FailureKind},
+    decide::{AttemptResult, Critique, FailureKind, Tried},
     pipeline::{CacheMode, OutputFormat, Part, RenderContext, Seen, Stage, Work},
 };
 use stagegate_llm::{CallContext, CallError, Llm, Partial, Reply, Request, purse::Purse};
@@ -34,8 +34,11 @@ pub(crate) struct AttemptContext {
     pub(crate) stage: usize,
     pub(crate) attempt: u32,
     pub(crate) critique: Option<Critique>,
+    /// The models of the chain that are asked; all of them where this is empty.
+    pub(crate) models_left: Vec<ModelRef>,
     pub(crate) cache_mode: Option<CacheMode>,
     pub(crate) books: Arc<Books>,
+    pub(crate) outage_until: Instant,
     pub(crate) deadline: Instant,
 }
 
@@ -94,6 +97,7 @@ impl AttemptContext {
             cache_mode: self.cache_mode.unwrap_or(cache.mode),
             cache_ttl: cache.ttl.0,
             timeout: self.stage().timeout,
+            outage_until: self.outage_until,
             deadline: self.deadline,
             purse: Some(Arc::clone(&self.books) as Arc<dyn Purse>),
         }
@@ -151,13 +155,13 @@ fn measure(pipeline: &Pipeline, stage: usize, answer: &str, context: &RenderCont
 }
 
 fn failed_call(error: CallError) -> Stopped {
-    let CallError { code, message, detail, kind, .. } = error;
-    AttemptResult::Failed { code, message, detail, kind }
+    let CallError { code, message, detail, kind, tried, .. } = error;
+    AttemptResult::Failed { code, message, detail, kind, tried }
 }
 
 fn failed_render(failure: Failure) -> Stopped {
     let Failure { code, message, detail, .. } = failure;
-    AttemptResult::Failed { code, message, detail, kind: FailureKind::Final }
+    AttemptResult::Failed { code, message, detail, kind: FailureKind::Final, tried: Tried::default() }
 }
 
 /// An answer that came but was cut: an output that is measured as incomplete, so that the critique can say so. Where
@@ -180,8 +184,8 @@ fn incomplete(partial: Partial, error: CallError) -> AttemptResult {
     let model = Some(model);
     match error.kind {
         FailureKind::Outage { told } => {
-            let CallError { code, message, detail, .. } = error;
-            AttemptResult::Cut { output, assessments, model, code, message, detail, told }
+            let CallError { code, message, detail, tried, .. } = error;
+            AttemptResult::Cut { output, assessments, model, code, message, detail, told, tried }
         }
         FailureKind::Unusable | FailureKind::Final => {
             AttemptResult::Output { output, usable: false, assessments, model, origin: Origin::Provider }

@@ -44,7 +44,12 @@ pub(crate) async fn rendered_request(
             Err(failure.of_stage(pipeline.stages[stage].id.clone()))
         }
     });
-    rendered.await?.map_err(failed_render)
+    let mut request = rendered.await?.map_err(failed_render)?;
+    let left = &context.models_left;
+    if request.models.iter().any(|model| left.contains(model)) {
+        request.models.retain(|model| left.contains(model));
+    }
+    Ok(request)
 }
 
 /// The request of a stage, with the previous answer and what was wrong with it where there is a critique.

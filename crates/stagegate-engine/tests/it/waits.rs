@@ -133,6 +133,36 @@ async fn an_answer_that_was_cut_is_mended_and_the_wait_of_the_next_model_is_kept
 }
 
 #[tokio::test]
+async fn answers_that_cannot_be_used_stay_bounded_beside_an_outage_and_then_the_others_are_waited_for() {
+    let bench = Bench::start().await;
+    bench.provider.on(model("empties")).respond(Reply::text(""));
+    bench.provider.on(model("cuts")).respond(Reply::text("half an ans").end(End::Length));
+    let away = Arc::new(AtomicBool::new(true));
+    let is_away: Matcher = {
+        let away = Arc::clone(&away);
+        Arc::new(move |_| away.load(Ordering::SeqCst))
+    };
+    bench.provider.on(both(model("limited"), is_away)).respond(Reply::status(429, "{}"));
+    let mut runs = Vec::new();
+    for bad in ["empties", "cuts"] {
+        let source = one_stage(&json!({ "model": [format!("fake/{bad}"), "fake/limited"] }));
+        runs.push(bench.submit(&source, json!({ "text": bad })).await);
+    }
+    for run in &runs {
+        while bench.detail(*run).await.stages.first().is_none_or(|stage| stage.outages < 5) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    away.store(false, Ordering::SeqCst);
+    assert_all_succeed(&bench, runs).await;
+    let calls = bench.provider.calls();
+    for bad in ["empties", "cuts"] {
+        let count = calls.iter().filter(|call| call.model == bad).count();
+        assert_eq!(count, 2, "`{bad}` is asked as often as `max_attempts` says");
+    }
+}
+
+#[tokio::test]
 async fn what_a_run_waits_for_stands_in_its_record() {
     let bench = Bench::with(EngineConfig { park_after: Span(Duration::from_millis(100)), ..quick() }).await;
     bench.provider.on(any()).once(Reply::status(503, "{}").header("retry-after", "120"));

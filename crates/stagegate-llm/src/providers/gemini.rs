@@ -15,7 +15,7 @@ use stagegate_core::{
 
 use super::{
     Parts,
-    http::{self, Endpoint, Exchange, error, malformed, paid, retryable},
+    http::{self, Endpoint, Exchange, error, malformed, paid, retryable, unusable},
     retry_after,
 };
 use crate::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
@@ -62,6 +62,7 @@ impl Gemini {
                         let blocked = error(Code::ProviderRefused, format!("{}: the prompt was blocked", self.name));
                         http::quoting(blocked, format!("{}: the prompt was blocked ({reason})", self.name))
                     }
+                    None if usage.is_some() => unusable("the answer has no `candidates`"),
                     None => malformed("the answer has no `candidates`"),
                 },
                 usage,
@@ -83,13 +84,13 @@ impl Gemini {
             ) => Finish::Refused,
             Some(other) => {
                 let other = self.endpoint.clean(other);
-                let unknown = malformed("the answer ended for a reason that is not known");
+                let unknown = unusable("the answer ended for a reason that is not known");
                 return Err(paid(http::quoting(unknown, format!("the answer ended with `{other}`")), usage));
             }
         };
         let parts = candidate.pointer("/content/parts").and_then(Value::as_array);
         if parts.is_none() && finish == Finish::Stop {
-            return Err(paid(malformed("the answer's candidate has no parts"), usage));
+            return Err(paid(unusable("the answer's candidate has no parts"), usage));
         }
         let thought = |part: &Value| part["thought"] == true;
         let texts = parts.into_iter().flatten().filter(|part| !thought(part)).filter_map(|part| part["text"].as_str());

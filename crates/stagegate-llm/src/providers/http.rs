@@ -364,6 +364,7 @@ pub(super) fn error(code: Code, message: impl Into<String>) -> ProviderError {
         retry_after: None,
         usage: None,
         unheard: false,
+        answered: false,
         limits: Limits::default(),
     }
 }
@@ -424,6 +425,11 @@ pub(super) fn retryable(error: ProviderError) -> ProviderError {
 /// charged for; for how many tokens may be told beside it.
 pub(super) fn malformed(message: impl Into<String>) -> ProviderError {
     ProviderError { unheard: true, ..retryable(error(Code::ProviderMalformed, message)) }
+}
+
+/// An answer of its vendor's shape that cannot be used.
+pub(super) fn unusable(message: impl Into<String>) -> ProviderError {
+    ProviderError { answered: true, ..malformed(message) }
 }
 
 /// The same with what was paid all the same.

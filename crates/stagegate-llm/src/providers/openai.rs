@@ -22,7 +22,7 @@ use url::Url;
 
 use super::{
     Parts,
-    http::{self, Endpoint, Exchange, malformed, paid, retryable},
+    http::{self, Endpoint, Exchange, malformed, paid, retryable, unusable},
     retry_after,
 };
 use crate::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
@@ -105,8 +105,11 @@ impl OpenAi {
             Some("length" | "model_length") => Finish::Length,
             Some("content_filter") => Finish::Refused,
             // How compatible servers say that they broke off; what came until then is no whole answer.
-            Some(other @ ("error" | "abort" | "cancelled" | "time_limit" | "insufficient_system_resource")) => {
+            Some(other @ ("error" | "abort" | "cancelled" | "insufficient_system_resource")) => {
                 return Err(paid(malformed(format!("{}: the answer broke off (`{other}`)", self.name)), usage));
+            }
+            Some("time_limit") => {
+                return Err(paid(unusable(format!("{}: the answer broke off (`time_limit`)", self.name)), usage));
             }
             // Others have words of their own for a natural end, or none.
             _ => Finish::Stop,
@@ -119,7 +122,7 @@ impl OpenAi {
             (Some(content), _) => Ok(Answer { content, finish, usage, limits }),
             // Reasoning may use up the limit before a word is said, and a filter may leave nothing.
             (None, Finish::Length | Finish::Refused) => Ok(Answer { content: String::new(), finish, usage, limits }),
-            (None, Finish::Stop) => Err(paid(malformed("the answer's message has no content"), usage)),
+            (None, Finish::Stop) => Err(paid(unusable("the answer's message has no content"), usage)),
         }
     }
 

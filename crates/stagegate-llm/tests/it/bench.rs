@@ -143,6 +143,7 @@ pub(crate) fn context() -> CallContext {
         attempt: 1,
         purse: None,
         timeout: Duration::from_secs(30),
+        outage_until: Instant::now() + Duration::from_mins(15),
         deadline: Instant::now() + Duration::from_hours(1),
     }
 }
@@ -238,6 +239,7 @@ impl Provider for Scripted {
                     retry_after: None,
                     usage: None,
                     unheard: false,
+                    answered: false,
                     limits,
                 })
             }

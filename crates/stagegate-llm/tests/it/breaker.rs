@@ -1,12 +1,19 @@
 //! A failing model is spared, and tried again in time. The time is tokio's, and stands still.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use stagegate_core::{Code, Origin};
 
 use stagegate_llm::CallContext;
+use stagegate_testkit::provider::{Matcher, Reply as Body};
 
-use crate::bench::{Act, Scripted, chain, config, context, last, model, request, scripted, tenant};
+use crate::bench::{Act, Bench, Scripted, chain, config, context, last, model, request, scripted, tenant};
 
 const OPEN_FOR: Duration = Duration::from_secs(10);
 
@@ -93,6 +100,53 @@ async fn while_a_few_calls_probe_others_wait_for_what_comes_of_it() {
     }
 }
 
+/// A model that is half open, and three calls that hang where they probe it.
+async fn probed_by_calls_that_hang(one: &Arc<Scripted>, llm: &stagegate_llm::Llm) {
+    trip(llm).await;
+    tokio::time::advance(OPEN_FOR).await;
+    one.set(Act::Hang);
+    for n in 0..3 {
+        let (llm, asking) = (llm.clone(), CallContext { timeout: Duration::from_hours(24), ..context() });
+        tokio::spawn(async move { llm.complete(&asking, &request(&format!("probe {n}"))).await });
+        one.arrived(11 + n).await;
+    }
+    one.set(Act::Answer("well again"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_a_model_is_probed_the_next_one_of_a_chain_is_asked_at_once() {
+    let (one, two) = (Scripted::new(Act::Fail(Code::ProviderFailed, true)), Scripted::new(Act::Answer("from two")));
+    let (llm, _) = scripted(&[("one", &one), ("two", &two)], &config());
+    probed_by_calls_that_hang(&one, &llm).await;
+    let start = tokio::time::Instant::now();
+    let reply = llm.complete(&context(), &chain("q", &["one/priced", "two/priced"])).await.expect("an answer");
+    assert_eq!((reply.content.as_str(), start.elapsed(), one.calls()), ("from two", Duration::ZERO, 13));
+}
+
+#[tokio::test(start_paused = true)]
+async fn calls_that_probe_and_hang_keep_nobody_longer_than_the_floor() {
+    let one = Scripted::new(Act::Fail(Code::ProviderFailed, true));
+    let (llm, _) = scripted(&[("one", &one)], &config());
+    probed_by_calls_that_hang(&one, &llm).await;
+    let start = tokio::time::Instant::now();
+    llm.complete(&context(), &request("q")).await.expect("a place was free, and the model is well");
+    assert_eq!(start.elapsed(), config().breaker.slow_call.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wait_for_probes_ends_when_the_run_waits_no_longer_and_says_how_long_it_may_take() {
+    let one = Scripted::new(Act::Fail(Code::ProviderFailed, true));
+    let (llm, _) = scripted(&[("one", &one)], &config());
+    probed_by_calls_that_hang(&one, &llm).await;
+    let left = Duration::from_secs(4);
+    let hasty = CallContext { outage_until: tokio::time::Instant::now() + left, ..context() };
+    let start = tokio::time::Instant::now();
+    let error = llm.complete(&hasty, &request("q")).await.expect_err("others probe");
+    assert_eq!((error.code, start.elapsed(), one.calls()), (Code::BreakerOpen, left, 13));
+    assert_eq!(error.kind.told(), Some(config().breaker.slow_call.0));
+    assert!(error.calls.is_empty(), "nobody was called");
+}
+
 #[tokio::test(start_paused = true)]
 async fn calls_that_hang_beyond_the_floor_count_as_failures() {
     let one = Scripted::new(Act::Hang);
@@ -150,6 +204,29 @@ async fn refusals_and_rate_limits_do_not_count() {
             assert_eq!(error.code, code);
         }
         assert_eq!(one.calls(), 30);
+    }
+}
+
+#[tokio::test]
+async fn answers_that_cannot_be_used_do_not_close_a_model_and_bodies_of_no_shape_do() {
+    let empty = r#"{"choices":[{"finish_reason":"stop","message":{"role":"assistant","content":null}}]}"#;
+    for (body, code) in [(empty, None), ("<html>", Some(Code::BreakerOpen))] {
+        let bench = Bench::new().await;
+        let bad = Arc::new(AtomicBool::new(true));
+        let is_bad: Matcher = {
+            let bad = Arc::clone(&bad);
+            Arc::new(move |_| bad.load(Ordering::SeqCst))
+        };
+        bench.vendor.on(is_bad).respond(Body::raw(body));
+        for n in 0..20 {
+            let error = bench.llm.complete(&context(), &request(&format!("{n}"))).await.expect_err("no answer");
+            if n < 10 {
+                assert_eq!(error.code, Code::ProviderMalformed);
+            }
+        }
+        bad.store(false, Ordering::SeqCst);
+        let last = bench.llm.complete(&context(), &request("q")).await;
+        assert_eq!(last.err().map(|error| error.code), code, "{body}");
     }
 }
 

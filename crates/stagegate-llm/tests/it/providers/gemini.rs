@@ -149,10 +149,13 @@ async fn an_answer_that_is_not_of_the_shape_is_malformed_and_worth_another_try()
     malformed_call["candidates"][0]["finishReason"] = json!("MALFORMED_FUNCTION_CALL");
     let mut no_parts = recorded();
     no_parts["candidates"][0]["content"] = json!({ "role": "model" });
-    for body in ["", "{", "[]", "{}", r#"{"candidates":[]}"#, &malformed_call.to_string(), &no_parts.to_string()] {
+    let (malformed_call, no_parts) = (malformed_call.to_string(), no_parts.to_string());
+    let bodies = ["", "{", "[]", "{}", r#"{"candidates":[]}"#].map(|body| (body, false));
+    // A prompt can bring these about: the model answers.
+    for (body, answered) in bodies.into_iter().chain([(malformed_call.as_str(), true), (no_parts.as_str(), true)]) {
         fake.on(any()).once(Reply::raw(body));
         let error = Ask::user("Hi").of(&provider).await.expect_err("malformed");
-        assert_eq!((error.code, error.retryable), (Code::ProviderMalformed, true), "{body}");
+        assert_eq!((error.code, error.retryable, error.answered), (Code::ProviderMalformed, true, answered), "{body}");
     }
 }
 
