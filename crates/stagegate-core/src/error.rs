@@ -165,6 +165,8 @@ codes! {
     Rejected = "SG0306", 422, "The held output was rejected";
     /// Somebody cancelled the run.
     Cancelled = "SG0307", 409, "The run was cancelled";
+    /// Its owners died or panicked again and again.
+    RunCrashed = "SG0308", 500, "The run crashed its replicas";
 
     // Providers
     /// No connection, or it broke.

@@ -278,6 +278,31 @@ pub struct Lease {
     pub epoch: Epoch,
 }
 
+/// What is known of a leased run before any of it is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Weighed {
+    /// The lease.
+    pub lease: Lease,
+    /// Whose run it is.
+    pub tenant: TenantId,
+    /// How many bytes the inputs and outputs have that [`Store::load`] would read.
+    pub bytes: u64,
+    /// How many owners in a row died or panicked over it without any progress between: more than one event after the last
+    /// crash is progress, because an owner's first step may be nothing but `run.resumed`.
+    pub crashes: u32,
+}
+
+/// A lease to be handed back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PutBack {
+    /// Which.
+    pub lease: Lease,
+    /// Others can claim it after this.
+    pub after: Duration,
+    /// Whether it counts as a crash of its owner.
+    pub crashed: bool,
+}
+
 /// Everything that an owner needs to go on with a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
@@ -568,15 +593,16 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// cancelled come first, by their ids, whatever their limits, up to half of `limit`; the others in the order and within the limits of
     /// [`crate::fair`], counted over the leases of live replicas, never beyond them however many claim at once. May take
     /// fewer than there are; a claim that takes none leaves none that could be taken. Each gets a higher
-    /// epoch. Takes nothing for a replica that is not alive.
+    /// epoch. Takes nothing for a replica that is not alive. What it finds that a dead replica owned counts one more crash
+    /// ([`Weighed::crashes`]), once for each owner.
     async fn claim(&self, replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>>;
 
     /// What this replica owns according to the database: after an error, the truth about a claim or submit.
     async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>>;
 
-    /// How many bytes the inputs and outputs have that [`Store::load`] would read of each lease, in the order of the
-    /// leases. Reads none of them. A lease that is gone is left out.
-    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>>;
+    /// What is known of leased runs before any of it is read, in the order of the leases. Reads no input and no output. A
+    /// lease that is gone is left out.
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<Weighed>>;
 
     /// Everything needed to go on with leased runs. A lease that is gone is left out.
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>>;
@@ -591,6 +617,9 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
 
     /// Hands runs back: others can claim them at once. A lease that is gone is passed over.
     async fn release(&self, leases: &[Lease]) -> StoreResult<()>;
+
+    /// Hands runs back, each after its own delay, and counts those that crashed. A lease that is gone is passed over.
+    async fn put_back(&self, back: &[PutBack]) -> StoreResult<()>;
 
     /// The replica is gone for good: whatever it still owns is handed back.
     async fn leave(&self, replica: ReplicaId) -> StoreResult<()>;

@@ -53,6 +53,11 @@ pub struct EngineConfig {
     /// How far a machine's clock may be from the database's, by which all is judged. Past it the replica takes no work and
     /// `/readyz` says so, until the clock is set.
     pub clock_skew_max: Span,
+    /// After how many crashes a run fails with SG0308: replicas that died, or panicked over it, one after the other and
+    /// without any progress of the run between. 0 for never. At least 3, because a replica that dies takes all of its runs with
+    /// it: the nearer they come to this, the fewer of them are tried beside each other.
+    #[schemars(range(max = 1000))]
+    pub run_crashes_max: u32,
     /// How long one evaluation of templates, checks, schemas or a definition may take on its thread. What cannot be
     /// interrupted and would by its price take longer is refused before it starts.
     pub evaluation_timeout: Span,
@@ -136,6 +141,7 @@ impl Default for EngineConfig {
             memory_max_bytes: None,
             way_back: Span(Duration::from_hours(1)),
             clock_skew_max: Span(Duration::from_secs(30)),
+            run_crashes_max: 5,
             evaluation_timeout: Span(Duration::from_mins(1)),
             evaluation_threads: None,
         }

@@ -19,6 +19,7 @@ pub mod memory;
 mod observe;
 mod pipelines;
 mod plan;
+mod quarantine;
 mod replica;
 mod retention;
 mod runner;

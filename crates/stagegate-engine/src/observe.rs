@@ -1,7 +1,10 @@
 //! What is told of a step once it is durable: metrics and one log line a transition. Never prompts or outputs.
 
+use chrono::TimeDelta;
 use stagegate_core::{
-    Assessment, Attempt, Code, Evaluator, Event, EventKind, RunState, Verdict, decide::Run, store::Commit,
+    Assessment, Attempt, Code, Evaluator, Event, EventKind, Failure, RunState, Verdict,
+    decide::Run,
+    store::{Commit, RunRecord},
 };
 
 use crate::shared::Shared;
@@ -63,13 +66,31 @@ pub(crate) fn committed(shared: &Shared, run: &Run, step: &Committing) {
                 metrics.errors.with_label_values(&[failure.code.label()]).inc();
             }
             EventKind::StageHeld { .. } => metrics.stages_ended.with_label_values(&["held"]).inc(),
-            EventKind::RunFinished { state, .. } => {
-                metrics.runs_finished.with_label_values(&[state.label()]).inc();
-                let seconds = (event.at - run.created_at()).as_seconds_f64();
-                metrics.run_duration.with_label_values(&[state.label()]).observe(seconds);
+            EventKind::RunFinished { state, failure, .. } => {
+                count_end(shared, *state, failure.as_ref(), event.at - run.created_at());
             }
             _ => {}
         }
+    }
+}
+
+/// The same of a run that was ended by its rows alone.
+pub(crate) fn given_up(shared: &Shared, run: &RunRecord, step: &Commit) {
+    shared.metrics.events_written.inc_by(step.events.len() as u64);
+    let span =
+        tracing::info_span!(parent: None, "run", run_id = %run.id, tenant = %run.tenant, pipeline = %run.pipeline);
+    span.in_scope(|| step.events.iter().for_each(|event| log(&event.kind)));
+    let ended = step.finished_at.unwrap_or(run.created_at);
+    count_end(shared, step.state, step.failure.as_ref(), ended - run.created_at);
+}
+
+fn count_end(shared: &Shared, state: RunState, failure: Option<&Failure>, took: TimeDelta) {
+    let metrics = &shared.metrics;
+    metrics.runs_finished.with_label_values(&[state.label()]).inc();
+    metrics.run_duration.with_label_values(&[state.label()]).observe(took.as_seconds_f64());
+    // The failures of stages are counted where they fail.
+    if failure.is_some_and(|failure| failure.code == Code::RunCrashed) {
+        metrics.errors.with_label_values(&[Code::RunCrashed.label()]).inc();
     }
 }
 

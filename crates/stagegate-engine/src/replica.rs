@@ -1,23 +1,29 @@
 //! This replica among the others: owns its heartbeat, its fence, and its claims.
 
 use std::{
+    cmp::Reverse,
     collections::{HashMap, hash_map::Entry},
+    panic::AssertUnwindSafe,
     sync::{Arc, LazyLock, atomic::Ordering},
     time::Duration,
 };
 
 use chrono::{DateTime, Utc};
-use futures::future::BoxFuture;
+use futures::{FutureExt, future::BoxFuture};
 use stagegate_core::{
-    Capabilities, Code, Error, Pipeline, ReplicaId, RunId, RunState, StageState, Store, StoreResult, Word,
-    decide::{Run, Stimulus},
-    store::{Heartbeat, Lease, Pulse, Signal, Snapshot},
+    Capabilities, Code, Error, Pipeline, ReplicaId, RunId, RunState, StageState, Store, StoreError, StoreResult,
+    TenantId, Word,
+    decide::{self, Run, Stimulus},
+    store::{Committed, Heartbeat, Lease, Pulse, PutBack, Signal, Snapshot, Weighed},
 };
 use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use crate::memory;
-use crate::shared::{CLAIM_MAX, Life, Place, Shared, weight_of_run};
+use crate::{
+    memory, observe,
+    quarantine::{self, Standing, Stay},
+    shared::{CLAIM_MAX, Life, Place, Shared, weight_of_run},
+};
 
 /// Heartbeats in one TTL.
 const BEATS_PER_TTL: u32 = 3;
@@ -196,7 +202,8 @@ pub(crate) async fn claim(shared: Arc<Shared>) {
 /// One look for work, as much as there is room for. Returns how many runs it took up.
 async fn look(shared: &Arc<Shared>, first: OwnedSemaphorePermit) -> Result<usize, Error> {
     let Some(life) = shared.life().filter(|_| !shared.database_clock.is_skewed()) else { return Ok(0) };
-    if !shared.memory.runs.has_room(shared.wanted_bytes.load(Ordering::Relaxed)) {
+    // Nothing is begun beside a run that has its last chance.
+    if shared.quarantine.is_closed() || !shared.memory.runs.has_room(shared.wanted_bytes.load(Ordering::Relaxed)) {
         return Ok(0);
     }
     let mut permits = vec![first];
@@ -249,28 +256,30 @@ async fn take(
         return Ok(0);
     }
     let weighed = readable(&*shared.store, leases, "the size of a run", |store, leases| store.weigh(leases)).await?;
+    let admitted = admit(shared, weighed).await?;
     let part_max = shared.memory.runs.max_bytes() / LOAD_PARTS;
-    let (mut weighed, mut permits) = (weighed.into_iter().peekable(), permits.into_iter());
+    let (mut admitted, mut permits) = (admitted.into_iter().peekable(), permits.into_iter());
     let mut taken = 0;
-    while let (Some((lease, bytes)), Some(among_runs)) = (weighed.next(), permits.next()) {
-        let Some(in_memory) = room_for(shared, weight_of_run(bytes)).await else {
-            let rest: Vec<Lease> = [lease].into_iter().chain(weighed.map(|(lease, _)| lease)).collect();
+    while let (Some(first), Some(among_runs)) = (admitted.next(), permits.next()) {
+        let Some(in_memory) = room_for(shared, weight_of_run(first.bytes)).await else {
+            let wanted = weight_of_run(first.bytes);
+            let rest: Vec<Lease> = [first].into_iter().chain(admitted).map(|each| each.lease).collect();
             tracing::warn!(runs = rest.len(), "claimed runs do not fit into memory now; they are handed back");
             shared.claim_max.store(taken.max(1), Ordering::Relaxed);
-            shared.wanted_bytes.store(weight_of_run(bytes), Ordering::Relaxed);
+            shared.wanted_bytes.store(wanted, Ordering::Relaxed);
             shared.store.release(&rest).await?;
             return Ok(taken);
         };
         let mut part_bytes = in_memory.bytes();
-        let mut part = vec![(lease, Place { among_runs, in_memory })];
-        while let Some((lease, bytes)) = weighed.peek().copied()
+        let mut part = vec![first.placed(among_runs, in_memory)];
+        while let Some(bytes) = admitted.peek().map(|each| each.bytes)
             && part_bytes + weight_of_run(bytes) <= part_max
             && let Some(in_memory) = shared.memory.runs.try_acquire(weight_of_run(bytes))
             && let Some(among_runs) = permits.next()
+            && let Some(next) = admitted.next()
         {
-            weighed.next();
             part_bytes += in_memory.bytes();
-            part.push((lease, Place { among_runs, in_memory }));
+            part.push(next.placed(among_runs, in_memory));
         }
         taken += take_part(shared, life, part).await?;
     }
@@ -278,6 +287,75 @@ async fn take(
     let claim_max = shared.claim_max.load(Ordering::Relaxed);
     shared.claim_max.store((claim_max * 2).min(CLAIM_MAX), Ordering::Relaxed);
     Ok(taken)
+}
+
+/// A claimed run that may be driven now.
+struct Admitted {
+    lease: Lease,
+    bytes: u64,
+    crashes: u32,
+    stay: Option<Stay>,
+}
+
+impl Admitted {
+    fn placed(self, among_runs: OwnedSemaphorePermit, in_memory: memory::Permit) -> (Lease, Place) {
+        (self.lease, Place { among_runs, in_memory, crashes: self.crashes, stay: self.stay })
+    }
+}
+
+/// Which claimed runs may be driven now: before anything of them is read, because that may be what crashed their owners.
+/// The others are put back.
+async fn admit(shared: &Shared, mut weighed: Vec<Weighed>) -> Result<Vec<Admitted>, Error> {
+    let max = shared.config.run_crashes_max;
+    let (mut admitted, mut back): (Vec<Admitted>, Vec<PutBack>) = (Vec::with_capacity(weighed.len()), Vec::new());
+    // The nearest to the limit first; the others stay as they were claimed.
+    weighed.sort_by_key(|each| Reverse(quarantine::room_wanted(each.crashes, max)));
+    for Weighed { lease, tenant, bytes, crashes } in weighed {
+        if crashes > max && max > 0 {
+            // Its last owner had only to end it.
+            if let Err(error) = give_up(shared, lease, &tenant, crashes).await {
+                tracing::warn!(run_id = %lease.run, %error, "a run that crashed too often could not be ended; it is tried again later");
+                shared.doubt();
+            }
+            continue;
+        }
+        let stay = match shared.quarantine.admit(crashes, max) {
+            _ if shared.quarantine.is_closed() && !admitted.is_empty() => {
+                back.push(PutBack { lease, after: Duration::ZERO, crashed: false });
+                continue;
+            }
+            Standing::Free => None,
+            Standing::Suspect(stay) => {
+                tracing::warn!(run_id = %lease.run, crashes, "the owners of this run crashed one after the other; it is tried again");
+                Some(stay)
+            }
+            Standing::Later => {
+                back.push(PutBack { lease, after: quarantine::later(shared), crashed: false });
+                continue;
+            }
+        };
+        admitted.push(Admitted { lease, bytes, crashes, stay });
+    }
+    if !back.is_empty() {
+        shared.store.put_back(&back).await?;
+    }
+    Ok(admitted)
+}
+
+/// Ends a run by its rows alone.
+async fn give_up(shared: &Shared, lease: Lease, tenant: &TenantId, crashes: u32) -> Result<(), Error> {
+    let Some(detail) = shared.store.run(tenant, lease.run).await? else { return Ok(()) };
+    let (now, failure) = (shared.clock.now(), quarantine::failure(shared, crashes));
+    let Some(commit) = decide::give_up(lease, &detail.run, detail.stages, failure, now) else {
+        tracing::warn!(run_id = %lease.run, "a leased run is in a state of a newer release; it is left to others");
+        return Ok(());
+    };
+    let committed = shared.store.commit(std::slice::from_ref(&commit)).await?;
+    if committed == [Committed::Now] {
+        observe::given_up(shared, &detail.run, &commit);
+        shared.tell(lease.run, commit.events);
+    }
+    Ok(())
 }
 
 /// Room in memory for a run, where there is some soon.
@@ -321,8 +399,11 @@ async fn take_part(shared: &Arc<Shared>, life: &Life, part: Vec<(Lease, Place)>)
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => unknown.insert(pipeline_of(shared, &snapshot).await),
         };
-        match pipeline.clone().map(|pipeline| take_one(shared, life, snapshot, pipeline, noted, place)) {
-            Ok(()) => taken += 1,
+        match pipeline.clone() {
+            Ok(pipeline) => {
+                take_one(shared, life, snapshot, pipeline, noted, place).await;
+                taken += 1;
+            }
             Err(error) if error.code == Code::Unavailable => {
                 tracing::warn!(run_id = %lease.run, %error, "a leased run could not be taken up; it is handed back");
                 shared.doubt();
@@ -370,14 +451,15 @@ async fn readable<T>(store: &dyn Store, leases: &[Lease], what: &str, read: Read
         if part.is_empty() {
             continue;
         }
-        match read(store, part).await {
+        let panicked = |_| Err(StoreError::Defect("reading it panicked".to_owned()));
+        match AssertUnwindSafe(read(store, part)).catch_unwind().await.unwrap_or_else(panicked) {
             Ok(some) => found.extend(some),
             Err(error) if error.is_retryable() && (Instant::now() >= until || store.ping().await.is_err()) => {
                 return Err(error.into());
             }
             Err(error) if part.len() == 1 => {
                 tracing::error!(run_id = %part[0].run, %error, "{what} cannot be read; it is tried again later");
-                passing = Some(error).filter(stagegate_core::StoreError::is_retryable).or(passing);
+                passing = Some(error).filter(StoreError::is_retryable).or(passing);
             }
             Err(error) => {
                 tracing::warn!(%error, runs = part.len(), "a batch of runs cannot be read; it is halved");
@@ -400,7 +482,8 @@ async fn pipeline_of(shared: &Shared, snapshot: &Snapshot) -> Result<Arc<Pipelin
     })
 }
 
-fn take_one(
+/// Begins to drive a run, or to end one that crashed too often. A panic over it counts as one of its driver.
+async fn take_one(
     shared: &Arc<Shared>,
     life: &Life,
     snapshot: Snapshot,
@@ -411,15 +494,28 @@ fn take_one(
     let lease = snapshot.lease;
     let request_id = snapshot.run.request_id.clone();
     shared.admission.claimed(&snapshot.run.tenant);
-    let mut run = Run::from_snapshot(snapshot, pipeline, shared.config.park_after.0);
-    run.on(Stimulus::Taken(signals), shared.clock.now(), 0.0);
+    let (crashes, max) = (place.crashes, shared.config.run_crashes_max);
+    let began = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        let mut run = Run::from_snapshot(snapshot, pipeline, shared.config.park_after.0);
+        let stimulus = if crashes >= max && max > 0 {
+            Stimulus::GivenUp { signals, failure: quarantine::failure(shared, crashes) }
+        } else {
+            Stimulus::Taken(signals)
+        };
+        run.on(stimulus, shared.clock.now(), 0.0);
+        run
+    }));
+    let Ok(run) = began else {
+        tracing::error!(run_id = %lease.run, crashes, "taking up this run panicked; it is tried again later");
+        return shared.panicked(lease, crashes).await;
+    };
     let handle = shared.take_over(lease.run, life);
     shared.drive(handle, run, Vec::new(), place, request_id.as_deref());
 }
 
 #[cfg(test)]
 mod tests {
-    use stagegate_core::{Epoch, StoreError};
+    use stagegate_core::Epoch;
     use stagegate_store_sqlite::SqliteStore;
     use stagegate_telemetry::Metrics;
 

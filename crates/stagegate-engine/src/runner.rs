@@ -29,6 +29,7 @@ use crate::{
     budget::Budget,
     kinds::{self, AttemptContext, Attempted},
     memory, observe,
+    quarantine::Stay,
     shared::Shared,
 };
 
@@ -97,6 +98,8 @@ pub(crate) enum Ended {
     Lost,
     /// The lease is still ours and must be handed back.
     HandBack,
+    /// It panicked. The lease is still ours and must be handed back, later than at once.
+    Panicked,
     /// The run cannot go on for a defect of ours or of its rows. The lease stays, so that it is not claimed again and
     /// again; the next audit tries it anew.
     Broken,
@@ -126,6 +129,8 @@ pub(crate) struct Driver {
     in_memory: memory::Permit,
     /// Whether anything is durable that this owner decided.
     has_written: bool,
+    /// Where the run is suspected for its crashes: until it has come further than this event.
+    stay: Option<(Stay, u64)>,
 }
 
 /// An attempt under way.
@@ -145,9 +150,17 @@ struct Committing {
 }
 
 impl Driver {
-    pub(crate) fn new(shared: Arc<Shared>, handle: Arc<Handle>, run: Run, in_memory: memory::Permit) -> Self {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        handle: Arc<Handle>,
+        run: Run,
+        in_memory: memory::Permit,
+        stay: Option<Stay>,
+    ) -> Self {
         let max = run.pipeline().budget.as_ref().map(|budget| budget.max_cost_usd);
         let budget = max.map(|max| Arc::new(Budget::new(max, run.totals().cost_usd)));
+        // The first event since it was taken is no progress.
+        let stay = stay.map(|stay| (stay, run.first_seq()));
         let (attempts, open, timers, replies) = (FuturesUnordered::new(), Vec::new(), BTreeSet::new(), Vec::new());
         Self {
             shared,
@@ -162,6 +175,7 @@ impl Driver {
             replies,
             in_memory,
             has_written: false,
+            stay,
         }
     }
 
@@ -286,7 +300,10 @@ impl Driver {
             Ok(Committed::Now | Committed::Already) => {
                 self.has_written = true;
                 observe::committed(&self.shared, &self.run, &step);
-                self.shared.tell(self.run.lease().run, step.into_events());
+                let events = step.into_events();
+                let last = events.last().map_or(0, |event| event.seq);
+                self.stay.take_if(|(_, at)| last > *at);
+                self.shared.tell(self.run.lease().run, events);
                 self.perform(effects).await;
                 (then != Disposition::Keep).then_some(Ended::Committed)
             }

@@ -21,7 +21,7 @@ use stagegate_core::{
     decide::{Effect, Run},
     fair::{Limits, Shares},
     hint::Hints,
-    store::{Commit, Committed, NewRun, Submitted},
+    store::{Commit, Committed, Lease, NewRun, PutBack, Submitted},
 };
 use stagegate_llm::Llm;
 use stagegate_telemetry::Metrics;
@@ -41,6 +41,7 @@ use crate::{
     follow::Hub,
     memory::{self, Memory},
     pipelines::Pipelines,
+    quarantine::{self, Quarantine, Stay},
     runner::{Driver, Ended, Handle},
     whisper::Whisper,
 };
@@ -82,6 +83,10 @@ impl Life {
 pub(crate) struct Place {
     pub(crate) among_runs: OwnedSemaphorePermit,
     pub(crate) in_memory: memory::Permit,
+    /// How often it crashed before.
+    pub(crate) crashes: u32,
+    /// Where it is suspected for that.
+    pub(crate) stay: Option<Stay>,
 }
 
 /// What a run with so many bytes of inputs and outputs takes in memory.
@@ -144,6 +149,7 @@ pub(crate) struct Shared {
     /// What every live replica can read and do, as the last heartbeat told.
     common: Mutex<Capabilities>,
     pub(crate) evaluations: Arc<Evaluations>,
+    pub(crate) quarantine: Quarantine,
 }
 
 impl Drop for Shared {
@@ -201,6 +207,7 @@ impl Shared {
             pipelines,
             common: Mutex::default(),
             evaluations,
+            quarantine: Quarantine::default(),
         }
     }
 
@@ -255,6 +262,7 @@ impl Shared {
             && limits.is_empty()
             && self.shares.of(tenant).max_runs.is_none()
             && !self.backlog.load(Ordering::Relaxed)
+            && !self.quarantine.is_closed()
     }
 
     /// A heartbeat told what every live replica can read and do.
@@ -405,7 +413,7 @@ impl Shared {
     ) {
         let shared = Arc::clone(self);
         let lease = run.lease();
-        let Place { among_runs, in_memory } = place;
+        let Place { among_runs, in_memory, crashes, stay } = place;
         // Its end may make room for one that waits for its limit.
         let limited = run.pipeline().concurrency.is_some() || self.shares.of(run.tenant()).max_runs.is_some();
         let span = tracing::info_span!(
@@ -416,13 +424,13 @@ impl Shared {
             pipeline = %run.pipeline().name,
             request_id,
         );
-        let mut driver = Box::new(Driver::new(Arc::clone(&shared), Arc::clone(&handle), run, in_memory));
+        let mut driver = Box::new(Driver::new(Arc::clone(&shared), Arc::clone(&handle), run, in_memory, stay));
         let work = async move {
             let outcome = futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(driver.drive(first))).await;
             drop(driver);
             let ended = outcome.unwrap_or_else(|_| {
-                tracing::error!("the driver of this run panicked; the run is tried again later");
-                Ended::Broken
+                tracing::error!(crashes, "the driver of this run panicked; the run is tried again later");
+                Ended::Panicked
             });
             shared.forget(lease.run, &handle);
             match ended {
@@ -433,6 +441,7 @@ impl Shared {
                     shared.metrics.leases_lost.inc();
                     tracing::warn!(epoch = lease.epoch.0, "the lease is gone; another replica has this run");
                 }
+                Ended::Panicked => shared.panicked(lease, crashes).await,
                 Ended::HandBack => {
                     // Where this fails too, the heartbeat's end hands it back, or the next look at what we own.
                     if let Err(error) = shared.store.release(&[lease]).await {
@@ -450,6 +459,15 @@ impl Shared {
         };
         debug_assert!(std::mem::size_of_val(&work) <= DRIVER_MAX_BYTES, "{}", std::mem::size_of_val(&work));
         self.drivers.spawn(work.instrument(span));
+    }
+
+    /// Hands back a run over which this replica panicked, after so many crashes before: others try it again, later.
+    pub(crate) async fn panicked(&self, lease: Lease, crashes: u32) {
+        let back = PutBack { lease, after: quarantine::backoff(self, crashes), crashed: true };
+        if let Err(error) = self.store.put_back(&[back]).await {
+            tracing::warn!(%error, "the run could not be handed back");
+            self.doubt();
+        }
     }
 
     /// A compiled version; None for the newest.

@@ -218,7 +218,7 @@ fn lease(shared: &Shared, text_bytes: u64) -> Option<(Life, Place)> {
     let life = shared.life()?;
     let among_runs = Arc::clone(&shared.room).try_acquire_owned().ok()?;
     let in_memory = shared.memory.runs.try_acquire(weight_of_run(text_bytes))?;
-    Some((life, Place { among_runs, in_memory }))
+    Some((life, Place { among_runs, in_memory, crashes: 0, stay: None }))
 }
 
 fn check_start(start_at: Option<DateTime<Utc>>, now: DateTime<Utc>) -> Result<(), Error> {

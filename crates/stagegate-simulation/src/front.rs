@@ -12,8 +12,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, Disposition, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
-        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
-        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+        NewSignal, NewVersion, PipelineVersion, Pulse, PutBack, QueueStats, Registered, ReplicaRecord, RunDetail,
+        RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted, Weighed,
     },
 };
 
@@ -269,6 +269,14 @@ impl Front {
         self.world.book(|checks| checks.released(leases));
         Ok(())
     }
+
+    async fn do_put_back(&self, back: &[PutBack]) -> StoreResult<()> {
+        self.world.store.put_back(back).await?;
+        let leases: Vec<Lease> = back.iter().map(|each| each.lease).collect();
+        self.note_leases("puts back", &leases);
+        self.world.book(|checks| checks.put_back(back));
+        Ok(())
+    }
 }
 
 async fn sleep(length: Duration) {
@@ -388,7 +396,7 @@ impl Store for Front {
         self.plain("owned", self.world.store.owned(replica)).await
     }
 
-    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<Weighed>> {
         self.plain("weigh", self.world.store.weigh(leases)).await
     }
 
@@ -420,6 +428,14 @@ impl Store for Front {
         let copy = leases.to_vec();
         self.again(fate, |front| async move { _ = front.do_release(&copy).await });
         self.end("release", fate, answer).await
+    }
+
+    async fn put_back(&self, back: &[PutBack]) -> StoreResult<()> {
+        let fate = self.begin("put_back").await?;
+        let answer = self.do_put_back(back).await;
+        let copy = back.to_vec();
+        self.again(fate, |front| async move { _ = front.do_put_back(&copy).await });
+        self.end("put_back", fate, answer).await
     }
 
     async fn leave(&self, replica: ReplicaId) -> StoreResult<()> {

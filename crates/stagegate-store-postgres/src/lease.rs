@@ -13,7 +13,7 @@ use sqlx::{Row as _, postgres::PgRow};
 use stagegate_core::{
     Capabilities, Capability, Epoch, ReplicaId, RunId, StoreError, StoreResult, TenantId,
     fair::{Share, Shares},
-    store::{Heartbeat, Lease, Pulse, Snapshot},
+    store::{Heartbeat, Lease, Pulse, PutBack, Snapshot, Weighed},
 };
 use uuid::Uuid;
 
@@ -30,7 +30,7 @@ use crate::{
 pub const HEARTBEAT: &str = "/* replicas.heartbeat */
 WITH beat AS (
     INSERT INTO replicas (id, name, version, draining, seen_at, expires_at, schema, capabilities)
-    VALUES ($1, $2, $3, $4, now(), now() + $5 * interval '1 millisecond', 3, $6)
+    VALUES ($1, $2, $3, $4, now(), now() + $5 * interval '1 millisecond', 4, $6)
     ON CONFLICT (id) DO UPDATE
         SET draining = excluded.draining, seen_at = excluded.seen_at, expires_at = excluded.expires_at
         WHERE replicas.dead_at IS NULL
@@ -41,10 +41,10 @@ SELECT EXISTS (SELECT FROM beat) AS alive,
        common_capabilities_3($1, $6, $7, $8 * interval '1 millisecond') AS common,
        clock_timestamp() AS moment";
 
-/// Takes runs that can go on: one look at some of the lanes. What it does is told at the function (migration 0003).
+/// Takes runs that can go on: one look at some of the lanes. What it does is told at the function (migration 0004).
 pub const CLAIM: &str = "/* runs.claim */
 SELECT ids, epochs, freed, woken, lost, last_tenant, last_lane, cut_tenants, cut_lanes, wake_last
-FROM claim_runs_3($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
+FROM claim_runs_4($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
 
 /// How many lanes one look covers, and how many tenants. They are found and read in some ten microseconds each; the next
 /// look goes on there.
@@ -90,9 +90,11 @@ pub const LOAD: &str = concat!(
      ORDER BY r.id, s.stage_id"
 );
 
-/// How large the payloads are that [`LOAD`] would read. A text's length is told without reading it.
+/// How large the payloads are that [`LOAD`] would read, and how often the runs crashed. A text's length is told without
+/// reading it.
 pub const WEIGH: &str = "/* runs.weigh */
-SELECT r.id, octet_length(p.input) + c.bytes + a.bytes AS bytes
+SELECT r.id, r.tenant, CASE WHEN r.last_seq <= r.crashed_seq + 1 THEN r.crashes ELSE 0 END AS crashes,
+       octet_length(p.input) + c.bytes + a.bytes AS bytes
 FROM unnest($1::uuid[], $2::int8[]) AS l(run_id, epoch)
 JOIN runs r ON r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL
 JOIN run_payloads p ON p.run_id = r.id
@@ -117,6 +119,20 @@ WHERE id IN (
     JOIN runs r ON r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL
     FOR UPDATE OF r SKIP LOCKED
 )";
+
+/// The same, each after its own delay, and with its crash counted: anew where there was progress since the last one.
+pub const PUT_BACK: &str = "/* runs.put_back */
+UPDATE runs r SET
+    owner = NULL, available_at = now() + b.after_ms * interval '1 millisecond', ready = CASE WHEN b.after_ms = 0 THEN true END,
+    crashes = CASE WHEN NOT b.crashed THEN r.crashes WHEN r.last_seq <= r.crashed_seq + 1 THEN r.crashes + 1 ELSE 1 END,
+    crashed_seq = CASE WHEN b.crashed THEN r.last_seq ELSE r.crashed_seq END
+FROM (
+    SELECT x.id, l.after_ms, l.crashed
+    FROM unnest($1::uuid[], $2::int8[], $3::int8[], $4::bool[]) AS l(run_id, epoch, after_ms, crashed)
+    JOIN runs x ON x.id = l.run_id AND x.epoch = l.epoch AND x.owner IS NOT NULL
+    FOR UPDATE OF x SKIP LOCKED
+) b
+WHERE r.id = b.id";
 
 /// A replica is gone for good. It is declared dead rather than forgotten, so that what it was still being given, and
 /// what somebody holds now, is found by the next claim.
@@ -319,7 +335,7 @@ pub(crate) async fn owned(pool: &Pool, replica: ReplicaId) -> StoreResult<Vec<Le
     found.iter().map(lease).collect()
 }
 
-pub(crate) async fn weigh(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+pub(crate) async fn weigh(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<Weighed>> {
     if leases.is_empty() {
         return Ok(Vec::new());
     }
@@ -329,9 +345,15 @@ pub(crate) async fn weigh(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<(Lea
     let mut found = HashMap::with_capacity(leases.len());
     for row in pool.acquire("runs.weigh").await?.rows("runs.weigh", query).await? {
         let id = rows::id(&row, "id", "runs")?;
-        found.insert(id, Reader::new(&row, "run_payloads", id).seq("bytes")?);
+        let read = Reader::new(&row, "runs", id);
+        let bytes = Reader::new(&row, "run_payloads", id).seq("bytes")?;
+        found.insert(id, (read.parse("tenant")?, bytes, read.number("crashes")?));
     }
-    Ok(leases.iter().filter_map(|lease| Some((*lease, found.remove(&lease.run.0)?))).collect())
+    let weighed = leases.iter().filter_map(|lease| {
+        let (tenant, bytes, crashes) = found.remove(&lease.run.0)?;
+        Some(Weighed { lease: *lease, tenant, bytes, crashes })
+    });
+    Ok(weighed.collect())
 }
 
 pub(crate) async fn load(pool: &Pool, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
@@ -380,6 +402,18 @@ pub(crate) async fn release(pool: &Pool, leases: &[Lease]) -> StoreResult<()> {
         .bind(leases.iter().map(|lease| lease.run.0).collect::<Vec<_>>())
         .bind(leases.iter().map(|lease| lease.epoch.0).collect::<Vec<_>>());
     pool.acquire("runs.release").await?.rows("runs.release", query).await.map(|_| ())
+}
+
+pub(crate) async fn put_back(pool: &Pool, back: &[PutBack]) -> StoreResult<()> {
+    if back.is_empty() {
+        return Ok(());
+    }
+    let query = sqlx::query(PUT_BACK)
+        .bind(back.iter().map(|each| each.lease.run.0).collect::<Vec<_>>())
+        .bind(back.iter().map(|each| each.lease.epoch.0).collect::<Vec<_>>())
+        .bind(back.iter().map(|each| rows::millis(each.after)).collect::<Vec<_>>())
+        .bind(back.iter().map(|each| each.crashed).collect::<Vec<_>>());
+    pool.acquire("runs.put_back").await?.rows("runs.put_back", query).await.map(|_| ())
 }
 
 pub(crate) async fn leave(pool: &Pool, replica: ReplicaId) -> StoreResult<()> {

@@ -32,8 +32,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
-        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
-        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+        NewSignal, NewVersion, PipelineVersion, Pulse, PutBack, QueueStats, Registered, ReplicaRecord, RunDetail,
+        RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted, Weighed,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -182,7 +182,7 @@ impl Store for PostgresStore {
         lease::owned(&self.pool, replica).await
     }
 
-    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<Weighed>> {
         lease::weigh(&self.pool, leases).await
     }
 
@@ -200,6 +200,10 @@ impl Store for PostgresStore {
 
     async fn release(&self, leases: &[Lease]) -> StoreResult<()> {
         lease::release(&self.pool, leases).await
+    }
+
+    async fn put_back(&self, back: &[PutBack]) -> StoreResult<()> {
+        lease::put_back(&self.pool, back).await
     }
 
     async fn leave(&self, replica: ReplicaId) -> StoreResult<()> {

@@ -4,7 +4,7 @@ pub use crate::{
     commit::statements::{COMMIT, COMMIT_PLAIN, COMMIT_PLAIN_END},
     gauges::{BACKLOG_OF, DEPTHS, QUEUE, REPLICAS_OF},
     keys::LIST_OF as KEYS_OF,
-    lease::{CLAIM, HEARTBEAT, LOAD, OWNED, WEIGH},
+    lease::{CLAIM, HEARTBEAT, LOAD, OWNED, PUT_BACK, WEIGH},
     pipelines::{LIST as PIPELINES, VERSIONS},
     pool::SESSION,
     read::{EVENTS, NEWS, RUN, RUN_RECORD, STAGE},

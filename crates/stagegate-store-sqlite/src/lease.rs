@@ -7,14 +7,14 @@
 use sqlx::SqliteConnection;
 use stagegate_core::{
     Epoch, ReplicaId, RunId, StoreResult,
-    store::{Heartbeat, Lease, Pulse},
+    store::{Heartbeat, Lease, Pulse, PutBack},
 };
 use uuid::Uuid;
 
 use crate::{
     db::{Db, Lane},
     error::Sql,
-    rows::{lease_list, now_ms, span_ms},
+    rows::{json, lease_list, now_ms, span_ms},
 };
 
 /// How long a dead replica is remembered. One that returns later is a new one: its leases are long gone.
@@ -55,6 +55,14 @@ pub(crate) const HAND_BACK_ALL: &str = concat!(
     " WHERE owner = ?1"
 );
 
+// take-from-dead: the same of one that died, whose crash counts: anew where there was progress since the last one.
+pub(crate) const TAKE_FROM_DEAD: &str = concat!(
+    "UPDATE runs SET owner = NULL, leased_at = NULL, signalled = 0, crashes = CASE WHEN last_seq <= crashed_seq + 1 \
+     THEN crashes + 1 ELSE 1 END, crashed_seq = last_seq, ready_at = ",
+    now_ms!(),
+    " WHERE owner = ?1"
+);
+
 // is-alive
 pub(crate) const IS_ALIVE: &str = concat!(
     "SELECT EXISTS (SELECT 1 FROM replicas WHERE id = ?1 AND dead_at IS NULL AND expires_at > ",
@@ -70,6 +78,19 @@ pub(crate) const RELEASE: &str = concat!(
     "UPDATE runs SET owner = NULL, leased_at = NULL, signalled = 0, ready_at = ",
     now_ms!(),
     " WHERE owner IS NOT NULL AND (id, epoch) IN (SELECT unhex(value ->> 0), value ->> 1 FROM json_each(?1))"
+);
+
+// put-back: the same, each after its own delay, and with its crash counted.
+pub(crate) const PUT_BACK: &str = concat!(
+    "UPDATE runs SET owner = NULL, leased_at = NULL, signalled = 0, \
+     ready_at = CASE WHEN asked.after = 0 THEN ",
+    now_ms!(),
+    " END, wake_at = CASE WHEN asked.after > 0 THEN ",
+    now_ms!(),
+    " + asked.after END, crashes = CASE WHEN NOT asked.crashed THEN crashes WHEN last_seq <= crashed_seq + 1 \
+     THEN crashes + 1 ELSE 1 END, crashed_seq = CASE WHEN asked.crashed THEN last_seq ELSE crashed_seq END \
+     FROM (SELECT unhex(value ->> 0) AS run, value ->> 1 AS epoch, value ->> 2 AS after, value ->> 3 AS crashed \
+     FROM json_each(?1)) AS asked WHERE runs.id = asked.run AND runs.epoch = asked.epoch AND runs.owner IS NOT NULL"
 );
 
 // bury
@@ -102,7 +123,7 @@ pub(crate) async fn heartbeat(db: &Db, beat: &Heartbeat) -> StoreResult<Pulse> {
 pub(crate) async fn reap(conn: &mut SqliteConnection) -> StoreResult<()> {
     let dead: Vec<Uuid> = sqlx::query_scalar(DECLARE_DEAD).fetch_all(&mut *conn).await.sql()?;
     for replica in &dead {
-        sqlx::query(HAND_BACK_ALL).bind(replica).execute(&mut *conn).await.sql()?;
+        sqlx::query(TAKE_FROM_DEAD).bind(replica).execute(&mut *conn).await.sql()?;
     }
     if !dead.is_empty() {
         sqlx::query(FORGET_DEAD).bind(TOMBSTONE_MS).execute(conn).await.sql()?;
@@ -122,6 +143,22 @@ pub(crate) async fn release(db: &Db, leases: &[Lease]) -> StoreResult<()> {
     }
     let mut tx = db.write(Lane::Runs).await?;
     sqlx::query(RELEASE).bind(lease_list(leases)?).execute(tx.conn()).await.sql()?;
+    tx.commit().await
+}
+
+pub(crate) async fn put_back(db: &Db, back: &[PutBack]) -> StoreResult<()> {
+    if back.is_empty() {
+        return Ok(());
+    }
+    let asked: Vec<_> = back
+        .iter()
+        .map(|each| {
+            let run = each.lease.run.0.simple().to_string();
+            (run, each.lease.epoch.0, span_ms(each.after), each.crashed)
+        })
+        .collect();
+    let mut tx = db.write(Lane::Runs).await?;
+    sqlx::query(PUT_BACK).bind(json(&asked)?).execute(tx.conn()).await.sql()?;
     tx.commit().await
 }
 

@@ -44,8 +44,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, DiskWatch, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
-        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
-        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+        NewSignal, NewVersion, PipelineVersion, Pulse, PutBack, QueueStats, Registered, ReplicaRecord, RunDetail,
+        RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted, Weighed,
     },
 };
 use stagegate_telemetry::Metrics;
@@ -214,7 +214,7 @@ impl Store for SqliteStore {
         lease::owned(&self.db, replica).await
     }
 
-    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<Weighed>> {
         load::weigh(&self.db, leases).await
     }
 
@@ -232,6 +232,10 @@ impl Store for SqliteStore {
 
     async fn release(&self, leases: &[Lease]) -> StoreResult<()> {
         lease::release(&self.db, leases).await
+    }
+
+    async fn put_back(&self, back: &[PutBack]) -> StoreResult<()> {
+        lease::put_back(&self.db, back).await
     }
 
     async fn leave(&self, replica: ReplicaId) -> StoreResult<()> {

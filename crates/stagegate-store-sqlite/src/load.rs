@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::{SqliteConnection, sqlite::SqliteRow};
 use stagegate_core::{
     Attempt, Json, LedgerEntry, RunId, StageId, StoreResult,
-    store::{Lease, Snapshot},
+    store::{Lease, Snapshot, Weighed},
 };
 
 use crate::{
@@ -56,7 +56,8 @@ pub(crate) const CALLS: &str = concat!(
 );
 
 // weigh-runs: octet_length reads no payload.
-pub(crate) const WEIGH: &str = "SELECT r.id AS run_id, \
+pub(crate) const WEIGH: &str = "SELECT r.id AS run_id, r.tenant AS tenant, \
+    CASE WHEN r.last_seq <= r.crashed_seq + 1 THEN r.crashes ELSE 0 END AS crashes, \
     (SELECT coalesce(sum(octet_length(body)), 0) FROM run_payloads p WHERE p.run_id = r.id AND p.kind = 'input') \
     + (SELECT coalesce(sum(octet_length(output)), 0) FROM checkpoints c WHERE c.run_id = r.id) \
     + (SELECT coalesce(sum(octet_length(output)), 0) FROM attempts a WHERE a.run_id = r.id \
@@ -66,7 +67,7 @@ pub(crate) const WEIGH: &str = "SELECT r.id AS run_id, \
     FROM runs r WHERE (r.id, r.epoch) IN (SELECT unhex(value ->> 0), value ->> 1 FROM json_each(?1)) \
     AND r.owner IS NOT NULL";
 
-pub(crate) async fn weigh(db: &Db, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+pub(crate) async fn weigh(db: &Db, leases: &[Lease]) -> StoreResult<Vec<Weighed>> {
     if leases.is_empty() {
         return Ok(Vec::new());
     }
@@ -74,9 +75,15 @@ pub(crate) async fn weigh(db: &Db, leases: &[Lease]) -> StoreResult<Vec<(Lease, 
     let mut found = HashMap::new();
     for row in rows {
         let run = records::run_id(&row, "runs", "run_id")?;
-        found.insert(run, Cells::new(&row, "runs", || run.to_string()).number::<u64>("bytes")?);
+        let cells = Cells::new(&row, "runs", || run.to_string());
+        let weighed = (cells.parsed("tenant")?, cells.number("bytes")?, cells.number("crashes")?);
+        found.insert(run, weighed);
     }
-    Ok(leases.iter().filter_map(|lease| Some((*lease, found.remove(&lease.run)?))).collect())
+    let weighed = leases.iter().filter_map(|lease| {
+        let (tenant, bytes, crashes) = found.remove(&lease.run)?;
+        Some(Weighed { lease: *lease, tenant, bytes, crashes })
+    });
+    Ok(weighed.collect())
 }
 
 pub(crate) async fn load(db: &Db, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {

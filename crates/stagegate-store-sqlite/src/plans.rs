@@ -44,11 +44,13 @@ const PARTIAL: [&str; 9] = [
 ];
 
 /// What leases, claims, counts and removes.
-const LEASES: [&str; 34] = [
+const LEASES: [&str; 36] = [
     lease::SIGNALLED,
     lease::HAND_BACK_ALL,
     lease::OWNED,
     lease::RELEASE,
+    lease::TAKE_FROM_DEAD,
+    lease::PUT_BACK,
     claim::ANYTHING,
     claim::WAKE_DUE,
     claim::CANCELLED,

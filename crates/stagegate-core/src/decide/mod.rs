@@ -5,6 +5,7 @@
 //! is gone: the whole `Run` is dropped, so nothing that was decided after it matters.
 
 mod accept;
+mod give_up;
 mod stages;
 mod step;
 #[cfg(test)]
@@ -15,6 +16,7 @@ use std::{fmt::Write, sync::Arc, time::Duration};
 use chrono::{DateTime, Utc};
 
 pub use accept::Accept;
+pub use give_up::give_up;
 pub use step::{Effect, Step};
 
 use crate::{
@@ -31,6 +33,13 @@ use crate::{
 pub enum Stimulus {
     /// A replica took it, with the signals that were waiting.
     Taken(Vec<Signal>),
+    /// A replica took it to end it: its owners crashed too often.
+    GivenUp {
+        /// The signals that were waiting.
+        signals: Vec<Signal>,
+        /// Why it ends.
+        failure: Failure,
+    },
     /// An attempt ended.
     Attempted {
         /// The stage.
@@ -265,6 +274,7 @@ impl Run {
         }
         match stimulus {
             Stimulus::Taken(signals) => self.on_taken(signals, now),
+            Stimulus::GivenUp { signals, failure } => self.on_given_up(signals, failure, now),
             Stimulus::Attempted { stage, attempt, outcome } => self.on_attempted(stage, attempt, outcome, now, jitter),
             Stimulus::Due { stage } => {
                 if self.stages[stage].record.state == StageState::Waiting && !self.draining {
@@ -282,7 +292,15 @@ impl Run {
         self.settle(now);
     }
 
-    fn on_taken(&mut self, signals: Vec<Signal>, now: DateTime<Utc>) {
+    /// A cancel that waits comes before it.
+    fn on_given_up(&mut self, signals: Vec<Signal>, failure: Failure, now: DateTime<Utc>) {
+        self.resume(&signals, now);
+        self.on_signals(signals, now);
+        self.stop(RunState::Failed, failure, now);
+    }
+
+    /// It has another owner.
+    fn resume(&mut self, signals: &[Signal], now: DateTime<Utc>) {
         let retried = signals.iter().any(|signal| matches!(signal.kind, SignalKind::Retry { .. }));
         if self.started_at.is_none() {
             self.started_at = Some(now);
@@ -300,6 +318,10 @@ impl Run {
                 self.draft.touch(stage);
             }
         }
+    }
+
+    fn on_taken(&mut self, signals: Vec<Signal>, now: DateTime<Utc>) {
+        self.resume(&signals, now);
         self.on_signals(signals, now);
         if now >= self.deadline_at {
             return self.expire(now);
@@ -621,6 +643,11 @@ impl Run {
     /// The lease that every write carries.
     pub fn lease(&self) -> Lease {
         self.lease
+    }
+
+    /// The first event that is not durable yet, or else the next one.
+    pub fn first_seq(&self) -> u64 {
+        self.last_seq + 1 - self.draft.events.len() as u64
     }
 
     /// Whose run it is.

@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     Error, Evaluator, ReplicaId, RunId, StageId,
     pipeline::Models,
-    store::{Commit, NewRun},
+    store::{Commit, NewRun, RunRecord},
 };
 
 #[derive(Debug)]
@@ -573,6 +573,51 @@ fn a_run_that_is_given_back_before_it_asked_anybody_keeps_its_attempt_and_its_fo
     run.hand_back(vec![(0, at(52), Vec::new())], at(53));
     let step = run.take_step().expect("given back");
     assert_eq!((step.commit.stages[0].state, step.commit.attempts.len()), (StageState::Waiting, 1));
+}
+
+fn crashed() -> Failure {
+    Failure::new(Code::RunCrashed, "its owners crashed")
+}
+
+#[test]
+fn a_run_that_is_given_up_starts_nothing_and_its_attempt_counts_one_more_owner() {
+    let (_, mut run, _) = begin(CANONICAL);
+    attempted(&mut run, 0, 1, output(true, true));
+    run.on(Stimulus::GivenUp { signals: Vec::new(), failure: crashed() }, at(50), 0.0);
+    assert_eq!(run.take_cut_off(), [(1, 1)]);
+    assert_eq!(run.former_owners(1), 1);
+    let step = run.take_step().expect("ended");
+    assert_eq!((names(&step.commit), step.effects), (vec!["run.resumed", "run.finished"], vec![Effect::Abort]));
+    assert_eq!((step.commit.state, step.commit.then), (RunState::Failed, Disposition::End));
+    assert_eq!(step.commit.failure, Some(crashed()));
+    assert_eq!(step.commit.stages[0].state, StageState::Cancelled);
+}
+
+#[test]
+fn a_cancel_that_waits_comes_before_giving_up() {
+    let (_, mut run, _) = begin(CANONICAL);
+    run.on(Stimulus::GivenUp { signals: signal(SignalKind::Cancel), failure: crashed() }, at(50), 0.0);
+    assert_eq!(run.take_step().expect("ended").commit.state, RunState::Cancelled);
+}
+
+#[test]
+fn a_run_is_ended_by_its_rows_alone() {
+    let (_, run, _) = begin(CANONICAL);
+    let record = RunRecord {
+        started_at: None,
+        last_seq: 1,
+        ..RunRecord::unreadable(run.lease().run, TenantId::default(), &crate::StoreError::Defect("none".to_owned()))
+    };
+    let queued = RunRecord { state: RunState::Queued, ..record.clone() };
+    let of = |id: &str, state| StageRecord { state, ..StageRecord::pending(stage_id(id)) };
+    let stages =
+        || vec![of("one", StageState::Succeeded), of("two", StageState::Waiting), of("three", StageState::Pending)];
+    let commit = give_up(run.lease(), &queued, stages(), crashed(), at(9)).expect("a step");
+    assert_eq!(names(&commit), ["run.started", "run.finished"]);
+    assert_eq!(commit.events.iter().map(|event| event.seq).collect::<Vec<_>>(), [2, 3]);
+    assert_eq!(commit.stages, [StageRecord { finished_at: Some(at(9)), ..of("two", StageState::Cancelled) }]);
+    assert_eq!((commit.state, commit.then, commit.started_at), (RunState::Failed, Disposition::End, Some(at(9))));
+    assert_eq!(give_up(run.lease(), &record, stages(), crashed(), at(9)), None, "its state is unknown");
 }
 
 /// What may happen next, drawn at random.

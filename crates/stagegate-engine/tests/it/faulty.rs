@@ -288,10 +288,11 @@ through! {
     heartbeat(beat: &s::Heartbeat) -> s::Pulse;
     claim(replica: ReplicaId, limit: u32, shares: &Shares) -> Vec<s::Lease>;
     owned(replica: ReplicaId) -> Vec<s::Lease>;
-    weigh(leases: &[s::Lease]) -> Vec<(s::Lease, u64)>;
+    weigh(leases: &[s::Lease]) -> Vec<s::Weighed>;
     signals(leases: &[s::Lease]) -> Vec<(RunId, Vec<s::Signal>)>;
     commit(commits: &[s::Commit]) -> Vec<s::Committed>;
     release(leases: &[s::Lease]) -> ();
+    put_back(back: &[s::PutBack]) -> ();
     leave(replica: ReplicaId) -> ();
     queue() -> s::QueueStats;
     backlog(tenant: Option<&TenantId>) -> Vec<s::Backlog>;

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cache;
+mod crashes;
 mod evaluation;
 mod faults;
 mod faulty;

@@ -12,8 +12,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun, NewSignal,
-        NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery, RunRecord,
-        Signal, Signalled, Snapshot, StageDetail, Submitted,
+        NewVersion, PipelineVersion, Pulse, PutBack, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
+        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted, Weighed,
     },
 };
 use tokio::sync::watch;
@@ -85,11 +85,12 @@ pass_on! {
     fn heartbeat(beat: &Heartbeat) -> StoreResult<Pulse>;
     fn claim(replica: ReplicaId, limit: u32, shares: &Shares) -> StoreResult<Vec<Lease>>;
     fn owned(replica: ReplicaId) -> StoreResult<Vec<Lease>>;
-    fn weigh(leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>>;
+    fn weigh(leases: &[Lease]) -> StoreResult<Vec<Weighed>>;
     fn load(leases: &[Lease]) -> StoreResult<Vec<Snapshot>>;
     fn signals(leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>>;
     fn commit(commits: &[Commit]) -> StoreResult<Vec<Committed>>;
     fn release(leases: &[Lease]) -> StoreResult<()>;
+    fn put_back(back: &[PutBack]) -> StoreResult<()>;
     fn leave(replica: ReplicaId) -> StoreResult<()>;
     fn queue() -> StoreResult<QueueStats>;
     fn backlog(tenant: Option<&TenantId>) -> StoreResult<Vec<Backlog>>;

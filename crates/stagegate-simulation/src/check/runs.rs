@@ -6,7 +6,8 @@ use stagegate_core::{
     Code, Epoch, Event, EventKind, Failure, ReplicaId, RunId, RunState, StageId, Totals,
     fair::Limits,
     store::{
-        Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, SignalKind, Signalled, Submitted,
+        Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, PutBack, SignalKind, Signalled,
+        Submitted,
     },
 };
 
@@ -137,6 +138,16 @@ impl Checks {
                 && book.holder.is_some_and(|(_, epoch)| epoch == lease.epoch)
             {
                 book.hand_back(self.now_ms);
+            }
+        }
+    }
+
+    pub(crate) fn put_back(&mut self, back: &[PutBack]) {
+        for PutBack { lease, after, .. } in back {
+            if let Some(book) = self.runs.get_mut(&lease.run)
+                && book.holder.is_some_and(|(_, epoch)| epoch == lease.epoch)
+            {
+                book.hand_back(self.now_ms.saturating_add(i64::try_from(after.as_millis()).unwrap_or(i64::MAX)));
             }
         }
     }

@@ -4,7 +4,9 @@ use chrono::DateTime;
 use stagegate_core::{
     ReplicaId, RunId, RunState, StageState,
     fair::{Candidate, InUse, Limits, Shares, choose},
-    store::{Heartbeat, Lease, NewSignal, Pulse, QueueStats, Signal, SignalKind, Signalled, Snapshot},
+    store::{
+        Heartbeat, Lease, NewSignal, Pulse, PutBack, QueueStats, Signal, SignalKind, Signalled, Snapshot, Weighed,
+    },
 };
 
 use super::state::{ReplicaRow, Row, State};
@@ -128,6 +130,9 @@ impl State {
             }
         }
         for id in &dead {
+            for row in self.runs.values_mut().filter(|row| row.owner == Some(*id)) {
+                row.crashed();
+            }
             self.hand_back_all(*id, now);
         }
         if !dead.is_empty() {
@@ -153,6 +158,20 @@ impl State {
         }
     }
 
+    pub(crate) fn put_back(&mut self, back: &[PutBack], now: i64) {
+        for PutBack { lease, after, crashed } in back {
+            let Some(row) = self.runs.get_mut(&lease.run).filter(|row| row.is_leased(*lease)) else { continue };
+            if *crashed {
+                row.crashed();
+            }
+            row.hand_back(now);
+            let after = i64::try_from(after.as_millis()).unwrap_or(i64::MAX);
+            if after > 0 {
+                (row.ready_at, row.wake_at) = (None, Some(now.saturating_add(after)));
+            }
+        }
+    }
+
     pub(crate) fn leave(&mut self, replica: ReplicaId, now: i64) {
         if let Some(row) = self.replicas.get_mut(&replica) {
             row.dead_at.get_or_insert(now);
@@ -160,10 +179,11 @@ impl State {
         self.hand_back_all(replica, now);
     }
 
-    pub(crate) fn weigh(&self, leases: &[Lease]) -> Vec<(Lease, u64)> {
+    pub(crate) fn weigh(&self, leases: &[Lease]) -> Vec<Weighed> {
         let weighed = leases.iter().filter_map(|lease| {
             let row = self.runs.get(&lease.run).filter(|row| row.is_leased(*lease))?;
-            Some((*lease, row.snapshot(*lease).text_bytes()))
+            let (tenant, bytes) = (row.record.tenant.clone(), row.snapshot(*lease).text_bytes());
+            Some(Weighed { lease: *lease, tenant, bytes, crashes: row.crashes() })
         });
         weighed.collect()
     }

@@ -22,8 +22,8 @@ use stagegate_core::{
     fair::Shares,
     store::{
         ATTEMPTS_READ_MAX, ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
-        NewSignal, NewVersion, PipelineVersion, Pulse, QueueStats, Registered, ReplicaRecord, RunDetail, RunQuery,
-        RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted,
+        NewSignal, NewVersion, PipelineVersion, Pulse, PutBack, QueueStats, Registered, ReplicaRecord, RunDetail,
+        RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted, Weighed,
     },
 };
 use tokio::time::Instant;
@@ -247,7 +247,7 @@ impl Store for MemoryStore {
         Ok(self.with(|state, _| state.owned(replica)))
     }
 
-    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<(Lease, u64)>> {
+    async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<Weighed>> {
         Ok(self.with(|state, _| state.weigh(leases)))
     }
 
@@ -278,6 +278,11 @@ impl Store for MemoryStore {
 
     async fn release(&self, leases: &[Lease]) -> StoreResult<()> {
         self.with(|state, now| state.release(leases, now));
+        Ok(())
+    }
+
+    async fn put_back(&self, back: &[PutBack]) -> StoreResult<()> {
+        self.with(|state, now| state.put_back(back, now));
         Ok(())
     }
 

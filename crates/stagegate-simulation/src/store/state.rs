@@ -41,6 +41,9 @@ pub(crate) struct Row {
     pub(crate) limits: Limits,
     /// Since when it is owned.
     pub(crate) leased_at: i64,
+    /// How many owners in a row crashed, and the last event at the last time.
+    pub(crate) crashes: u32,
+    pub(crate) crashed_seq: Option<u64>,
 }
 
 impl Row {
@@ -89,6 +92,8 @@ impl Row {
             signals: Vec::new(),
             limits: new.limits.clone(),
             leased_at: now,
+            crashes: 0,
+            crashed_seq: None,
         }
     }
 
@@ -104,6 +109,17 @@ impl Row {
     /// Nobody owns it; it can be claimed from now on.
     pub(crate) fn hand_back(&mut self, now: i64) {
         (self.owner, self.signalled, self.ready_at) = (None, false, Some(now));
+    }
+
+    /// How many owners in a row crashed without any progress between.
+    pub(crate) fn crashes(&self) -> u32 {
+        if self.crashed_seq.is_some_and(|at| self.record.last_seq <= at + 1) { self.crashes } else { 0 }
+    }
+
+    /// Its owner crashed.
+    pub(crate) fn crashed(&mut self) {
+        self.crashes = self.crashes() + 1;
+        self.crashed_seq = Some(self.record.last_seq);
     }
 
     /// Whether this attempt is there already.

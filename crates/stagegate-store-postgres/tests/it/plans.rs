@@ -106,6 +106,7 @@ fn hot() -> BTreeMap<&'static str, (String, &'static str)> {
         ("plain commit with outputs", statements::COMMIT_PLAIN_END, "run_payloads_pkey"),
         ("load", statements::LOAD, "runs_pkey"),
         ("weigh", statements::WEIGH, "runs_pkey"),
+        ("put back", statements::PUT_BACK, "runs_pkey"),
         ("owned", statements::OWNED, "runs_leased"),
         ("heartbeat", statements::HEARTBEAT, "runs_signalled"),
         // By tenant and id: as good as by id alone, for both are unique.

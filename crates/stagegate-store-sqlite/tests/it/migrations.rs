@@ -33,6 +33,8 @@ async fn make_old(conn: &mut SqliteConnection) {
         "ALTER TABLE stages DROP COLUMN judged",
         "ALTER TABLE stages DROP COLUMN outages",
         "ALTER TABLE stages DROP COLUMN outage_since",
+        "ALTER TABLE runs DROP COLUMN crashes",
+        "ALTER TABLE runs DROP COLUMN crashed_seq",
         "ALTER TABLE runs DROP COLUMN start_at",
         "ALTER TABLE runs DROP COLUMN leased_at",
         "ALTER TABLE runs DROP COLUMN purged_at",

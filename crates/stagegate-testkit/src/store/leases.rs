@@ -262,7 +262,13 @@ pub async fn load_gives_everything_that_an_owner_needs(subject: Subject) {
     assert_eq!(store.load(&[]).await.expect("load"), []);
     assert_eq!(store.load(&[stale, unleased]).await.expect("load"), []);
     assert_eq!(store.weigh(&[stale, unleased]).await.expect("weigh"), []);
-    let weighed = store.weigh(&[bare_lease, unleased, lease]).await.expect("weigh");
+    let weighed: Vec<(Lease, u64)> = store
+        .weigh(&[bare_lease, unleased, lease])
+        .await
+        .expect("weigh")
+        .into_iter()
+        .map(|each| (each.lease, each.bytes))
+        .collect();
     let mut loaded = store.load(&[bare_lease, unleased, lease]).await.expect("load");
     let bytes = |of: Lease| loaded.iter().find(|snapshot| snapshot.lease == of).expect("loaded").text_bytes();
     assert_eq!(weighed, [(bare_lease, bytes(bare_lease)), (lease, bytes(lease))], "as much as is loaded");

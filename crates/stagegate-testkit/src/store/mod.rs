@@ -22,6 +22,7 @@
 #![expect(clippy::missing_panics_doc, reason = "a promise that is broken panics; that is what the suite is for")]
 
 pub mod commits;
+pub mod crashes;
 pub mod fairness;
 pub mod fixtures;
 pub mod gauges;
@@ -114,6 +115,13 @@ macro_rules! store_contract {
                 epochs_only_grow
                 load_gives_everything_that_an_owner_needs
                 the_queue_is_counted
+            }
+            crashes {
+                each_owner_that_dies_is_counted
+                progress_begins_the_count_anew
+                what_is_handed_back_has_not_crashed
+                a_panic_counts_and_the_run_waits
+                a_retry_begins_the_count_anew
             }
             commits {
                 a_commit_happens_whole

@@ -15,8 +15,8 @@ use stagegate_core::{
     fair::{Limits, Share, Shares},
     pipeline::{CacheMode, Labels},
     store::{
-        Backlog, Commit, Committed, Disposition, Lease, NewRun, NewSignal, NewVersion, PipelineQuota, QueueStats,
-        ReplicaRecord, RunQuery, Signal, SignalKind, StageRecord,
+        Backlog, Commit, Committed, Disposition, Lease, NewRun, NewSignal, NewVersion, PipelineQuota, PutBack,
+        QueueStats, ReplicaRecord, RunQuery, Signal, SignalKind, StageRecord,
     },
 };
 use uuid::Uuid;
@@ -130,7 +130,7 @@ impl World {
             70..74 => self.repeat_commit().await,
             74..86 => self.signal().await,
             86..91 => self.read_signals().await,
-            91..95 => self.release().await,
+            91..95 => self.hand_back().await,
             95..97 => self.leave().await,
             97..100 => self.list().await,
             100..103 => self.news().await,
@@ -458,11 +458,20 @@ impl World {
         }
     }
 
-    async fn release(&mut self) {
+    async fn hand_back(&mut self) {
         let recent = self.leases.len().saturating_sub(8);
         let count = self.rng.random_range(1..3);
-        let leases: Vec<Lease> = (0..count).filter_map(|_| pick(&mut self.rng, &self.leases[recent..])).collect();
-        both!(self, store => store.release(&leases));
+        let mut leases: Vec<Lease> = (0..count).filter_map(|_| pick(&mut self.rng, &self.leases[recent..])).collect();
+        leases.dedup();
+        both!(self, store => store.weigh(&leases));
+        if self.rng.random_bool(0.5) {
+            both!(self, store => store.release(&leases));
+            return;
+        }
+        let crashed = self.rng.random_bool(0.7);
+        let after = if self.rng.random_bool(0.8) { Duration::ZERO } else { Duration::from_hours(1) };
+        let back: Vec<PutBack> = leases.into_iter().map(|lease| PutBack { lease, after, crashed }).collect();
+        both!(self, store => store.put_back(&back));
     }
 
     async fn leave(&mut self) {

@@ -171,6 +171,8 @@ fn sanity(config: &Config, merged: &Merged, mistakes: &mut Vec<Violation>) {
         refuse(&["engine", "tenants", tenant.as_str(), "max_runs"], no_room(limits), never);
     }
     refuse(&["engine", "commit_batch_max"], config.engine.commit_batch_max == 0, "must be at least 1");
+    let few = "must be 0 or at least 3: a replica that dies takes all of its runs with it";
+    refuse(&["engine", "run_crashes_max"], matches!(config.engine.run_crashes_max, 1 | 2), few);
     refuse(&["engine", "lease_ttl"], config.engine.lease_ttl.0.as_millis() < 100, "must be at least 100ms");
     refuse(&["store", "pool", "max_connections"], pool.max_connections == 0, "must be at least 1");
     refuse(

@@ -183,10 +183,10 @@ fn what_kubernetes_and_the_tools_put_there_is_passed_over() {
 #[test]
 fn values_that_make_no_sense_are_refused() {
     let place = with_file(
-        "[engine]\nmax_runs = 0\n[engine.tenants.acme]\nmax_runs = 0\n[store.pool]\nmin_connections = 99\n[llm.breaker]\nfailure_rate = 2\n",
+        "[engine]\nmax_runs = 0\nrun_crashes_max = 2\n[engine.tenants.acme]\nmax_runs = 0\n[store.pool]\nmin_connections = 99\n[llm.breaker]\nfailure_rate = 2\n",
     );
     let found = mistakes(load(&Flags::default(), &environment(place.path(), &[])));
-    assert_eq!(found.len(), 4, "{found:?}");
+    assert_eq!(found.len(), 5, "{found:?}");
     assert!(found.iter().any(|mistake| format!("{mistake:?}").contains("engine.tenants.acme.max_runs")), "{found:?}");
 }
 
