@@ -16,6 +16,10 @@ use std::{
     },
 };
 
+use serde_json::Value;
+
+use crate::Json;
+
 /// What an evaluation may spend where it runs inline, in units: at worst about two milliseconds, mostly much less.
 const BRIEF_UNITS: u64 = 256 * 1024;
 /// The steps that a rendering may take inline.
@@ -25,19 +29,30 @@ const COMPARISONS_MAX: u32 = 20_000;
 /// Units in a second, at worst.
 const UNITS_PER_SECOND: u64 = 100_000_000;
 
-/// Asks an evaluation to stop. It does at its next step that can be interrupted.
+/// Asks an evaluation to stop, and hears from it. It stops at its next step that can be interrupted.
 #[derive(Debug, Clone, Default)]
-pub struct Stop(Arc<AtomicBool>);
+pub struct Stop(Arc<Flags>);
+
+#[derive(Debug, Default)]
+struct Flags {
+    asked: AtomicBool,
+    refused: AtomicBool,
+}
 
 impl Stop {
     /// Nobody waits for the result any more.
     pub fn ask(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.asked.store(true, Ordering::Relaxed);
     }
 
     /// Whether it was asked to stop.
     pub fn is_asked(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.asked.load(Ordering::Relaxed)
+    }
+
+    /// Whether a step of the evaluation was refused for its price.
+    pub fn has_refused(&self) -> bool {
+        self.0.refused.load(Ordering::Relaxed)
     }
 }
 
@@ -171,9 +186,22 @@ pub(crate) enum Unclaimed {
 pub(crate) fn claim(units: u64) -> Result<(), Unclaimed> {
     let claim_max = with(u64::MAX, |meter| meter.claim_max);
     if units > claim_max {
+        with((), |meter| {
+            if let Some(stop) = &meter.stop {
+                stop.0.refused.store(true, Ordering::Relaxed);
+            }
+        });
         return Err(Unclaimed::TooDear(units.div_ceil(claim_max.max(1))));
     }
     pay(units).map_err(|_| Unclaimed::Interrupted)
+}
+
+/// Parses a document, for its price. Null where there is not enough left for it: what follows is thrown away.
+pub fn parse(json: &Json) -> Value {
+    match pay(json.text_bytes()) {
+        Ok(()) => json.parse(),
+        Err(Interrupted) => Value::Null,
+    }
 }
 
 /// Whether the evaluation runs inline, so that its renderings have [`BRIEF_STEPS`] alone.

@@ -307,6 +307,31 @@ pub enum EventKind {
     Unknown(UnknownEvent),
 }
 
+impl Event {
+    /// What its texts take, in bytes: its size but for what every event has.
+    pub fn text_bytes(&self) -> usize {
+        if let Some(raw) = &self.raw {
+            return raw.len();
+        }
+        let failure = |failure: &Failure| failure.message.len() + failure.detail.as_ref().map_or(0, String::len);
+        match &self.kind {
+            EventKind::RunWaiting { reason, .. } => reason.as_ref().map_or(0, String::len),
+            EventKind::RunRetried { stages } => stages.iter().map(|stage| stage.as_str().len()).sum(),
+            EventKind::RunFinished { failure: Some(cause), .. } | EventKind::StageFailed { failure: cause, .. } => {
+                failure(cause)
+            }
+            EventKind::StageRetrying { reason, .. } | EventKind::StageHeld { reason, .. } => reason.len(),
+            EventKind::Unknown(_)
+            | EventKind::RunAccepted { .. }
+            | EventKind::RunStarted
+            | EventKind::RunResumed { .. }
+            | EventKind::RunFinished { failure: None, .. }
+            | EventKind::StageStarted { .. }
+            | EventKind::StageSucceeded { .. } => 0,
+        }
+    }
+}
+
 impl EventKind {
     /// The SSE event's name: `run.accepted`, `stage.succeeded` …
     pub fn name(&self) -> &'static str {

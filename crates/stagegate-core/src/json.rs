@@ -150,6 +150,22 @@ impl Size {
         Ok(size)
     }
 
+    /// The most that a text can take in memory once it is parsed, in bytes, whether it is JSON or not: for what is not yet
+    /// known to be worth measuring.
+    pub fn parsed_bytes_at_most(text: &str) -> u64 {
+        // Each list or map makes room for four parts, and doubles it.
+        let (mut parts, mut groups) = (1, 0);
+        for byte in text.bytes() {
+            match byte {
+                b',' => parts += 1,
+                b'[' | b'{' => groups += 1,
+                _ => {}
+            }
+        }
+        let part = VALUE_BYTES + ENTRY_BYTES;
+        text.len() as u64 + 2 * (part + ALLOCATION_BYTES) * parts + (2 * part * ROOM_MIN + ALLOCATION_BYTES) * groups
+    }
+
     /// Of a parsed value.
     pub fn of(value: &Value) -> Self {
         match value {
@@ -328,6 +344,19 @@ mod tests {
         let size = Size::of_text(&text).expect("valid");
         assert!(size.parsed_bytes > 50 * text.len() as u64, "{size:?}");
         assert!(Json::from_text(&text).expect("valid").text_bytes() == text.len() as u64);
+    }
+
+    #[test]
+    fn no_text_takes_more_than_its_upper_bound_says() {
+        for part in [r#"{"":0}"#, "[0]", "[]", "0", r#""""#, r#"{"k":[{"":""}]}"#, r#"{"a":1,"b":2,"c":3,"d":4,"e":5}"#]
+        {
+            for times in [1, 3, 4, 5, 1_025] {
+                let text = format!("[{}]", vec![part; times].join(","));
+                let size = Size::of_text(&text).expect("valid");
+                let most = Size::parsed_bytes_at_most(&text);
+                assert!(size.parsed_bytes <= most, "{times} times {part}: {size:?}, {most}");
+            }
+        }
     }
 
     #[test]

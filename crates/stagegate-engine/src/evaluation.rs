@@ -23,6 +23,8 @@ use stagegate_core::{
 use stagegate_telemetry::Metrics;
 use tokio::{sync::oneshot, time::Instant};
 
+use crate::memory::{Budget, Memory, Permit};
+
 /// How long a thread waits for work before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -31,6 +33,13 @@ const IDLE: Duration = Duration::from_secs(10);
 pub(crate) enum Unevaluated {
     /// It took longer than it may.
     TooLong(Duration),
+    /// The values that it names would take more memory than they may.
+    TooLarge {
+        /// So many bytes, about.
+        bytes: u64,
+        /// At most.
+        max_bytes: u64,
+    },
     /// A defect of ours.
     Panicked,
     /// The engine is gone.
@@ -45,6 +54,15 @@ impl Unevaluated {
                 format!(
                     "evaluating this took longer than the {longest:?} that it may (engine.evaluation_timeout): write \
                      simpler templates, patterns and schemas, or pass less data"
+                ),
+            ),
+            Self::TooLarge { bytes, max_bytes } => (
+                Code::TemplateFailed,
+                format!(
+                    "evaluating this would take about {} MB of memory for the values that it names, and may take {} MB \
+                     (engine.memory_max_bytes): name fewer or smaller ones",
+                    bytes >> 20,
+                    max_bytes >> 20
                 ),
             ),
             Self::Panicked => (
@@ -75,22 +93,41 @@ pub(crate) struct Evaluations {
     /// None runs everything inline.
     pool: Option<Pool>,
     longest: Duration,
+    /// What the values of all of them together take, but for small ones.
+    values: Budget,
+    /// The most that the values of one may take.
+    value_max_bytes: u64,
     metrics: Metrics,
 }
 
 impl Evaluations {
     /// Everything runs where it is asked for: for simulations.
-    pub(crate) fn inline(longest: Duration, metrics: Metrics) -> Self {
-        Self { pool: None, longest, metrics }
+    pub(crate) fn inline(longest: Duration, memory: &Memory, metrics: Metrics) -> Self {
+        Self { pool: None, longest, values: memory.values.clone(), value_max_bytes: memory.max_bytes, metrics }
     }
 
-    /// What is large runs on threads of its own, which are started when they are needed.
-    pub(crate) fn pooled(threads: usize, longest: Duration, metrics: Metrics) -> Self {
-        Self { pool: Some(Pool::new(threads)), longest, metrics }
+    /// The same, with what is large on threads of its own, which are started when they are needed.
+    pub(crate) fn on_threads(self, threads: usize) -> Self {
+        Self { pool: Some(Pool::new(threads)), ..self }
     }
 
-    /// Evaluates inline if that is quickly done, else on the pool: so `work` may be begun twice. Dropped, it stops.
-    pub(crate) async fn evaluate<T, W>(&self, tenant: &TenantId, work: W) -> Result<T, Unevaluated>
+    /// Waits for room for so many bytes of values, to be held as long as they are.
+    pub(crate) async fn room(&self, tenant: &TenantId, bytes: u64) -> Result<Permit, Unevaluated> {
+        if bytes > self.value_max_bytes {
+            self.metrics.evaluations.with_label_values(&["refused"]).inc();
+            return Err(Unevaluated::TooLarge { bytes, max_bytes: self.value_max_bytes });
+        }
+        Ok(self.values.acquire_for(tenant, bytes).await)
+    }
+
+    /// Evaluates inline if that is quickly done, else on the pool: so `work` may be begun twice. `value_bytes` tells what the
+    /// values take that it parses. Dropped, it stops.
+    pub(crate) async fn evaluate<T, W>(
+        &self,
+        tenant: &TenantId,
+        value_bytes: impl FnOnce() -> u64,
+        work: W,
+    ) -> Result<T, Unevaluated>
     where
         T: Send + 'static,
         W: Fn() -> T + Send + 'static,
@@ -102,24 +139,37 @@ impl Evaluations {
                 Err(Unevaluated::Panicked)
             }
             // Rare, and larger than what thousands of attempts should hold.
-            Err(Unfinished::TooLong | Unfinished::Stopped) => Box::pin(self.evaluate_large(tenant, work)).await,
+            Err(Unfinished::TooLong | Unfinished::Stopped) => {
+                Box::pin(self.evaluate_large(tenant, value_bytes(), work)).await
+            }
         }
     }
 
     /// The same for what is known to be large.
-    pub(crate) async fn evaluate_large<T, W>(&self, tenant: &TenantId, work: W) -> Result<T, Unevaluated>
+    pub(crate) async fn evaluate_large<T, W>(
+        &self,
+        tenant: &TenantId,
+        value_bytes: u64,
+        work: W,
+    ) -> Result<T, Unevaluated>
     where
         T: Send + 'static,
         W: FnOnce() -> T + Send + 'static,
     {
-        let began = Instant::now();
-        let longest = self.longest;
+        let room = self.room(tenant, value_bytes).await?;
+        let work = move || {
+            let _room = room; // As long as the values are there, whether their caller still waits or not.
+            work()
+        };
+        let (began, stop) = (Instant::now(), Stop::default());
         let result = match &self.pool {
-            None => whole(&Stop::default(), longest, work).map_err(|unfinished| self.unevaluated(unfinished)),
-            Some(pool) => self.on_pool(pool, tenant, work).await,
+            None => whole(&stop, self.longest, work).map_err(|unfinished| self.unevaluated(unfinished)),
+            Some(pool) => self.on_pool(pool, tenant, &stop, work).await,
         };
         let outcome = match &result {
+            Ok(_) if stop.has_refused() => "refused",
             Ok(_) => "done",
+            Err(Unevaluated::TooLarge { .. }) => "refused",
             Err(Unevaluated::TooLong(_)) => "late",
             Err(Unevaluated::Panicked) => "panicked",
             Err(Unevaluated::Gone) => "abandoned",
@@ -129,12 +179,12 @@ impl Evaluations {
         result
     }
 
-    async fn on_pool<T, W>(&self, pool: &Pool, tenant: &TenantId, work: W) -> Result<T, Unevaluated>
+    async fn on_pool<T, W>(&self, pool: &Pool, tenant: &TenantId, stop: &Stop, work: W) -> Result<T, Unevaluated>
     where
         T: Send + 'static,
         W: FnOnce() -> T + Send + 'static,
     {
-        let (longest, stop, span) = (self.longest, Stop::default(), tracing::Span::current());
+        let (longest, stop, span) = (self.longest, stop.clone(), tracing::Span::current());
         let (start, started) = oneshot::channel();
         let (end, ended) = oneshot::channel();
         let asked = stop.clone();
@@ -385,7 +435,7 @@ mod tests {
     }
 
     fn pooled(threads: usize, longest: Duration) -> Arc<Evaluations> {
-        Arc::new(Evaluations::pooled(threads, longest, Metrics::new()))
+        Arc::new(Evaluations::inline(longest, &Memory::new(0), Metrics::new()).on_threads(threads))
     }
 
     /// Work that has begun and goes on until it is let go.
@@ -398,7 +448,7 @@ mod tests {
                 let _ = begins.send(());
                 let _ = released.recv();
             };
-            evaluations.evaluate_large(&of, work).await.expect("done");
+            evaluations.evaluate_large(&of, 0, work).await.expect("done");
         });
         under_way.await.expect("it begins");
         (release, task)
@@ -409,11 +459,11 @@ mod tests {
         let evaluations = pooled(2, LONG);
         let (release, first) = held(&evaluations, "greedy").await;
         let greedy = tenant("greedy");
-        let second = evaluations.evaluate_large(&greedy, || "second");
+        let second = evaluations.evaluate_large(&greedy, 0, || "second");
         tokio::pin!(second);
         assert_eq!(second.as_mut().now_or_never(), None);
         for _ in 0..3 {
-            assert_eq!(evaluations.evaluate_large(&tenant("other"), || "other").await, Ok("other"));
+            assert_eq!(evaluations.evaluate_large(&tenant("other"), 0, || "other").await, Ok("other"));
         }
         assert_eq!(second.as_mut().now_or_never(), None, "it waits for its own tenant's first");
         release.send(()).expect("it waits");
@@ -432,7 +482,7 @@ mod tests {
                 let (evaluations, order) = (Arc::clone(&evaluations), Arc::clone(&order));
                 let task = async move {
                     let work = move || order.lock().expect("no panic").push(of);
-                    evaluations.evaluate_large(&tenant(of), work).await.expect("done");
+                    evaluations.evaluate_large(&tenant(of), 0, work).await.expect("done");
                 };
                 let mut task = Box::pin(task);
                 assert_eq!(task.as_mut().now_or_never(), None);
@@ -452,14 +502,14 @@ mod tests {
         let payload = Arc::new(());
         let kept = Arc::clone(&payload);
         let of = tenant("gone");
-        let mut waiting = Box::pin(evaluations.evaluate_large(&of, move || drop(kept)));
+        let mut waiting = Box::pin(evaluations.evaluate_large(&of, 0, move || drop(kept)));
         assert_eq!(waiting.as_mut().now_or_never(), None);
         assert_eq!(Arc::strong_count(&payload), 2);
         drop(waiting);
         assert_eq!(Arc::strong_count(&payload), 1, "what it held is free at once");
         release.send(()).expect("it waits");
         first.await.expect("done");
-        assert_eq!(evaluations.evaluate_large(&of, || 1).await, Ok(1), "the thread goes on");
+        assert_eq!(evaluations.evaluate_large(&of, 0, || 1).await, Ok(1), "the thread goes on");
     }
 
     #[tokio::test]
@@ -472,7 +522,7 @@ mod tests {
             }
             end.send(()).expect("the test waits");
         };
-        let late = evaluations.evaluate_large(&tenant("slow"), work).await;
+        let late = evaluations.evaluate_large(&tenant("slow"), 0, work).await;
         assert_eq!(late, Err(Unevaluated::TooLong(Duration::from_millis(20))));
         ended.recv_timeout(Duration::from_mins(1)).expect("it was asked to stop");
         assert!(Error::from(Unevaluated::TooLong(LONG)).detail.contains("engine.evaluation_timeout"));
@@ -480,12 +530,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_an_error_and_the_thread_lives_on() {
-        for evaluations in [pooled(1, LONG), Arc::new(Evaluations::inline(LONG, Metrics::new()))] {
+        for evaluations in [pooled(1, LONG), Arc::new(Evaluations::inline(LONG, &Memory::new(0), Metrics::new()))] {
             let of = tenant("t");
             let broken = || std::panic::resume_unwind(Box::new("a defect"));
-            assert_eq!(evaluations.evaluate::<(), _>(&of, broken).await, Err(Unevaluated::Panicked));
-            assert_eq!(evaluations.evaluate_large::<(), _>(&of, broken).await, Err(Unevaluated::Panicked));
-            assert_eq!(evaluations.evaluate_large(&of, || 1).await, Ok(1));
+            assert_eq!(evaluations.evaluate::<(), _>(&of, || 0, broken).await, Err(Unevaluated::Panicked));
+            assert_eq!(evaluations.evaluate_large::<(), _>(&of, 0, broken).await, Err(Unevaluated::Panicked));
+            assert_eq!(evaluations.evaluate_large(&of, 0, || 1).await, Ok(1));
         }
     }
 
@@ -499,7 +549,39 @@ mod tests {
             counted.fetch_add(1, Ordering::Relaxed);
             std::thread::current().id()
         };
-        assert_eq!(evaluations.evaluate(&tenant("t"), work).await, Ok(here));
+        assert_eq!(evaluations.evaluate(&tenant("t"), || 0, work).await, Ok(here));
         assert_eq!(begun.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn an_evaluation_holds_room_for_its_values_until_its_thread_is_done_with_them() {
+        let memory = Memory::new(0);
+        let evaluations = Evaluations::inline(LONG, &memory, Metrics::new()).on_threads(2);
+        let (release, released) = mpsc::channel::<()>();
+        let (begins, under_way) = oneshot::channel();
+        let of = tenant("t");
+        let work = move || {
+            let _ = begins.send(());
+            let _ = released.recv();
+        };
+        let bytes = memory.values.max_bytes();
+        let mut hung_up = Box::pin(evaluations.evaluate_large(&of, bytes, work));
+        assert_eq!((&mut hung_up).now_or_never(), None);
+        under_way.await.expect("it begins");
+        drop(hung_up);
+        assert_eq!(memory.values.held(), bytes, "its thread still has them");
+        let mut next = Box::pin(evaluations.evaluate_large(&of, bytes, || "next"));
+        assert_eq!((&mut next).now_or_never(), None);
+        release.send(()).expect("it waits");
+        assert_eq!(next.await, Ok("next"));
+    }
+
+    #[tokio::test]
+    async fn values_larger_than_all_memory_that_there_is_are_refused_unread() {
+        let memory = Memory::new(0);
+        let evaluations = Evaluations::inline(LONG, &memory, Metrics::new()).on_threads(1);
+        let large = memory.max_bytes + 1;
+        let refused = evaluations.evaluate_large(&tenant("t"), large, || panic!("it is not begun")).await;
+        assert_eq!(refused, Err::<(), _>(Unevaluated::TooLarge { bytes: large, max_bytes: memory.max_bytes }));
     }
 }

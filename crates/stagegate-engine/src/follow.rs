@@ -27,12 +27,16 @@ use crate::shared::Shared;
 const PAGE: u32 = 500;
 /// Watchers that read the store at once. The others wait, so that ten thousand who come together exhaust no pool.
 const READS_MAX: usize = 16;
-/// Events that a feed keeps. Whoever is further behind reads the store.
+/// Texts that a watcher is given at once, in bytes: a slow one holds its page twice, and there may be ten thousand.
+const PAGE_MAX_BYTES: usize = 32 * 1024;
+/// Events that a feed keeps, and their texts in bytes. Whoever is further behind reads the store.
 const RECENT_MAX: usize = 64;
+/// See [`RECENT_MAX`].
+const RECENT_MAX_BYTES: usize = 32 * 1024;
 /// Runs asked about in one question, and events of each in its answer; what is left comes with the next.
-const NEWS_RUNS_MAX: usize = 1_000;
+const NEWS_RUNS_MAX: usize = 500;
 /// See [`NEWS_RUNS_MAX`].
-const NEWS_EVENTS_MAX: u32 = 50;
+const NEWS_EVENTS_MAX: u32 = 25;
 /// The pause between looks for news, while there are some and at its longest.
 const POLL_SHORTEST: Duration = Duration::from_millis(250);
 /// See [`POLL_SHORTEST`].
@@ -46,13 +50,16 @@ pub struct EventBatch {
     events: Vec<Event>,
     first: u64,
     last: u64,
+    /// The bytes of its texts.
+    text_bytes: usize,
     rendered: OnceLock<Bytes>,
 }
 
 impl EventBatch {
     fn of(events: Vec<Event>) -> Option<Arc<Self>> {
         let (first, last) = (events.first()?.seq, events.last()?.seq);
-        Some(Arc::new(Self { events, first, last, rendered: OnceLock::new() }))
+        let text_bytes = events.iter().map(Event::text_bytes).sum();
+        Some(Arc::new(Self { events, first, last, text_bytes, rendered: OnceLock::new() }))
     }
 
     /// The events, in order and gap-free.
@@ -137,10 +144,12 @@ impl Known {
         let fresh = if batch.first > self.last { Arc::clone(batch) } else { batch.after(self.last) };
         self.recent.push_back(fresh);
         self.last = batch.last;
-        let mut kept = self.recent.iter().map(|batch| batch.events.len()).sum::<usize>();
-        while kept > RECENT_MAX {
+        let sizes = self.recent.iter().map(|batch| (batch.events.len(), batch.text_bytes));
+        let (mut kept, mut bytes) = sizes.fold((0, 0), |(kept, bytes), (more, texts)| (kept + more, bytes + texts));
+        while kept > RECENT_MAX || bytes > RECENT_MAX_BYTES {
             let Some(oldest) = self.recent.pop_front() else { break };
             kept -= oldest.events.len();
+            bytes -= oldest.text_bytes;
         }
         true
     }
@@ -368,8 +377,9 @@ impl Watcher {
     async fn read(&mut self) -> Result<Option<Arc<EventBatch>>, Error> {
         let hub = Arc::clone(&self.watch.hub);
         let permit = hub.reads.acquire().await;
-        let events = self.store.events(&self.tenant, self.watch.run, self.seen, PAGE).await?;
+        let mut events = self.store.events(&self.tenant, self.watch.run, self.seen, PAGE).await?;
         drop(permit);
+        let is_last = events.len() < PAGE as usize && !shorten(&mut events);
         let Some(batch) = EventBatch::of(events) else { return Ok(None) };
         let alone = self.watch.feed.known().watchers == 1;
         if alone {
@@ -378,11 +388,25 @@ impl Watcher {
             self.watch.feed.learn(&batch);
         }
         // A run that has ended may have been retried since: that is for its record to say.
-        if batch.events.len() < PAGE as usize && !batch.ends_run() {
+        if is_last && !batch.ends_run() {
             self.stage = Stage::Joined;
         }
         Ok(Some(batch))
     }
+}
+
+/// Leaves the events of a page whose texts are no more than one may have, and one at least. Whether any were taken off.
+fn shorten(events: &mut Vec<Event>) -> bool {
+    let mut bytes = 0;
+    let fits = events.iter().take_while(|event| {
+        bytes += event.text_bytes();
+        bytes <= PAGE_MAX_BYTES
+    });
+    let fits = fits.count().max(1);
+    let is_shortened = fits < events.len();
+    events.truncate(fits);
+    events.shrink_to_fit();
+    is_shortened
 }
 
 /// Looks for news of the watched runs that are executed elsewhere, for everybody in this process, as long as there is
@@ -553,6 +577,24 @@ mod tests {
         assert!(matches!(known.after(5), Following::InStore));
         assert!(matches!(known.after(9_999), Following::Batch(last) if seqs(&last) == [10_000]));
         assert!(matches!(known.after(10_000), Following::Nothing));
+    }
+
+    #[test]
+    fn a_feed_and_a_page_hold_so_many_bytes_however_few_events_they_are() {
+        let long = |seq| {
+            let reason = Some("r".repeat(PAGE_MAX_BYTES / 3));
+            event(seq, EventKind::RunWaiting { until: None, reason })
+        };
+        let mut known = Known { watchers: 2, ..Known::default() };
+        for seq in 1..=10 {
+            known.learn(&EventBatch::of(vec![long(seq)]).expect("events"));
+        }
+        assert_eq!(known.recent.len(), 2);
+        let mut page: Vec<_> = (1..=10).map(long).collect();
+        assert!(shorten(&mut page) && page.len() == 2);
+        assert!(!shorten(&mut page) && page.len() == 2);
+        let mut huge = vec![event(1, EventKind::RunWaiting { until: None, reason: Some("r".repeat(PAGE_MAX_BYTES)) })];
+        assert!(!shorten(&mut huge) && huge.len() == 1, "a page is never empty");
     }
 
     #[test]

@@ -32,9 +32,8 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use serde_json::Value;
 use stagegate_core::{
-    Capability, Clock, Code, Error, Event, Pipeline, PipelineName, ReplicaId, RunId, StageId, StageState, Store,
+    Capability, Clock, Code, Error, Event, Json, Pipeline, PipelineName, ReplicaId, RunId, StageId, StageState, Store,
     TenantId,
     hint::Hints,
     pipeline::{Stage, Work},
@@ -50,6 +49,7 @@ pub use follow::EventBatch;
 
 use clock::DatabaseClock;
 use evaluation::Evaluations;
+use memory::Memory;
 use pipelines::Pipelines;
 use shared::Shared;
 
@@ -86,10 +86,7 @@ impl Engine {
         clock: Arc<dyn Clock>,
         hints: Option<Arc<dyn Hints>>,
     ) -> Result<Self, Error> {
-        let longest = config.evaluation_timeout.0;
-        let evaluations = Evaluations::pooled(config.evaluation_threads(), longest, metrics.clone());
-        let rng = StdRng::from_os_rng();
-        Self::start_with(None, config, store, llm, metrics, clock, hints, rng, evaluations).await
+        Self::start_with(None, config, store, llm, metrics, clock, hints, StdRng::from_os_rng(), true).await
     }
 
     /// The same, with its heartbeat on a runtime of its own, so that it goes on while every thread of this one is busy.
@@ -103,10 +100,7 @@ impl Engine {
         clock: Arc<dyn Clock>,
         hints: Option<Arc<dyn Hints>>,
     ) -> Result<Self, Error> {
-        let longest = config.evaluation_timeout.0;
-        let evaluations = Evaluations::pooled(config.evaluation_threads(), longest, metrics.clone());
-        let rng = StdRng::from_os_rng();
-        Self::start_with(Some(vital), config, store, llm, metrics, clock, hints, rng, evaluations).await
+        Self::start_with(Some(vital), config, store, llm, metrics, clock, hints, StdRng::from_os_rng(), true).await
     }
 
     /// The same, with everything that it draws at random (ids, jitter) drawn from `rng`, and on no thread but the
@@ -120,8 +114,7 @@ impl Engine {
         hints: Option<Arc<dyn Hints>>,
         rng: StdRng,
     ) -> Result<Self, Error> {
-        let evaluations = Evaluations::inline(config.evaluation_timeout.0, metrics.clone());
-        Self::start_with(None, config, store, llm, metrics, clock, hints, rng, evaluations).await
+        Self::start_with(None, config, store, llm, metrics, clock, hints, rng, false).await
     }
 
     #[expect(clippy::too_many_arguments, reason = "each is a part that the engine is made of")]
@@ -134,12 +127,16 @@ impl Engine {
         clock: Arc<dyn Clock>,
         hints: Option<Arc<dyn Hints>>,
         mut rng: StdRng,
-        evaluations: Evaluations,
+        has_threads: bool,
     ) -> Result<Self, Error> {
+        let memory = Memory::new(config.memory_max_bytes.unwrap_or(memory::MEMORY_DEFAULT_BYTES));
+        let mut evaluations = Evaluations::inline(config.evaluation_timeout.0, &memory, metrics.clone());
+        if has_threads {
+            evaluations = evaluations.on_threads(config.evaluation_threads());
+        }
         let evaluations = Arc::new(evaluations);
         let background = TaskTracker::new();
         let batch_max = config.commit_batch_max;
-        let memory = memory::Memory::new(config.memory_max_bytes.unwrap_or(memory::MEMORY_DEFAULT_BYTES));
         let steps = writer::steps(&background, &store, &metrics, batch_max);
         let submits = writer::submits(&background, &store, batch_max);
         let pipelines =
@@ -217,7 +214,7 @@ impl Engine {
     /// [`Code::InvalidDefinition`].
     pub async fn validate(&self, tenant: &TenantId, source: &str) -> Result<Pipeline, Error> {
         let (source, llm) = (source.to_owned(), Arc::clone(&self.shared.llm));
-        let read = self.shared.evaluations.evaluate_large(tenant, move || Pipeline::parse(&source, &*llm)).await?;
+        let read = self.shared.evaluations.evaluate_large(tenant, 0, move || Pipeline::parse(&source, &*llm)).await?;
         read.map_err(|violations| Error::violations(Code::InvalidDefinition, violations))
     }
 
@@ -252,7 +249,7 @@ impl Engine {
         tenant: &TenantId,
         pipeline: Arc<Pipeline>,
         version: u32,
-        input: Arc<Value>,
+        input: Json,
     ) -> Result<Plan, Error> {
         plan::plan(&self.shared, tenant, pipeline, version, input).await
     }
@@ -416,7 +413,7 @@ impl Engine {
     }
 
     /// The budgets of memory, and what is held of them.
-    pub fn memory(&self) -> &memory::Memory {
+    pub fn memory(&self) -> &Memory {
         &self.shared.memory
     }
 

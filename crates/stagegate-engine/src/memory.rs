@@ -1,13 +1,14 @@
 //! Memory budgets: owns how many bytes the things that grow with what callers send may hold at once. Whatever holds
-//! bytes takes a permit of its weight first, and waits, in order, where there is no room. Nothing is refused here: what is
-//! larger than a whole budget goes through alone. Knows nothing of what is weighed.
+//! bytes takes a permit of its weight first, and waits where there is no room. Nothing is refused here: what is larger
+//! than a whole budget goes through beside little else. Knows nothing of what is weighed.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use stagegate_core::TenantId;
 use tokio::sync::oneshot;
 
 /// So much may be held where no limit is configured and none was found: half of two gibibytes.
@@ -16,13 +17,17 @@ pub const MEMORY_DEFAULT_BYTES: u64 = 1 << 30;
 const MEMORY_MIN_BYTES: u64 = 64 << 20;
 /// The most that compiled pipelines are kept in, however large the machine: thousands of ordinary ones.
 const COMPILED_MAX_BYTES: u64 = 128 << 20;
+/// So little of a tenant's is not counted: most inputs and bodies are smaller.
+const UNCOUNTED_BYTES: u64 = 64 * 1024;
 
 /// The budgets of one process.
 #[derive(Debug, Clone)]
 pub struct Memory {
     /// All of them together.
     pub max_bytes: u64,
-    /// Bodies of requests while they are read and parsed.
+    /// Bodies of requests as they came: how many bytes of them there may be at once.
+    pub texts_max_bytes: u64,
+    /// Bodies of requests while they are parsed.
     pub bodies: Budget,
     /// Runs that are under way: their inputs and outputs as text.
     pub runs: Budget,
@@ -30,6 +35,8 @@ pub struct Memory {
     pub values: Budget,
     /// Inputs on their way to the store.
     pub batches: Budget,
+    /// Answers to requests that are being sent: how many bytes of them there may be at once.
+    pub answers_max_bytes: u64,
     /// Compiled pipelines that are kept.
     pub compiled_max_bytes: u64,
 }
@@ -41,16 +48,22 @@ impl Memory {
         let part = |percent: u64| max_bytes / 100 * percent;
         Self {
             max_bytes,
-            bodies: Budget::new(part(30)),
-            runs: Budget::new(part(25)),
+            texts_max_bytes: part(12),
+            bodies: Budget::new(part(18)),
+            runs: Budget::new(part(20)),
             values: Budget::new(part(20)),
-            batches: Budget::new(part(10)),
+            batches: Budget::new(part(8)),
+            answers_max_bytes: part(12),
             compiled_max_bytes: part(10).min(COMPILED_MAX_BYTES),
         }
     }
 }
 
 /// So many bytes, shared by those who hold permits. Cheap to clone.
+///
+/// A request for bytes waits in the line of its tenant. The line whose tenant holds least is served first. A tenant that
+/// has a quarter gets more only as long as a quarter stays free for the others, so that what one tenant holds for long
+/// keeps nobody else out.
 #[derive(Clone)]
 pub struct Budget {
     inner: Arc<Inner>,
@@ -64,13 +77,29 @@ struct Inner {
 #[derive(Default)]
 struct State {
     held: u64,
-    /// In the order in which they came.
-    waiting: VecDeque<(u64, oneshot::Sender<Permit>)>,
+    /// Those that hold something or wait. What is no tenant's (None) has no share to keep to.
+    lines: BTreeMap<Option<TenantId>, Line>,
+    waiting: usize,
+    next: u64,
+}
+
+#[derive(Default)]
+struct Line {
+    held: u64,
+    waiting: VecDeque<Waiting>,
+}
+
+struct Waiting {
+    id: u64,
+    bytes: u64,
+    granted: oneshot::Sender<Permit>,
 }
 
 /// The right to hold so many bytes, until it is dropped.
 pub struct Permit {
-    inner: Arc<Inner>,
+    /// None where it was too little to be counted.
+    inner: Option<Arc<Inner>>,
+    tenant: Option<TenantId>,
     bytes: u64,
 }
 
@@ -104,45 +133,72 @@ impl Budget {
 
     /// Whether so many bytes would fit now.
     pub fn has_room(&self, bytes: u64) -> bool {
-        self.inner.fits(&self.inner.state(), bytes)
+        self.inner.fits(&self.inner.state(), None, bytes)
     }
 
-    /// Waits for so many bytes, behind those who came before.
+    /// Waits for so many bytes of a tenant. Little is granted at once and not counted: the limits on requests and threads
+    /// bound how often there is such a little.
+    pub async fn acquire_for(&self, tenant: &TenantId, bytes: u64) -> Permit {
+        if bytes <= UNCOUNTED_BYTES {
+            return Permit { inner: None, tenant: None, bytes };
+        }
+        self.line_up(Some(tenant.clone()), bytes).await
+    }
+
+    /// Waits for so many bytes that are no tenant's.
     pub async fn acquire(&self, bytes: u64) -> Permit {
-        let waiting = {
-            let mut state = self.inner.state();
-            if let Some(permit) = self.take(&mut state, bytes) {
-                return permit;
-            }
-            let (granted, waiting) = oneshot::channel();
-            state.waiting.push_back((bytes, granted));
-            waiting
-        };
-        // The sender is only dropped after it has sent.
-        waiting.await.unwrap_or_else(|_| self.overdraw(bytes))
+        self.line_up(None, bytes).await
     }
 
-    /// So many bytes, where there is room for them now and nobody waits.
+    /// So many bytes that are no tenant's, where there is room for them now and nobody waits.
     pub fn try_acquire(&self, bytes: u64) -> Option<Permit> {
-        self.take(&mut self.inner.state(), bytes)
-    }
-
-    /// So many bytes, whether there is room or not: for what is there already. Others wait the longer.
-    pub fn overdraw(&self, bytes: u64) -> Permit {
         let mut state = self.inner.state();
-        state.held = state.held.saturating_add(bytes);
-        Permit { inner: Arc::clone(&self.inner), bytes }
+        (state.waiting == 0 && self.inner.fits(&state, None, bytes)).then(|| self.inner.grant(&mut state, None, bytes))
     }
 
-    fn take(&self, state: &mut State, bytes: u64) -> Option<Permit> {
-        while state.waiting.front().is_some_and(|(_, granted)| granted.is_closed()) {
-            state.waiting.pop_front();
+    async fn line_up(&self, tenant: Option<TenantId>, bytes: u64) -> Permit {
+        let (id, granted) = {
+            let mut state = self.inner.state();
+            if state.waiting == 0 && self.inner.fits(&state, tenant.as_ref(), bytes) {
+                return self.inner.grant(&mut state, tenant, bytes);
+            }
+            state.next += 1;
+            state.waiting += 1;
+            let (sender, granted) = oneshot::channel();
+            let id = state.next;
+            let line = state.lines.entry(tenant.clone()).or_default();
+            line.waiting.push_back(Waiting { id, bytes, granted: sender });
+            (id, granted)
+        };
+        let mut place = InLine { inner: &self.inner, tenant, id, waits: true };
+        // Its tenant may be the one that holds least.
+        self.inner.settle(|_| {});
+        let permit = granted.await;
+        place.waits = false;
+        // A sender is dropped only after it has sent.
+        permit.unwrap_or(Permit { inner: None, tenant: None, bytes })
+    }
+}
+
+/// A place in a line, left where its asker goes away.
+struct InLine<'a> {
+    inner: &'a Arc<Inner>,
+    tenant: Option<TenantId>,
+    id: u64,
+    waits: bool,
+}
+
+impl Drop for InLine<'_> {
+    fn drop(&mut self) {
+        if self.waits {
+            self.inner.settle(|state| {
+                let Some(line) = state.lines.get_mut(&self.tenant) else { return };
+                let before = line.waiting.len();
+                line.waiting.retain(|waiting| waiting.id != self.id);
+                state.waiting -= before - line.waiting.len();
+                state.forget(&self.tenant);
+            });
         }
-        if !state.waiting.is_empty() || !self.inner.fits(state, bytes) {
-            return None;
-        }
-        state.held = state.held.saturating_add(bytes);
-        Some(Permit { inner: Arc::clone(&self.inner), bytes })
     }
 }
 
@@ -151,29 +207,61 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is larger than the whole budget fits once nothing else is held.
-    fn fits(&self, state: &State, bytes: u64) -> bool {
-        state.held == 0 || state.held.saturating_add(bytes) <= self.max_bytes
+    /// What is larger than half of the budget fits beside at most half of it: so it is let in at all, and waits for no more
+    /// than that.
+    fn fits(&self, state: &State, tenant: Option<&TenantId>, bytes: u64) -> bool {
+        let fits = |held: u64, max: u64| held.saturating_add(bytes) <= max;
+        if fits(state.held, self.max_bytes) {
+            let own = match tenant {
+                None => return true,
+                Some(_) => state.lines.get(&tenant.cloned()).map_or(0, |line| line.held),
+            };
+            return own == 0 || fits(own, self.max_bytes / 4) || fits(state.held, self.max_bytes / 4 * 3);
+        }
+        bytes > self.max_bytes / 2 && state.held <= self.max_bytes / 2
     }
 
-    /// Gives back, and lets in who has waited longest.
-    fn give_back(self: &Arc<Self>, bytes: u64) {
-        let mut state = self.state();
-        state.held = state.held.saturating_sub(bytes);
-        while let Some((wanted, _)) = state.waiting.front()
-            && self.fits(&state, *wanted)
+    fn grant(self: &Arc<Self>, state: &mut State, tenant: Option<TenantId>, bytes: u64) -> Permit {
+        state.held = state.held.saturating_add(bytes);
+        let line = state.lines.entry(tenant.clone()).or_default();
+        line.held = line.held.saturating_add(bytes);
+        Permit { inner: Some(Arc::clone(self)), tenant, bytes }
+    }
+
+    /// Changes something and lets in whoever fits then, from the line whose tenant holds least.
+    fn settle(self: &Arc<Self>, change: impl FnOnce(&mut State)) {
+        let mut granted = Vec::new();
         {
-            let Some((wanted, granted)) = state.waiting.pop_front() else { return };
-            if granted.is_closed() {
-                continue;
+            let mut state = self.state();
+            change(&mut state);
+            while state.waiting > 0 {
+                let fronts = state.lines.iter().filter_map(|(tenant, line)| {
+                    let front = line.waiting.front()?;
+                    Some((line.held, front.id, front.bytes, tenant))
+                });
+                let Some((_, _, bytes, tenant)) = fronts.min() else { break };
+                if !self.fits(&state, tenant.as_ref(), bytes) {
+                    break;
+                }
+                let tenant = tenant.clone();
+                let front = state.lines.get_mut(&tenant).and_then(|line| line.waiting.pop_front());
+                state.waiting -= 1;
+                let permit = self.grant(&mut state, tenant, bytes);
+                granted.extend(front.map(|front| (front.granted, permit)));
             }
-            state.held = state.held.saturating_add(wanted);
-            let refused = granted.send(Permit { inner: Arc::clone(self), bytes: wanted });
-            if let Err(mut permit) = refused {
-                // It hung up in between. Its permit must not come back here while the lock is held.
-                permit.bytes = 0;
-                state.held -= wanted;
-            }
+        }
+        for (asker, permit) in granted {
+            drop(asker.send(permit)); // One that is gone gives its permit back here.
+        }
+    }
+}
+
+impl State {
+    /// Forgets a line in which nobody waits and that holds nothing.
+    #[expect(clippy::ref_option, reason = "it is the key of a line")]
+    fn forget(&mut self, tenant: &Option<TenantId>) {
+        if self.lines.get(tenant).is_some_and(|line| line.held == 0 && line.waiting.is_empty()) {
+            self.lines.remove(tenant);
         }
     }
 }
@@ -186,67 +274,93 @@ impl Permit {
 
     /// Holds so many more, whether there is room or not.
     pub fn grow(&mut self, bytes: u64) {
-        let mut state = self.inner.state();
+        let Some(inner) = &self.inner else { return };
+        let mut state = inner.state();
         state.held = state.held.saturating_add(bytes);
+        if let Some(line) = state.lines.get_mut(&self.tenant) {
+            line.held = line.held.saturating_add(bytes);
+        }
         self.bytes = self.bytes.saturating_add(bytes);
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        if self.bytes > 0 {
-            self.inner.give_back(self.bytes);
-        }
+        let Some(inner) = self.inner.take() else { return };
+        inner.settle(|state| {
+            state.held = state.held.saturating_sub(self.bytes);
+            if let Some(line) = state.lines.get_mut(&self.tenant) {
+                line.held = line.held.saturating_sub(self.bytes);
+                state.forget(&self.tenant);
+            }
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use futures::FutureExt;
+    use std::task::Poll;
+
+    use futures::{FutureExt, future::BoxFuture};
 
     use super::*;
 
+    const MB: u64 = 1 << 20;
+
+    fn tenant(name: &str) -> TenantId {
+        TenantId::new(name).expect("valid")
+    }
+
+    /// A request that waits.
+    fn waiting<'a>(budget: &'a Budget, of: Option<&'a TenantId>, bytes: u64) -> BoxFuture<'a, Permit> {
+        let mut asked = match of {
+            Some(tenant) => budget.acquire_for(tenant, bytes).boxed(),
+            None => budget.acquire(bytes).boxed(),
+        };
+        assert!((&mut asked).now_or_never().is_none(), "{bytes} bytes fit");
+        asked
+    }
+
     #[tokio::test]
-    async fn what_does_not_fit_waits_in_order_and_is_let_in() {
+    async fn requests_that_do_not_fit_wait_in_order_and_are_let_in() {
         let budget = Budget::new(100);
         let (first, second) = (budget.acquire(60).await, budget.acquire(40).await);
-        let mut large = Box::pin(budget.acquire(70));
-        let mut small = Box::pin(budget.acquire(10));
-        assert!((&mut large).now_or_never().is_none() && (&mut small).now_or_never().is_none());
+        let large = waiting(&budget, None, 45);
+        let mut small = waiting(&budget, None, 10);
         drop(second);
-        assert!((&mut small).now_or_never().is_none(), "nobody overtakes who waits for more");
+        assert!((&mut small).now_or_never().is_none(), "it does not overtake the one that needs more");
         assert!(budget.try_acquire(1).is_none());
         drop(first);
-        assert_eq!((large.await.bytes(), small.await.bytes()), (70, 10));
+        assert_eq!((large.await.bytes(), small.await.bytes()), (45, 10));
         assert_eq!(budget.held(), 0);
     }
 
     #[tokio::test]
-    async fn a_permit_larger_than_the_budget_is_granted_alone() {
+    async fn a_request_larger_than_the_budget_is_let_in_beside_half_of_it() {
         let budget = Budget::new(100);
-        let held = budget.acquire(1).await;
-        let mut huge = Box::pin(budget.acquire(1_000));
-        assert!((&mut huge).now_or_never().is_none());
-        drop(held);
+        let held = (budget.acquire(50).await, budget.acquire(1).await);
+        let huge = waiting(&budget, None, 1_000);
+        drop(held.1);
         let huge = huge.await;
         assert!(budget.try_acquire(1).is_none());
-        drop(huge);
+        drop((huge, held.0));
         assert!(budget.try_acquire(100).is_some());
     }
 
     #[tokio::test]
-    async fn a_waiter_that_hangs_up_takes_nothing() {
+    async fn a_waiter_that_goes_away_lets_the_next_one_in_and_takes_nothing() {
         let budget = Budget::new(100);
-        let held = budget.acquire(100).await;
-        let mut gone = Box::pin(budget.acquire(50));
-        let mut next = Box::pin(budget.acquire(100));
-        assert!((&mut gone).now_or_never().is_none() && (&mut next).now_or_never().is_none());
-        let mut granted = Box::pin(budget.acquire(1));
-        assert!((&mut granted).now_or_never().is_none());
+        let held = budget.acquire(60).await;
+        let gone = waiting(&budget, None, 45);
+        let mut next = waiting(&budget, None, 40);
         drop(gone);
-        drop(held);
-        drop(granted); // It waited behind.
-        drop(next); // It was granted and never looked.
+        let next = match futures::poll!(&mut next) {
+            Poll::Ready(permit) => permit,
+            Poll::Pending => panic!("there is room since the one before it is gone"),
+        };
+        let never_looked = waiting(&budget, None, 50);
+        drop((held, next));
+        drop(never_looked); // It was granted.
         assert_eq!(budget.held(), 0);
     }
 
@@ -258,6 +372,32 @@ mod tests {
         assert_eq!((budget.held(), permit.bytes()), (150, 150));
         assert!(budget.try_acquire(1).is_none());
         drop(permit);
+        assert_eq!(budget.held(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_tenant_that_holds_much_leaves_a_quarter_and_its_line_delays_nobody() {
+        let budget = Budget::new(100 * MB);
+        let (greedy, other) = (tenant("greedy"), tenant("other"));
+        let held = (budget.acquire_for(&greedy, 40 * MB).await, budget.acquire_for(&greedy, 35 * MB).await);
+        let lines = (waiting(&budget, Some(&greedy), MB), waiting(&budget, Some(&greedy), 30 * MB));
+        let small = budget.acquire_for(&other, 20 * MB).await;
+        let more = waiting(&budget, Some(&other), 20 * MB);
+        drop(held.0);
+        let more = more.now_or_never().expect("the one that holds less is served first");
+        drop((small, more, held.1));
+        assert_eq!((lines.0.await.bytes(), lines.1.await.bytes()), (MB, 30 * MB));
+        assert_eq!(budget.held(), 0);
+    }
+
+    #[tokio::test]
+    async fn little_is_never_kept_waiting() {
+        let budget = Budget::new(100);
+        let of = tenant("t");
+        let held = budget.acquire(100).await;
+        assert_eq!(budget.acquire_for(&of, UNCOUNTED_BYTES).now_or_never().expect("at once").bytes(), UNCOUNTED_BYTES);
+        drop(waiting(&budget, Some(&of), UNCOUNTED_BYTES + 1));
+        drop(held);
         assert_eq!(budget.held(), 0);
     }
 }

@@ -119,7 +119,7 @@ impl Pipelines {
             return Ok(Some((pipeline, version)));
         }
         let definition = record.definition.clone();
-        let compiling = self.evaluations.evaluate_large(tenant, move || Pipeline::from_stored(definition));
+        let compiling = self.evaluations.evaluate_large(tenant, 0, move || Pipeline::from_stored(definition));
         let pipeline = compiling.await?.map_err(|violations| Error::violations(Code::InvalidDefinition, violations))?;
         let pipeline = Arc::new(pipeline);
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,14 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use stagegate_core::{
-    Code, Error, Failure, Pipeline, RunId, StageId, TenantId, Usd,
+    Code, Error, Failure, Json, Pipeline, RunId, StageId, TenantId, Usd, evaluation,
     pipeline::{Cache, CacheMode, ModelWork, RenderContext, Rendered, Work},
 };
 use stagegate_llm::{CallContext, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::{Plan, PlannedOutcome, PlannedStage, evaluation::Unevaluated, kinds, shared::Shared};
+use crate::{Plan, PlannedOutcome, PlannedStage, evaluation::Unevaluated, kinds, memory::Permit, shared::Shared};
 
 /// Characters in a token, on average over English text: for estimates only.
 const CHARS_PER_TOKEN: u64 = 4;
@@ -30,19 +30,23 @@ pub(crate) async fn plan(
     tenant: &TenantId,
     pipeline: Arc<Pipeline>,
     version: u32,
-    input: Arc<Value>,
+    input: Json,
 ) -> Result<Plan, Error> {
-    let (judged, seen) = (Arc::clone(&pipeline), Arc::clone(&input));
     let is_guessed = pipeline.stages.iter().any(|stage| !stage.needs.is_empty());
+    let input_tokens = if is_guessed { tokens(input.as_str().len()) } else { 0 };
+    let room = Arc::new(shared.evaluations.room(tenant, input.size().parsed_bytes).await?);
+    let (judged, held) = (Arc::clone(&pipeline), Arc::clone(&room));
     let fits = move || {
-        judged.check_input(&seen)?;
-        Ok(if is_guessed { tokens(seen.to_string().len()) } else { 0 })
+        let _held = &held;
+        let seen = Arc::new(evaluation::parse(&input));
+        judged.check_input(&seen).map(|()| seen)
     };
-    let input_tokens = shared.evaluations.evaluate(tenant, fits).await?;
-    let input_tokens = input_tokens.map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
+    let input = shared.evaluations.evaluate(tenant, || 0, fits).await?;
+    let input = input.map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
     let outputs = Arc::new(vec![None; pipeline.stages.len()]);
+    let stages = Vec::new();
     let mut planner =
-        Planner { shared, tenant, pipeline: &pipeline, version, input, input_tokens, outputs, stages: Vec::new() };
+        Planner { shared, tenant, pipeline: &pipeline, version, input, room, input_tokens, outputs, stages };
     for index in 0..pipeline.stages.len() {
         let (stage, output) = planner.stage(index).await?;
         Arc::make_mut(&mut planner.outputs)[index] = output.map(Arc::new);
@@ -69,6 +73,8 @@ struct Planner<'a> {
     pipeline: &'a Arc<Pipeline>,
     version: u32,
     input: Arc<Value>,
+    /// The room that the input takes in memory, held by each evaluation that has it.
+    room: Arc<Permit>,
     /// What a stage may get of it whose needs are not known; none where no stage needs another.
     input_tokens: u64,
     outputs: Arc<Vec<Option<Arc<Value>>>>,
@@ -187,8 +193,12 @@ impl Planner<'_> {
     ) -> Result<T, Unevaluated> {
         let (pipeline, input, outputs) =
             (Arc::clone(self.pipeline), Arc::clone(&self.input), Arc::clone(&self.outputs));
-        let seen = move || work(&pipeline, &RenderContext { run_id: NO_RUN, input: &input, outputs: &outputs });
-        self.shared.evaluations.evaluate(self.tenant, seen).await
+        let room = Arc::clone(&self.room);
+        let seen = move || {
+            let _held = &room;
+            work(&pipeline, &RenderContext { run_id: NO_RUN, input: &input, outputs: &outputs })
+        };
+        self.shared.evaluations.evaluate(self.tenant, || 0, seen).await
     }
 
     async fn peek(&self, index: usize, cache: &Cache, request: &Request) -> Option<Reply> {

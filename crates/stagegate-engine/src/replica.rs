@@ -203,7 +203,13 @@ pub(crate) async fn claim(shared: Arc<Shared>) {
 async fn look(shared: &Arc<Shared>, first: OwnedSemaphorePermit) -> Result<usize, Error> {
     let Some(life) = shared.life().filter(|_| !shared.database_clock.is_skewed()) else { return Ok(0) };
     // Nothing is begun beside a run that has its last chance.
-    if shared.quarantine.is_closed() || !shared.memory.runs.has_room(shared.wanted_bytes.load(Ordering::Relaxed)) {
+    if shared.quarantine.is_closed() {
+        return Ok(0);
+    }
+    let wanted = shared.wanted_bytes.load(Ordering::Relaxed);
+    if !shared.memory.runs.has_room(wanted) {
+        // It lapses: another replica may have taken what needs so much, and smaller runs may be due.
+        shared.wanted_bytes.store(wanted / 2, Ordering::Relaxed);
         return Ok(0);
     }
     let mut permits = vec![first];
@@ -262,7 +268,8 @@ async fn take(
     let mut taken = 0;
     while let (Some(first), Some(among_runs)) = (admitted.next(), permits.next()) {
         let Some(in_memory) = room_for(shared, weight_of_run(first.bytes)).await else {
-            let wanted = weight_of_run(first.bytes);
+            // One run goes beside half of the budget, however large it is.
+            let wanted = weight_of_run(first.bytes).min(shared.memory.runs.max_bytes() / 2);
             let rest: Vec<Lease> = [first].into_iter().chain(admitted).map(|each| each.lease).collect();
             tracing::warn!(runs = rest.len(), "claimed runs do not fit into memory now; they are handed back");
             shared.claim_max.store(taken.max(1), Ordering::Relaxed);

@@ -352,12 +352,16 @@ impl Driver {
         let (run, evaluations) = (&self.run, Arc::clone(&self.shared.evaluations));
         let (pipeline, input, outputs) = (Arc::clone(run.pipeline()), run.input().clone(), Arc::clone(run.outputs()));
         let (tenant, run_id) = (run.tenant().clone(), run.lease().run.to_string());
+        let value_bytes = Seen::parsed_bytes(&pipeline, Part::Output, &input, &outputs);
         async move {
             let output = move || {
                 let seen = Seen::parse(&pipeline, Part::Output, &input, &outputs);
                 pipeline.render_output(&seen.context(&run_id)).map(Json::from)
             };
-            evaluations.evaluate_large(&tenant, output).await.unwrap_or_else(|late| Err(late.failure(None)))
+            evaluations
+                .evaluate_large(&tenant, value_bytes, output)
+                .await
+                .unwrap_or_else(|late| Err(late.failure(None)))
         }
         .boxed()
     }

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use stagegate_core::{
     Code, Error, Json, Pipeline, RunId, RunState, TenantId, Totals,
     decide::Accept,
+    evaluation,
     fair::Limits,
     pipeline::SPAN_MAX,
     store::{Idempotency, NewRun, RunRecord, Submitted},
@@ -114,7 +115,7 @@ pub(crate) async fn judge(shared: &Arc<Shared>, submit: Submit) -> Result<Judged
 pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<Answer, Error> {
     let Judged { submit, pipeline, version, limits } = judged;
     let Submit { tenant, input, cache_mode, priority, labels, idempotency, start_at, request_id, .. } = submit;
-    let _on_its_way = on_its_way(shared, input.text_bytes()).await?;
+    let _on_its_way = on_its_way(shared, &tenant, input.text_bytes()).await?;
     let now = shared.clock.now();
     let start_at = start_at.filter(|at| *at > now);
     check_start(start_at, now)?;
@@ -190,22 +191,22 @@ async fn judge_input(
     input: &Json,
 ) -> Result<Limits, Error> {
     let is_read = pipeline.reads_inputs() || !input.is_object();
-    let _room = shared.memory.values.acquire(if is_read { input.size().parsed_bytes } else { 0 }).await;
-    let seen = Arc::new(if is_read { input.parse() } else { Value::Object(Map::new()) });
-    let judged = Arc::clone(pipeline);
+    let value_bytes = if is_read { input.size().parsed_bytes } else { 0 };
+    let (judged, input) = (Arc::clone(pipeline), input.clone());
     let fits = move || {
+        let seen = Arc::new(if is_read { evaluation::parse(&input) } else { Value::Object(Map::new()) });
         judged.check_input(&seen)?;
         judged.limits(&seen).map_err(|violation| vec![violation])
     };
-    let limits = shared.evaluations.evaluate(tenant, fits).await?;
+    let limits = shared.evaluations.evaluate(tenant, || value_bytes, fits).await?;
     limits.map_err(|violations| Error::violations(Code::InvalidInput, violations))
 }
 
 /// Room for an input that waits to be inserted. A database that is slow or away must not gather inputs without end.
-async fn on_its_way(shared: &Shared, text_bytes: u64) -> Result<memory::Permit, Error> {
+async fn on_its_way(shared: &Shared, tenant: &TenantId, text_bytes: u64) -> Result<memory::Permit, Error> {
     tokio::select! {
         biased;
-        permit = shared.memory.batches.acquire(text_bytes) => Ok(permit),
+        permit = shared.memory.batches.acquire_for(tenant, text_bytes) => Ok(permit),
         () = tokio::time::sleep(ROOM_PATIENCE) => {
             let message = "the inputs of other runs wait for the database and fill the memory for them; come back later";
             Err(Error::new(Code::QueueFull, message).retry_after(Duration::from_secs(1)))

@@ -1,14 +1,18 @@
-//! Bodies: owns how one is received, before anything is done about its request.
+//! Bodies: owns how one is received, before anything is done about its request, and what an answer's takes until it is
+//! sent.
 //!
 //! A request takes its slot once its body is there, so that bodies that do not come hold none. What bounds them is their
 //! bytes: from its first byte on, a body has room for all of itself, fairly shared out between tenants, until its request
 //! is answered. What does not fit waits, unread.
+//!
+//! An answer that is not small has room for itself until it is sent. It waits for that with its turn to read the store, so
+//! that nobody reads on and on while answers are not taken.
 
 use axum::{
     body::{Body, BodyDataStream},
     extract::{Request, State},
     middleware::Next,
-    response::Response,
+    response::{IntoResponse as _, Response},
 };
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
@@ -22,6 +26,8 @@ use crate::{context::Identity, fair::Permit, problem::Problem, state::Shared};
 /// How much of an over-large body is still read, in multiples of the limit: a client that is cut off while it sends
 /// often does not see the answer that says why.
 const DRAIN_FACTOR: usize = 4;
+/// Answers up to this size need no room: most are smaller.
+const SMALL_ANSWER_BYTES: usize = 64 * 1024;
 /// How long an over-large body is still read.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 
@@ -35,6 +41,33 @@ pub(crate) async fn receive(State(shared): State<Shared>, request: Request, next
     let (head, body) = request.into_parts();
     let (bytes, _room) = read(&shared, &tenant, body, announced).await?;
     Ok(next.run(Request::from_parts(head, Body::from(bytes))).await)
+}
+
+/// The answer, with room for its body until that is sent or given up.
+pub(crate) async fn hold_room(shared: &Shared, tenant: &TenantId, response: Response) -> Response {
+    let size = usize::try_from(response.body().size_hint().lower()).unwrap_or(usize::MAX);
+    if size <= SMALL_ANSWER_BYTES {
+        return response;
+    }
+    // As many wait as there are requests: nobody is refused here.
+    let Ok(room) = shared.answers.wait_for(tenant, size).await else { return response };
+    let (head, body) = response.into_parts();
+    match axum::body::to_bytes(body, usize::MAX).await {
+        Ok(bytes) => Response::from_parts(head, Body::from(Bytes::from_owner(Held { bytes, _room: room }))),
+        Err(error) => Problem::new(Code::Internal, format!("the answer could not be made: {error}")).into_response(),
+    }
+}
+
+/// Bytes that hold room for themselves, wherever they wait to be sent.
+struct Held {
+    bytes: Bytes,
+    _room: Permit,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// Whose request this is.
@@ -66,6 +99,7 @@ async fn read(
         if room.is_none() {
             let size = announced.and_then(|length| usize::try_from(length).ok()).unwrap_or(max_bytes);
             room = Some(room_for(shared, tenant, size).await?);
+            bytes.reserve(size); // It does not grow by copying, which would take twice the room.
         }
         if bytes.len() + chunk.len() > max_bytes {
             drop(bytes);

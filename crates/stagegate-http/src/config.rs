@@ -19,8 +19,10 @@ pub struct HttpConfig {
     /// The largest body, in bytes.
     pub body_max_bytes: usize,
     /// Bytes of bodies at once, from their first byte until their request is answered; what does not fit waits. While
-    /// others send too, a tenant that has a quarter gets more only as long as a quarter stays free.
-    pub bodies_max_bytes: usize,
+    /// others send too, a tenant that has a quarter gets more only as long as a quarter stays free. Left out: an eighth
+    /// of `engine.memory_max_bytes`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bodies_max_bytes: Option<usize>,
     /// The most values in a JSON body, those inside of others included. A parsed value takes much more memory than its
     /// text; a body of the default size cannot hold as many.
     pub body_max_nodes: u64,
@@ -63,7 +65,7 @@ impl Default for HttpConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             auth: AuthMode::Auto,
             body_max_bytes: 2 * 1024 * 1024,
-            bodies_max_bytes: 256 * 1024 * 1024,
+            bodies_max_bytes: None,
             body_max_nodes: 1_500_000,
             json_max_depth: 64,
             request_timeout: Span(Duration::from_secs(30)),

@@ -17,10 +17,8 @@ use serde::de::DeserializeOwned;
 use stagegate_core::{Code, Violation, error::nearest, json::Size};
 use utoipa::ToSchema;
 
-use crate::{problem::Problem, state::Shared};
+use crate::{body::tenant_of, problem::Problem, state::Shared};
 
-/// What may be parsed without asking for room in memory, in bytes: most bodies are much smaller.
-const PARSED_FREELY_BYTES: u64 = 64 * 1024;
 /// How often a parsed body is held at once: as values, and while these become its type.
 const PARSED_COPIES: u64 = 2;
 
@@ -37,14 +35,11 @@ impl<T: DeserializeOwned + ToSchema> FromRequest<Shared> for Json<T> {
         if !is_json(&kind) {
             return Err(wrong_type(&kind, "application/json"));
         }
+        let tenant = tenant_of(&request)?;
         let text = read_text(request, shared.config.body_max_bytes).await?;
         let parsed_bytes = measure(&text, shared.config.json_max_depth, shared.config.body_max_nodes)?;
         // Held until the body is of its type, which keeps payloads as text.
-        let _room = if parsed_bytes > PARSED_FREELY_BYTES {
-            Some(shared.engine.memory().bodies.acquire(parsed_bytes * PARSED_COPIES).await)
-        } else {
-            None
-        };
+        let _room = shared.engine.memory().bodies.acquire_for(&tenant, parsed_bytes * PARSED_COPIES).await;
         let mut value = parse(&text)?;
         let violations = shared.document.check(&T::name(), &value);
         if !violations.is_empty() {

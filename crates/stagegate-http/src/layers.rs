@@ -253,7 +253,8 @@ pub(crate) async fn limit_load(
     }
     // As many wait as there are slots: nobody is refused here.
     let _read = shared.reads.wait_for(&tenant, 1).await;
-    Ok(next.run(request).await)
+    let response = next.run(request).await;
+    Ok(body::hold_room(&shared, &tenant, response).await)
 }
 
 #[cfg(test)]

@@ -39,6 +39,8 @@ pub(crate) struct Parts {
     pub(crate) lookups: Arc<FairLimit<Option<Peer>>>,
     /// A permit a byte of a body.
     pub(crate) bodies: Arc<FairLimit>,
+    /// A permit a byte of an answer that is not small, until it is sent.
+    pub(crate) answers: Arc<FairLimit>,
     /// A permit a request under way.
     pub(crate) slots: Arc<FairLimit>,
     /// A permit a request that asks the store.
@@ -57,11 +59,15 @@ pub(crate) type Shared = Arc<Parts>;
 
 impl Parts {
     pub(crate) fn new(app: App, open: bool, document: Document, shutdown: CancellationToken) -> Shared {
+        let memory = app.engine.memory();
+        let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        let bodies = app.config.bodies_max_bytes.unwrap_or(bytes(memory.texts_max_bytes));
         Arc::new(Self {
             keys: KeyCache::new(),
             failures: Failures::new(app.config.max_auth_failures_per_minute),
             lookups: FairLimit::new(LOOKUPS_MAX, LOOKUPS_WAITING_MAX),
-            bodies: FairLimit::new(app.config.bodies_max_bytes.max(app.config.body_max_bytes), WAITING_MAX),
+            bodies: FairLimit::new(bodies.max(app.config.body_max_bytes), WAITING_MAX),
+            answers: FairLimit::new(bytes(memory.answers_max_bytes), READS_WAITING_MAX),
             slots: FairLimit::new(MAX_REQUESTS_IN_FLIGHT, WAITING_MAX),
             reads: FairLimit::new(app.reads_max, READS_WAITING_MAX),
             streams: Streams::new(app.config.max_event_streams, app.config.max_event_streams_per_peer()),

@@ -90,8 +90,8 @@ catalogue! {
     /// Runs that this replica executes.
     runs_in_flight: IntGauge = "stagegate_runs_in_flight" [];
 
-    /// Large evaluations of templates, checks, schemas and definitions, by outcome (done, late, panicked, abandoned).
-    /// Small ones run at once and are not counted.
+    /// Large evaluations of templates, checks, schemas and definitions, by outcome (done, refused, late, panicked,
+    /// abandoned). Refused ones would have taken too long or too much memory. Small ones run at once and are not counted.
     evaluations: IntCounterVec = "stagegate_evaluations_total" ["outcome"];
     /// Seconds that a large evaluation took, its wait for a thread included.
     evaluation_duration: Histogram = "stagegate_evaluation_duration_seconds" [] LATENCY_S;

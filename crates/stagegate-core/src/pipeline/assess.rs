@@ -60,7 +60,9 @@ impl Pipeline {
     /// off). An answer that is no JSON is told by the assessment that says so.
     #[expect(clippy::result_large_err, reason = "it is kept with the attempt, not passed on")]
     pub fn read_output(&self, stage: usize, content: &str) -> Result<Value, Assessment> {
-        let _ = evaluation::pay(content.len() as u64); // Where it may not go on here, what it gives is thrown away.
+        if evaluation::pay(content.len() as u64).is_err() {
+            return Ok(Value::Null); // Thrown away.
+        }
         match self.stages[stage].output {
             OutputFormat::Text => Ok(Value::String(content.to_owned())),
             OutputFormat::Json { .. } => {

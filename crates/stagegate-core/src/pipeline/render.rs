@@ -26,19 +26,14 @@ const VALUE_BYTES: usize = 8;
 impl Seen {
     /// Parses what a part of the pipeline names.
     pub fn parse(pipeline: &Pipeline, part: Part, input: &Json, outputs: &[Option<Json>]) -> Self {
-        // Where there is not enough left to parse it, what follows is thrown away.
-        let parse = |json: &Json| match evaluation::pay(json.text_bytes()) {
-            Ok(()) => json.parse(),
-            Err(Interrupted) => Value::Null,
-        };
         let (mut input_seen, mut outputs_seen) = (None, vec![None; outputs.len()]);
         pipeline.each_named(part, |named| match named {
             None => {
-                input_seen.get_or_insert_with(|| Arc::new(parse(input)));
+                input_seen.get_or_insert_with(|| Arc::new(evaluation::parse(input)));
             }
             Some(stage) => {
                 if let (Some(place @ None), Some(Some(output))) = (outputs_seen.get_mut(stage), outputs.get(stage)) {
-                    *place = Some(Arc::new(parse(output)));
+                    *place = Some(Arc::new(evaluation::parse(output)));
                 }
             }
         });

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use stagegate_core::{
     Assessment, Evaluator, Failure, Json, ModelRef, Origin, Pipeline, PipelineName, RunId, TenantId,
     decide::{AttemptResult, Critique, FailureKind, Tried},
+    json::Size,
     pipeline::{CacheMode, OutputFormat, Part, RenderContext, Seen, Stage, Work},
 };
 use stagegate_llm::{CallContext, CallError, Llm, Partial, Reply, Request, purse::Purse};
@@ -41,6 +42,9 @@ pub(crate) struct AttemptContext {
     pub(crate) outage_until: Instant,
     pub(crate) deadline: Instant,
 }
+
+/// An answer that may take so much once it is parsed is measured before that.
+const MEASURED_FROM_BYTES: u64 = 64 << 20;
 
 /// What came of an attempt, and what the cache must hear once the gate's verdict is durable.
 #[derive(Debug)]
@@ -73,6 +77,16 @@ impl AttemptContext {
         part: Part,
         work: impl Fn(&Pipeline, &RenderContext<'_>) -> T + Send + 'static,
     ) -> Result<T, Stopped> {
+        self.evaluate_with(part, || 0, work).await
+    }
+
+    /// The same where the work parses values beside those that are named; `beside` tells what they take, in bytes.
+    async fn evaluate_with<T: Send + 'static>(
+        &self,
+        part: Part,
+        beside: impl FnOnce() -> u64,
+        work: impl Fn(&Pipeline, &RenderContext<'_>) -> T + Send + 'static,
+    ) -> Result<T, Stopped> {
         let (pipeline, input, outputs) = (Arc::clone(&self.pipeline), self.input.clone(), Arc::clone(&self.outputs));
         let run = self.run;
         let seen = move || {
@@ -80,8 +94,10 @@ impl AttemptContext {
             let seen = Seen::parse(&pipeline, part, &input, &outputs);
             work(&pipeline, &seen.context(&run_id))
         };
+        let value_bytes =
+            || beside().saturating_add(Seen::parsed_bytes(&self.pipeline, part, &self.input, &self.outputs));
         self.evaluations
-            .evaluate(&self.tenant, seen)
+            .evaluate(&self.tenant, value_bytes, seen)
             .await
             .map_err(|unevaluated| failed_render(unevaluated.failure(Some(self.stage().id.clone()))))
     }
@@ -121,8 +137,19 @@ impl AttemptContext {
     /// Measures an output: deterministic checks first, the judge only if they pass.
     async fn assess(&self, content: String, model: Option<ModelRef>, origin: Origin) -> Result<AttemptResult, Stopped> {
         let stage = self.stage;
+        let content: Arc<str> = content.into();
+        let answer = Arc::clone(&content);
+        let beside = move || match self.stage().output {
+            OutputFormat::Text => answer.len() as u64,
+            OutputFormat::Json { .. } => match Size::parsed_bytes_at_most(&answer) {
+                // Worth to be measured.
+                most if most > MEASURED_FROM_BYTES => Size::of_text(&answer).map_or(most, |size| size.parsed_bytes),
+                most => most,
+            },
+        };
         let measure = move |pipeline: &Pipeline, seen: &RenderContext<'_>| measure(pipeline, stage, &content, seen);
-        let Measured { output, usable, mut assessments } = self.evaluate(Part::Checks(stage), measure).await?;
+        let measured = self.evaluate_with(Part::Checks(stage), beside, measure).await?;
+        let Measured { output, usable, mut assessments } = measured;
         if assessments.iter().all(|assessment| assessment.passed)
             && let Some(verdict) = judge::judge(self, &output).await?
         {

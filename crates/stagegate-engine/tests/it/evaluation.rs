@@ -67,7 +67,7 @@ async fn a_plan_of_many_renderings_over_a_large_input_is_made() {
     let tenant = TenantId::default();
     let pipeline = bench.engine.validate(&tenant, &definition).await.expect("valid");
     let input = json!({ "b": 1, "a": vec![0; 100_000] });
-    let plan = bench.engine.plan(&tenant, Arc::new(pipeline), 1, Arc::new(input)).await.expect("a plan");
+    let plan = bench.engine.plan(&tenant, Arc::new(pipeline), 1, input.into()).await.expect("a plan");
     assert_eq!(plan.stages.len(), 14);
 }
 

@@ -2,12 +2,12 @@
 
 use chrono::TimeDelta;
 use serde_json::json;
-use stagegate_core::{Clock, Json, RunState, SystemClock, TenantId};
+use stagegate_core::{Clock, Code, Json, RunState, SystemClock, TenantId};
 use stagegate_engine::{Submit, config::EngineConfig};
 
 use super::bench::{Bench, assert_state, quick};
 
-/// A quarter of the smallest budget is for runs; a run holds its input twice.
+/// A fifth of the smallest budget is for runs; a run holds its input twice.
 const MEMORY_BYTES: u64 = 64 << 20;
 const INPUT_BYTES: usize = 3 << 20;
 const RUNS: usize = 8;
@@ -57,4 +57,25 @@ async fn a_run_larger_than_the_whole_budget_goes_through_alone() {
     let detail = bench.run(&definition.to_string(), json!({ "text": "x".repeat(bytes) })).await;
     assert_state(&detail.run, RunState::Succeeded);
     assert_eq!(detail.output.expect("there"), json!({ "only": bytes.to_string() }));
+}
+
+#[tokio::test]
+async fn a_stage_that_names_more_values_than_fit_into_memory_fails_and_harms_nothing_else() {
+    let bench = Bench::with(EngineConfig { memory_max_bytes: Some(MEMORY_BYTES), ..quick() }).await;
+    let values = |id: &str| {
+        // Some 20 MB each once they are parsed.
+        let transform = "[{% for n in range(9000) %}[{\"\":0},{\"\":0},{\"\":0}],{% endfor %}0]";
+        json!({ "id": id, "transform": transform, "output": "json" })
+    };
+    let all: Vec<String> = (0..6).map(|n| format!("a{n}")).collect();
+    let named = all.iter().map(|id| format!("{{{{ stages.{id}.output | length }}}}")).collect::<Vec<_>>().join(" ");
+    let mut stages: Vec<_> = all.iter().map(|id| values(id)).collect();
+    stages.push(json!({ "id": "last", "needs": all, "transform": named }));
+    let detail = bench.run(&json!({ "name": "large", "stages": stages }).to_string(), json!({})).await;
+    assert_state(&detail.run, RunState::Failed);
+    let failure = detail.run.failure.expect("there");
+    assert_eq!(failure.code, Code::TemplateFailed);
+    assert!(failure.message.contains("engine.memory_max_bytes"), "{failure:?}");
+    let small = json!({ "name": "small", "stages": [{ "id": "only", "transform": "done" }] });
+    assert_state(&bench.run(&small.to_string(), json!({})).await.run, RunState::Succeeded);
 }

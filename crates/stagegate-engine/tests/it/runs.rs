@@ -1,9 +1,9 @@
 //! Runs from their acceptance to their end.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use serde_json::json;
-use stagegate_core::{Code, RunState, StageState, TenantId, Verdict};
+use stagegate_core::{Code, Json, RunState, StageState, TenantId, Verdict};
 use stagegate_engine::{Action, PlannedOutcome};
 use stagegate_testkit::provider::{Reply, contains};
 
@@ -150,15 +150,15 @@ async fn a_plan_spends_nothing_and_knows_what_is_cached() {
     let tenant = TenantId::default();
     let (version, _) = bench.engine.register(&tenant, &canonical()).await.expect("valid");
     let (pipeline, number) = bench.engine.pipeline(&tenant, &version.name, None).await.expect("there");
-    let input = Arc::new(json!({ "text": "hello" }));
-    let plan = bench.engine.plan(&tenant, pipeline.clone(), number, Arc::clone(&input)).await.expect("a plan");
+    let input = Json::from(json!({ "text": "hello" }));
+    let plan = bench.engine.plan(&tenant, pipeline.clone(), number, input.clone()).await.expect("a plan");
     assert_eq!(bench.provider.call_count(), 0);
     assert!(plan.stages.iter().all(|stage| stage.outcome == PlannedOutcome::Buy));
     assert_eq!(plan.critical_path.len(), 4);
     assert!(plan.cost_usd.nanos() > 0 && plan.tokens > 0);
 
     bench.run(&canonical(), json!({ "text": "hello" })).await;
-    let plan = bench.engine.plan(&tenant, pipeline, number, Arc::clone(&input)).await.expect("a plan");
+    let plan = bench.engine.plan(&tenant, pipeline, number, input.clone()).await.expect("a plan");
     assert!(plan.stages.iter().all(|stage| stage.outcome == PlannedOutcome::Hit), "{plan:?}");
     assert_eq!(plan.cost_usd.nanos(), 0);
     assert!(plan.saved_usd.nanos() > 0 && plan.critical_path.is_empty());

@@ -70,7 +70,5 @@ pub(crate) async fn plan(
             return Err(Problem::violations(Code::InvalidRequest, vec![violation]));
         }
     };
-    let _room = context.engine.memory().values.acquire(body.input.size().parsed_bytes).await;
-    let input = body.input.parse().into();
-    Ok(Json(context.engine.plan(&context.tenant, pipeline, version, input).await?))
+    Ok(Json(context.engine.plan(&context.tenant, pipeline, version, body.input).await?))
 }

@@ -34,6 +34,8 @@ pub(crate) use places::{Peer, RESERVED};
 const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Requests at once on one HTTP/2 connection.
 const H2_STREAMS_MAX: u32 = 256;
+/// What a client may send of a body that is not read yet, on one HTTP/2 stream: it waits in our memory.
+const H2_STREAM_WINDOW_BYTES: u32 = 64 * 1024;
 /// How often an HTTP/2 connection is asked whether it is still there, and how long it may take to say so.
 const H2_PING_INTERVAL: Duration = Duration::from_secs(30);
 /// See [`H2_PING_INTERVAL`].
@@ -117,6 +119,7 @@ impl Server {
         http2
             .timer(TokioTimer::new())
             .max_concurrent_streams(H2_STREAMS_MAX)
+            .initial_stream_window_size(H2_STREAM_WINDOW_BYTES)
             .max_header_list_size(u32::try_from(head_max_bytes).unwrap_or(u32::MAX))
             .keep_alive_interval(H2_PING_INTERVAL)
             .keep_alive_timeout(H2_PING_TIMEOUT);

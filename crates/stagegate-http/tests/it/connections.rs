@@ -313,7 +313,7 @@ async fn bodies_that_do_not_come_keep_nobody_from_being_served() {
 
 #[tokio::test]
 async fn a_body_that_does_not_fit_waits_and_is_not_lost() {
-    let app = spawn(HttpConfig { body_max_bytes: 1_000, bodies_max_bytes: 1_000, ..keys() }).await;
+    let app = spawn(HttpConfig { body_max_bytes: 1_000, bodies_max_bytes: Some(1_000), ..keys() }).await;
     app.register(PIPELINE).await;
     let body = serde_json::json!({ "pipeline": "two-steps", "input": { "brief": "b".repeat(500) } }).to_string();
     let mut client = http_2(&app, 65_535).await.ready().await.expect("ready");
@@ -334,7 +334,7 @@ async fn a_body_that_does_not_fit_waits_and_is_not_lost() {
 
 #[tokio::test]
 async fn a_tenant_that_fills_its_part_of_the_line_for_bodies_keeps_no_other_out_of_it() {
-    let app = spawn(HttpConfig { body_max_bytes: 1_000, bodies_max_bytes: 1_000, ..keys() }).await;
+    let app = spawn(HttpConfig { body_max_bytes: 1_000, bodies_max_bytes: Some(1_000), ..keys() }).await;
     let register = app.http.post(app.url("/v1/pipelines")).bearer_auth(&app.stranger);
     let register = register.header("content-type", "text/yaml").body(PIPELINE).send().await.expect("an answer");
     assert_eq!(register.status(), 201);

@@ -11,3 +11,4 @@ mod probes;
 mod runs;
 mod stalling;
 mod streams;
+mod weight;

@@ -65,7 +65,7 @@ pub(crate) struct Run {
 
 /// How a run that was followed came to rest.
 enum Rest {
-    Ended(RunState, Totals, Option<stagegate_core::Failure>),
+    Ended(Box<(RunState, Totals, Option<stagegate_core::Failure>)>),
     Held(Vec<StageId>),
 }
 

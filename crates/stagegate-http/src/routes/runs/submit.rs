@@ -84,9 +84,14 @@ pub(crate) async fn submit(
     headers: HeaderMap,
     extract::Json(body): extract::Json<SubmitRequest>,
 ) -> Result<Response, Problem> {
-    let idempotency = {
-        let _room = context.engine.memory().values.acquire(body.input.size().parsed_bytes).await;
-        idempotency(&headers, &body)?
+    let idempotency = match idempotency_key(&headers)? {
+        Some(key) => {
+            // The digest stands for the values, whatever their order and spacing, so it parses them.
+            let values = &context.engine.memory().values;
+            let _room = values.acquire_for(&context.tenant, body.input.size().parsed_bytes).await;
+            Some(Idempotency { key, digest: digest(&body) })
+        }
+        None => None,
     };
     let submit = Submit {
         tenant: context.tenant.clone(),
@@ -111,14 +116,14 @@ pub(crate) async fn submit(
     Ok(response)
 }
 
-fn idempotency(headers: &HeaderMap, body: &SubmitRequest) -> Result<Option<Idempotency>, Problem> {
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let Some(key) = header_text(headers, IDEMPOTENCY_KEY.as_str())? else { return Ok(None) };
     if !(1..=IDEMPOTENCY_KEY_MAX_BYTES).contains(&key.len()) || !key.bytes().all(|b| b.is_ascii_graphic()) {
         let message = format!("write 1 to {IDEMPOTENCY_KEY_MAX_BYTES} visible ASCII characters");
         let violation = Violation::new(Code::WrongValue, "Idempotency-Key", message);
         return Err(Problem::violations(Code::InvalidRequest, vec![violation]));
     }
-    Ok(Some(Idempotency { key: key.to_owned(), digest: digest(body) }))
+    Ok(Some(key.to_owned()))
 }
 
 /// What a request stands for, whatever the order and the spacing of its keys.
