@@ -105,7 +105,8 @@ impl Run {
         let rest = self.follow(engine, run, &mut progress, signals).await;
         progress.done();
         match rest? {
-            Rest::Ended(state, totals, failure) => {
+            Rest::Ended(ended) => {
+                let (state, totals, failure) = *ended;
                 tell_end(run, state, &totals, failure.as_ref(), started.elapsed());
                 let detail = daemon.store.run(&self.tenant, run).await?;
                 let output = detail.and_then(|detail| detail.output).filter(|_| state == RunState::Succeeded);
@@ -185,7 +186,7 @@ impl Run {
 /// What the event means for the one who waits.
 fn rest(event: Event, held: &mut Vec<StageId>) -> Option<Rest> {
     match event.kind {
-        EventKind::RunFinished { state, failure, totals } => Some(Rest::Ended(state, totals, failure)),
+        EventKind::RunFinished { state, failure, totals } => Some(Rest::Ended(Box::new((state, totals, failure)))),
         EventKind::StageHeld { stage, .. } => {
             held.push(stage);
             None
