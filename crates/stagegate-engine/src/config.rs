@@ -42,27 +42,29 @@ pub struct EngineConfig {
     pub retention: Retention,
     /// How often one of the replicas looks for what is too old.
     pub retention_every: Span,
-    /// How much memory may be held, in bytes, by what grows with what callers send: bodies that are read, runs under way,
-    /// steps on their way to the database, compiled pipelines, events. What does not fit waits. Left out: half of the
-    /// least of the container's limit (cgroup), the process's limits (`ulimit -d`, `ulimit -v`) and the machine's memory.
+    /// How much memory, in bytes, callers' data may take: request bodies, runs under way, parsed values, inputs on their
+    /// way to the database, answers, compiled pipelines. Data that does not fit waits. At least 64 MiB. Left out: half of
+    /// the lowest of the container's limit (cgroup), the process's limits (`ulimit -d`, `ulimit -v`) and the machine's
+    /// memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_max_bytes: Option<u64>,
-    /// How long after the last replica of the previous release was seen this release writes nothing that the previous one
-    /// cannot read. So long you can go back to it; after that the database refuses its replicas.
+    /// How long this release, after it last saw a replica of the previous release, writes nothing that the previous release
+    /// cannot read. Until then you can go back to that release; after that the database refuses its replicas.
     pub way_back: Span,
-    /// How far a machine's clock may be from the database's, by which all is judged. Past it the replica takes no work and
-    /// `/readyz` says so, until the clock is set.
+    /// How far a machine's clock may differ from the database's, which decides about all times. Past it the replica takes
+    /// no work, and `/readyz` answers 503, until the clock is set.
     pub clock_skew_max: Span,
-    /// After how many crashes a run fails with SG0308: replicas that died, or panicked over it, one after the other and
-    /// without any progress of the run between. 0 for never. At least 3, because a replica that dies takes all of its runs with
-    /// it: the nearer they come to this, the fewer of them are tried beside each other.
+    /// After how many crashes in a row, without progress in between, a run fails with SG0308. A crash is an owner that
+    /// died, or a panic of the run. 0 for never, else at least 3: all runs of a dead replica count a crash, and the nearer
+    /// runs come to this limit, the fewer of them a replica executes side by side.
     #[schemars(range(max = 1000))]
     pub run_crashes_max: u32,
-    /// How long one evaluation of templates, checks, schemas or a definition may take on its thread. What cannot be
-    /// interrupted and would by its price take longer is refused before it starts.
+    /// How long one evaluation of templates, checks, schemas or a definition may take on its thread. A step that cannot be
+    /// interrupted (a regular expression, a schema) and could take longer, by its estimated price, is refused before it
+    /// starts.
     pub evaluation_timeout: Span,
-    /// Threads for evaluations that are not small. Left out: one less than the machine has cores, at least 2. A tenant
-    /// never has all of them.
+    /// Threads for evaluations that are not small. Left out: one less than the number of cores, at least 2. A tenant never
+    /// has all of them.
     #[schemars(range(min = 1, max = 1024))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluation_threads: Option<usize>,
@@ -84,7 +86,7 @@ pub struct TenantLimits {
     /// Pipelines that may be registered.
     #[schemars(range(min = 1))]
     pub max_pipelines: u32,
-    /// Versions that may be registered, of all pipelines together. They are kept for ever, as their runs refer to them.
+    /// Versions that may be registered, of all pipelines together. They are kept for ever, because runs refer to them.
     #[schemars(range(min = 1))]
     pub max_versions: u32,
 }

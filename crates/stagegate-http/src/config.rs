@@ -18,43 +18,43 @@ pub struct HttpConfig {
     pub auth: AuthMode,
     /// The largest body, in bytes.
     pub body_max_bytes: usize,
-    /// Bytes of bodies at once, from their first byte until their request is answered; what does not fit waits. While
-    /// others send too, a tenant that has a quarter gets more only as long as a quarter stays free. Left out: an eighth
-    /// of `engine.memory_max_bytes`.
+    /// Bytes of bodies at once, from their first byte until their request is answered; a body that does not fit waits.
+    /// While others send too, a tenant that has a quarter gets more only while a quarter stays free. Left out: 12 % of
+    /// `engine.memory_max_bytes`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bodies_max_bytes: Option<usize>,
-    /// The most values in a JSON body, those inside of others included. A parsed value takes much more memory than its
-    /// text; a body of the default size cannot hold as many.
+    /// The most values in a JSON body, nested ones included. A parsed value takes much more memory than its text. A body
+    /// of the default size cannot hold so many.
     pub body_max_nodes: u64,
     /// The deepest nesting of a JSON body.
     pub json_max_depth: usize,
     /// The longest wait for an answer to begin, and the longest time that a client may read nothing of it.
     pub request_timeout: Span,
-    /// How long a client may take to send a head that it has begun, and to begin its first one.
+    /// How long a client may take to send a head that it has begun, and to begin its first head.
     pub header_timeout: Span,
-    /// How long a connection may stay open without a request. Keep it above what your balancer keeps connections for
-    /// (60 s, mostly): else a request can meet a connection that is just being closed.
+    /// How long a connection may stay open without a request. Set it higher than the keep-alive time of your balancer
+    /// (60 s, mostly): else the balancer can send a request on a connection that this replica is closing.
     pub keepalive_timeout: Span,
     /// The largest head of a request, in bytes.
     pub head_max_bytes: usize,
-    /// Connections at once. Probes have 64 places beyond it; anything else is answered 503 there.
+    /// Connections at once. Probes have 64 places beyond it; any other request there gets 503.
     pub max_connections: usize,
     /// Connections of one address at once (IPv6: of one /64 network). Left out: three quarters of `max_connections`,
-    /// for all may come from one proxy; set it lower where clients connect by themselves.
+    /// because all may come from one proxy; set it lower if clients connect directly.
     #[schemars(range(min = 1))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections_per_peer: Option<usize>,
-    /// Failed authentications of one address a minute (IPv6: of one /64 network); past it keys that are known to be wrong
-    /// are answered 429. Others are looked up as ever, so that no right key is refused for them.
+    /// Failed authentications of one address a minute (IPv6: of one /64 network); past it, keys that the replica knows to
+    /// be wrong get 429. It looks other keys up as before, so that it refuses no right key.
     #[schemars(range(min = 1))]
     pub max_auth_failures_per_minute: u32,
     /// Event streams at once, three quarters of `max_connections_per_peer` of one address at most. A tenant that has less
-    /// than a quarter of them takes one of the tenant that has most.
+    /// than a quarter of them takes over one of the tenant that has the most.
     pub max_event_streams: usize,
     /// The pause between two keep-alive comments of an event stream.
     pub sse_keep_alive: Span,
-    /// How long it serves on after SIGTERM while `/readyz` already says 503: as long as whatever balances the load may
-    /// take to notice, so that a restart refuses no connection. Unset: it drains at once.
+    /// How long the replica serves on after SIGTERM while `/readyz` already says 503: as long as the load balancer takes
+    /// to notice, so that a restart refuses no connection. Unset: it drains at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain_delay: Option<Span>,
 }

@@ -21,12 +21,12 @@ pub struct LlmConfig {
     pub local_cache_max_bytes: u64,
     /// How long a shared cache may take to answer before a call goes on without it.
     pub shared_cache_timeout: Span,
-    /// How long a replica that is cut off from the shared cache may not know of an invalidation: past it, an answer in its
-    /// own memory counts only while it is younger than that.
+    /// How long a replica that is cut off from the shared cache may miss an invalidation: after that, it uses an answer in
+    /// its own memory only while the answer is younger than this.
     pub shared_cache_window: Span,
     /// When a failing model is spared.
     pub breaker: BreakerConfig,
-    /// The longest wait that a provider is granted when it asks for one (`Retry-After`); then it is asked again.
+    /// The longest wait that a provider gets when it asks for one (`Retry-After`); a longer one is cut to this.
     pub retry_after_max: Span,
 }
 
@@ -90,7 +90,7 @@ pub struct ProviderConfig {
     /// `GEMINI_API_KEY`). An OpenAI-compatible server with a base URL of its own needs none.
     #[serde(default)]
     pub api_key: Option<Secret>,
-    /// Calls under way at once, at most; more wait for their turn, one tenant after the other, which costs them neither
+    /// Calls under way at once, at most. Further calls wait for their turn, tenant by tenant; the wait uses up neither an
     /// attempt nor `timeout`.
     #[serde(default = "default_max_concurrency")]
     pub max_concurrency: usize,
@@ -178,10 +178,10 @@ pub struct BreakerConfig {
     pub min_calls: usize,
     /// The share of failures, 0 to 1, at which it opens.
     pub failure_rate: f64,
-    /// How long it stays open before a few calls probe.
+    /// How long it stays open before a few calls probe the model.
     pub open_for: Span,
-    /// A call that a stage's `timeout` ended counts as a failure only where the model had so long to answer. After so long
-    /// a call that probes leaves its place to another one.
+    /// A call that a stage's `timeout` ended counts as a failure only if the model had this long to answer. A call that
+    /// probes leaves its place to another one after this time.
     pub slow_call: Span,
 }
 
