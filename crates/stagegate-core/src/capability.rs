@@ -1,16 +1,16 @@
-//! Capabilities: what a replica can read and do, told with its heartbeat. Owns their words, and the rule by which one may
-//! be used.
+//! Capabilities: what a replica can read and do. Each heartbeat sends them. Owns their words, and the rule for when a
+//! replica may use one.
 //!
 //! A replica writes a new word, column or form of rows only while [`Capabilities::common`] says that every live replica
 //! understands it. The answer to each heartbeat brings the common ones.
 //!
 //! There are two kinds:
-//! - One that *settles*: replicas without it cannot even carry what it writes. Once it is common (for as long as
-//!   `engine.way_back` says) it is settled in the database: it stays common for good, and the database refuses the
-//!   heartbeats of replicas that lack it.
-//! - All others: a replica with [`Capability::OpenVocabulary`] carries what they write unread. They are common as long as
-//!   every live replica tells them. An older replica that joins ends that at the others' next heartbeats; what was
-//!   written before stays, and the older replica carries it.
+//! - A capability that *settles*: a replica without it cannot even carry the new form. After it was common for
+//!   `engine.way_back`, the database settles it: it stays common for good, and the database refuses the heartbeats of
+//!   replicas that lack it.
+//! - All others: a replica with [`Capability::OpenVocabulary`] carries the new words without reading them. They are common
+//!   while every live replica sends them. An older replica that joins ends that at the others' next heartbeats; words that
+//!   were written before stay, and the older replica carries them.
 
 use std::collections::BTreeSet;
 
@@ -29,7 +29,7 @@ open_words! {
 }
 
 impl Capability {
-    /// Whether replicas without it are shut out once it was common.
+    /// Whether the database refuses replicas without it once it was common.
     pub fn settles(self) -> bool {
         matches!(self, Self::CompactRows | Self::OpenVocabulary)
     }
@@ -45,7 +45,7 @@ impl Capabilities {
         Capability::ALL.iter().copied().collect()
     }
 
-    /// From stored words. Those of newer releases are kept; what is no word is left out.
+    /// From stored words. Words of newer releases are kept; texts that are not words are left out.
     pub fn of_words<'a>(words: impl IntoIterator<Item = &'a str>) -> Self {
         words.into_iter().filter_map(Capability::parse).collect()
     }
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn words_of_newer_releases_are_kept_and_what_is_no_word_is_left_out() {
+    fn words_of_newer_releases_are_kept_and_malformed_ones_left_out() {
         let told = Capabilities::of_words(["compact_rows", "of_the_future", "no word"]);
         assert_eq!(told.words().collect::<Vec<_>>(), ["compact_rows", "of_the_future"]);
         assert_eq!(told.and(&Capabilities::own()).words().collect::<Vec<_>>(), ["compact_rows"]);

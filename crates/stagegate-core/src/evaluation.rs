@@ -1,11 +1,11 @@
-//! Evaluating what a caller wrote (templates, expressions, checks, schemas, definitions): owns what one evaluation may
-//! spend, whether it is still wanted, and the fence around it. Runs no threads and reads no clock: whoever has a pool
-//! asks an evaluation to stop through a [`Stop`].
+//! Evaluation of what a caller wrote (templates, expressions, checks, schemas, definitions): owns how much work one
+//! evaluation may do, whether it should stop, and the fence around its panics. Runs no threads and reads no clock: the
+//! owner of a thread pool stops an evaluation through a [`Stop`].
 //!
-//! The work is measured where it is done, in units of about ten nanoseconds at worst (`pay`). What cannot be
-//! interrupted (a regular expression, a JSON Schema) says its price before it starts (`claim`).
+//! The code that does the work measures it, in units of about ten nanoseconds at worst (`pay`). A step that cannot be
+//! interrupted (a regular expression, a JSON Schema) states its price before it starts (`claim`).
 //!
-//! An evaluation belongs to one thread from its beginning to its end, so that its meter is the thread's.
+//! An evaluation stays on one thread from its beginning to its end, so that its meter is thread-local.
 
 use std::{
     cell::RefCell,
@@ -40,7 +40,7 @@ struct Flags {
 }
 
 impl Stop {
-    /// Nobody waits for the result any more.
+    /// Asks the evaluation to stop: no caller waits for its result any more.
     pub fn ask(&self) {
         self.0.asked.store(true, Ordering::Relaxed);
     }
@@ -76,7 +76,7 @@ struct Meter {
     /// The dearest step that cannot be interrupted.
     claim_max: u64,
     stop: Option<Stop>,
-    /// Why whatever it gives is to be thrown away.
+    /// Why the result must be dropped.
     broken: Option<Unfinished>,
 }
 
@@ -93,7 +93,7 @@ impl Drop for Restore {
     }
 }
 
-/// Runs a small evaluation here and now. What turns out to be large ends early, with [`Unfinished::TooLong`].
+/// Runs a small evaluation on this thread. A larger one ends early, with [`Unfinished::TooLong`].
 pub fn brief<T>(work: impl FnOnce() -> T) -> Result<T, Unfinished> {
     metered(
         Meter {
@@ -108,8 +108,8 @@ pub fn brief<T>(work: impl FnOnce() -> T) -> Result<T, Unfinished> {
     )
 }
 
-/// Runs a whole evaluation. It ends early where it is asked to. What cannot be interrupted and would by its price take
-/// longer than `longest` is refused by the evaluation itself.
+/// Runs a whole evaluation, which ends early if `stop` asks it to. The evaluation refuses a step that cannot be
+/// interrupted and whose price is over `longest`.
 pub fn whole<T>(stop: &Stop, longest: std::time::Duration, work: impl FnOnce() -> T) -> Result<T, Unfinished> {
     metered(
         Meter {
@@ -234,14 +234,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_large_ends_early_inline_and_runs_to_its_end_elsewhere() {
+    fn a_large_evaluation_ends_early_inline_and_completes_on_the_pool() {
         let work = || (0..10_000).filter(|_| pay(1_000).is_ok()).count();
         assert_eq!(brief(work), Err(Unfinished::TooLong));
         assert_eq!(whole(&Stop::default(), Duration::from_secs(1), work), Ok(10_000));
     }
 
     #[test]
-    fn what_nobody_waits_for_stops_at_its_next_step() {
+    fn an_evaluation_asked_to_stop_ends_at_its_next_step() {
         let stop = Stop::default();
         let asked = stop.clone();
         let mut done = 0;
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_interrupted_is_refused_by_its_price() {
+    fn an_uninterruptible_step_over_the_limit_is_refused_before_it_starts() {
         let price = 3 * UNITS_PER_SECOND;
         let claimed = |longest| whole(&Stop::default(), Duration::from_secs(longest), || claim(price));
         assert_eq!(claimed(2), Ok(Err(Unclaimed::TooDear(2))));

@@ -1,8 +1,8 @@
 //! Words of open vocabularies: owns [`Word`], a short text that is copied like a reference, and the macro that makes an enum
 //! which carries the words that it does not know.
 //!
-//! A newer release may write words that this one has never heard of. They are read as `Unknown`, shown as they are,
-//! and written back unchanged. They are never taken for corruption.
+//! A newer release may write words that this one does not know. This release reads them as `Unknown`, shows them as they
+//! are, and writes them back unchanged. It never treats them as corruption.
 
 use std::{
     collections::BTreeSet,
@@ -26,7 +26,7 @@ static WORDS: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
 pub struct Word(&'static str);
 
 impl Word {
-    /// The word, where it is one: 1 to [`WORD_MAX_BYTES`] bytes, no space and no control character.
+    /// The word, if the text is one: 1 to [`WORD_MAX_BYTES`] bytes, no space and no control character.
     pub fn new(text: &str) -> Option<Self> {
         if text.is_empty() || text.len() > WORD_MAX_BYTES || text.chars().any(|c| c.is_control() || c.is_whitespace()) {
             return None;
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_word_is_refused() {
+    fn a_text_that_is_no_word_is_refused() {
         for text in ["", "two words", "line\nbreak", "\u{1b}[31m", &"x".repeat(WORD_MAX_BYTES + 1)] {
             assert_eq!(Capability::parse(text), None, "{text:?}");
         }

@@ -1,5 +1,5 @@
-//! The books of one attempt: owns which of its calls are under way and what came of those that ended, so that the attempt
-//! can be booked whole whenever it ends, also when it is cut off. Decides nothing.
+//! The books of one attempt: owns which of its calls are under way and the ledger rows of those that ended, so that the
+//! whole attempt can be booked whenever it ends, also when it is aborted. Decides nothing.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::budget::Budget;
 
-/// What one attempt has bought, found, and not heard of yet.
+/// The calls of one attempt: bought, found in the cache, or still under way.
 #[derive(Debug)]
 pub(crate) struct Books {
     me: Weak<Self>,
@@ -38,7 +38,7 @@ struct UnderWay {
 }
 
 impl UnderWay {
-    /// Its row where nobody hears what comes of it: none if it was never sent.
+    /// Its row if its outcome stays unknown; none if it was never sent.
     fn unheard(self, error: Code) -> Option<LedgerEntry> {
         let latency = self.sent_at?.elapsed();
         let latency_ms = u64::try_from(latency.as_millis()).unwrap_or(u64::MAX);
@@ -47,7 +47,7 @@ impl UnderWay {
 }
 
 impl Books {
-    /// The books of an attempt that had so many owners before this one.
+    /// The books of an attempt that had `former_owners` before this owner.
     pub(crate) fn open(budget: Option<Arc<Budget>>, former_owners: u32) -> Arc<Self> {
         let kept = Mutex::new(Kept { former_owners, ..Kept::default() });
         Arc::new_cyclic(|me| Self { me: me.clone(), budget, kept })
@@ -62,8 +62,8 @@ impl Books {
         self.lock().calls.extend(calls.cloned());
     }
 
-    /// The attempt has ended: its calls, those under way as of unknown outcome, for this reason. What comes of them later
-    /// changes nothing any more.
+    /// Ends the attempt and returns its calls. Those under way have an unknown outcome, with this code as the reason; their
+    /// later results change nothing.
     pub(crate) fn close(&self, error: Code) -> Vec<LedgerEntry> {
         let (mut calls, under_way) = {
             let mut kept = self.lock();
@@ -90,7 +90,7 @@ impl Books {
         }
     }
 
-    /// Books what each of so many former owners may have bought and nobody can find. The budget passes over it.
+    /// Books the calls that each of `owners` former owners may have made and no answer shows. They count against no budget.
     fn presume(&self, worst: &[LedgerEntry], owners: u32) {
         let mut kept = self.lock();
         (0..owners).for_each(|_| kept.calls.extend(worst.iter().cloned()));
@@ -105,7 +105,7 @@ impl Books {
         Some(Box::new(Reserved { books, id }))
     }
 
-    /// Ends a call, with its row where one was heard. Nothing where the books are closed.
+    /// Ends a call, with its row if it has one. Does nothing after the books are closed.
     fn end(&self, id: u64, row: Option<LedgerEntry>) {
         let mut kept = self.lock();
         let Some(at) = kept.under_way.iter().position(|call| call.id == id) else { return };
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_that_was_heard_costs_what_it_cost() {
+    async fn a_call_with_a_known_outcome_is_booked_at_its_cost() {
         let (budget, books) = books(0);
         let mut call = books.reserve(row(0.6, true)).await.expect("fits");
         assert!(call.send());
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_that_nobody_heard_costs_its_worst_case_and_stays_unknown() {
+    async fn a_call_of_unknown_outcome_is_booked_at_its_worst_case() {
         let (budget, books) = books(0);
         let mut dropped = books.reserve(row(0.3, true)).await.expect("fits");
         let mut open = books.reserve(row(0.2, true)).await.expect("fits");
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_budget_passes_over_what_is_only_presumed() {
+    async fn presumed_calls_of_former_owners_count_against_no_budget() {
         let (budget, books) = books(3);
         books.lost(vec![row(0.4, true)]);
         assert_eq!(books.close(Code::StageTimeout).len(), 3, "it is booked");

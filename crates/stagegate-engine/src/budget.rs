@@ -1,5 +1,5 @@
-//! A run's budget: owns what is spent and what is set aside for calls under way. Spent and set aside together never pass
-//! the limit by a call that could have been held back.
+//! A run's budget: owns the money that is spent, and the money that is reserved for calls under way. No call starts if the
+//! two together would pass the limit; presumed costs do not count ([`Budget::pass_over`]).
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -24,16 +24,16 @@ struct Sums {
 /// Whether an amount fits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Room {
-    /// It is set aside now.
+    /// It is reserved now.
     Taken,
-    /// Not beside what is set aside for calls under way; perhaps when they have ended.
+    /// It does not fit beside the reservations of calls under way; it may fit when they have ended.
     Later,
-    /// Not beside what is spent; so much is left.
+    /// It does not fit beside the money that is spent; this much is left.
     Never(Usd),
 }
 
 impl Budget {
-    /// A budget of which `spent` is gone.
+    /// A budget of `max`, of which `spent` is spent already.
     pub(crate) fn new(max: Usd, spent: Usd) -> Self {
         Self { max, sums: Mutex::new(Sums { spent, set_aside: Usd::ZERO }), changed: Notify::new() }
     }
@@ -42,8 +42,8 @@ impl Budget {
         self.sums.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets the worst case of a call aside. Waits while only what is set aside for others is in its way; fails, with what
-    /// is left, where it does not fit beside what is spent.
+    /// Reserves the worst case of a call. Waits while only the reservations of other calls are in its way. Fails, with the
+    /// money that is left, if it does not fit beside the money that is spent.
     pub(crate) async fn set_aside(&self, worst: Usd) -> Result<(), Usd> {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
@@ -69,7 +69,7 @@ impl Budget {
         Room::Taken
     }
 
-    /// A call has ended: what was set aside for it is given back, and what it cost is spent.
+    /// Ends a call: returns its reservation, and spends its cost.
     pub(crate) fn settle(&self, worst: Usd, cost: Usd) {
         {
             let mut sums = self.lock();
@@ -79,14 +79,13 @@ impl Budget {
         self.changed.notify_waiters();
     }
 
-    /// So much of what is spent is presumed: calls that former owners of the run may have made. They had set it aside, so that
-    /// it was theirs to spend, and whether they spent it never turns out: a call that fits beside what is certain is not
-    /// refused for it.
+    /// Marks a part of the spent money as presumed: calls that former owners of the run may have made. Former owners had
+    /// reserved it, and whether they spent it stays unknown. So it refuses no call that fits beside the certain costs.
     pub(crate) fn pass_over(&self, presumed: Usd) {
         self.settle(Usd::ZERO, Usd::ZERO - presumed);
     }
 
-    /// Spends what nothing was set aside for.
+    /// Spends money without a reservation.
     pub(crate) fn spend(&self, cost: Usd) {
         self.settle(Usd::ZERO, cost);
     }
@@ -105,7 +104,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_waits_for_its_siblings_and_not_for_what_is_spent() {
+    async fn a_call_waits_for_its_siblings_and_fails_on_spent_money() {
         let budget = Arc::new(Budget::new(usd(1.0), usd(0.2)));
         budget.set_aside(usd(0.5)).await.expect("fits");
         let mut second = std::pin::pin!(budget.set_aside(usd(0.5)));
@@ -127,7 +126,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_overspent_leaves_nothing() {
+    async fn an_overspent_budget_has_nothing_left() {
         let budget = Budget::new(usd(1.0), usd(1.5));
         assert_eq!(budget.set_aside(usd(0.1)).await, Err(Usd::ZERO));
     }

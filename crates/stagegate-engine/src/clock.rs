@@ -75,10 +75,10 @@ impl DatabaseClock {
             tracing::error!(
                 skew_ms,
                 max_ms = self.skew_max.as_millis(),
-                "this machine's clock is too far from the database's; this replica takes no work until it is set"
+                "this machine's clock differs too much from the database's; this replica takes no work until the clock is set"
             );
         } else if was && !skewed {
-            tracing::info!(skew_ms, "this machine's clock is near the database's again; this replica takes work");
+            tracing::info!(skew_ms, "this machine's clock agrees with the database's again; this replica takes work");
         }
     }
 
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn who_sets_the_machines_clock_moves_nothing_between_two_heartbeats() {
+    fn setting_the_machines_clock_between_two_heartbeats_changes_no_time() {
         let (hand, clock) = clock(second(1_000));
         let answered = Instant::now();
         clock.learn_between(second(1_000), answered, answered);

@@ -1,10 +1,10 @@
-//! Where callers' words are evaluated (templates, checks, schemas, definitions): owns who may use how much of the
-//! machine for it. Decides nothing, and knows nothing of what is evaluated.
+//! Evaluation of templates, checks, schemas and definitions: owns the threads and the memory that each tenant may use for
+//! it. Decides nothing, and knows nothing of the work.
 //!
-//! Most evaluations take microseconds: they run where they are asked for, up to a small measure of work
-//! ([`stagegate_core::evaluation`]). What turns out to be larger begins again on threads of its own, so that a template
-//! or a regular expression never holds up what else this replica does: heartbeats, probes, other runs. A tenant never has
-//! all of these threads, and the tenants that wait take turns. An evaluation that nobody waits for any more stops.
+//! Most evaluations take microseconds: they run on the caller's thread, up to a small amount of work
+//! ([`stagegate_core::evaluation`]). A larger evaluation begins again on a thread of the pool, so that a template
+//! or a regular expression never delays heartbeats, probes or other runs. A tenant never has all of these threads, and
+//! waiting tenants take turns. An evaluation stops when its caller drops it.
 //!
 //! In a simulation everything runs inline.
 
@@ -31,13 +31,13 @@ const IDLE: Duration = Duration::from_secs(10);
 /// Why an evaluation has no result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unevaluated {
-    /// It took longer than it may.
+    /// It took longer than the limit.
     TooLong(Duration),
-    /// The values that it names would take more memory than they may.
+    /// The values that it names would take more memory than the limit.
     TooLarge {
-        /// So many bytes, about.
+        /// Estimated bytes of the values.
         bytes: u64,
-        /// At most.
+        /// The limit.
         max_bytes: u64,
     },
     /// A defect of ours.
@@ -52,22 +52,22 @@ impl Unevaluated {
             Self::TooLong(longest) => (
                 Code::TemplateFailed,
                 format!(
-                    "evaluating this took longer than the {longest:?} that it may (engine.evaluation_timeout): write \
-                     simpler templates, patterns and schemas, or pass less data"
+                    "the evaluation took longer than {longest:?} (engine.evaluation_timeout): write simpler templates, \
+                     patterns and schemas, or pass less data"
                 ),
             ),
             Self::TooLarge { bytes, max_bytes } => (
                 Code::TemplateFailed,
                 format!(
-                    "evaluating this would take about {} MB of memory for the values that it names, and may take {} MB \
-                     (engine.memory_max_bytes): name fewer or smaller ones",
+                    "the values that the evaluation names would take about {} MB of memory; the limit is {} MB \
+                     (engine.memory_max_bytes): name fewer or smaller values",
                     bytes >> 20,
                     max_bytes >> 20
                 ),
             ),
             Self::Panicked => (
                 Code::Internal,
-                "evaluating this failed by a defect of Stagegate's; the log has its place. Please report it".to_owned(),
+                "the evaluation failed by a defect in Stagegate; the log names the place. Please report it".to_owned(),
             ),
             Self::Gone => (Code::Draining, "this replica is shutting down; send the request again".to_owned()),
         }
@@ -87,15 +87,15 @@ impl From<Unevaluated> for Error {
     }
 }
 
-/// The way to evaluate what a caller wrote.
+/// Evaluates what callers wrote.
 #[derive(Debug)]
 pub(crate) struct Evaluations {
     /// None runs everything inline.
     pool: Option<Pool>,
     longest: Duration,
-    /// What the values of all of them together take, but for small ones.
+    /// Room for the values of all evaluations together; small ones are not counted.
     values: Budget,
-    /// The most that the values of one may take.
+    /// The most bytes that the values of one evaluation may take.
     value_max_bytes: u64,
     metrics: Metrics,
 }
@@ -106,12 +106,12 @@ impl Evaluations {
         Self { pool: None, longest, values: memory.values.clone(), value_max_bytes: memory.max_bytes, metrics }
     }
 
-    /// The same, with what is large on threads of its own, which are started when they are needed.
+    /// The same, with large evaluations on threads of their own, which start when they are needed.
     pub(crate) fn on_threads(self, threads: usize) -> Self {
         Self { pool: Some(Pool::new(threads)), ..self }
     }
 
-    /// Waits for room for so many bytes of values, to be held as long as they are.
+    /// Waits for room for `bytes` of values. The caller holds the permit as long as the values.
     pub(crate) async fn room(&self, tenant: &TenantId, bytes: u64) -> Result<Permit, Unevaluated> {
         if bytes > self.value_max_bytes {
             self.metrics.evaluations.with_label_values(&["refused"]).inc();
@@ -120,8 +120,8 @@ impl Evaluations {
         Ok(self.values.acquire_for(tenant, bytes).await)
     }
 
-    /// Evaluates inline if that is quickly done, else on the pool: so `work` may be begun twice. `value_bytes` tells what the
-    /// values take that it parses. Dropped, it stops.
+    /// Evaluates inline if the work is small, else on the pool: so `work` may begin twice. `value_bytes` returns the size of
+    /// the values that it parses. Dropped, the evaluation stops.
     pub(crate) async fn evaluate<T, W>(
         &self,
         tenant: &TenantId,
@@ -145,7 +145,7 @@ impl Evaluations {
         }
     }
 
-    /// The same for what is known to be large.
+    /// The same for an evaluation that is known to be large.
     pub(crate) async fn evaluate_large<T, W>(
         &self,
         tenant: &TenantId,
@@ -189,7 +189,7 @@ impl Evaluations {
         let (end, ended) = oneshot::channel();
         let asked = stop.clone();
         let job = move || {
-            // Whoever waits may be gone: then nothing is done.
+            // The caller may have dropped the receiver: then the result is dropped.
             if start.send(()).is_ok() {
                 let _ = end.send(span.in_scope(|| whole(&asked, longest, work)));
             }
@@ -254,7 +254,7 @@ impl Job {
     }
 }
 
-/// Threads that evaluate, and what waits for them.
+/// Threads that evaluate, and the work that waits for them.
 struct Pool(Arc<Lanes>);
 
 struct Lanes {
@@ -320,7 +320,7 @@ impl Pool {
             let lanes = Arc::clone(&self.0);
             if let Err(error) = thread::Builder::new().name("evaluation".to_owned()).spawn(move || lanes.serve()) {
                 state.threads -= 1;
-                tracing::error!(%error, threads = state.threads, "no thread could be started to evaluate on");
+                tracing::error!(%error, threads = state.threads, "the replica could not start a thread for evaluations");
                 if state.threads == 0 {
                     drop(state);
                     job.take().into_iter().for_each(|work| work());
@@ -338,7 +338,7 @@ impl Lanes {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The most threads that one tenant has: one is kept for the others, who else would wait as long as it likes.
+    /// The most threads that one tenant has: one stays for the other tenants, so that they do not wait for this one.
     fn share(&self) -> usize {
         (self.threads_max - 1).max(1)
     }
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_nobody_waits_for_never_begins_and_is_let_go() {
+    async fn a_dropped_evaluation_never_begins_and_frees_its_memory() {
         let evaluations = pooled(1, LONG);
         let (release, first) = held(&evaluations, "holder").await;
         let payload = Arc::new(());
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_takes_too_long_fails_and_stops() {
+    async fn an_evaluation_past_its_time_limit_fails_and_stops() {
         let evaluations = pooled(1, Duration::from_millis(20));
         let (end, ended) = mpsc::channel();
         let work = move || {

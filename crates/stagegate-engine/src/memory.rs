@@ -1,6 +1,6 @@
-//! Memory budgets: owns how many bytes the things that grow with what callers send may hold at once. Whatever holds
-//! bytes takes a permit of its weight first, and waits where there is no room. Nothing is refused here: what is larger
-//! than a whole budget goes through beside little else. Knows nothing of what is weighed.
+//! Memory budgets: owns how many bytes callers' data may take at once. Code that holds such data takes a permit of its
+//! size first, and waits if there is no room. A budget refuses nothing: an item that is larger than a whole budget is
+//! admitted when at most half of the budget is held. Knows nothing of the data.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -11,13 +11,13 @@ use std::{
 use stagegate_core::TenantId;
 use tokio::sync::oneshot;
 
-/// So much may be held where no limit is configured and none was found: half of two gibibytes.
+/// All budgets together, if no limit is configured and the daemon found none: half of two gibibytes.
 pub const MEMORY_DEFAULT_BYTES: u64 = 1 << 30;
 /// The smallest budget of all together.
 const MEMORY_MIN_BYTES: u64 = 64 << 20;
-/// The most that compiled pipelines are kept in, however large the machine: thousands of ordinary ones.
+/// The upper bound for kept compiled pipelines on any machine: room for thousands of ordinary ones.
 const COMPILED_MAX_BYTES: u64 = 128 << 20;
-/// So little of a tenant's is not counted: most inputs and bodies are smaller.
+/// Items of a tenant up to this size are not counted: most inputs and bodies are smaller.
 const UNCOUNTED_BYTES: u64 = 64 * 1024;
 
 /// The budgets of one process.
@@ -25,24 +25,24 @@ const UNCOUNTED_BYTES: u64 = 64 * 1024;
 pub struct Memory {
     /// All of them together.
     pub max_bytes: u64,
-    /// Bodies of requests as they came: how many bytes of them there may be at once.
+    /// Bodies of requests as they came, in bytes at once.
     pub texts_max_bytes: u64,
     /// Bodies of requests while they are parsed.
     pub bodies: Budget,
-    /// Runs that are under way: their inputs and outputs as text.
+    /// Runs under way: their inputs and outputs as text.
     pub runs: Budget,
     /// Values that are parsed for a rendering or a check.
     pub values: Budget,
     /// Inputs on their way to the store.
     pub batches: Budget,
-    /// Answers to requests that are being sent: how many bytes of them there may be at once.
+    /// Answers to requests until they are sent, in bytes at once.
     pub answers_max_bytes: u64,
-    /// Compiled pipelines that are kept.
+    /// Kept compiled pipelines, in bytes.
     pub compiled_max_bytes: u64,
 }
 
 impl Memory {
-    /// Shares so many bytes out.
+    /// Divides `max_bytes` among the budgets.
     pub fn new(max_bytes: u64) -> Self {
         let max_bytes = max_bytes.max(MEMORY_MIN_BYTES);
         let part = |percent: u64| max_bytes / 100 * percent;
@@ -59,11 +59,10 @@ impl Memory {
     }
 }
 
-/// So many bytes, shared by those who hold permits. Cheap to clone.
+/// A number of bytes that the holders of permits share. Cheap to clone.
 ///
-/// A request for bytes waits in the line of its tenant. The line whose tenant holds least is served first. A tenant that
-/// has a quarter gets more only as long as a quarter stays free for the others, so that what one tenant holds for long
-/// keeps nobody else out.
+/// A request for bytes waits in the line of its tenant. The tenant that holds the least is served first. A tenant that has
+/// a quarter gets more only while a quarter stays free for the others, so that no tenant can keep the others out.
 #[derive(Clone)]
 pub struct Budget {
     inner: Arc<Inner>,
@@ -77,7 +76,7 @@ struct Inner {
 #[derive(Default)]
 struct State {
     held: u64,
-    /// Those that hold something or wait. What is no tenant's (None) has no share to keep to.
+    /// The tenants that hold bytes or wait. Requests of no tenant (None) have no share to keep to.
     lines: BTreeMap<Option<TenantId>, Line>,
     waiting: usize,
     next: u64,
@@ -95,9 +94,9 @@ struct Waiting {
     granted: oneshot::Sender<Permit>,
 }
 
-/// The right to hold so many bytes, until it is dropped.
+/// The right to hold a number of bytes, until it is dropped.
 pub struct Permit {
-    /// None where it was too little to be counted.
+    /// None if the bytes were too few to be counted.
     inner: Option<Arc<Inner>>,
     tenant: Option<TenantId>,
     bytes: u64,
@@ -116,7 +115,7 @@ impl fmt::Debug for Permit {
 }
 
 impl Budget {
-    /// A budget of so many bytes.
+    /// A budget of `max_bytes`.
     pub fn new(max_bytes: u64) -> Self {
         Self { inner: Arc::new(Inner { max_bytes, state: Mutex::default() }) }
     }
@@ -126,18 +125,18 @@ impl Budget {
         self.inner.max_bytes
     }
 
-    /// How many are held.
+    /// How many bytes are held.
     pub fn held(&self) -> u64 {
         self.inner.state().held
     }
 
-    /// Whether so many bytes would fit now.
+    /// Whether `bytes` would fit now.
     pub fn has_room(&self, bytes: u64) -> bool {
         self.inner.fits(&self.inner.state(), None, bytes)
     }
 
-    /// Waits for so many bytes of a tenant. Little is granted at once and not counted: the limits on requests and threads
-    /// bound how often there is such a little.
+    /// Waits for bytes of a tenant. A small number is granted at once and not counted: the limits on requests and threads
+    /// bound the number of small requests.
     pub async fn acquire_for(&self, tenant: &TenantId, bytes: u64) -> Permit {
         if bytes <= UNCOUNTED_BYTES {
             return Permit { inner: None, tenant: None, bytes };
@@ -145,12 +144,12 @@ impl Budget {
         self.line_up(Some(tenant.clone()), bytes).await
     }
 
-    /// Waits for so many bytes that are no tenant's.
+    /// Waits for bytes of no tenant.
     pub async fn acquire(&self, bytes: u64) -> Permit {
         self.line_up(None, bytes).await
     }
 
-    /// So many bytes that are no tenant's, where there is room for them now and nobody waits.
+    /// Bytes of no tenant, if there is room for them now and no request waits.
     pub fn try_acquire(&self, bytes: u64) -> Option<Permit> {
         let mut state = self.inner.state();
         (state.waiting == 0 && self.inner.fits(&state, None, bytes)).then(|| self.inner.grant(&mut state, None, bytes))
@@ -171,7 +170,7 @@ impl Budget {
             (id, granted)
         };
         let mut place = InLine { inner: &self.inner, tenant, id, waits: true };
-        // Its tenant may be the one that holds least.
+        // This tenant may be the one that holds the least.
         self.inner.settle(|_| {});
         let permit = granted.await;
         place.waits = false;
@@ -180,7 +179,7 @@ impl Budget {
     }
 }
 
-/// A place in a line, left where its asker goes away.
+/// A place in a line. Dropped, it leaves the line.
 struct InLine<'a> {
     inner: &'a Arc<Inner>,
     tenant: Option<TenantId>,
@@ -207,8 +206,8 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is larger than half of the budget fits beside at most half of it: so it is let in at all, and waits for no more
-    /// than that.
+    /// An item that is larger than half of the budget fits while at most half of the budget is held: so it is admitted at
+    /// some time, and waits for no more than that.
     fn fits(&self, state: &State, tenant: Option<&TenantId>, bytes: u64) -> bool {
         let fits = |held: u64, max: u64| held.saturating_add(bytes) <= max;
         if fits(state.held, self.max_bytes) {
@@ -228,7 +227,7 @@ impl Inner {
         Permit { inner: Some(Arc::clone(self)), tenant, bytes }
     }
 
-    /// Changes something and lets in whoever fits then, from the line whose tenant holds least.
+    /// Changes the state, then admits waiting requests that fit, first those of the tenant that holds the least.
     fn settle(self: &Arc<Self>, change: impl FnOnce(&mut State)) {
         let mut granted = Vec::new();
         {
@@ -257,7 +256,7 @@ impl Inner {
 }
 
 impl State {
-    /// Forgets a line in which nobody waits and that holds nothing.
+    /// Removes an empty line of a tenant that holds nothing.
     #[expect(clippy::ref_option, reason = "it is the key of a line")]
     fn forget(&mut self, tenant: &Option<TenantId>) {
         if self.lines.get(tenant).is_some_and(|line| line.held == 0 && line.waiting.is_empty()) {
@@ -267,12 +266,12 @@ impl State {
 }
 
 impl Permit {
-    /// How many bytes it is for.
+    /// How many bytes the permit is for.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Holds so many more, whether there is room or not.
+    /// Adds bytes to the permit, whether there is room or not.
     pub fn grow(&mut self, bytes: u64) {
         let Some(inner) = &self.inner else { return };
         let mut state = inner.state();
@@ -322,7 +321,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn requests_that_do_not_fit_wait_in_order_and_are_let_in() {
+    async fn requests_that_do_not_fit_wait_and_are_admitted_in_order() {
         let budget = Budget::new(100);
         let (first, second) = (budget.acquire(60).await, budget.acquire(40).await);
         let large = waiting(&budget, None, 45);
@@ -336,7 +335,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_larger_than_the_budget_is_let_in_beside_half_of_it() {
+    async fn a_request_larger_than_the_budget_is_admitted_beside_half_of_it() {
         let budget = Budget::new(100);
         let held = (budget.acquire(50).await, budget.acquire(1).await);
         let huge = waiting(&budget, None, 1_000);
@@ -348,7 +347,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_waiter_that_goes_away_lets_the_next_one_in_and_takes_nothing() {
+    async fn a_dropped_waiter_admits_the_next_one_and_holds_nothing() {
         let budget = Budget::new(100);
         let held = budget.acquire(60).await;
         let gone = waiting(&budget, None, 45);
@@ -365,7 +364,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_grew_beyond_the_budget_makes_others_wait() {
+    async fn a_permit_that_grew_beyond_the_budget_makes_others_wait() {
         let budget = Budget::new(100);
         let mut permit = budget.acquire(50).await;
         permit.grow(100);
@@ -376,7 +375,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_tenant_that_holds_much_leaves_a_quarter_and_its_line_delays_nobody() {
+    async fn a_tenant_that_holds_most_leaves_a_quarter_and_its_line_delays_no_other() {
         let budget = Budget::new(100 * MB);
         let (greedy, other) = (tenant("greedy"), tenant("other"));
         let held = (budget.acquire_for(&greedy, 40 * MB).await, budget.acquire_for(&greedy, 35 * MB).await);
@@ -391,7 +390,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn little_is_never_kept_waiting() {
+    async fn small_requests_never_wait() {
         let budget = Budget::new(100);
         let of = tenant("t");
         let held = budget.acquire(100).await;

@@ -1,9 +1,9 @@
-//! Runs whose owners crashed: owns which of them may run beside each other on this replica, and when one is given up.
+//! Runs whose owners crashed: owns how many of them this replica executes side by side, and when one fails for good.
 //!
-//! A replica that dies takes all of its runs with it, and the store cannot tell which of them was to blame: all of them are
-//! counted ([`stagegate_core::store::Weighed::crashes`]). So that one that is to blame does not take others with it to the
-//! limit, fewer of them run side by side the nearer they are to it, and before its last crash a run has no other of them
-//! beside it, nor is anything new begun then. What makes progress is counted no more, and leaves its room to the next.
+//! The store cannot know which run killed a replica, so it counts a crash for each of the replica's runs
+//! ([`stagegate_core::store::Weighed::crashes`]). The guilty run must not bring the others to the limit. So the nearer runs
+//! are to the limit, the fewer of them run side by side, and a run with its last crash left runs without any other of them;
+//! meanwhile the replica begins no other run. A run that makes progress leaves the quarantine.
 
 use std::{
     sync::{
@@ -18,9 +18,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::shared::Shared;
 
-/// Room for suspects. One that has three crashes left takes 1 of it, one with two 8, and one with its last all of it.
+/// Room for suspects. A run with three crashes left takes 1 of it, one with two takes 8, and one with its last takes all.
 const ROOM: u32 = 64;
-/// How long what finds no room waits for its next try, at the longest.
+/// The longest wait for the next try of a run that finds no room.
 const LATER: Duration = Duration::from_secs(6);
 /// The longest pause after a panic; the first is a second, and each is twice as long as the one before.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -36,7 +36,7 @@ pub(crate) struct Quarantine {
 #[derive(Debug)]
 pub(crate) struct Stay {
     _room: OwnedSemaphorePermit,
-    /// Set where it has all of the room.
+    /// Set if it has all of the room.
     is_last_chance: Option<Arc<AtomicBool>>,
 }
 
@@ -48,10 +48,10 @@ impl Drop for Stay {
     }
 }
 
-/// What becomes of a run that was claimed.
+/// How a claimed run may be executed.
 #[derive(Debug)]
 pub(crate) enum Standing {
-    /// It is like any other.
+    /// Like any other run.
     Free,
     /// It runs, and takes part of the room until it makes progress.
     Suspect(Stay),
@@ -65,7 +65,7 @@ impl Default for Quarantine {
     }
 }
 
-/// How much room a run takes after so many crashes of at most `max`; none where it is no suspect yet.
+/// How much room a run takes after `crashes` of at most `max`; None if it is not a suspect yet.
 pub(crate) fn room_wanted(crashes: u32, max: u32) -> Option<u32> {
     if crashes == 0 || max == 0 {
         return None;
@@ -79,7 +79,7 @@ pub(crate) fn room_wanted(crashes: u32, max: u32) -> Option<u32> {
 }
 
 impl Quarantine {
-    /// What becomes of a run after so many crashes, of at most `max`.
+    /// How a run may be executed after `crashes` of at most `max`.
     pub(crate) fn admit(&self, crashes: u32, max: u32) -> Standing {
         let Some(wanted) = room_wanted(crashes, max) else { return Standing::Free };
         match Arc::clone(&self.room).try_acquire_many_owned(wanted) {
@@ -94,29 +94,29 @@ impl Quarantine {
         }
     }
 
-    /// Whether a run has its last chance: nothing is begun beside it.
+    /// Whether a run with its last chance is under way, beside which no other run begins.
     pub(crate) fn is_closed(&self) -> bool {
         self.is_last_chance.load(Ordering::Relaxed)
     }
 }
 
-/// When a run that found no room is tried again.
+/// The pause before the next try of a run that found no room.
 pub(crate) fn later(shared: &Shared) -> Duration {
     LATER.mul_f64(0.3 + 0.7 * shared.random::<f64>())
 }
 
-/// When a run is tried again whose driver panicked after so many crashes.
+/// The pause before the next try of a run whose driver panicked.
 pub(crate) fn backoff(shared: &Shared, crashes: u32) -> Duration {
     let longest = Duration::from_secs(1 << crashes.min(10)).min(BACKOFF_MAX);
     longest.mul_f64(0.5 + shared.random::<f64>() / 2.0)
 }
 
-/// Why a run is given up after so many crashes.
+/// The failure of a run after too many crashes.
 pub(crate) fn failure(shared: &Shared, crashes: u32) -> Failure {
     let known = shared.common(Capability::OpenVocabulary);
     let message = format!(
-        "{crashes} owners of this run in a row died or panicked without any progress between (engine.run_crashes_max). \
-         Look in the logs of the replicas for its id, for panics, and for kills at the memory limit; then retry it"
+        "{crashes} owners of this run in a row died or panicked, without progress in between (engine.run_crashes_max). \
+         Search the logs of the replicas for the run's id, for panics, and for kills at the memory limit; then retry the run"
     );
     Failure::new(if known { Code::RunCrashed } else { Code::Internal }, message)
 }

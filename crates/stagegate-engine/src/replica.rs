@@ -97,7 +97,7 @@ pub(crate) async fn beat(shared: Arc<Shared>, mut renewed: Instant, stop: Cancel
         }
         next = asked + every / 4;
         if shared.is_stuck() {
-            tracing::error!("the threads that execute runs do nothing; this replica renews its lease no more");
+            tracing::error!("the threads that execute runs do nothing; this replica stops renewing its lease");
             continue;
         }
         let beat = heartbeat(&shared, shared.drain.is_cancelled());
@@ -271,7 +271,7 @@ async fn take(
             // One run goes beside half of the budget, however large it is.
             let wanted = weight_of_run(first.bytes).min(shared.memory.runs.max_bytes() / 2);
             let rest: Vec<Lease> = [first].into_iter().chain(admitted).map(|each| each.lease).collect();
-            tracing::warn!(runs = rest.len(), "claimed runs do not fit into memory now; they are handed back");
+            tracing::warn!(runs = rest.len(), "claimed runs do not fit into memory now; this replica hands them back");
             shared.claim_max.store(taken.max(1), Ordering::Relaxed);
             shared.wanted_bytes.store(wanted, Ordering::Relaxed);
             shared.store.release(&rest).await?;
@@ -321,7 +321,7 @@ async fn admit(shared: &Shared, mut weighed: Vec<Weighed>) -> Result<Vec<Admitte
         if crashes > max && max > 0 {
             // Its last owner had only to end it.
             if let Err(error) = give_up(shared, lease, &tenant, crashes).await {
-                tracing::warn!(run_id = %lease.run, %error, "a run that crashed too often could not be ended; it is tried again later");
+                tracing::warn!(run_id = %lease.run, %error, "a run crashed too often and could not be ended; another attempt follows");
                 shared.doubt();
             }
             continue;
@@ -333,7 +333,7 @@ async fn admit(shared: &Shared, mut weighed: Vec<Weighed>) -> Result<Vec<Admitte
             }
             Standing::Free => None,
             Standing::Suspect(stay) => {
-                tracing::warn!(run_id = %lease.run, crashes, "the owners of this run crashed one after the other; it is tried again");
+                tracing::warn!(run_id = %lease.run, crashes, "the last owners of this run crashed; this replica tries the run again");
                 Some(stay)
             }
             Standing::Later => {
@@ -513,7 +513,7 @@ async fn take_one(
         run
     }));
     let Ok(run) = began else {
-        tracing::error!(run_id = %lease.run, crashes, "taking up this run panicked; it is tried again later");
+        tracing::error!(run_id = %lease.run, crashes, "this run panicked while the replica loaded it; another attempt follows");
         return shared.panicked(lease, crashes).await;
     };
     let handle = shared.take_over(lease.run, life);

@@ -102,7 +102,8 @@ pub(crate) async fn judge(shared: &Arc<Shared>, submit: Submit) -> Result<Judged
             .retry_after(std::time::Duration::from_secs(1)));
     }
     if shared.database_clock.is_skewed() {
-        let message = "this replica's clock is too far from the database's (engine.clock_skew_max); ask another one";
+        let message =
+            "this replica's clock differs too much from the database's (engine.clock_skew_max); ask another replica";
         return Err(Error::new(Code::Unavailable, message).retry_after(std::time::Duration::from_secs(1)));
     }
     let (pipeline, version) = crate::known_pipeline(shared, &submit.tenant, &submit.pipeline, submit.version).await?;
@@ -208,7 +209,7 @@ async fn on_its_way(shared: &Shared, tenant: &TenantId, text_bytes: u64) -> Resu
         biased;
         permit = shared.memory.batches.acquire_for(tenant, text_bytes) => Ok(permit),
         () = tokio::time::sleep(ROOM_PATIENCE) => {
-            let message = "the inputs of other runs wait for the database and fill the memory for them; come back later";
+            let message = "the inputs of other runs wait for the database and fill their memory budget; submit again later";
             Err(Error::new(Code::QueueFull, message).retry_after(Duration::from_secs(1)))
         }
     }

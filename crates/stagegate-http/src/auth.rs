@@ -137,7 +137,7 @@ impl KeyCache {
 /// A turn at looking up a key that is not known here.
 async fn turn(shared: &Shared, peer: Option<Peer>) -> Result<Permit<Option<Peer>>, Error> {
     shared.lookups.wait_for(&peer, 1).await.map_err(|_| {
-        let detail = "Too many keys that are not known here wait for their look-up; come back in a second.";
+        let detail = "Too many unknown keys wait for their look-up; try again in a second.";
         Error::new(Code::Overloaded, detail).retry_after(Duration::from_secs(1))
     })
 }
@@ -194,7 +194,7 @@ async fn known_key(shared: &Shared, peer: Option<Peer>, secret: &str) -> Result<
         && (!is_key || matches!(shared.keys.remembered(&hash), Remembered::Wrong))
         && let Some(wait) = shared.failures.wait_of(peer, Instant::now())
     {
-        let detail = "Too many authentications from this address failed; come back when `retry-after` says so.";
+        let detail = "Too many authentications from this address failed; try again after the time in `retry-after`.";
         return Err(Error::new(Code::TooManyFailures, detail).retry_after(wait).into());
     }
     let failed = |problem| {

@@ -1,12 +1,12 @@
-//! Bodies: owns how one is received, before anything is done about its request, and what an answer's takes until it is
-//! sent.
+//! Bodies: owns how the server receives a request's body before it handles the request, and the room that an answer's
+//! body holds until it is sent.
 //!
-//! A request takes its slot once its body is there, so that bodies that do not come hold none. What bounds them is their
-//! bytes: from its first byte on, a body has room for all of itself, fairly shared out between tenants, until its request
-//! is answered. What does not fit waits, unread.
+//! A request takes its slot when its whole body has arrived, so that bodies that do not come hold no slot. Bytes bound the
+//! bodies: from its first byte until its request is answered, a body holds room for its whole size, which tenants share
+//! fairly. The server does not read a body that does not fit until there is room.
 //!
-//! An answer that is not small has room for itself until it is sent. It waits for that with its turn to read the store, so
-//! that nobody reads on and on while answers are not taken.
+//! An answer that is not small holds room until it is sent. It waits for room while it keeps its turn to read the store, so
+//! that a client that does not read its answers cannot make the server read on.
 
 use axum::{
     body::{Body, BodyDataStream},
@@ -49,7 +49,7 @@ pub(crate) async fn hold_room(shared: &Shared, tenant: &TenantId, response: Resp
     if size <= SMALL_ANSWER_BYTES {
         return response;
     }
-    // As many wait as there are requests: nobody is refused here.
+    // As many may wait as there are requests, so that no request is refused here.
     let Ok(room) = shared.answers.wait_for(tenant, size).await else { return response };
     let (head, body) = response.into_parts();
     match axum::body::to_bytes(body, usize::MAX).await {
@@ -58,7 +58,7 @@ pub(crate) async fn hold_room(shared: &Shared, tenant: &TenantId, response: Resp
     }
 }
 
-/// Bytes that hold room for themselves, wherever they wait to be sent.
+/// Bytes that hold room for themselves until they are sent.
 struct Held {
     bytes: Bytes,
     _room: Permit,
@@ -70,7 +70,7 @@ impl AsRef<[u8]> for Held {
     }
 }
 
-/// Whose request this is.
+/// The tenant of a request.
 pub(crate) fn tenant_of(request: &Request) -> Result<TenantId, Problem> {
     let identity = request.extensions().get::<Identity>();
     // A route outside of the authentication layer is a defect, and must not be open because of it.
@@ -113,12 +113,12 @@ async fn read(
 
 async fn room_for(shared: &Shared, tenant: &TenantId, size: usize) -> Result<Permit, Problem> {
     shared.bodies.wait_for(tenant, size).await.map_err(|_| {
-        let error = Error::new(Code::Overloaded, "Too many bodies are being sent; come back in a second.");
+        let error = Error::new(Code::Overloaded, "Too many bodies are being sent; try again in a second.");
         error.retry_after(Duration::from_secs(1)).into()
     })
 }
 
-/// Reads and forgets, within limits.
+/// Reads and drops the rest of a body, within limits.
 async fn drain(stream: &mut BodyDataStream, max_bytes: usize) {
     let _ = timeout(DRAIN_TIME, async {
         let mut left = max_bytes.saturating_mul(DRAIN_FACTOR);

@@ -1,7 +1,8 @@
 //! Failed authentications: owns how many a peer may have before it is told to wait.
 //!
-//! A bucket a peer: each failure takes from it, and it fills again within a minute. Only what is known to be wrong without a
-//! look-up is held against it, so that those who share an address with an attacker are not hindered: see [`crate::auth`].
+//! Each peer has a token bucket: a failure takes a token, and the bucket fills again within a minute. An empty bucket refuses
+//! only keys that are known to be wrong without a look-up, so that an attacker does not lock out others at the same address:
+//! see [`crate::auth`].
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

@@ -1,13 +1,13 @@
-//! Fair limits: owns how a limited thing is shared out between tenants, or between peers where no tenant is known yet.
+//! Fair limits: owns how tenants share a limit, or peers if the tenant is not known yet.
 //!
 //! - A tenant that is alone may have all of it.
-//! - While others ask too, a tenant that has a quarter gets more only as long as a quarter stays free for them.
-//! - What is free goes to the waiting tenant that has the least.
+//! - While others ask too, a tenant that has a quarter gets more only while a quarter stays free for them.
+//! - A free place goes to the waiting tenant that has the least.
 //! - A tenant that asks for more than a quarter has a quarter of the line at most, and the line has as many places again for
-//!   those that ask for less.
+//!   tenants that ask for less.
 //!
-//! So a tenant that asks after others took everything waits for one return at most, or, where holders can be told to give
-//! way ([`FairLimit::take_over`]), for nothing.
+//! So a tenant that asks after others took everything waits for one return at most, or not at all if holders can be told to
+//! give way ([`FairLimit::take_over`]).
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -81,7 +81,7 @@ pub(crate) struct Permit<T: Sharer = TenantId> {
 }
 
 impl<T: Sharer> FairLimit<T> {
-    /// So much in all; so many may wait that ask for more than a quarter, and as many again that do not.
+    /// A limit of `capacity`. `waiting_max` requests of tenants past a quarter may wait, and as many again of other tenants.
     pub(crate) fn new(capacity: usize, waiting_max: usize) -> Arc<Self> {
         let state = State { used: 0, waiting: 0, tenants: BTreeMap::new(), asked: [None, None], next: 0 };
         Arc::new(Self { capacity: capacity.max(1), waiting_max, state: Mutex::new(state) })
@@ -91,12 +91,12 @@ impl<T: Sharer> FairLimit<T> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes one. A tenant that has its share is refused at once; one that has less waits for a return.
+    /// Takes one place. A tenant that has its share is refused at once; a tenant that has less waits for a return.
     pub(crate) async fn take(self: &Arc<Self>, tenant: &T) -> Result<Permit<T>, Full> {
         self.acquire(tenant, 1, false).await
     }
 
-    /// Takes so much, and waits for it, also beyond its share.
+    /// Takes `weight` places, and waits for them, also beyond the tenant's share.
     pub(crate) async fn wait_for(self: &Arc<Self>, tenant: &T, weight: usize) -> Result<Permit<T>, Full> {
         self.acquire(tenant, weight.clamp(1, self.capacity), true).await
     }
@@ -124,8 +124,8 @@ impl<T: Sharer> FairLimit<T> {
         permit
     }
 
-    /// Takes one whose holder can be told to give way by `gives_way`. A tenant that has less than a quarter takes the newest
-    /// of the tenant that has most, if that has more than a quarter; nobody waits.
+    /// Takes one place whose holder can be told to give way by `gives_way`. A tenant that has less than a quarter takes over
+    /// the newest place of the tenant that has the most, if that one has more than a quarter. Never waits.
     pub(crate) fn take_over(self: &Arc<Self>, tenant: &T, gives_way: &CancellationToken) -> Result<Permit<T>, Full> {
         let mut state = self.state();
         state.note_asker(tenant, Instant::now());
@@ -222,7 +222,7 @@ impl<T: Sharer> State<T> {
         self.tenants.get(tenant).map_or(0, |each| each.used)
     }
 
-    /// Whether it would have no more than a quarter. The first of a tenant is within, whatever it weighs.
+    /// Whether it would have no more than a quarter. The first place of a tenant is within, at any weight.
     fn is_within(&self, capacity: usize, tenant: &T, weight: usize) -> bool {
         let used = self.used_by(tenant);
         used == 0 || used + weight <= quarter(capacity)

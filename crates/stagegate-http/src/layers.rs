@@ -193,7 +193,8 @@ pub(crate) async fn secure_headers(request: Request, next: Next) -> Response {
 pub(crate) async fn guard_listener(request: Request, next: Next) -> Result<Response, Problem> {
     if !is_probe(request.uri().path()) {
         if request.extensions().get::<OnReservedPlace>().is_some() {
-            let detail = "Too many connections are open; only probes are answered on those beyond the limit.";
+            let detail =
+                "Too many connections are open; this one is beyond the limit, where only probes get an answer.";
             return Err(Error::new(Code::TooManyConnections, detail).retry_after(Duration::from_secs(1)).into());
         }
         check_host(&request).map_err(|detail| Problem::new(Code::InvalidRequest, detail))?;
@@ -251,7 +252,7 @@ pub(crate) async fn limit_load(
     if asks_little {
         return Ok(next.run(request).await);
     }
-    // As many wait as there are slots: nobody is refused here.
+    // As many may wait as there are slots, so that no request is refused here.
     let _read = shared.reads.wait_for(&tenant, 1).await;
     let response = next.run(request).await;
     Ok(body::hold_room(&shared, &tenant, response).await)

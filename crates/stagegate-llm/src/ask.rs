@@ -353,7 +353,7 @@ async fn reserve(
             request.params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS),
             left.dollars()
         ),
-        Ok(Err(Refusal::Unpriced)) => format!("`{model}` has no price, so that it cannot be held to the run's budget"),
+        Ok(Err(Refusal::Unpriced)) => format!("`{model}` has no price, so that the run's budget cannot bound its cost"),
         Err(_) => return Err(late(model, "waited for other calls of its run to leave room in the budget")),
     };
     Err(Failed::unasked(Code::BudgetExhausted, message, FailureKind::Final))

@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn half_open_lets_a_few_calls_probe_and_the_others_wait_for_what_comes_of_them() {
+    async fn a_half_open_breaker_lets_a_few_calls_probe_and_the_others_wait() {
         let breaker = open();
         assert_eq!(breaker.passable().await, Err(OPEN_FOR));
         tokio::time::advance(OPEN_FOR).await;
@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_probe_that_hangs_loses_its_place_and_what_it_finds_out_still_counts() {
+    async fn a_probe_that_hangs_loses_its_place_and_its_result_still_counts() {
         let breaker = open();
         tokio::time::advance(OPEN_FOR).await;
         let hang: Vec<_> = (0..PROBES_MAX).map(|_| breaker.admit().expect("a probe")).collect();

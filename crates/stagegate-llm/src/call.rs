@@ -490,7 +490,7 @@ pub(crate) fn unheard_of(worst: &LedgerEntry, latency: Duration) -> Paid {
 /// The usage that a provider told, as far as it can be.
 fn believed(model: &ModelRef, usage: Usage) -> Usage {
     let Some(capped) = usage.capped() else { return usage };
-    tracing::warn!(%model, "the provider told a number of tokens that no call can have taken; it is booked capped");
+    tracing::warn!(%model, "the provider reported more tokens than a call can use; the booked number is capped");
     capped
 }
 
@@ -507,13 +507,15 @@ async fn enter(served: &Served, door: &Door, job: &Job) -> Result<(Turn, Permit)
 /// Why a model was not asked. It is an outage like one of the model's own, for which nobody is to blame.
 pub(crate) fn unasked(model: &ModelRef, shut: Shut) -> Failed {
     let (code, message, told) = match shut {
-        Shut::Breaker(left) => (Code::BreakerOpen, format!("`{model}` failed too often and is being spared"), left),
+        Shut::Breaker(left) => {
+            (Code::BreakerOpen, format!("`{model}` failed too often; its circuit breaker is open"), left)
+        }
         Shut::Told(left) => {
-            (Code::ProviderRateLimited, format!("`{model}` asked to wait, and is left alone until then"), left)
+            (Code::ProviderRateLimited, format!("`{model}` asked for a pause, and gets no calls until its end"), left)
         }
         Shut::Probing(left) => (
             Code::BreakerOpen,
-            format!("`{model}` failed too often, and other calls find out whether it is back"),
+            format!("`{model}` failed too often, and other calls probe whether it works again"),
             left,
         ),
         Shut::Full => (Code::ProviderTimeout, format!("too many calls wait for `{model}` already"), FULL_WAIT),

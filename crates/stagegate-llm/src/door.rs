@@ -1,4 +1,5 @@
-//! Doors: owns whether a model is asked now. One door a model: its breaker, and its pace once it asked to wait.
+//! Doors: owns whether a call to a model may start now. Each model has one door: its breaker, and its pace after it asked
+//! for a pause.
 
 use std::{
     collections::HashMap,
@@ -17,7 +18,7 @@ use crate::{
     turns::{Full, Turns},
 };
 
-/// Models that have a door. Past it the least recently used is forgotten, and never one that a call is at.
+/// Models that have a door. Past it the least recently used door is removed, but never one that a call uses.
 const DOORS_MAX: usize = 1_024;
 
 /// The door of one model.
@@ -25,18 +26,18 @@ const DOORS_MAX: usize = 1_024;
 pub(crate) struct Door {
     breaker: Breaker,
     pace: Mutex<Pace>,
-    /// Who goes next where the pace keeps calls apart.
+    /// The order of calls while the pace spaces them.
     queue: Turns,
 }
 
-/// Why a call does not go out.
+/// Why a call does not start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Shut {
-    /// The breaker is open, so long.
+    /// The breaker is open, for this long.
     Breaker(Duration),
-    /// The model asked to be left alone, so long.
+    /// The model asked for a pause, for this long.
     Told(Duration),
-    /// Others probe, and keep their places so long at most: see [`Door::probed`].
+    /// Other calls probe, and keep their places for this long at most: see [`Door::probed`].
     Probing(Duration),
     /// Too many wait.
     Full,
@@ -60,12 +61,12 @@ impl Door {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until those who probe have found something out, or left a place.
+    /// Waits until a probing call has a result, or leaves its place.
     pub(crate) async fn probed(&self) -> Result<(), Shut> {
         self.breaker.passable().await.map_err(Shut::Breaker)
     }
 
-    /// Waits for a place among the calls that the pace keeps apart. Who would be refused does not wait.
+    /// Waits for a place among the calls that the pace spaces. A call that would be refused does not wait.
     pub(crate) async fn pass(&self, tenant: &TenantId) -> Result<(), Shut> {
         if let Some(refusal) = self.breaker.refusal() {
             return Err(refusal.into());
@@ -90,7 +91,7 @@ impl Door {
         }
     }
 
-    /// Lets a call go out now, or says why not.
+    /// Lets a call start now, or returns why not.
     pub(crate) fn admit(&self) -> Result<Permit, Shut> {
         self.paced()?;
         self.breaker.admit().map_err(Shut::from)
@@ -183,8 +184,8 @@ impl Doors {
         door
     }
 
-    /// The provider has no such model: a name that somebody made up must not take the place of a model's. `door` is the
-    /// caller's own; where another call is at it, that one forgets it.
+    /// Removes the door of a model that the provider does not have: a made-up name must not take a real model's place.
+    /// `door` is the caller's own; if another call still uses the door, that call removes it.
     pub(crate) fn forget(&self, model: &ModelRef, door: Arc<Door>) {
         let known = &mut *self.lock();
         drop(door);
@@ -263,7 +264,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn doors_are_bounded_and_names_that_are_made_up_keep_none_from_what_it_knows() {
+    async fn doors_are_bounded_and_made_up_names_evict_no_door_with_a_state() {
         let doors = Doors::new(BreakerConfig { min_calls: 2, ..BreakerConfig::default() });
         let (paced, failing, open, used) = (model(0), model(1), model(2), model(3));
         (0..20).for_each(|_| doors.of(&paced).answered());

@@ -1,18 +1,18 @@
-//! Pace: owns when a model that asked to wait is asked again, and how fast then. Until its time is over no call goes
-//! out; after that calls go as far apart as the model took them before it refused, and closer with its answers, as long as it
-//! does not refuse again.
+//! Pace: owns when a model that asked for a pause gets calls again, and how fast. No call starts before the end of the
+//! pause. After it, calls start at the rate at which the model took them before it refused, and faster with each answer, until
+//! the model refuses again.
 
 use std::{collections::VecDeque, time::Duration};
 
 use tokio::time::Instant;
 
-/// Answers that are remembered, to learn how many a model takes.
+/// Answers that are remembered, to learn the rate that a model takes.
 const ANSWERS_MAX: usize = 256;
-/// Fewer answers say nothing of how many a model takes: it was hardly asked.
+/// Fewer answers say nothing about the rate that a model takes: it got hardly any calls.
 const ANSWERS_MIN: usize = 8;
-/// A pace that is faster than this is none.
+/// A pace that is faster than this is no limit.
 const GAP_MIN: Duration = Duration::from_millis(3);
-/// The slowest pace: a model that told too much must not be left alone by that.
+/// The slowest pace: a model that asked for too long a pause must still get calls.
 const GAP_MAX: Duration = Duration::from_secs(1);
 /// The longest time until the pace grows, however long the model asked to wait. From the slowest pace to none it takes 21
 /// such steps.
@@ -71,7 +71,7 @@ impl Pace {
         self.gap = Some(self.gap * 3 / 4).filter(|gap| *gap >= GAP_MIN).unwrap_or_default();
     }
 
-    /// How long it is still to be left alone.
+    /// How long the pause still lasts.
     pub(crate) fn held(&mut self, now: Instant) -> Option<Duration> {
         let hold = self.hold?;
         if now < hold.until {
@@ -100,7 +100,7 @@ impl Pace {
         self.eased_at = Some(now);
     }
 
-    /// Whether calls are to be kept apart.
+    /// Whether calls must be spaced.
     pub(crate) fn is_paced(&self) -> bool {
         !self.gap.is_zero()
     }

@@ -1,12 +1,12 @@
-//! Turns: owns who goes next where only so many may go at once. Those who wait go one tenant after the other, each
-//! tenant's in the order in which they came, so that a tenant that asks much delays others by one turn each.
+//! Turns: owns the order of calls under a limit on concurrent calls. Waiting tenants take turns, and the calls of one
+//! tenant keep their order, so that a tenant with many calls delays the next call of another tenant by one call.
 //!
-//! A turn may take hours, and nobody is told to give way. So there are shares, too:
+//! A turn may take hours, and no holder is told to give way. So there are shares, too:
 //!
 //! - A tenant that is alone may have all turns.
-//! - While others ask, a tenant that has a quarter gets more only as long as a quarter stays free for them, and none while
-//!   one waits that has less than a quarter.
-//! - What is free goes to the waiting tenant that has the least.
+//! - While others ask, a tenant that has a quarter gets more only while a quarter stays free for them, and none while
+//!   a tenant with less than a quarter waits.
+//! - A free turn goes to the waiting tenant that has the fewest.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -20,7 +20,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// Who may wait at once; past it the caller is told to come back.
+/// Calls that may wait at once; a further call is refused with a wait.
 const WAITING_MAX: usize = 65_536;
 /// How long a tenant counts as asking after it asked.
 const ASKS_FOR: Duration = Duration::from_secs(10);
@@ -39,7 +39,7 @@ struct Inner {
     waiting: usize,
     /// The tenants that have a turn or wait for one.
     by_tenant: HashMap<TenantId, Tenant>,
-    /// The tenants that have somebody waiting; of those that have as few turns the first is next.
+    /// The tenants with waiting calls. The first of those with the fewest turns is next.
     order: VecDeque<TenantId>,
     /// The tenant that asked last, and the one before that was another.
     asked: [Option<(TenantId, Instant)>; 2],
@@ -267,7 +267,7 @@ mod tests {
         TenantId::new(name).expect("a slug")
     }
 
-    /// Somebody who waits.
+    /// A waiting call.
     fn waiter(turns: &Turns, name: &str) -> BoxFuture<'static, Result<Turn, Full>> {
         let (turns, tenant) = (turns.clone(), tenant(name));
         let mut waiter = async move { turns.take(&tenant).await }.boxed();
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn those_who_wait_are_bounded_and_those_who_gave_up_do_not_count() {
+    async fn waiting_calls_are_bounded_and_abandoned_ones_do_not_count() {
         let turns = Turns::new(1);
         let _first = turns.take(&tenant("a")).await.expect("free");
         let waiters: Vec<_> = (0..WAITING_MAX).map(|_| waiter(&turns, "a")).collect();
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_kept_free_is_given_away_once_nobody_else_asks() {
+    async fn reserved_turns_are_granted_once_no_other_tenant_asks() {
         let (turns, a) = (Turns::new(4), tenant("a"));
         drop(turns.take(&tenant("b")).await.expect("free"));
         let _of_a: Vec<_> = [turns.take(&a).await, turns.take(&a).await, turns.take(&a).await].into();

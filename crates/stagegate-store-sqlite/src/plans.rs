@@ -193,7 +193,7 @@ const SKEWED: &str = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 F
     CASE n % 3 WHEN 0 THEN 'queued' WHEN 1 THEN 'failed' ELSE 'succeeded' END, 0, '{}', 5, n, n, 1 FROM n";
 
 #[tokio::test]
-async fn what_a_tenant_reads_is_looked_up_by_tenant_whatever_others_have() {
+async fn reads_of_a_tenant_look_rows_up_by_tenant_with_any_statistics() {
     let store = SqliteStore::in_memory().await.expect("a store");
     let all = RunQuery {
         tenant: TenantId::default(),

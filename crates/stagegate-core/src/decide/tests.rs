@@ -353,7 +353,7 @@ fn outages_do_not_count_as_attempts() {
 }
 
 #[test]
-fn a_long_outage_is_asked_ever_less_often_whatever_the_definition_says() {
+fn attempts_during_a_long_outage_become_rarer_despite_a_short_backoff() {
     let source = CANONICAL.replace("backoff: 1s..30s", "backoff: 1ms..1ms, max_wait: 366d");
     for told in [None, Some(Duration::from_millis(1))] {
         let (_, mut run, _) = begin(&source);

@@ -133,7 +133,7 @@ async fn a_refused_call_is_booked_at_nothing() {
 }
 
 #[tokio::test]
-async fn what_a_gateway_answers_in_the_models_place_is_booked_at_its_worst_case() {
+async fn an_answer_of_a_gateway_in_the_models_place_is_booked_at_its_worst_case() {
     for (status, body) in [
         (408, ""),
         (499, ""),
@@ -172,7 +172,7 @@ async fn a_cancelled_run_books_the_calls_under_way_in_the_step_that_ends_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_dead_replica_may_have_bought_is_booked_by_its_successor() {
+async fn the_next_owner_books_the_calls_that_a_dead_replica_may_have_bought() {
     let folder = Arc::new(tempfile::tempdir().expect("a folder"));
     let store = bench::store(folder.path()).await;
     let provider = FakeProvider::start().await;
@@ -229,7 +229,7 @@ async fn each_sample_of_a_prompt_is_an_answer_of_its_own_and_is_cached_by_itself
 }
 
 #[tokio::test]
-async fn a_drained_replica_books_what_it_cuts_off_before_it_gives_the_run_back() {
+async fn a_drained_replica_books_its_aborted_calls_before_it_hands_the_run_back() {
     let bench = Bench::start().await;
     bench.provider.on(any()).once(Reply::hang());
     let run = bench.submit(&pipeline(None, &json!([{ "id": "a", "prompt": "ask" }])), json!({})).await;
@@ -386,7 +386,7 @@ async fn a_replica_that_drains_before_it_has_begun_leaves_former_owners_to_the_n
 }
 
 #[tokio::test]
-async fn what_a_dead_replica_bought_is_a_purchase_also_where_a_drain_comes_between() {
+async fn an_answer_that_a_dead_replica_bought_stays_a_purchase_after_a_drain() {
     let stand = Stand::start().await;
     let first = stand.dies_before_commit(1);
     let doomed = stand.replica(&first).await;

@@ -130,7 +130,8 @@ async fn look(shared: &Shared) -> Readiness {
     let (ping, health) = tokio::join!(timed(store.ping()), timed(shared.engine.llm().health()));
     let mut dependencies = of_store(store.kind(), ping);
     if shared.engine.is_skewed() {
-        let message = "this machine's clock is too far from the database's (engine.clock_skew_max): set it";
+        let message =
+            "this machine's clock differs too much from the database's (engine.clock_skew_max): set the clock";
         dependencies.push(dependency("clock", store.kind(), Condition::Down, None, Some(message)));
     }
     match health {
@@ -178,7 +179,7 @@ fn of_store(kind: &str, ping: Option<(Result<(), StoreError>, Duration)>) -> Vec
         }
         Some((Err(error @ StoreError::Full(_)), latency)) => {
             tracing::warn!(%error, "the store's disk is full");
-            let message = "its disk is full: nothing is accepted until there is room";
+            let message = "its disk is full: the replica accepts nothing until there is room";
             vec![store(Condition::Down, Some(latency), Some(message))]
         }
         Some((Err(error), latency)) => {

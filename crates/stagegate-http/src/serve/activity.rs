@@ -1,5 +1,5 @@
-//! What a connection is doing: owns how long it may do nothing, and how long a head may take. It counts requests and
-//! looks at times; it reads and writes nothing.
+//! The activity of a connection: owns how long it may stay idle, and how long a head may take. It counts requests and
+//! compares times; it reads and writes nothing.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -26,7 +26,7 @@ struct Now {
     since: Instant,
     /// A head has begun, or none has come yet.
     head: bool,
-    /// What is to be sent is not taken.
+    /// The client does not read the bytes that are to be sent.
     blocked: bool,
 }
 

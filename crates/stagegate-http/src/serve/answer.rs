@@ -1,4 +1,4 @@
-//! Answers on their way: owns in which pieces they are sent, and how long a stream of HTTP/2 may take none.
+//! Answers on their way: owns the pieces in which they are sent, and how long the client of an HTTP/2 stream may read none.
 //!
 //! A client of HTTP/2 can close the window of one stream and leave its connection alive. hyper then waits, with the
 //! whole answer in memory. So the body is cut into pieces, the last one a single byte: while hyper asks for no more of
@@ -145,7 +145,7 @@ impl Progress {
     }
 }
 
-/// Runs the streams of HTTP/2, each in a task of its own; ends one whose client takes nothing for the limit.
+/// Runs each HTTP/2 stream in a task of its own, and ends a stream whose client reads nothing for the limit.
 #[derive(Debug, Clone)]
 pub(crate) struct Executor {
     pub(crate) limit: Duration,
@@ -163,7 +163,7 @@ where
             tokio::select! {
                 biased;
                 () = stream => {}
-                () = progress.stalled(limit) => tracing::debug!("a client took nothing of its answer; its stream is reset"),
+                () = progress.stalled(limit) => tracing::debug!("a client read nothing of its answer; its stream ends"),
             }
         }));
     }

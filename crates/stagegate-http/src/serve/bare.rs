@@ -1,4 +1,4 @@
-//! The server's own answers: owns what is said to a client whose head could not be read.
+//! The server's own answers: owns the answer to a client whose head could not be read.
 //!
 //! hyper answers such a head by itself, before any layer of ours, with a bare status. That answer is the last that a connection
 //! writes, has no body and none of our headers, and so is recognised; a problem like any other is sent in its place.

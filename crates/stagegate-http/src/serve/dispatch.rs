@@ -1,8 +1,8 @@
 //! From a connection to the router and back: owns on which runtime a request is handled.
 //!
 //! Connections and probes have a runtime of their own (docs/decisions.md), so that they go on while every thread of the
-//! other one is busy. What is asked of the API is handled there, and its answer is made there to its end: rendered and
-//! compressed. Only finished pieces come back.
+//! other one is busy. Requests of the API run on that other runtime, which also renders and compresses the whole answer.
+//! Only finished pieces come back.
 
 use std::{future::Future, net::IpAddr, pin::Pin, sync::Arc};
 
@@ -111,7 +111,7 @@ fn send(made: Made, open: Open, is_last: bool) -> http::Response<Answer> {
     http::Response::from_parts(head, body)
 }
 
-/// Whether this asks how the daemon is: what has to be answered under any load.
+/// Whether this is a probe, which must get an answer under any load.
 pub(crate) fn is_probe(method: &Method, path: &str) -> bool {
     matches!(*method, Method::GET | Method::HEAD) && matches!(path, "/healthz" | "/readyz" | "/health" | "/metrics")
 }

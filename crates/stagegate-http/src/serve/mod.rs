@@ -87,7 +87,7 @@ pub(crate) async fn run(
     connections.close();
     let left = connections.len();
     if timeout(config.request_timeout.0 + SHUTDOWN_SLACK, connections.wait()).await.is_err() {
-        tracing::warn!(connections = left, "connections were still busy when the time for them was over");
+        tracing::warn!(connections = left, "connections were still busy at the end of their grace period");
     }
 }
 
@@ -105,7 +105,7 @@ enum End {
     Broke(hyper::Error),
     /// Its head did not come in time.
     LateHead,
-    /// It asked nothing for too long, or its place was given to another.
+    /// It sent no request for too long, or gave its place to another.
     Closed,
 }
 
@@ -172,7 +172,7 @@ impl Server {
             End::Served => {}
             End::Broke(error) => tracing::debug!(%peer, %error, "a connection broke"),
             End::LateHead => tracing::debug!(%peer, "a head did not come in time"),
-            End::Closed => tracing::debug!(%peer, "a connection asked nothing for too long, or had to give way"),
+            End::Closed => tracing::debug!(%peer, "a connection was idle for too long, or gave its place to another"),
         }
     }
 }

@@ -1,9 +1,8 @@
-//! Places for connections: owns how many there are, how many one peer may hold, and the few beyond that which only
-//! answer probes.
+//! Places for connections: owns how many there are, how many one peer may hold, and the reserved ones for probes.
 //!
-//! A connection that finds no ordinary place gets a reserved one: its probe is answered, anything else is refused with
-//! 503, and it is closed. Who comes when these are taken, too, takes the oldest one, so that a probe, which needs a few
-//! milliseconds, is answered whatever others do.
+//! A connection that finds no ordinary place gets a reserved one. The server answers its probe, or refuses any other
+//! request with 503, and closes it. When all reserved places are taken, the newest connection takes the oldest place, so
+//! that a probe, which needs a few milliseconds, always gets its answer.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 /// Places beyond the limit, for probes.
 pub(crate) const RESERVED: usize = 64;
 
-/// Who connects: an address, or for IPv6 the network of it that one customer of a provider has to choose from.
+/// A peer: an IPv4 address, or the /64 network of an IPv6 address, which is what one customer of a provider gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Peer(IpAddr);
 

@@ -1,8 +1,8 @@
 //! A connection's bytes: owns the limit on slow readers, what is put back after a look at the first bytes, and that the
 //! server's own answers are replaced by ours ([`super::bare`]).
 //!
-//! A connection whose other side takes nothing for too long is closed, so that neither an event stream nor a large
-//! answer can be held open for ever by a client that does not read it.
+//! The server closes a connection whose client reads nothing for too long, so that such a client can hold neither an event
+//! stream nor a large answer open for ever.
 
 use std::{
     future::Future,

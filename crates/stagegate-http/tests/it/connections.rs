@@ -86,7 +86,7 @@ fn is_whole_problem(answer: &str, status: u16, code: &str) {
 }
 
 #[tokio::test]
-async fn what_is_no_http_is_answered_with_a_whole_problem() {
+async fn bytes_that_are_not_http_get_a_whole_problem() {
     let app = impatient().await;
     for head in [
         "GET /healthz HTTP/9.9\r\nhost: x\r\n\r\n",
@@ -296,7 +296,7 @@ fn submit_head(app: &TestApp, key: &str) -> http::Request<()> {
 }
 
 #[tokio::test]
-async fn bodies_that_do_not_come_keep_nobody_from_being_served() {
+async fn bodies_that_do_not_come_block_no_other_request() {
     let app = spawn_app().await;
     let mut held = Vec::new();
     for _ in 0..6 {

@@ -285,7 +285,7 @@ async fn a_delayed_run_waits_with_its_priority_until_its_time() {
 }
 
 #[tokio::test]
-async fn a_repeated_request_is_its_run_whatever_would_be_said_of_it_today() {
+async fn a_repeated_request_returns_its_run_even_if_it_would_be_refused_today() {
     let limits = TenantLimits { max_queued: 1, ..TenantLimits::default() };
     let engine = EngineConfig { max_runs: 0, tenant_defaults: limits, ..EngineConfig::default() };
     let app = TestApp::spawn_with(Options::default(), engine, None).await;

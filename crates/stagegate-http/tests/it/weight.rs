@@ -66,7 +66,7 @@ async fn answers_that_are_not_read_are_held_back_and_keep_no_other_tenant_waitin
 }
 
 #[tokio::test]
-async fn a_tenant_whose_plans_fill_the_memory_for_values_keeps_nobody_from_submitting() {
+async fn plans_of_one_tenant_that_fill_the_memory_for_values_block_no_other_tenants_submits() {
     let app = spawn().await;
     let values = &app.engine.memory().values;
     let greedy = TenantId::new("acme").expect("valid");

@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_of_an_older_version_is_read_and_is_nobodys_purchase() {
+    fn an_entry_of_an_older_version_is_read_and_names_no_purchase() {
         let text = String::from_utf8(entry().encode()).expect("JSON");
         let old = text.replace(",\"stage\":\"one\",\"attempt\":2", "");
         assert_ne!(old, text);

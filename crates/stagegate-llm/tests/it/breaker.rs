@@ -73,7 +73,7 @@ async fn one_probe_decides_whether_a_model_is_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn while_a_few_calls_probe_others_wait_for_what_comes_of_it() {
+async fn while_a_few_calls_probe_others_wait_for_their_result() {
     let one = Scripted::new(Act::Fail(Code::ProviderUnreachable, true));
     let (llm, _) = scripted(&[("one", &one)], &config());
     for n in 0..10 {
@@ -124,7 +124,7 @@ async fn while_a_model_is_probed_the_next_one_of_a_chain_is_asked_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn calls_that_probe_and_hang_keep_nobody_longer_than_the_floor() {
+async fn probes_that_hang_delay_other_calls_for_the_floor_at_most() {
     let one = Scripted::new(Act::Fail(Code::ProviderFailed, true));
     let (llm, _) = scripted(&[("one", &one)], &config());
     probed_by_calls_that_hang(&one, &llm).await;

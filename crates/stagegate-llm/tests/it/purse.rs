@@ -99,7 +99,7 @@ async fn a_model_that_does_not_fit_is_passed_over_without_a_call() {
 }
 
 #[tokio::test]
-async fn followers_begin_anew_where_the_one_who_was_to_pay_left_before_the_call_was_sent() {
+async fn followers_begin_again_if_the_leader_left_before_its_call_was_sent() {
     let one = Scripted::held(Act::Answer("a"));
     let mut narrow = config();
     let slots = serde_json::from_value(serde_json::json!({ "kind": "openai", "max_concurrency": 1 })).expect("valid");

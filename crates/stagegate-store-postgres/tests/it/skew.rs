@@ -163,7 +163,7 @@ async fn complaints(
 }
 
 #[tokio::test]
-async fn what_a_tenant_reads_costs_its_own_rows_whatever_others_have() {
+async fn reads_of_a_tenant_cost_its_own_rows_beside_large_tenants() {
     let (_store, database) = crate::fresh(&PoolConfig::default()).await;
     let mut connection = PgConnection::connect(database.url()).await.expect("connects");
     for (name, value) in statements::SESSION {

@@ -304,7 +304,7 @@ impl Signals {
                 _ = self.interrupt.recv() => 130,
                 _ = self.terminate.recv() => 143,
                 _ = self.hangup.recv() => {
-                    tracing::warn!("SIGHUP: a reload is not supported; restart to read the configuration anew");
+                    tracing::warn!("SIGHUP: a reload is not supported; restart to read the configuration again");
                     continue;
                 }
             };
