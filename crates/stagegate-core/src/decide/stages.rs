@@ -83,9 +83,17 @@ impl Run {
             AttemptResult::Failed { code, message, detail, kind, tried } => {
                 let id = self.stages[stage].record.id.clone();
                 let failure = Failure { detail, ..Failure::new(code, message).of_stage(id) };
-                let public = failure.public();
+                let mut public = failure.public();
                 let ended = Attempt { failure: Some(failure), ..ended };
                 let again = match kind {
+                    FailureKind::Outage { .. } if self.are_judged_up(stage, &tried) => {
+                        self.stages[stage].record.judged += 1;
+                        self.forget_outage(stage);
+                        // Not the outage ends it: that would have been waited out.
+                        let message = "no answer of the judge could be used, and `retry.max_attempts` allows no other";
+                        public = Failure { stage: public.stage, ..Failure::new(Code::AttemptsExhausted, message) };
+                        None
+                    }
                     FailureKind::Outage { told } => self.after_outage(stage, &public, told, tried, now, jitter),
                     FailureKind::Unusable => self.after_unusable(stage, now, jitter),
                     FailureKind::Final => {
@@ -114,9 +122,13 @@ impl Run {
         may_retry.then(|| self.at_most_deadline(now, self.backoff(stage, doublings, jitter)))
     }
 
-    /// When the stage is tried again after an outage, if it is. An answer beside it that was paid for counts; once answers
-    /// are used up only the models that met the outage are asked, and where it was not the stage's own that did, nothing is
-    /// left to be asked.
+    /// Whether an answer was paid for beside an outage of the judge's and was the last that may be. Once answers are used up
+    /// only the stage's own models that met an outage are asked, so that nothing is left to be asked.
+    fn are_judged_up(&self, stage: usize, tried: &Tried) -> bool {
+        tried.answered && tried.away.is_empty() && !self.attempts_left(stage)
+    }
+
+    /// When the stage is tried again after an outage, if it is. An answer beside it that was paid for counts.
     fn after_outage(
         &mut self,
         stage: usize,
@@ -128,10 +140,6 @@ impl Run {
     ) -> Option<DateTime<Utc>> {
         if tried.answered {
             self.stages[stage].record.judged += 1;
-            if self.are_answers_used_up(stage) && tried.away.is_empty() {
-                self.forget_outage(stage);
-                return None;
-            }
         }
         let next_at = self.meet_outage(stage, failure, Outage { told, away: tried.away }, now, jitter);
         self.outage_may_pass(stage, now).then_some(next_at)
