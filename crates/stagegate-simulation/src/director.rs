@@ -9,7 +9,7 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::json;
 use stagegate_core::{
-    RunId, StageId, StageState, TenantId,
+    Code, RunId, StageId, StageState, TenantId,
     pipeline::{Labels, Span},
     store::{Commit, Idempotency},
 };
@@ -36,6 +36,8 @@ use crate::{
 
 /// How long after the storm the last run may take to end.
 const CALM_MS: i64 = 240_000;
+/// The same where a run crashes its owners: each crash costs the time of a lease.
+const CRASHING_CALM_MS: i64 = 600_000;
 /// How long what was sent in the storm may be on its way: a submit whose client has given up still makes a run.
 const ON_THE_WAY_MS: i64 = 16_000;
 /// How long a client waits for an answer.
@@ -77,6 +79,10 @@ pub struct Counts {
     pub parks: u64,
     /// Processes that were killed.
     pub kills: u64,
+    /// Owners that were crashed by their runs.
+    pub crashes: u64,
+    /// Runs that were given up for that.
+    pub given_up: u64,
     /// Replicas that were declared dead while they lived.
     pub lost: u64,
     /// Processes that were stopped for a while.
@@ -96,12 +102,15 @@ pub struct Counts {
 impl Counts {
     /// Counts what a step says.
     pub(crate) fn steps(&mut self, commit: &Commit) {
-        use stagegate_core::EventKind::{RunWaiting, StageHeld, StageRetrying};
+        use stagegate_core::EventKind::{RunFinished, RunWaiting, StageHeld, StageRetrying};
         for event in &commit.events {
             match event.kind {
                 StageRetrying { .. } => self.retries += 1,
                 StageHeld { .. } => self.holds += 1,
                 RunWaiting { .. } => self.parks += 1,
+                RunFinished { failure: Some(ref failure), .. } if failure.code == Code::RunCrashed => {
+                    self.given_up += 1;
+                }
                 _ => {}
             }
         }
@@ -119,6 +128,8 @@ impl Counts {
             holds,
             parks,
             kills,
+            crashes,
+            given_up,
             lost,
             pauses,
             drains,
@@ -136,6 +147,8 @@ impl Counts {
         self.holds += holds;
         self.parks += parks;
         self.kills += kills;
+        self.crashes += crashes;
+        self.given_up += given_up;
         self.lost += lost;
         self.pauses += pauses;
         self.drains += drains;
@@ -218,13 +231,16 @@ async fn play(world: &Arc<World>) {
         let max_runs = [1, 3, 1_000].choose(rng).copied().unwrap_or(1_000);
         (rng.random_range(1..=3_usize), rng.random_range(12_000..40_000), ttl, rng.random_range(1..6), max_runs, made)
     };
-    let config = EngineConfig {
+    let mut config = EngineConfig {
         max_runs,
         lease_ttl: Span(Duration::from_millis(ttl_ms)),
         poll_interval: Span(Duration::from_secs(1)),
         park_after: Span(Duration::from_secs(park_s)),
         ..EngineConfig::default()
     };
+    if let Some(crasher) = &world.crasher {
+        config.run_crashes_max = crasher.crashes_max;
+    }
     // Most are a little wrong. Some are wrong by as much as is not refused yet.
     let skew = |rng: &mut StdRng| {
         let most = if rng.random_ratio(1, 3) { 25_000 } else { 800 };
@@ -235,6 +251,7 @@ async fn play(world: &Arc<World>) {
     {
         let checks = &mut world.lock().checks;
         checks.ttl_ms = i64::try_from(ttl_ms).unwrap_or(0);
+        checks.crashes_max = setup.config.run_crashes_max;
         checks.dags = made.iter().map(|made| (made.name.clone(), made.needs.clone())).collect();
     }
     for place in 0..places {
@@ -242,6 +259,7 @@ async fn play(world: &Arc<World>) {
     }
     world.note("world", || format!("{places} replicas, {setup:?}"));
     world.note("world", || format!("the storm: {:?}, {storm_ms} ms long", world.lock().weather));
+    world.note("world", || format!("{:?}", world.crasher));
     for made in &made {
         world.note("world", || format!("pipeline {}", made.source));
     }
@@ -492,7 +510,8 @@ async fn calm(world: &Arc<World>, mut crowd: Crowd) {
     world.lock().stormy = false;
     let processes = world.lock().processes.len();
     (0..processes).for_each(|process| world.resume(process));
-    let (over_at, arrived_at) = (world.now_ms() + CALM_MS, world.now_ms() + ON_THE_WAY_MS);
+    let calm_ms = if world.crasher.is_some() { CRASHING_CALM_MS } else { CALM_MS };
+    let (over_at, arrived_at) = (world.now_ms() + calm_ms, world.now_ms() + ON_THE_WAY_MS);
     let mut accepted = Vec::new();
     for look in 0_u64.. {
         while let Some(client) = crowd.clients.try_join_next() {

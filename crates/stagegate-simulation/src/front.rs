@@ -19,6 +19,7 @@ use stagegate_core::{
 
 use crate::{
     Flaw,
+    crasher::Moment,
     store::Row,
     world::{Standing, World},
 };
@@ -173,6 +174,8 @@ impl Front {
             self.world.check(|checks| checks.submitted(run, answer));
             self.world.note_by(self.process, || format!("SUBMIT {}: {answer:?}", self.world.name_of(run.id)));
         }
+        let leased = runs.iter().zip(&answers).filter(|(_, answer)| matches!(answer, Submitted::Accepted(Some(_))));
+        self.world.crash(self.process, Moment::Starts, leased.map(|(run, _)| run.id));
         Ok(answers)
     }
 
@@ -194,6 +197,10 @@ impl Front {
         let written = before.into_iter().zip(&answers).filter(|(_, answer)| **answer == Committed::Now);
         let written = written.filter_map(|(before, _)| before);
         self.world.lock().processes[self.process].unflushed.extend(written.map(|(run, row)| (now, run, row)));
+        let goes_on =
+            |(commit, answer): &(&Commit, &Committed)| **answer == Committed::Now && commit.then == Disposition::Keep;
+        let going_on = commits.iter().zip(&answers).filter(goes_on).map(|(commit, _)| commit.lease.run);
+        self.world.crash(self.process, Moment::Starts, going_on);
         Ok(answers)
     }
 
@@ -401,7 +408,12 @@ impl Store for Front {
     }
 
     async fn load(&self, leases: &[Lease]) -> StoreResult<Vec<Snapshot>> {
-        self.plain("load", self.world.store.load(leases)).await
+        let load = async {
+            let snapshots = self.world.store.load(leases).await;
+            self.world.crash(self.process, Moment::Loads, snapshots.iter().flatten().map(|each| each.lease.run));
+            snapshots
+        };
+        self.plain("load", load).await
     }
 
     async fn signals(&self, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {

@@ -11,11 +11,13 @@
 //!   arrive twice, or kill its replica.
 //! - `provider` answers, errs, limits, hangs.
 //! - `script` makes up pipelines and runs; `director` plays a seed to its end.
+//! - `crasher` picks the run that crashes its owners.
 //! - `panics` notices what is swallowed.
 //! - `check` watches every step against the promises of the design.
 
 mod cache;
 mod check;
+mod crasher;
 mod director;
 mod front;
 mod panics;
@@ -69,4 +71,8 @@ pub enum Flaw {
     DriverPanics,
     /// The provider charges twice for what it answers.
     ChargesTwice,
+    /// A crash of a run's owner is not counted.
+    CrashesUncounted,
+    /// Each claim of a run that had an owner counts as a crash of that owner.
+    TakeOversCount,
 }

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Once},
 };
 
-use crate::world::World;
+use crate::{crasher::ON_PURPOSE, world::World};
 
 thread_local! {
     /// The world that this thread plays: all of it is played by one.
@@ -20,6 +20,9 @@ pub(crate) fn listen(world: &Arc<World>) -> Listening {
     HOOK.call_once(|| {
         let before = take_hook();
         set_hook(Box::new(move |panic| {
+            if panic.payload_as_str() == Some(ON_PURPOSE) {
+                return;
+            }
             note(panic);
             before(panic);
         }));

@@ -14,6 +14,7 @@ use stagegate_llm::provider::{Answer, Finish, Limits, Provider, ProviderError, P
 
 use crate::{
     Flaw,
+    crasher::{Moment, ON_PURPOSE},
     world::{Away, LIMIT_MS, World},
 };
 
@@ -62,6 +63,24 @@ fn digest(request: &ProviderRequest<'_>) -> u64 {
 }
 
 impl Scripted {
+    /// Ends the process or the driver that asks for a run that crashes its owners.
+    async fn crash(&self, call: u64, tag: &str) {
+        let world = &self.world;
+        let Some(crasher) = world.crasher.as_ref().filter(|crasher| crasher.tag == tag) else { return };
+        if !matches!(crasher.moment, Moment::Panics | Moment::Calls) {
+            return;
+        }
+        if crasher.charged {
+            world.book(|checks| checks.charges(call, tag, price(&usage(call))));
+        }
+        if crasher.moment == Moment::Panics {
+            world.lock().counts.crashes += 1;
+            std::panic::panic_any(ON_PURPOSE);
+        }
+        world.strike(self.process, None);
+        std::future::pending::<()>().await;
+    }
+
     fn fate(&self) -> (Fate, Duration) {
         let slowness = self.world.lock().weather.slowness;
         if let Some(away) = self.world.away() {
@@ -129,6 +148,7 @@ impl Provider for Scripted {
         world.check(|checks| checks.call_starts(self.process, call, digest, &tag, &stage));
         assert!(world.store.flaw != Flaw::DriverPanics || call > 1, "the first call panics on purpose");
         let mut under_way = UnderWay { world, process: self.process, call, over: false };
+        self.crash(call, &tag).await;
         let (fate, latency) = self.fate();
         if !matches!(fate, Fate::Limited(_) | Fate::Unreachable | Fate::Failed | Fate::Rejected) {
             let times = if world.store.flaw == Flaw::ChargesTwice { 2 } else { 1 };

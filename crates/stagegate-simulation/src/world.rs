@@ -16,6 +16,7 @@ use crate::{
     MemoryStore, Options,
     cache::Tier,
     check::{Checks, Violation},
+    crasher::{Crasher, Moment},
     director::Counts,
     store::{EPOCH_MS, Row},
 };
@@ -96,6 +97,7 @@ pub(crate) enum Away {
 pub(crate) struct World {
     pub(crate) store: MemoryStore,
     pub(crate) tier: Tier,
+    pub(crate) crasher: Option<Crasher>,
     /// Somebody was let go on, or died.
     pub(crate) changed: Notify,
     /// A promise was broken.
@@ -132,6 +134,9 @@ impl World {
     pub(crate) fn new(seed: u64, options: Options) -> Arc<Self> {
         let mut rng = StdRng::seed_from_u64(seed);
         let weather = weather(&mut rng);
+        let crasher = Crasher::of_seed(seed);
+        let mut checks = Checks::default();
+        checks.crasher.clone_from(&crasher);
         let inner = Inner {
             rng,
             weather,
@@ -139,7 +144,7 @@ impl World {
             closing: false,
             watching: 0,
             processes: Vec::new(),
-            checks: Checks::default(),
+            checks,
             counts: Counts::default(),
             vacant: Vec::new(),
             taken: (0, 0),
@@ -148,6 +153,7 @@ impl World {
         Arc::new(Self {
             store: MemoryStore::with_flaw(options.flaw),
             tier: Tier::new(options.flaw),
+            crasher,
             changed: Notify::new(),
             broken: Notify::new(),
             panic: OnceLock::new(),
@@ -291,6 +297,33 @@ impl World {
         if let Some(engine) = engine {
             tokio::spawn(async move { engine.drain(Duration::ZERO).await });
         }
+    }
+
+    /// Kills a process if one of these runs crashes its owner at this moment.
+    pub(crate) fn crash(&self, process: usize, moment: Moment, runs: impl IntoIterator<Item = RunId>) {
+        let crashing = {
+            let checks = &self.lock().checks;
+            runs.into_iter().find(|run| checks.crashes_at(*run, moment))
+        };
+        if let Some(run) = crashing {
+            self.strike(process, Some(run));
+        }
+    }
+
+    /// Kills a process by a run that crashes its owners.
+    pub(crate) fn strike(&self, process: usize, run: Option<RunId>) {
+        let replica = {
+            let inner = &mut *self.lock();
+            if inner.processes[process].standing == Standing::Dead {
+                return;
+            }
+            inner.counts.crashes += 1;
+            // What it wrote is stored: only the answer is lost.
+            inner.processes[process].unflushed.clear();
+            inner.processes[process].replica
+        };
+        self.book(|checks| checks.struck(replica, run));
+        self.kill(process);
     }
 
     /// Where the flush is not awaited: what was acknowledged in the last moment was not on the disk. A later claim was, and

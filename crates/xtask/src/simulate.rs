@@ -158,12 +158,13 @@ impl Tally {
 
 fn print(played: u64, seconds: f64, counts: &Counts) {
     let Counts { runs, commits, claims, resumed, calls, retries, holds, parks, .. } = counts;
-    let Counts { kills, lost, pauses, drains, store_faults, duplicates, cache_faults, .. } = counts;
+    let Counts { kills, crashes, given_up, lost, pauses, drains, store_faults, duplicates, cache_faults, .. } = counts;
     #[expect(clippy::cast_precision_loss, reason = "for people")]
     let rate = played as f64 / seconds;
     println!("{played} seeds in {seconds:.1} s ({rate:.0} seeds/s), {} minutes of virtual time", counts.seconds / 60);
     println!("  {runs} runs, {commits} commits, {claims} claims ({resumed} of runs that had an owner before)");
     println!("  {calls} provider calls, {retries} retries, {holds} holds, {parks} runs parked");
+    println!("  {crashes} owners crashed by their runs, {given_up} runs given up");
     println!("  {kills} kills, {lost} leases lost, {pauses} pauses, {drains} drains");
     println!("  {store_faults} store calls failed or late, {duplicates} twice, {cache_faults} cache calls failed");
     println!("every promise was kept");

@@ -93,6 +93,9 @@ impl Checks {
         }
         // Of a tag that two runs share, nobody knows whose call it is.
         let [run] = runs.as_slice() else { return Ok(()) };
+        if owned {
+            self.may_go_on(*run, "made a call")?;
+        }
         let Some(cancel_at) = self.runs.get(run).and_then(|book| book.cancel_at) else { return Ok(()) };
         let heartbeat = self.ttl_ms / 3 + HEARING_MS;
         let disturbed = self.disturbed.get(&process).is_some_and(|at| *at >= cancel_at - heartbeat);
@@ -147,7 +150,8 @@ impl Checks {
             // take-over at most, times what can be under way side by side.
             let take_overs: i64 = runs.iter().filter_map(|run| state.runs.get(run)).map(|row| row.epoch.0 - 1).sum();
             let hidden = if self.calls.lost { judges.min(take_overs.max(0) * DEAREST_CALL_NANOS) } else { 0 };
-            if known > charged || totals.cost_usd.nanos() + unowned + hidden < charged {
+            let unbooked = runs.iter().any(|run| self.given_up_unbooked.contains(run));
+            if known > charged || (totals.cost_usd.nanos() + unowned + hidden < charged && !unbooked) {
                 let what = format!(
                     "{charged} nano-dollars were charged to {tag} ({unowned} without a lease, {judges} for judges), whose runs \
                      are booked {totals:?}"

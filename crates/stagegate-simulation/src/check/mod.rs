@@ -2,12 +2,18 @@
 //! never asks the store whether the store was right.
 
 mod calls;
+mod crashes;
 mod runs;
 mod turns;
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use stagegate_core::{PipelineName, ReplicaId, RunId, StageId};
+
+use crate::crasher::Crasher;
 
 /// What is promised: section 3 of the design, and what a store must do for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,6 +46,8 @@ pub enum Promise {
     PriorityIsKept,
     /// A provider that recovers in time fails no stage by its outage.
     OutagesPass,
+    /// A run that crashes its owners ends after a given number of crashes, and ends no other run.
+    CrashersEnd,
     /// Nothing panics, whoever catches it.
     NoPanic,
 }
@@ -61,6 +69,7 @@ impl fmt::Display for Promise {
             Self::DeadlineIsKept => "that a run does not expire before its deadline",
             Self::PriorityIsKept => "that priority goes first",
             Self::OutagesPass => "that an outage that passes fails nothing",
+            Self::CrashersEnd => "that a run which crashes its owners ends, and no other with it",
             Self::NoPanic => "that nothing panics",
         })
     }
@@ -93,6 +102,10 @@ pub(crate) struct Checks {
     pub(crate) first: Option<Violation>,
     /// What a lease lives without a heartbeat.
     pub(crate) ttl_ms: i64,
+    /// After so many crashes of its owners a run is given up.
+    pub(crate) crashes_max: u32,
+    /// Which runs crash their owners.
+    pub(crate) crasher: Option<Crasher>,
     /// The needs of each stage, by pipeline.
     pub(crate) dags: BTreeMap<PipelineName, BTreeMap<StageId, Vec<StageId>>>,
     runs: BTreeMap<RunId, runs::Book>,
@@ -104,6 +117,10 @@ pub(crate) struct Checks {
     /// When a process was last kept from hearing what is asked of its runs.
     disturbed: BTreeMap<usize, i64>,
     calls: calls::Calls,
+    /// Replicas that a crasher killed.
+    struck: BTreeSet<ReplicaId>,
+    /// Runs that were ended by their rows alone.
+    given_up_unbooked: BTreeSet<RunId>,
 }
 
 impl Checks {

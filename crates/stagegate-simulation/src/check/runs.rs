@@ -11,7 +11,7 @@ use stagegate_core::{
     },
 };
 
-use super::{Checked, Checks, Promise};
+use super::{Checked, Checks, Promise, crashes::Crashes};
 use crate::store::{EPOCH_MS, State};
 
 /// How far a replica's time may be from the database's, at most: what an answer takes that is slow.
@@ -34,8 +34,9 @@ pub(super) struct Book {
     /// From when on it can be claimed while nobody holds it, where that is known.
     pub(super) claimable_at: Option<i64>,
     pub(super) holder: Option<(ReplicaId, Epoch)>,
+    pub(super) crashes: Crashes,
     top_epoch: Epoch,
-    last_seq: u64,
+    pub(super) last_seq: u64,
     /// The newest step whose author was told that it is durable.
     acknowledged: u64,
     ended: bool,
@@ -87,6 +88,7 @@ impl Checks {
             checkpoints: BTreeSet::new(),
             started: BTreeSet::new(),
             holder: new.lease_to.zip(*epoch),
+            crashes: Crashes::default(),
             top_epoch: epoch.unwrap_or(Epoch(0)),
             last_seq: events.len() as u64,
             acknowledged: 0,
@@ -116,6 +118,10 @@ impl Checks {
                 let what = format!("{} was taken while the lease under epoch {} was alive", book.name, epoch.0);
                 return self.broken(Promise::OneOwner, what);
             }
+            if book.holder.is_some() {
+                // Its owner was out of time.
+                self.owner_crashed(lease.run);
+            }
             if let Some(book) = self.runs.get_mut(&lease.run) {
                 (book.holder, book.top_epoch) = (Some((replica, lease.epoch)), lease.epoch);
             }
@@ -133,30 +139,45 @@ impl Checks {
     }
 
     pub(crate) fn released(&mut self, leases: &[Lease]) {
-        for lease in leases {
-            if let Some(book) = self.runs.get_mut(&lease.run)
-                && book.holder.is_some_and(|(_, epoch)| epoch == lease.epoch)
-            {
+        for lease in leases.iter().filter(|lease| self.is_holder(**lease)).collect::<Vec<_>>() {
+            self.owner_may_have_crashed(lease.run);
+            if let Some(book) = self.runs.get_mut(&lease.run) {
                 book.hand_back(self.now_ms);
             }
         }
     }
 
     pub(crate) fn put_back(&mut self, back: &[PutBack]) {
-        for PutBack { lease, after, .. } in back {
-            if let Some(book) = self.runs.get_mut(&lease.run)
-                && book.holder.is_some_and(|(_, epoch)| epoch == lease.epoch)
-            {
+        for PutBack { lease, after, crashed } in back {
+            if !self.is_holder(*lease) {
+                continue;
+            }
+            if *crashed {
+                self.owner_crashed(lease.run);
+            } else {
+                self.owner_may_have_crashed(lease.run);
+            }
+            if let Some(book) = self.runs.get_mut(&lease.run) {
                 book.hand_back(self.now_ms.saturating_add(i64::try_from(after.as_millis()).unwrap_or(i64::MAX)));
             }
         }
     }
 
     pub(crate) fn left(&mut self, replica: ReplicaId) {
-        self.replicas.remove(&replica);
-        for book in self.runs.values_mut().filter(|book| book.holder.is_some_and(|(holder, _)| holder == replica)) {
-            book.hand_back(self.now_ms);
+        let is_held = |book: &Book| book.holder.is_some_and(|(holder, _)| holder == replica);
+        let held: Vec<RunId> = self.runs.iter().filter(|(_, book)| is_held(book)).map(|(run, _)| *run).collect();
+        for run in held {
+            self.owner_may_have_crashed(run);
+            if let Some(book) = self.runs.get_mut(&run) {
+                book.hand_back(self.now_ms);
+            }
         }
+        self.replicas.remove(&replica);
+    }
+
+    fn is_holder(&self, lease: Lease) -> bool {
+        let holder = self.runs.get(&lease.run).and_then(|book| book.holder);
+        holder.is_some_and(|(_, epoch)| epoch == lease.epoch)
     }
 
     pub(crate) fn signalled(&mut self, signal: &NewSignal, answer: &Signalled) {
@@ -199,6 +220,9 @@ impl Checks {
         }
         for event in &commit.events {
             self.event(run, event)?;
+            if let EventKind::RunFinished { state, failure, .. } = &event.kind {
+                self.may_end(run, first - 1, *state, failure.as_ref())?;
+            }
         }
         if let Some(ledger) = ledger
             && ledger != commit.totals
@@ -252,6 +276,7 @@ impl Checks {
                 if let Some(book) = self.runs.get(&run) {
                     self.is_due(book)?;
                 }
+                self.may_go_on(run, "started a stage")?;
                 if let Some(need) = self.missing_need(run, stage) {
                     return self
                         .broken(Promise::Order, format!("{name}/{stage} started before {need} had its checkpoint"));
@@ -348,6 +373,8 @@ impl Checks {
     /// Time is up.
     pub(crate) fn stuck(&self, state: &State) -> Checked {
         let stuck = state.runs.values().filter(|row| !row.record.state.is_terminal());
+        let crashes = stuck.clone().any(|row| self.may_go_on(row.record.id, "goes on").is_err());
+        let promise = if crashes { Promise::CrashersEnd } else { Promise::AcceptedMeansFinished };
         let stuck: Vec<String> = stuck
             .map(|row| {
                 let stages: Vec<String> =
@@ -356,6 +383,6 @@ impl Checks {
                 format!("{} ({state}, owned: {owned}; {})", self.name(row.record.id), stages.join(", "))
             })
             .collect();
-        self.broken(Promise::AcceptedMeansFinished, format!("stuck: {}", stuck.join("; ")))
+        self.broken(promise, format!("stuck: {}", stuck.join("; ")))
     }
 }

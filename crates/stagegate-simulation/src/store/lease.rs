@@ -59,7 +59,7 @@ impl State {
             return Vec::new();
         }
         if flaw != Flaw::LeasesNeverExpire {
-            self.reap(now);
+            self.reap(flaw, now);
         }
         if !self.replicas.get(&replica).is_some_and(|replica| replica.is_alive(now)) {
             return Vec::new();
@@ -86,6 +86,9 @@ impl State {
         let mut leases = Vec::with_capacity(ready.len());
         for run in ready {
             let Some(row) = self.runs.get_mut(&run) else { continue };
+            if flaw == Flaw::TakeOversCount && row.epoch.0 > 0 {
+                row.crashed();
+            }
             if flaw != Flaw::ClaimKeepsEpoch || row.epoch.0 == 0 {
                 row.epoch.0 += 1;
             }
@@ -121,7 +124,7 @@ impl State {
     }
 
     /// Declares dead the replicas that are out of time; their runs are ready.
-    fn reap(&mut self, now: i64) {
+    fn reap(&mut self, flaw: Flaw, now: i64) {
         let mut dead = Vec::new();
         for (id, replica) in &mut self.replicas {
             if replica.dead_at.is_none() && replica.expires_at <= now {
@@ -130,9 +133,8 @@ impl State {
             }
         }
         for id in &dead {
-            for row in self.runs.values_mut().filter(|row| row.owner == Some(*id)) {
-                row.crashed();
-            }
+            let owned = |row: &&mut Row| row.owner == Some(*id) && flaw != Flaw::CrashesUncounted;
+            self.runs.values_mut().filter(owned).for_each(Row::crashed);
             self.hand_back_all(*id, now);
         }
         if !dead.is_empty() {
@@ -158,10 +160,10 @@ impl State {
         }
     }
 
-    pub(crate) fn put_back(&mut self, back: &[PutBack], now: i64) {
+    pub(crate) fn put_back(&mut self, back: &[PutBack], flaw: Flaw, now: i64) {
         for PutBack { lease, after, crashed } in back {
             let Some(row) = self.runs.get_mut(&lease.run).filter(|row| row.is_leased(*lease)) else { continue };
-            if *crashed {
+            if *crashed && flaw != Flaw::CrashesUncounted {
                 row.crashed();
             }
             row.hand_back(now);

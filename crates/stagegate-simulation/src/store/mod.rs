@@ -282,7 +282,7 @@ impl Store for MemoryStore {
     }
 
     async fn put_back(&self, back: &[PutBack]) -> StoreResult<()> {
-        self.with(|state, now| state.put_back(back, now));
+        self.with(|state, now| state.put_back(back, self.flaw, now));
         Ok(())
     }
 

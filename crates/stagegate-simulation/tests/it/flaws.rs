@@ -99,3 +99,13 @@ fn a_provider_that_charges_more_than_is_booked_is_caught() {
 fn a_take_over_that_forgets_its_former_owners_is_caught() {
     assert_eq!(caught(Flaw::OwnersForgotten), Promise::MoneyIsExact);
 }
+
+#[test]
+fn a_store_that_counts_no_crash_is_caught() {
+    assert_eq!(caught(Flaw::CrashesUncounted), Promise::CrashersEnd);
+}
+
+#[test]
+fn a_store_that_counts_each_take_over_as_a_crash_is_caught() {
+    assert_eq!(caught(Flaw::TakeOversCount), Promise::CrashersEnd);
+}
