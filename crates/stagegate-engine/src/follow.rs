@@ -582,7 +582,7 @@ mod tests {
     #[test]
     fn a_feed_and_a_page_hold_so_many_bytes_however_few_events_they_are() {
         let long = |seq| {
-            let reason = Some("r".repeat(PAGE_MAX_BYTES / 3));
+            let reason = Some("r".repeat(PAGE_MAX_BYTES * 2 / 5));
             event(seq, EventKind::RunWaiting { until: None, reason })
         };
         let mut known = Known { watchers: 2, ..Known::default() };

@@ -36,7 +36,6 @@ use stagegate_core::{
     Capability, Clock, Code, Error, Event, Json, Pipeline, PipelineName, ReplicaId, RunId, StageId, StageState, Store,
     TenantId,
     hint::Hints,
-    pipeline::{Stage, Work},
     store::{NewSignal, NewVersion, PipelineVersion, Registered, RunRecord, SignalKind, Signalled},
 };
 use stagegate_llm::Llm;
@@ -189,10 +188,13 @@ impl Engine {
     /// Registers a definition (YAML or JSON text). The flag tells whether the version is new.
     pub async fn register(&self, tenant: &TenantId, source: &str) -> Result<(PipelineVersion, bool), Error> {
         let pipeline = self.validate(tenant, source).await?;
-        let sampled = |stage: &Stage| matches!(&stage.work, Work::Model(work) if work.sample != 0);
-        if pipeline.stages.iter().any(sampled) && !self.shared.common(Capability::OpenVocabulary) {
-            let detail = "a stage has `sample`, which a replica of an older version that is running cannot read: register \
-                          the pipeline again when every replica is of this version";
+        if let Some(key) = pipeline.stages.iter().find_map(pipelines::newest_key)
+            && !self.shared.common(Capability::OpenVocabulary)
+        {
+            let detail = format!(
+                "a stage has `{key}`, which a replica of an older version that is running cannot read: register the \
+                 pipeline again when every replica is of this version"
+            );
             return Err(Error::new(Code::Unavailable, detail));
         }
         let new = NewVersion {

@@ -7,6 +7,7 @@ use std::{
 
 use stagegate_core::{
     Code, Error, Pipeline, PipelineName, Store, TenantId,
+    pipeline::{Stage, Work},
     store::{PipelineQuota, PipelineVersion},
 };
 use tokio_util::task::TaskTracker;
@@ -134,6 +135,15 @@ impl Pipelines {
     }
 }
 
+/// A key of a stage that the release before this one cannot read.
+pub(crate) fn newest_key(stage: &Stage) -> Option<&'static str> {
+    match &stage.work {
+        Work::Model(work) if work.sample != 0 => Some("sample"),
+        _ if stage.retry.max_wait.is_some() => Some("retry.max_wait"),
+        _ => None,
+    }
+}
+
 /// The refusal of a version for which a tenant's quota has no room.
 pub(crate) fn full(quota: PipelineQuota, pipelines: u64, versions: u64) -> Error {
     let (count, what, max, key) = if versions >= u64::from(quota.versions) {
@@ -167,4 +177,29 @@ async fn look(store: Arc<dyn Store>, batch: Vec<Entry<Name, Newest>>) {
         }
     });
     futures::future::join_all(looks).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_key_that_the_release_before_cannot_read_is_found_in_whichever_stage_has_it() {
+        let key_of = |second: serde_json::Value| {
+            let mut stages = vec![json!({ "id": "a", "prompt": "p", "model": "m/m" }), second];
+            stages[1]["id"] = json!("b");
+            let pipeline = Pipeline::from_stored(json!({ "name": "p", "stages": stages })).expect("valid");
+            pipeline.stages.iter().find_map(newest_key)
+        };
+        let model = |more: serde_json::Value| {
+            let mut stage = json!({ "prompt": "p", "model": "m/m" });
+            stage.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
+            stage
+        };
+        assert_eq!(key_of(model(json!({ "retry": { "max_attempts": 2 } }))), None);
+        assert_eq!(key_of(model(json!({ "sample": 1 }))), Some("sample"));
+        assert_eq!(key_of(model(json!({ "retry": { "max_wait": "1h" } }))), Some("retry.max_wait"));
+    }
 }

@@ -1,6 +1,7 @@
 //! Fair limits: owns how tenants share a limit, or peers if the tenant is not known yet.
 //!
-//! - A tenant that is alone may have all of it.
+//! - A tenant that is alone may have all of it, or three quarters where what it holds may come back late
+//!   ([`FairLimit::with_reserve`]).
 //! - While others ask too, a tenant that has a quarter gets more only while a quarter stays free for them.
 //! - A free place goes to the waiting tenant that has the least.
 //! - A tenant that asks for more than a quarter has a quarter of the line at most, and the line has as many places again for
@@ -31,6 +32,8 @@ impl<T: Ord + Clone> Sharer for T {}
 pub(crate) struct FairLimit<T: Sharer = TenantId> {
     capacity: usize,
     waiting_max: usize,
+    /// A quarter stays free for others also while a tenant is alone: what is held here may come back late.
+    has_reserve: bool,
     state: Mutex<State<T>>,
 }
 
@@ -84,7 +87,14 @@ impl<T: Sharer> FairLimit<T> {
     /// A limit of `capacity`. `waiting_max` requests of tenants past a quarter may wait, and as many again of other tenants.
     pub(crate) fn new(capacity: usize, waiting_max: usize) -> Arc<Self> {
         let state = State { used: 0, waiting: 0, tenants: BTreeMap::new(), asked: [None, None], next: 0 };
-        Arc::new(Self { capacity: capacity.max(1), waiting_max, state: Mutex::new(state) })
+        Arc::new(Self { capacity: capacity.max(1), waiting_max, has_reserve: false, state: Mutex::new(state) })
+    }
+
+    /// The same, where a tenant that has some gets more only as long as a quarter stays free, alone or not: for a thing that is
+    /// held as long as a client likes.
+    pub(crate) fn with_reserve(capacity: usize, waiting_max: usize) -> Arc<Self> {
+        let state = State { used: 0, waiting: 0, tenants: BTreeMap::new(), asked: [None, None], next: 0 };
+        Arc::new(Self { capacity: capacity.max(1), waiting_max, has_reserve: true, state: Mutex::new(state) })
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State<T>> {
@@ -105,7 +115,7 @@ impl<T: Sharer> FairLimit<T> {
         let (id, granted) = {
             let mut state = self.state();
             state.note_asker(tenant, Instant::now());
-            if state.may_have(self.capacity, tenant, weight, Instant::now()) {
+            if state.may_have(self, tenant, weight, Instant::now()) {
                 return Ok(self.grant(&mut state, tenant, weight, None));
             }
             if !state.may_wait(self, tenant, weight, patient) {
@@ -129,7 +139,7 @@ impl<T: Sharer> FairLimit<T> {
     pub(crate) fn take_over(self: &Arc<Self>, tenant: &T, gives_way: &CancellationToken) -> Result<Permit<T>, Full> {
         let mut state = self.state();
         state.note_asker(tenant, Instant::now());
-        if !state.may_have(self.capacity, tenant, 1, Instant::now()) {
+        if !state.may_have(self, tenant, 1, Instant::now()) {
             if !state.is_within(self.capacity, tenant, 1) {
                 return Err(Full);
             }
@@ -177,7 +187,7 @@ impl<T: Sharer> FairLimit<T> {
             let Some(weight) = state.tenants.get(&name).and_then(|tenant| Some(tenant.waiting.front()?.weight)) else {
                 break;
             };
-            if !state.may_have(self.capacity, &name, weight, Instant::now()) {
+            if !state.may_have(self, &name, weight, Instant::now()) {
                 break;
             }
             state.waiting -= 1;
@@ -243,7 +253,8 @@ impl<T: Sharer> State<T> {
     }
 
     /// Whether it may have so much now.
-    fn may_have(&self, capacity: usize, tenant: &T, weight: usize, now: Instant) -> bool {
+    fn may_have(&self, limit: &FairLimit<T>, tenant: &T, weight: usize, now: Instant) -> bool {
+        let capacity = limit.capacity;
         let free = capacity - self.used.min(capacity);
         if weight > free {
             return false;
@@ -256,8 +267,8 @@ impl<T: Sharer> State<T> {
             return false;
         }
         let asks = |(name, at): &(T, Instant)| name != tenant && now.duration_since(*at) < ASKS_FOR;
-        let is_alone = others().all(|(_, each)| each.used == 0) && !self.asked.iter().flatten().any(asks);
-        is_alone || free - weight >= quarter(capacity)
+        let has_all = !limit.has_reserve && others().all(|(_, each)| each.used == 0);
+        (has_all && !self.asked.iter().flatten().any(asks)) || free - weight >= quarter(capacity)
     }
 
     fn give_back(&mut self, tenant: &T, weight: usize) {
@@ -327,6 +338,15 @@ mod tests {
     fn now(limit: &Arc<FairLimit>, name: &str) -> Option<Result<Permit, Full>> {
         let tenant = tenant(name);
         limit.take(&tenant).now_or_never()
+    }
+
+    #[test]
+    fn a_tenant_that_is_alone_leaves_a_reserve_to_those_that_come_later() {
+        let limit = FairLimit::with_reserve(8, 10);
+        let all: Vec<_> = (0..8).map_while(|_| limit.wait_for(&tenant("a"), 1).now_or_never()).collect();
+        assert_eq!(all.len(), 6);
+        let newcomer = tenant("b");
+        assert!(limit.wait_for(&newcomer, 2).now_or_never().is_some(), "it waits for no return");
     }
 
     #[test]

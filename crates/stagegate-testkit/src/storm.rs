@@ -203,8 +203,30 @@ impl Mix {
 struct Book {
     mix: Mix,
     outage: Option<Answer>,
+    rate: Option<Rate>,
     calls: Vec<Call>,
     asked: HashMap<u64, u32>,
+}
+
+/// So many calls in each window are answered; the others are told to come back when it is over.
+#[derive(Debug)]
+struct Rate {
+    calls: u32,
+    window: Duration,
+    /// When the window began, and how many calls came in it.
+    since: Instant,
+    came: u32,
+}
+
+impl Rate {
+    /// Counts a call; where it is one too many, how long the window still is.
+    fn refuses(&mut self, now: Instant) -> Option<Duration> {
+        if now.duration_since(self.since) >= self.window {
+            (self.since, self.came) = (now, 0);
+        }
+        self.came += 1;
+        (self.came > self.calls).then(|| self.window.saturating_sub(now.duration_since(self.since)))
+    }
 }
 
 #[derive(Debug)]
@@ -238,7 +260,7 @@ impl Storm {
     pub async fn start(seed: u64, mix: Mix) -> anyhow::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
-        let book = Book { mix, outage: None, calls: Vec::new(), asked: HashMap::new() };
+        let book = Book { mix, outage: None, rate: None, calls: Vec::new(), asked: HashMap::new() };
         let shared = Arc::new(Shared { seed, book: Mutex::new(book) });
         let asked = Arc::clone(&shared);
         let server = tokio::spawn(accept(listener, move |request| serve(Arc::clone(&asked), request)));
@@ -258,6 +280,12 @@ impl Storm {
     /// From now on every call is answered so; None ends that.
     pub fn set_outage(&self, answer: Option<Answer>) {
         self.shared.book().outage = answer;
+    }
+
+    /// From now on so many calls are answered in each window of this length, whoever asks; None ends that.
+    pub fn set_rate(&self, rate: Option<(u32, Duration)>) {
+        let rate = rate.map(|(calls, window)| Rate { calls, window, since: Instant::now(), came: 0 });
+        self.shared.book().rate = rate;
     }
 
     /// The books: every call, in the order of arrival.
@@ -359,7 +387,11 @@ fn book(shared: &Arc<Shared>, caller: String, bytes: &[u8], asked: &Value) -> (P
     let nth = *book.asked.entry(fingerprint).and_modify(|n| *n += 1).or_insert(0);
     let stage = word("stage=");
     let mut rng = StdRng::seed_from_u64(shared.seed ^ fingerprint ^ (u64::from(nth) << 48));
-    let planned = plan(&book, &mut rng, nth, &stage);
+    let mut planned = plan(&book, &mut rng, nth, &stage);
+    if let Some(left) = book.rate.as_mut().and_then(|rate| rate.refuses(Instant::now())) {
+        let retry_after_s = u32::try_from(left.as_millis().div_ceil(1_000)).unwrap_or(u32::MAX);
+        planned = Planned { answer: Answer::LimitedShort, delay: Duration::ZERO, retry_after_s };
+    }
     let call = Call {
         caller,
         fingerprint,

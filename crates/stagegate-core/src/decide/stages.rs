@@ -83,17 +83,9 @@ impl Run {
             AttemptResult::Failed { code, message, detail, kind, tried } => {
                 let id = self.stages[stage].record.id.clone();
                 let failure = Failure { detail, ..Failure::new(code, message).of_stage(id) };
-                let mut public = failure.public();
+                let public = failure.public();
                 let ended = Attempt { failure: Some(failure), ..ended };
                 let again = match kind {
-                    FailureKind::Outage { .. } if self.are_judged_up(stage, &tried) => {
-                        self.stages[stage].record.judged += 1;
-                        self.forget_outage(stage);
-                        // Not the outage ends it: that would have been waited out.
-                        let message = "no answer of the judge could be used, and `retry.max_attempts` allows no other";
-                        public = Failure { stage: public.stage, ..Failure::new(Code::AttemptsExhausted, message) };
-                        None
-                    }
                     FailureKind::Outage { told } => self.after_outage(stage, &public, told, tried, now, jitter),
                     FailureKind::Unusable => self.after_unusable(stage, now, jitter),
                     FailureKind::Final => {
@@ -122,13 +114,8 @@ impl Run {
         may_retry.then(|| self.at_most_deadline(now, self.backoff(stage, doublings, jitter)))
     }
 
-    /// Whether an answer was paid for beside an outage of the judge's and was the last that may be. Once answers are used up
-    /// only the stage's own models that met an outage are asked, so that nothing is left to be asked.
-    fn are_judged_up(&self, stage: usize, tried: &Tried) -> bool {
-        tried.answered && tried.away.is_empty() && !self.attempts_left(stage)
-    }
-
-    /// When the stage is tried again after an outage, if it is. An answer beside it that was paid for counts.
+    /// When the stage is tried again after an outage, if it is. An answer beside it that was paid for counts; once answers
+    /// are used up only the models that met the outage are asked.
     fn after_outage(
         &mut self,
         stage: usize,

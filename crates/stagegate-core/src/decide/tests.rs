@@ -464,18 +464,6 @@ fn answers_that_are_paid_count_beside_an_outage_and_then_only_the_models_that_ar
     due(&mut run, 0, at(29));
     attempted(&mut run, 0, 4, beside(&[], false));
     assert_eq!(run.models_left(0), models(&["sim/c"]), "the judge was away, which says nothing of the stage's models");
-    due(&mut run, 0, at(39));
-    let commit = attempted(&mut run, 0, 5, beside(&[], true)).commit;
-    let failure = commit.failure.expect("nothing is left to be asked");
-    assert_eq!((failure.code, failure.models), (Code::AttemptsExhausted, Vec::new()));
-    let outage = Code::ProviderFailed.as_str();
-    assert!(!failure.message.contains(outage), "the outage is not to blame: {}", failure.message);
-
-    let once = CANONICAL.replace("max_attempts: 2", "max_attempts: 1");
-    assert_ne!(once, CANONICAL);
-    let (_, mut run, _) = begin(&once);
-    let failure = attempted(&mut run, 0, 1, beside(&[], true)).commit.failure.expect("nothing is left to be asked");
-    assert_eq!(failure.code, Code::AttemptsExhausted, "also of the only attempt");
 }
 
 #[test]

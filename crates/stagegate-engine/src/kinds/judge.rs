@@ -49,7 +49,8 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
     let rubric = rubric.map_err(failed_render)?.unwrap_or_default();
     let (request, cache) = request(judge, &stage.work, &rubric, &output.to_plain_text());
     let reply = context.complete(&context.call_context(&cache), &request).await.map_err(|mut error| {
-        error.tried.away.clear(); // They are not the stage's own.
+        // They are not the stage's own models, and their outage is waited out by time alone.
+        error.tried = Tried::default();
         failed_call(error)
     })?;
     let Some(verdict) = read(&reply.content) else {

@@ -292,12 +292,32 @@ fn effective(value: &Merged, node: &keys::Node, path: &mut Vec<String>, into: &m
         }
         (keys::Node::Leaf(leaf), _) => {
             let plain = json(value);
-            let shown = if leaf.secret && !plain.is_null() { Value::from("[redacted]") } else { plain };
+            let shown = match plain {
+                Value::Null => Value::Null,
+                _ if leaf.secret => Value::from("[redacted]"),
+                Value::String(text) => Value::from(without_credentials(text)),
+                plain => plain,
+            };
             let source = value.origin().unwrap_or(DEFAULT).to_owned();
             into.push(Effective { path: path.clone(), value: shown, source });
         }
         _ => {}
     }
+}
+
+/// An address without what may be a password: one that holds credentials or a query is a mistake, and is shown so that it
+/// can be found.
+fn without_credentials(text: String) -> String {
+    let Some((scheme, rest)) = text.split_once("://") else { return text };
+    let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let path = path.split_once(['?', '#']).map(|(path, _)| path);
+    let host = authority.rsplit_once('@').map(|(_, host)| host);
+    if path.is_none() && host.is_none() {
+        return text;
+    }
+    let (before, after) = (host.map_or("", |_| "[redacted]@"), path.map_or("", |_| "?[redacted]"));
+    let path = path.unwrap_or_else(|| &rest[authority.len()..]);
+    format!("{scheme}://{before}{}{path}{after}", host.unwrap_or(authority))
 }
 
 #[cfg(test)]

@@ -248,3 +248,17 @@ fn what_is_printed_can_be_loaded() {
         serde_json::to_value(&loaded.config).expect("plain")
     );
 }
+
+#[test]
+fn an_address_is_shown_without_its_credentials_and_query() {
+    for (given, shown) in [
+        ("http://localhost:11434/v1", "http://localhost:11434/v1"),
+        ("https://me:hunter2@host/v1", "https://[redacted]@host/v1"),
+        ("https://hunter@2@host", "https://[redacted]@host"),
+        ("https://host/v1?key=hunter2", "https://host/v1?[redacted]"),
+        ("https://me:hunter2@host?key=hunter2#x", "https://[redacted]@host?[redacted]"),
+        ("plain text with a@b", "plain text with a@b"),
+    ] {
+        assert_eq!(super::without_credentials(given.to_owned()), shown);
+    }
+}

@@ -18,6 +18,8 @@ const CACHE_AFTERMATH_S: f64 = 7.0;
 const SHORT_MAX_TTL: f64 = 0.25;
 /// How long a replica may take until it is ready again.
 const BACK_LIMIT: Duration = Duration::from_mins(1);
+/// A provider that limits the rate answers so many calls in each window.
+const RATE: (u32, Duration) = (30, Duration::from_secs(3));
 /// The pause between two replicas of a rolling restart: until the balancer has seen that the last one is back.
 const ROLLING_PAUSE: Duration = Duration::from_millis(800);
 
@@ -77,6 +79,16 @@ async fn one(world: &World, fault: Fault) -> anyhow::Result<()> {
             world.storm.set_outage(Some(Answer::Overloaded));
             sleep(between(fault, 1.0, 4.0)).await;
             world.storm.set_outage(None);
+            world.window(fault.kind.name(), WindowKind::Other, from_s, world.timeline.now_s());
+            Ok(())
+        }
+        Kind::ProviderLimited => {
+            let _busy = world.provider_busy.lock().await;
+            world.timeline.say(fault.kind.name());
+            let from_s = world.timeline.now_s();
+            world.storm.set_rate(Some(RATE));
+            sleep(between(fault, 3.0, 7.0)).await;
+            world.storm.set_rate(None);
             world.window(fault.kind.name(), WindowKind::Other, from_s, world.timeline.now_s());
             Ok(())
         }

@@ -37,10 +37,12 @@ pub(crate) enum Kind {
     DiskFull,
     /// The provider answers every call with 529.
     ProviderDown,
+    /// The provider answers a few calls in each window of some seconds, and the others with 429.
+    ProviderLimited,
 }
 
 impl Kind {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 17] = [
         Self::Kill,
         Self::Freeze,
         Self::FreezeShortly,
@@ -57,6 +59,7 @@ impl Kind {
         Self::Partition,
         Self::DiskFull,
         Self::ProviderDown,
+        Self::ProviderLimited,
     ];
 
     /// Its name in reports.
@@ -78,6 +81,7 @@ impl Kind {
             Self::Partition => "partition from Postgres past the TTL",
             Self::DiskFull => "disk full under the database",
             Self::ProviderDown => "provider answers 529",
+            Self::ProviderLimited => "provider limits the rate",
         }
     }
 }

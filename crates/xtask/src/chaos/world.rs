@@ -244,6 +244,7 @@ impl World {
     /// Ends every fault: proxies pass, servers and replicas run, the provider is calm, the disk has room.
     pub(crate) async fn heal(&self) -> anyhow::Result<()> {
         self.storm.set_outage(None);
+        self.storm.set_rate(None);
         self.storm.set_mix(Mix::calm());
         if let Some(disk) = &self.disk {
             disk.free()?;
