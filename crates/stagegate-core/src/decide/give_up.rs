@@ -8,6 +8,9 @@ use crate::{
     store::{Commit, Disposition, Lease, RunRecord, StageRecord},
 };
 
+/// The last event of a run that is accepted and was never owned.
+const ACCEPTED_SEQ: u64 = 1;
+
 /// Ends a run whose owners crashed even when they only ended it. What they may have bought is not booked: to know what it
 /// can have cost, the prompt would have to be rendered. None where it is in a state that this release does not know.
 pub fn give_up(
@@ -30,6 +33,10 @@ pub fn give_up(
         ..stage
     };
     let first = match run.started_at {
+        // It was accepted and is queued again: a retry that no owner has obeyed. It starts nothing over.
+        _ if run.state == RunState::Queued && run.last_seq > ACCEPTED_SEQ => {
+            EventKind::RunRetried { stages: Vec::new() }
+        }
         Some(_) => EventKind::RunResumed { checkpoints: run.stages_done },
         None => EventKind::RunStarted,
     };

@@ -614,6 +614,13 @@ fn a_run_is_ended_by_its_rows_alone() {
     assert_eq!(commit.stages, [StageRecord { finished_at: Some(at(9)), ..of("two", StageState::Cancelled) }]);
     assert_eq!((commit.state, commit.then, commit.started_at), (RunState::Failed, Disposition::End, Some(at(9))));
     assert_eq!(give_up(run.lease(), &record, stages(), crashed(), at(9)), None, "its state is unknown");
+
+    let retried = RunRecord { started_at: Some(at(1)), last_seq: 7, ..queued.clone() };
+    let commit = give_up(run.lease(), &retried, stages(), crashed(), at(9)).expect("a step");
+    assert_eq!(names(&commit), ["run.retried", "run.finished"], "a run that had ended goes on only by a retry");
+    let running = RunRecord { state: RunState::Running, ..retried };
+    let commit = give_up(run.lease(), &running, stages(), crashed(), at(9)).expect("a step");
+    assert_eq!(names(&commit), ["run.resumed", "run.finished"]);
 }
 
 /// What may happen next, drawn at random.
