@@ -99,8 +99,8 @@ impl Failure {
         Self { stage: Some(stage), ..self }
     }
 
-    /// What of it may be told in events, logs and records. What a newer release wrote is not: nobody here knows whether
-    /// it quotes.
+    /// The part that events, logs and records may show. Fields of a newer release are left out: this release cannot tell
+    /// whether they quote.
     #[must_use]
     pub fn public(&self) -> Self {
         Self { stage: self.stage.clone(), ..Self::new(self.code, self.message.clone()) }
@@ -234,8 +234,8 @@ pub struct LedgerEntry {
 }
 
 impl LedgerEntry {
-    /// Whether it is a call that a former owner of the run may have made, which nobody can tell any more. Of unknown outcome
-    /// like one that was sent and not heard, but that one took its time, a millisecond at least.
+    /// Whether a former owner of the run may have made this call, but no record shows it. Like a call that was sent and not
+    /// answered its outcome is unknown, but a sent call has a latency of at least a millisecond.
     pub fn is_presumed(&self) -> bool {
         self.unknown && self.latency_ms == 0
     }

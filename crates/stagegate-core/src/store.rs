@@ -278,7 +278,7 @@ pub struct Lease {
     pub epoch: Epoch,
 }
 
-/// What is known of a leased run before any of it is read.
+/// The size and the crashes of a leased run, known before the run is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Weighed {
     /// The lease.
@@ -600,8 +600,8 @@ pub trait Store: Send + Sync + std::fmt::Debug + 'static {
     /// What this replica owns according to the database: after an error, the truth about a claim or submit.
     async fn owned(&self, replica: ReplicaId) -> StoreResult<Vec<Lease>>;
 
-    /// What is known of leased runs before any of it is read, in the order of the leases. Reads no input and no output. A
-    /// lease that is gone is left out.
+    /// The sizes and crashes of leased runs, in the order of the leases. Reads no input and no output. A lease that is gone
+    /// is left out.
     async fn weigh(&self, leases: &[Lease]) -> StoreResult<Vec<Weighed>>;
 
     /// Everything needed to go on with leased runs. A lease that is gone is left out.

@@ -29,7 +29,7 @@ const PAGE: u32 = 500;
 const READS_MAX: usize = 16;
 /// Texts that a watcher is given at once, in bytes: a slow one holds its page twice, and there may be ten thousand.
 const PAGE_MAX_BYTES: usize = 32 * 1024;
-/// Events that a feed keeps, and their texts in bytes. Whoever is further behind reads the store.
+/// Events that a feed keeps, and their texts in bytes. A watcher that is further behind reads the store.
 const RECENT_MAX: usize = 64;
 /// See [`RECENT_MAX`].
 const RECENT_MAX_BYTES: usize = 32 * 1024;

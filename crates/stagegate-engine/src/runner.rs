@@ -455,7 +455,7 @@ impl Driver {
         self.run.hand_back(ended, self.shared.clock.now());
     }
 
-    /// Cuts off what is under way. Returns the attempts that had asked somebody, with their calls.
+    /// Cuts the attempts under way off. Returns those that had asked a model, with their calls.
     fn cut_off(&mut self) -> Vec<(usize, DateTime<Utc>, Vec<LedgerEntry>)> {
         // While former owners are not booked yet nothing was asked: what they bought is left for the next one to find.
         let ended = self.open.drain(..).filter_map(|Open { stage, started_at, books, .. }| {

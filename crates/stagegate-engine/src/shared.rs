@@ -250,7 +250,7 @@ impl Shared {
     /// Ends the present life: every driver stops at once. Returns how many there were.
     pub(crate) fn end_life(&self) -> usize {
         self.present().ended.cancel();
-        // They leave the table when they have given back what was under way: until then nobody else hands it back.
+        // A driver leaves the table after it has given its run back; until then the audit leaves the run alone.
         let driven = self.driven();
         driven.values().for_each(|handle| handle.stop());
         driven.len()

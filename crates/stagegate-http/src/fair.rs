@@ -86,15 +86,18 @@ pub(crate) struct Permit<T: Sharer = TenantId> {
 impl<T: Sharer> FairLimit<T> {
     /// A limit of `capacity`. `waiting_max` requests of tenants past a quarter may wait, and as many again of other tenants.
     pub(crate) fn new(capacity: usize, waiting_max: usize) -> Arc<Self> {
-        let state = State { used: 0, waiting: 0, tenants: BTreeMap::new(), asked: [None, None], next: 0 };
-        Arc::new(Self { capacity: capacity.max(1), waiting_max, has_reserve: false, state: Mutex::new(state) })
+        Arc::new(Self::of(capacity, waiting_max, false))
     }
 
-    /// The same, where a tenant that has some gets more only as long as a quarter stays free, alone or not: for a thing that is
-    /// held as long as a client likes.
+    /// The same for a thing that a client can hold for long: a tenant that holds some gets more only while a quarter stays
+    /// free, also while it is alone.
     pub(crate) fn with_reserve(capacity: usize, waiting_max: usize) -> Arc<Self> {
+        Arc::new(Self::of(capacity, waiting_max, true))
+    }
+
+    fn of(capacity: usize, waiting_max: usize, has_reserve: bool) -> Self {
         let state = State { used: 0, waiting: 0, tenants: BTreeMap::new(), asked: [None, None], next: 0 };
-        Arc::new(Self { capacity: capacity.max(1), waiting_max, has_reserve: true, state: Mutex::new(state) })
+        Self { capacity: capacity.max(1), waiting_max, has_reserve, state: Mutex::new(state) }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State<T>> {

@@ -116,9 +116,9 @@ pub(crate) async fn complete(
     Err(give_up(failures, request))
 }
 
-/// What a former owner of this attempt bought, whichever model of the chain gave it: found by its successor, it is the
-/// purchase and no saving. What else each of them may have bought and nobody can find is booked at its worst case: of a
-/// chain the models before the one that is found, and all of them where none is found.
+/// The answer that a former owner of this attempt bought from any model of the chain. Its successor books it as the purchase,
+/// not as a saving. Calls that the former owners may have made besides are booked at their worst case: to the models before
+/// the one whose answer is found, or to all models of the chain if none is found.
 async fn inherited(caller: &Arc<Caller>, context: &CallContext, request: &Request) -> Option<Reply> {
     let purse = context.purse.as_ref().filter(|purse| purse.inherits())?;
     let (started, buyer) = (Instant::now(), buyer(context));
@@ -460,7 +460,7 @@ mod tests {
         let error = give_up(failures.clone(), &request());
         assert_eq!((error.code, error.kind.told()), (Code::BreakerOpen, Some(Duration::from_secs(5))));
         assert_eq!(error.partial, Some(partial), "an answer stays what it is, with what was wrong with it");
-        assert!(error.calls.is_empty(), "nobody was called");
+        assert!(error.calls.is_empty(), "no provider was called");
         failures.push((&model, outage(Code::ProviderFailed, None)));
         let error = give_up(failures.clone(), &request());
         assert_eq!((error.code, error.kind), (Code::ProviderFailed, FailureKind::Outage { told: None }));

@@ -500,7 +500,8 @@ async fn enter(served: &Served, door: &Door, job: &Job) -> Result<(Turn, Permit)
     let tenant = &job.reader.tenant;
     door.pass(tenant).await?;
     let slot = served.slot(tenant).await.map_err(|Full| Shut::Full)?;
-    // Asked twice: nobody queues for a model that is spared, and who queued while it began to fail does not call it.
+    // The breaker is checked twice: before queuing, so that no caller waits for an open breaker, and after, because it may
+    // have opened meanwhile.
     Ok((slot, door.admit()?))
 }
 

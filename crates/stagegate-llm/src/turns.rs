@@ -233,7 +233,7 @@ impl Inner {
     }
 }
 
-/// Forgets some of those who wait, and the tenants that have nobody left.
+/// Removes some waiting calls, and the tenants that have none left.
 fn forget(
     order: &mut VecDeque<TenantId>,
     by_tenant: &mut HashMap<TenantId, Tenant>,

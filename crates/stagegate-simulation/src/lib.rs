@@ -65,7 +65,7 @@ pub enum Flaw {
     TimeUntold,
     /// A run that is loaded is told that its outage began long ago.
     OutageAges,
-    /// A run that is loaded is told that its attempts under way have ended, so that nobody books what came of them.
+    /// Loading a run ends its attempts under way, so that no owner books their calls.
     OwnersForgotten,
     /// The first call makes its driver panic; the engine catches that and goes on.
     DriverPanics,

@@ -282,7 +282,7 @@ impl Storm {
         self.shared.book().outage = answer;
     }
 
-    /// From now on so many calls are answered in each window of this length, whoever asks; None ends that.
+    /// From now on the provider answers so many calls of all callers together in each window; None ends that.
     pub fn set_rate(&self, rate: Option<(u32, Duration)>) {
         let rate = rate.map(|(calls, window)| Rate { calls, window, since: Instant::now(), came: 0 });
         self.shared.book().rate = rate;

@@ -493,8 +493,8 @@ impl Run {
     }
 
     /// Gives the run back, for another replica to take at once: the attempts under way end here, with the calls that
-    /// were made, and others begin in their place. An attempt that is not among `ended` had asked nobody: where it had
-    /// other owners before this one it stays as they left it, because only under its own number is found what they bought.
+    /// were made, and others begin in their place. An attempt that is not among `ended` had
+    /// asked no model. If it had former owners it keeps its number, under which the cache has the answers that they bought.
     pub fn hand_back(&mut self, mut ended: Vec<(usize, DateTime<Utc>, Vec<LedgerEntry>)>, now: DateTime<Utc>) {
         if self.is_leaving() || self.state.is_terminal() {
             return;

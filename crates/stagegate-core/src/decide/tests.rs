@@ -368,7 +368,7 @@ fn attempts_during_a_long_outage_become_rarer_despite_a_short_backoff() {
             }
             due(&mut run, 0, at(1));
         }
-        // What somebody told is believed a few times more.
+        // A wait that the provider told is honoured four times as often.
         let doubled_each = if told.is_some() { 4 } else { 1 };
         assert!(pauses_ms[..5 * doubled_each].iter().all(|pause| *pause <= 1), "{pauses_ms:?}");
         let floor: Vec<_> = pauses_ms.iter().skip(5 * doubled_each).step_by(doubled_each).take(7).copied().collect();

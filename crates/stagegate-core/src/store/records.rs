@@ -124,8 +124,8 @@ impl PipelineVersion {
 }
 
 impl ApiKey {
-    /// What stands in a list for a key whose row cannot be read: its id, and which column it is. Nobody is let in by such
-    /// a key; it can be revoked.
+    /// Stands in a list for a key whose row cannot be read: its id, and the column. Such a key authenticates no request; it
+    /// can be revoked.
     pub fn unreadable(id: KeyId, tenant: Option<TenantId>, error: &StoreError) -> Self {
         Self {
             id,

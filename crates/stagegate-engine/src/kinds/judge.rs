@@ -61,7 +61,7 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
             message: "the judge's answer was not a verdict (a score in [0, 1] and a reason)".to_owned(),
             detail: None,
             kind: FailureKind::Unusable,
-            tried: Tried { away: Vec::new(), answered: true },
+            tried: Tried::default(),
         });
     };
     Ok(Some(Assessment {

@@ -400,7 +400,8 @@ pub(super) fn quoting(error: ProviderError, words: String) -> ProviderError {
 }
 
 /// Whether a status says that something between us and the model stopped waiting for it: the model may have gone on, and
-/// may charge for that. 503 is not among them: it says that nobody was there to take the request.
+/// may charge for that. 503 is not among them: it says that no
+/// server took the request.
 fn is_of_gateway(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 499 | 502 | 504 | 520..=524)
 }

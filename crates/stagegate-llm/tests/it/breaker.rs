@@ -34,7 +34,7 @@ async fn a_failing_model_is_spared_and_says_when_to_come_back() {
     let error = llm.complete(&context(), &request("spared")).await.expect_err("spared");
     assert_eq!((error.code, error.kind.is_retryable()), (Code::BreakerOpen, true));
     assert_eq!(error.kind.told(), Some(Duration::from_secs(7)));
-    assert!(error.calls.is_empty(), "nobody was called, so there is no row");
+    assert!(error.calls.is_empty(), "no provider was called, so there is no row");
     assert_eq!(one.calls(), 10);
     assert_eq!(llm.health().await.providers[0].open_breakers, ["priced"]);
     let text = metrics.render().expect("metrics render");
@@ -144,7 +144,7 @@ async fn a_wait_for_probes_ends_when_the_run_waits_no_longer_and_says_how_long_i
     let error = llm.complete(&hasty, &request("q")).await.expect_err("others probe");
     assert_eq!((error.code, start.elapsed(), one.calls()), (Code::BreakerOpen, left, 13));
     assert_eq!(error.kind.told(), Some(config().breaker.slow_call.0));
-    assert!(error.calls.is_empty(), "nobody was called");
+    assert!(error.calls.is_empty(), "no provider was called");
 }
 
 #[tokio::test(start_paused = true)]

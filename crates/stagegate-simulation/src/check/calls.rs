@@ -136,8 +136,8 @@ impl Checks {
         }
     }
 
-    /// Everything is over: of the runs of each tag, what is known to be spent was charged, and what was charged is booked,
-    /// at its worst case where nobody heard. The exceptions are those that docs/durability.md names, and no others.
+    /// After the end, for the runs of each tag: the provider charged what is booked as known, and every charge is booked, at
+    /// its worst case if its answer was never received. The exceptions are those that docs/durability.md names, and no others.
     pub(super) fn money(&self, state: &State) -> Checked {
         for (tag, runs) in &self.tags {
             let rows = runs.iter().filter_map(|run| state.runs.get(run));

@@ -541,7 +541,7 @@ async fn inspect(seen: &Seen<'_>, next: &Next, ttl: Duration, held: &RunId) -> a
     Ok(claimed.len())
 }
 
-/// The signal that this release does not know is still there, as it was written, whoever has read it meanwhile.
+/// The signal that this release does not know is still there, as it was written, although replicas have read it.
 async fn signal_kept(seen: &Seen<'_>, sql: &mut PgConnection, held: &RunId) -> anyhow::Result<()> {
     let look = "SELECT body FROM signals WHERE run_id = $1";
     let bodies: Vec<(String,)> = sqlx::query_as(look).bind(held.0).fetch_all(sql).await?;

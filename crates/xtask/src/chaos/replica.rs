@@ -95,7 +95,7 @@ impl Replica {
     fn config(&self) -> String {
         let Setup { lease_ttl_ms, drain_delay_ms, provider_url, .. } = &self.setup;
         let drain_delay = drain_delay_ms.map_or_else(String::new, |ms| format!("drain_delay = \"{ms}ms\"\n"));
-        // Older binaries do not know this one either; nobody goes back to them here.
+        // Older binaries do not know this key either; this test does not go back to them.
         let way_back = drain_delay_ms.map_or("", |_| "way_back = \"1ms\"\n");
         format!(
             "[http]\nlisten = \"{}\"\nauth = \"open\"\nsse_keep_alive = \"2s\"\n{drain_delay}\
