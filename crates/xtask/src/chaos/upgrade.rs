@@ -152,11 +152,7 @@ async fn kill(world: &Arc<World>, index: usize) -> anyhow::Result<Vec<(Uuid, Opt
 async fn stop_for_good(world: &Arc<World>, index: usize, signal: &str) -> anyhow::Result<Vec<(Uuid, Option<String>)>> {
     let replica = &world.replicas[index];
     let what = format!("{}: SIG{signal}", replica.name());
-    let orphans = world.orphans(&what, index).await.unwrap_or(Orphans {
-        what: what.clone(),
-        at_s: world.timeline.now_s(),
-        runs: Vec::new(),
-    });
+    let orphans = with_runs(world, &what, index).await?;
     world.timeline.say(&format!("{what}, with {} runs", orphans.runs.len()));
     let from_s = world.timeline.now_s();
     replica.retired.store(true, Ordering::Relaxed);
@@ -185,18 +181,32 @@ async fn stop_for_good(world: &Arc<World>, index: usize, signal: &str) -> anyhow
     Ok(owners)
 }
 
-/// The parent of the commit that added the newest migration of Postgres.
+/// The runs of a replica, at a moment when it has some: between two submits a fast machine may have none at all, and then
+/// its end would show nothing.
+async fn with_runs(world: &Arc<World>, what: &str, index: usize) -> anyhow::Result<Orphans> {
+    for _ in 0..LOOKS {
+        if let Some(orphans) = world.orphans(what, index).await.filter(|orphans| !orphans.runs.is_empty()) {
+            return Ok(orphans);
+        }
+        sleep(LOOK_PAUSE).await;
+    }
+    bail!("{what}: the replica owned no run in {:.0} s under load", (LOOK_PAUSE * LOOKS).as_secs_f64())
+}
+
+/// The parent of the commit that added the newest migration of Postgres: the one with the highest number, since commits of
+/// parallel work do not land in the order of their numbers.
 async fn before_newest_migration() -> anyhow::Result<String> {
     let git = |arguments: &[&str]| {
         let mut command = Command::new("git");
         command.current_dir(root()).args(arguments);
         command
     };
-    let added = output_of(&mut git(&["log", "--format=%H", "--diff-filter=A", "--", "migrations/postgres"])).await?;
-    let Some(newest) = added.lines().next().filter(|_| added.lines().count() > 1) else {
+    let files = output_of(&mut git(&["ls-files", "--", "migrations/postgres"])).await?;
+    let Some(newest) = files.lines().max().filter(|_| files.lines().count() > 1) else {
         bail!("there has been one migration only; name a revision to come from with --from");
     };
-    let parent = output_of(&mut git(&["rev-parse", &format!("{}^", newest.trim())])).await?;
+    let added = output_of(&mut git(&["log", "-1", "--format=%H", "--diff-filter=A", "--", newest])).await?;
+    let parent = output_of(&mut git(&["rev-parse", &format!("{}^", added.trim())])).await?;
     Ok(parent.trim().to_owned())
 }
 
