@@ -1,8 +1,9 @@
 //! From a connection to the router and back: owns on which runtime a request is handled.
 //!
-//! Connections and probes have a runtime of their own (docs/decisions.md), so that they go on while every thread of the
-//! other one is busy. Requests of the API run on that other runtime, which also renders and compresses the whole answer.
-//! Only finished pieces come back.
+//! Probes have a runtime of their own (docs/decisions.md), so that they go on while every thread of the other one is
+//! busy. A connection over which one may come stays there (it begins with a probe, or is HTTP/2); a request of the API that
+//! comes over it is handled on the other runtime, and only finished pieces come back. Every other connection is served on
+//! the other runtime from its first request on.
 
 use std::{future::Future, net::IpAddr, pin::Pin, sync::Arc};
 
@@ -38,7 +39,7 @@ pub(crate) struct OnReservedPlace;
 #[derive(Debug, Clone)]
 pub(crate) struct Dispatch {
     pub(crate) router: Router,
-    /// Where the API's requests are handled; None for right here.
+    /// Where requests of the API are handled; None for the connection's own runtime.
     pub(crate) handlers: Option<Handle>,
 }
 

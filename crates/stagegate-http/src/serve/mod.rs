@@ -11,6 +11,7 @@ mod socket;
 use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use axum::Router;
+use http::Method;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
@@ -53,7 +54,8 @@ const CONNECTION_MAX_BYTES: usize = 1792;
 /// The smallest buffer that hyper takes for a head.
 const HEAD_MIN_BYTES: usize = 8 * 1024;
 
-/// Accepts until the shutdown begins, then waits for what is under way. Requests of the API are handled on `handlers`.
+/// Accepts until the shutdown begins, then waits for what is under way. Connections of the API are served on `handlers`
+/// where they are HTTP/1, all others here.
 pub(crate) async fn run(
     router: Router,
     handlers: Option<Handle>,
@@ -61,7 +63,7 @@ pub(crate) async fn run(
     config: &HttpConfig,
     shutdown: CancellationToken,
 ) {
-    let server = Arc::new(Server::new(Dispatch { router, handlers }, config));
+    let server = Arc::new(Server::new(router, handlers, config));
     let places = Places::new(config.max_connections, config.max_connections_per_peer());
     let connections = TaskTracker::new();
     while !shutdown.is_cancelled() {
@@ -73,9 +75,8 @@ pub(crate) async fn run(
             Ok((stream, peer)) => {
                 let place = places.take(Peer::of(peer.ip()));
                 let (server, shutdown) = (Arc::clone(&server), shutdown.clone());
-                let work = async move { server.connection(stream, peer, place, shutdown).await };
-                debug_assert!(std::mem::size_of_val(&work) <= CONNECTION_MAX_BYTES, "{}", std::mem::size_of_val(&work));
-                connections.spawn(work);
+                let accepted = Accepted { stream, peer, place, shutdown };
+                connections.spawn(server.begin(accepted, connections.clone()));
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -92,11 +93,22 @@ pub(crate) async fn run(
 }
 
 struct Server {
-    dispatch: Arc<Dispatch>,
+    /// For connections that are served here.
+    here: Arc<Dispatch>,
+    /// For connections that are served on the handlers' runtime, where that is another one.
+    there: Option<(Arc<Dispatch>, Handle)>,
     http1: http1::Builder,
     http2: http2::Builder<Executor>,
     limits: Limits,
     stall_limit: Duration,
+}
+
+/// A connection, and what it needs to be served.
+struct Accepted {
+    stream: TcpStream,
+    peer: SocketAddr,
+    place: Place,
+    shutdown: CancellationToken,
 }
 
 /// How a connection came to its end.
@@ -110,7 +122,7 @@ enum End {
 }
 
 impl Server {
-    fn new(dispatch: Dispatch, config: &HttpConfig) -> Self {
+    fn new(router: Router, handlers: Option<Handle>, config: &HttpConfig) -> Self {
         let head_max_bytes = config.head_max_bytes.max(HEAD_MIN_BYTES);
         let mut http1 = http1::Builder::new();
         // Heads and idle times are ours: hyper has one time limit for both.
@@ -123,8 +135,11 @@ impl Server {
             .max_header_list_size(u32::try_from(head_max_bytes).unwrap_or(u32::MAX))
             .keep_alive_interval(H2_PING_INTERVAL)
             .keep_alive_timeout(H2_PING_TIMEOUT);
+        let there =
+            handlers.clone().map(|handle| (Arc::new(Dispatch { router: router.clone(), handlers: None }), handle));
         Self {
-            dispatch: Arc::new(dispatch),
+            here: Arc::new(Dispatch { router, handlers }),
+            there,
             http1,
             http2,
             limits: Limits { head: config.header_timeout.0, idle: config.keepalive_timeout.0 },
@@ -132,14 +147,16 @@ impl Server {
         }
     }
 
-    /// Serves one connection to its end.
-    async fn connection(&self, stream: TcpStream, peer: SocketAddr, place: Place, shutdown: CancellationToken) {
+    /// Waits for a connection's first bytes, and serves it where it belongs: on this runtime where a probe may come over it
+    /// (it begins with one, has a reserved place, or is HTTP/2 of which a probe may be one stream); otherwise on the
+    /// handlers' runtime, so that no request of it crosses threads.
+    async fn begin(self: Arc<Self>, accepted: Accepted, connections: TaskTracker) {
         // Small answers and events must not wait for more to send.
-        let _ = stream.set_nodelay(true);
-        let limits = if place.is_reserved() { self.limits.for_a_reserved_place() } else { self.limits };
-        let activity = Activity::new();
+        let _ = accepted.stream.set_nodelay(true);
+        let Accepted { stream, peer, place, shutdown } = &accepted;
+        let limits = self.limits.at(place);
         let begun = tokio::select! {
-            begun = timeout(limits.head, first_bytes(&stream)) => begun,
+            begun = timeout(limits.head, First::of(stream)) => begun,
             () = place.given_away() => return,
             () = shutdown.cancelled() => return,
         };
@@ -147,19 +164,38 @@ impl Server {
             tracing::debug!(%peer, "a connection closed, or sent nothing in time");
             return;
         };
-        let service = Service {
-            dispatch: Arc::clone(&self.dispatch),
-            activity: Arc::clone(&activity),
-            peer: peer.ip(),
-            is_reserved: place.is_reserved(),
+        let elsewhere = self.there.clone().filter(|_| !place.is_reserved() && matches!(first, First::Http1(_)));
+        let Some((dispatch, handlers)) = elsewhere else {
+            let dispatch = Arc::clone(&self.here);
+            return self.connection(accepted, first, dispatch).await;
         };
+        let Accepted { stream, peer, place, shutdown } = accepted;
+        // From one runtime's poll to the other's; it fails only where the process is out of resources.
+        let Ok(stream) = stream.into_std() else { return };
+        let work = async move {
+            let Ok(stream) = TcpStream::from_std(stream) else { return };
+            self.connection(Accepted { stream, peer, place, shutdown }, first, dispatch).await;
+        };
+        debug_assert!(std::mem::size_of_val(&work) <= CONNECTION_MAX_BYTES, "{}", std::mem::size_of_val(&work));
+        connections.spawn_on(work, &handlers);
+    }
+
+    /// Serves one connection to its end.
+    async fn connection(&self, accepted: Accepted, first: First, dispatch: Arc<Dispatch>) {
+        let Accepted { stream, peer, place, shutdown } = accepted;
+        let limits = self.limits.at(&place);
+        let activity = Activity::new();
+        let service =
+            Service { dispatch, activity: Arc::clone(&activity), peer: peer.ip(), is_reserved: place.is_reserved() };
         let watch = Watch { activity: &activity, limits, place: &place, shutdown: &shutdown };
-        let end = if first == H2_PREFACE {
+        let end = if first == First::Http2 {
+            let first = H2_PREFACE.to_vec();
             let io = TokioIo::new(Socket::new(stream, first, activity.clone(), false, self.stall_limit));
             // Large, and rare beside the others: ten thousand event streams must not have room for it.
             let mut connection = Box::pin(self.http2.serve_connection(io, service));
             watch.drive(connection.as_mut(), http2::Connection::graceful_shutdown).await
         } else {
+            let first = first.taken();
             let io = TokioIo::new(Socket::new(stream, first, activity.clone(), true, self.stall_limit));
             let mut connection = self.http1.serve_connection(io, service);
             let end = watch.drive(Pin::new(&mut connection), http1::Connection::graceful_shutdown).await;
@@ -178,8 +214,11 @@ impl Server {
 }
 
 impl Limits {
-    fn for_a_reserved_place(self) -> Self {
-        Self { head: self.head.min(RESERVED_LIMIT), idle: self.idle.min(CLOSE_GRACE) }
+    fn at(self, place: &Place) -> Self {
+        if place.is_reserved() {
+            return Self { head: self.head.min(RESERVED_LIMIT), idle: self.idle.min(CLOSE_GRACE) };
+        }
+        self
     }
 }
 
@@ -225,26 +264,73 @@ impl Watch<'_> {
     }
 }
 
-/// Reads until it is known whether the connection begins as HTTP/2 does; what was read. A client that sends nothing
-/// runs into the time limit that stands around this.
-///
-/// Nothing is taken of what can be told by a look: hyper's buffer for a connection would grow to twice its size over a
-/// first read of a few bytes.
-async fn first_bytes(stream: &TcpStream) -> io::Result<Vec<u8>> {
-    let mut first = Vec::new();
-    while first.len() < H2_PREFACE.len() {
-        let expected = &H2_PREFACE[first.len()..];
-        let mut seen = [0; H2_PREFACE.len()];
-        let length = stream.peek(&mut seen[..expected.len()]).await?;
-        if length == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+/// What a connection begins with.
+#[derive(Debug, PartialEq, Eq)]
+enum First {
+    Http2,
+    /// HTTP/1, and its first request is a probe.
+    Probe,
+    /// HTTP/1, after these bytes, which were read already.
+    Http1(Vec<u8>),
+}
+
+impl First {
+    /// Reads until it is known how the connection begins. A client that sends nothing runs into the time limit that stands
+    /// around this.
+    ///
+    /// Nothing is taken of what can be told by a look: hyper's buffer for a connection would grow to twice its size over a
+    /// first read of a few bytes.
+    async fn of(stream: &TcpStream) -> io::Result<Self> {
+        let mut first = Vec::new();
+        while first.len() < H2_PREFACE.len() {
+            let expected = &H2_PREFACE[first.len()..];
+            let mut seen = [0; H2_PREFACE.len()];
+            let length = stream.peek(&mut seen[..expected.len()]).await?;
+            if length == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if !expected.starts_with(&seen[..length]) {
+                let probe = first.is_empty() && begins_with_a_probe(&seen[..length]);
+                return Ok(if probe { Self::Probe } else { Self::Http1(first) });
+            }
+            // It is there, so that this waits for nothing.
+            let taken = stream.try_read(&mut seen[..length])?;
+            first.extend_from_slice(&seen[..taken]);
         }
-        if !expected.starts_with(&seen[..length]) {
-            break;
-        }
-        // It is there, so that this waits for nothing.
-        let taken = stream.try_read(&mut seen[..length])?;
-        first.extend_from_slice(&seen[..taken]);
+        Ok(Self::Http2)
     }
-    Ok(first)
+
+    /// What was read of it.
+    fn taken(self) -> Vec<u8> {
+        match self {
+            Self::Http1(taken) => taken,
+            Self::Http2 | Self::Probe => Vec::new(),
+        }
+    }
+}
+
+/// Whether a request line is that of a probe, as far as one look shows it. Probes are small, and come in one piece.
+fn begins_with_a_probe(line: &[u8]) -> bool {
+    let mut words = line.split(|byte| *byte == b' ');
+    let (Some(method), Some(target), Some(_)) = (words.next(), words.next(), words.next()) else { return false };
+    let path = target.split(|byte| *byte == b'?').next().unwrap_or_default();
+    let (Ok(method), Ok(path)) = (Method::from_bytes(method), std::str::from_utf8(path)) else { return false };
+    dispatch::is_probe(&method, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_begins_with_a_probe_is_known_by_its_first_line() {
+        for probe in ["GET /healthz HTTP/1.1", "HEAD /readyz HTTP", "GET /metrics H", "GET /readyz?a=1 HT"] {
+            assert!(begins_with_a_probe(probe.as_bytes()), "{probe}");
+        }
+        for other in
+            ["GET /healthz", "POST /healthz HTTP/1.1", "GET /healthzz HTTP/1.1", "GET /v1/runs HTTP/1.1", "", " "]
+        {
+            assert!(!begins_with_a_probe(other.as_bytes()), "{other}");
+        }
+    }
 }
