@@ -74,6 +74,7 @@ macro_rules! replicas {
         concat!(
             "/* replicas.list */
 SELECT p.id, p.name, p.version, p.draining, p.started_at, p.dead_at IS NULL AND p.expires_at > now() AS alive,
+       coalesce(p.dead_at < p.expires_at, false) AS gone,
        greatest(0, extract(epoch FROM now() - p.seen_at) * 1000)::int8 AS age_ms, o.runs,
        CASE WHEN o.since IS NOT NULL THEN greatest(0, extract(epoch FROM now() - o.since) * 1000)::int8 END AS oldest_ms
 FROM replicas p CROSS JOIN LATERAL (
@@ -160,6 +161,8 @@ fn replica(row: &PgRow) -> StoreResult<ReplicaRecord> {
         version: read.get("version")?,
         alive: read.get("alive")?,
         draining: read.get("draining")?,
+        // Before its time was over nobody but itself could end it.
+        left: read.get("gone")?,
         started_at: read.get("started_at")?,
         heartbeat_age_ms: read.seq("age_ms")?,
         runs: read.seq("runs")?,

@@ -101,6 +101,7 @@ macro_rules! replicas {
             $tenant,
             " GROUP BY owner) \
              SELECT id, name, version, draining, entered_at, dead_at IS NULL AND expires_at > now AS alive, \
+             coalesce(dead_at < expires_at, 0) AS gone, \
              max(0, now - beat_at) AS age, coalesce(leased.n, 0) AS runs, max(0, now - leased.since) AS oldest \
              FROM clock CROSS JOIN replicas LEFT JOIN leased ON leased.owner = replicas.id \
              ORDER BY alive DESC, entered_at, id"
@@ -182,6 +183,8 @@ fn replica(row: &SqliteRow, id: ReplicaId) -> StoreResult<ReplicaRecord> {
         version: cells.get("version")?,
         alive: cells.get("alive")?,
         draining: cells.get("draining")?,
+        // Before its time was over nobody but itself could end it.
+        left: cells.get("gone")?,
         started_at: cells.time("entered_at")?,
         heartbeat_age_ms: cells.number("age")?,
         runs: cells.number("runs")?,

@@ -149,6 +149,7 @@ impl ReplicaRecord {
             version: UNREADABLE.to_owned(),
             alive: false,
             draining: false,
+            left: false,
             started_at: DateTime::UNIX_EPOCH,
             heartbeat_age_ms: 0,
             runs: 0,
@@ -401,6 +402,9 @@ pub struct ReplicaRecord {
     pub alive: bool,
     /// It is shutting down.
     pub draining: bool,
+    /// It is not alive because it said that it leaves, and handed its runs back: it is not missing.
+    #[serde(default)]
+    pub left: bool,
     /// When this life began.
     pub started_at: DateTime<Utc>,
     /// How long ago it was last heard of.

@@ -66,6 +66,7 @@ impl State {
                 version: replica.version.clone(),
                 alive: replica.is_alive(now),
                 draining: replica.draining,
+                left: replica.dead_at.is_some_and(|at| at < replica.expires_at),
                 started_at: DateTime::from_timestamp_millis(replica.entered_at).unwrap_or_default(),
                 heartbeat_age_ms: span(replica.beat_at, now),
                 runs,

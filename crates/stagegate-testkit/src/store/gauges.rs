@@ -183,6 +183,7 @@ pub async fn replicas_are_listed_alive_draining_and_dead(subject: Subject) {
     assert!(rows.is_sorted_by_key(|row| !row.alive), "the living first: {rows:?}");
     for (id, alive) in [(late, false), (gone, false), (living, true), (draining, true)] {
         assert_eq!(find(&rows, id).alive, alive);
+        assert_eq!(find(&rows, id).left, id == gone, "it alone said that it leaves");
     }
     let now = find(&rows, draining);
     assert!(now.draining && !find(&rows, living).draining);
