@@ -68,8 +68,8 @@ impl PostgresStore {
         })
     }
 
-    /// Applies the migrations that are missing. Safe when several replicas start at once.
-    pub async fn migrate(&self) -> StoreResult<()> {
+    /// Applies the migrations that are missing, and says which: number and name. Safe when several replicas start at once.
+    pub async fn migrate(&self) -> StoreResult<Vec<(i64, String)>> {
         migrate::migrate(&self.pool).await
     }
 

@@ -26,11 +26,12 @@ pub(crate) fn needed() -> i64 {
     MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
-/// Applies what is missing. An advisory lock makes replicas that start at once wait for each other.
-pub(crate) async fn migrate(pool: &Pool) -> StoreResult<()> {
+/// Applies what is missing, and says what that was: number and name. An advisory lock makes replicas that start at once
+/// wait for each other; what another one applied meanwhile is told by each.
+pub(crate) async fn migrate(pool: &Pool) -> StoreResult<Vec<(i64, String)>> {
     // A newer binary may have migrated beyond us. Where its schema suits us there is nothing to do for us, else we say so
     // before we touch anything.
-    foreign(pool).await?;
+    let before = foreign(pool).await?;
     let mut migrator = Migrator { migrations: MIGRATIONS.migrations.clone(), ..Migrator::DEFAULT };
     migrator.set_ignore_missing(true);
     let patient = pool.patient(LOCK_TIMEOUT);
@@ -58,7 +59,9 @@ pub(crate) async fn migrate(pool: &Pool) -> StoreResult<()> {
             "migration {version} was only partly applied; restore the database from before it, then migrate again"
         )),
         other => StoreError::Defect(other.to_string()),
-    })
+    })?;
+    let missing = MIGRATIONS.iter().filter(|ours| before.iter().all(|applied| applied.version != ours.version));
+    Ok(missing.map(|migration| (migration.version, migration.description.to_string())).collect())
 }
 
 fn changed(version: i64) -> StoreError {

@@ -59,6 +59,7 @@ use error::Sql;
 pub struct SqliteStore {
     db: Arc<Db>,
     disk: Arc<DiskWatch>,
+    migrated: Arc<[(i64, String)]>,
 }
 
 impl SqliteStore {
@@ -79,8 +80,9 @@ impl SqliteStore {
 
     async fn open_with(options: SqliteConnectOptions, path: &Path, metrics: Metrics) -> StoreResult<Self> {
         schema::create_file(path)?;
-        let writer = schema::open(&options, path).await?;
-        Ok(Self { db: Arc::new(Db::new(options, writer, None, metrics)), disk: Arc::default() })
+        let (writer, migrated) = schema::open(&options, path).await?;
+        let db = Arc::new(Db::new(options, writer, None, metrics));
+        Ok(Self { db, disk: Arc::default(), migrated: migrated.into() })
     }
 
     /// A store that lives in memory, for tests: gone with its last clone.
@@ -89,8 +91,14 @@ impl SqliteStore {
         let name = format!("stagegate-{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let options = schema::memory_options(&name);
         let anchor = options.connect().await.sql()?;
-        let writer = schema::open(&options, Path::new(&name)).await?;
-        Ok(Self { db: Arc::new(Db::new(options, writer, Some(anchor), Metrics::new())), disk: Arc::default() })
+        let (writer, migrated) = schema::open(&options, Path::new(&name)).await?;
+        let db = Arc::new(Db::new(options, writer, Some(anchor), Metrics::new()));
+        Ok(Self { db, disk: Arc::default(), migrated: migrated.into() })
+    }
+
+    /// The migrations that opening it applied: number and name.
+    pub fn migrated(&self) -> &[(i64, String)] {
+        &self.migrated
     }
 
     /// The response cache's shared tier, in the same file.

@@ -82,15 +82,23 @@ fn create_directory(directory: &Path) -> io::Result<()> {
     builder.create(directory)
 }
 
-/// Opens the writing connection and migrates. Several processes may do so at once.
-pub(crate) async fn open(options: &SqliteConnectOptions, path: &Path) -> StoreResult<SqliteConnection> {
+/// Opens the writing connection and migrates; says with which migrations, number and name. Several processes may do so at
+/// once.
+pub(crate) async fn open(
+    options: &SqliteConnectOptions,
+    path: &Path,
+) -> StoreResult<(SqliteConnection, Vec<(i64, String)>)> {
     let mut conn = connect(options, path).await?;
     check_ours(&mut conn, path).await?;
-    match check(&mut conn).await {
-        Err(StoreError::SchemaBehind { .. }) => migrate(&mut conn, path).await?,
-        other => other?,
-    }
-    Ok(conn)
+    let found = match check(&mut conn).await {
+        Ok(()) => return Ok((conn, Vec::new())),
+        Err(StoreError::SchemaBehind { found, .. }) => found,
+        Err(other) => return Err(other),
+    };
+    migrate(&mut conn, path).await?;
+    let missing = MIGRATIONS.iter().filter(|migration| migration.version > found);
+    let migrated = missing.map(|migration| (migration.version, migration.description.to_string())).collect();
+    Ok((conn, migrated))
 }
 
 /// Connects. Turning the write-ahead log on, or recovering one, needs the file alone for a moment, and SQLite does
