@@ -11,7 +11,10 @@ use std::{
 use stagegate_core::{Clock, Code, Error, Secret, Store, StoreError, SystemClock, cache::CacheTier, hint::Hints};
 use stagegate_engine::{Engine, config::EngineConfig, memory::MEMORY_DEFAULT_BYTES};
 use stagegate_http::{App, config::HttpConfig};
-use stagegate_llm::{Llm, RedisHints, RedisTier};
+use stagegate_llm::{
+    Llm, RedisHints, RedisTier,
+    config::{ProviderConfig, ProviderKind},
+};
 use stagegate_store_postgres::PostgresStore;
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
@@ -53,6 +56,8 @@ pub(crate) struct Daemon {
     pub embedded: bool,
     /// What is used and what that costs, a line each.
     pub notes: Vec<String>,
+    /// True where no provider but the simulator can be called.
+    pub is_simulated: bool,
     /// Requests of the API that may ask the store at once.
     pub reads_max: usize,
     vital: Vital,
@@ -93,6 +98,8 @@ pub(crate) struct OpenStore {
     pub note: String,
     /// Connections that it has for what the API asks.
     pub reads_max: usize,
+    /// The migrations that were applied when it was opened: number and name.
+    pub migrated: Vec<(i64, String)>,
 }
 
 impl Daemon {
@@ -109,7 +116,8 @@ impl Daemon {
         } else {
             shared_cache(config, &mut notes)?
         };
-        notes.push(models(config));
+        let real = real_models(config);
+        notes.push(models(&real));
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let llm = Arc::new(Llm::new(&config.llm, tier, metrics.clone(), Arc::clone(&clock))?);
         let mut engine_config = config.engine.clone();
@@ -126,7 +134,8 @@ impl Daemon {
         };
         let engine = Engine::start_beating_on(runtime, engine_config, shared_store, llm, metrics.clone(), clock, hints);
         let engine = engine.await?;
-        Ok(Self { engine, store, metrics, embedded, notes, reads_max: opened.reads_max, vital })
+        let is_simulated = real.is_empty();
+        Ok(Self { engine, store, metrics, embedded, notes, is_simulated, reads_max: opened.reads_max, vital })
     }
 
     /// Serves the API until `until` resolves: connections and probes on their own runtime, the rest on this one.
@@ -167,11 +176,11 @@ impl Daemon {
 pub(crate) async fn open_store(config: &Config, options: Options, metrics: &Metrics) -> Result<OpenStore, Error> {
     match &config.store.database_url {
         Some(url) if !options.embedded => {
-            let store = open_postgres(config, url, options.migrate, metrics).await?;
+            let (store, migrated) = open_postgres(config, url, options.migrate, metrics).await?;
             let pool = config.store.pool.max_connections;
             let note = format!("store: Postgres at {} (up to {pool} connections)", host_of(url));
             let reads_max = store.connections_for_guests();
-            Ok(OpenStore { store: Arc::new(store), tier: None, note, reads_max })
+            Ok(OpenStore { store: Arc::new(store), tier: None, note, reads_max, migrated })
         }
         _ => {
             let directory = data_dir(config)?;
@@ -179,18 +188,19 @@ pub(crate) async fn open_store(config: &Config, options: Options, metrics: &Metr
             let store = SqliteStore::open(&path, metrics.clone()).await.map_err(|error| told(&error, "SQLite"))?;
             let tier = Some(store.cache_tier());
             let note = format!("store: embedded SQLite at {}: this machine alone, no replicas", path.display());
-            Ok(OpenStore { store: Arc::new(store), tier, note, reads_max: SqliteStore::READERS })
+            let migrated = store.migrated().to_vec();
+            Ok(OpenStore { store: Arc::new(store), tier, note, reads_max: SqliteStore::READERS, migrated })
         }
     }
 }
 
-/// Connects to Postgres; checks its schema, or brings it up to date.
+/// Connects to Postgres; checks its schema, or brings it up to date and says with which migrations.
 pub(crate) async fn open_postgres(
     config: &Config,
     url: &Secret,
     migrate: bool,
     metrics: &Metrics,
-) -> Result<PostgresStore, Error> {
+) -> Result<(PostgresStore, Vec<(i64, String)>), Error> {
     is_postgres(url)?;
     let host = host_of(url);
     let unreachable = |error: StoreError| told(&error, &format!("Postgres at {host}"));
@@ -206,11 +216,11 @@ pub(crate) async fn open_postgres(
             other => unreachable(other),
         })?;
     if migrate {
-        store.migrate().await.map_err(unreachable)?;
-    } else {
-        store.check_schema().await.map_err(unreachable)?;
+        let migrated = store.migrate().await.map_err(unreachable)?;
+        return Ok((store, migrated));
     }
-    Ok(store)
+    store.check_schema().await.map_err(unreachable)?;
+    Ok((store, Vec::new()))
 }
 
 /// Refuses what is no address of a Postgres database, without showing it.
@@ -279,19 +289,22 @@ fn hints(config: &Config) -> Result<Option<Arc<dyn Hints>>, Error> {
     Ok(Some(Arc::new(RedisHints::start(url, &config.redis.limits)?)))
 }
 
+/// The providers beside the simulator that can be called, as people write their models.
+fn real_models(config: &Config) -> Vec<String> {
+    let can_be_called = |name: &str, provider: &ProviderConfig| {
+        name != "sim"
+            && provider.kind != ProviderKind::Sim
+            && (provider.api_key.is_some() || provider.base_url.is_some())
+    };
+    let providers = config.llm.providers.iter().filter(|(name, provider)| can_be_called(name, provider));
+    providers.map(|(name, _)| format!("{name}/…")).collect()
+}
+
 /// Which models can be called.
-fn models(config: &Config) -> String {
-    let variables = [("openai", "OPENAI_API_KEY"), ("anthropic", "ANTHROPIC_API_KEY"), ("gemini", "GEMINI_API_KEY")];
-    let mut real: Vec<String> = Vec::new();
-    for (name, provider) in &config.llm.providers {
-        let local = provider.base_url.is_some();
-        if name != "sim" && (provider.api_key.is_some() || local) {
-            real.push(format!("{name}/…"));
-        }
-    }
+fn models(real: &[String]) -> String {
     if real.is_empty() {
-        let names: Vec<&str> = variables.iter().map(|(_, variable)| *variable).collect();
-        return format!("models: simulated only (sim/…); for real ones set {}", names.join(", "));
+        return "models: simulated only (sim/…); for real ones set OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY"
+            .to_owned();
     }
     format!("models: {}, which cost what their providers charge, and simulated ones (sim/…)", real.join(", "))
 }

@@ -1,15 +1,19 @@
 //! The stagegate binary: wiring only. It parses the command line, builds the runtime, runs one command, and turns
 //! what came of it into an exit code.
 
+mod board;
 mod cli;
 mod client;
 mod commands;
 mod config;
 mod daemon;
 mod files;
+mod guest;
+mod layout;
 mod memory;
 mod open_files;
 mod output;
+mod pipelines_dir;
 mod progress;
 
 use std::process::ExitCode;

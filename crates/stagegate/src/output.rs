@@ -25,6 +25,9 @@ pub(crate) const DIM: Style = Style::new().dimmed();
 /// For headings.
 pub(crate) const STRONG: Style = Style::new().bold();
 
+/// The columns of a terminal that does not tell them.
+const COLUMNS_USUAL: usize = 80;
+
 /// A text in a style.
 pub(crate) fn paint(style: Style, text: &str) -> String {
     format!("{style}{text}{style:#}")
@@ -59,6 +62,51 @@ pub(crate) fn stderr_is_live() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
+/// Whether a person can be asked: they look at stderr, and stdin is theirs.
+pub(crate) fn can_ask() -> bool {
+    stderr_is_live() && std::io::stdin().is_terminal()
+}
+
+/// How many columns stdout has; None where it is no terminal, and what is written is to be whole.
+pub(crate) fn stdout_width() -> Option<usize> {
+    columns(&console::Term::stdout(), std::io::stdout().is_terminal())
+}
+
+/// How many columns stderr has; None where it is no terminal.
+pub(crate) fn stderr_width() -> Option<usize> {
+    columns(&console::Term::stderr(), std::io::stderr().is_terminal())
+}
+
+fn columns(terminal: &console::Term, is_terminal: bool) -> Option<usize> {
+    let columns = || terminal.size_checked().map_or(COLUMNS_USUAL, |(_, columns)| usize::from(columns));
+    is_terminal.then(columns)
+}
+
+/// Writes a text to stderr, wrapped where that is a terminal; lines that follow are moved in.
+pub(crate) fn note_wrapped(text: &str) {
+    for line in fitted(text, stderr_width()) {
+        note(&line);
+    }
+}
+
+/// A text in lines that fit; those that follow a break are moved in by two beyond the line's own margin.
+pub(crate) fn fitted(text: &str, width: Option<usize>) -> Vec<String> {
+    let Some(width) = width else { return text.lines().map(str::to_owned).collect() };
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        if console::measure_text_width(line) <= width {
+            lines.push(line.to_owned());
+            continue;
+        }
+        let margin = " ".repeat(line.len() - line.trim_start().len());
+        let options = textwrap::Options::new(width).initial_indent(&margin);
+        let next = format!("{margin}  ");
+        let wrapped = textwrap::wrap(line.trim_start(), options.subsequent_indent(&next));
+        lines.extend(wrapped.into_iter().map(std::borrow::Cow::into_owned));
+    }
+    lines
+}
+
 /// Tells an error on stderr: one line, its mistakes below, and where to read on.
 pub(crate) fn error(error: &Error) {
     let label = paint(BAD.bold(), "error:");
@@ -69,8 +117,8 @@ pub(crate) fn error(error: &Error) {
     for violation in &error.violations {
         let _ = write!(text, "\n  {}", violation_line(error.code, violation));
     }
-    let _ = write!(text, "\n{}", paint(DIM, &format!("  see {}", error.code.docs_url())));
-    note(&text);
+    let _ = write!(text, "\n{}", paint(DIM, &format!("  see `stagegate explain {}`", error.code)));
+    note_wrapped(&text);
 }
 
 /// A mistake in one line; its code is left out where it is the error's own.
@@ -150,21 +198,6 @@ pub(crate) fn time(duration: Duration) -> String {
     }
 }
 
-/// A table without borders; numbers stand right.
-pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>, right: &[usize]) -> String {
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING);
-    table.set_header(header.iter().copied());
-    table.add_rows(rows);
-    for column in right {
-        if let Some(column) = table.column_mut(*column) {
-            column.set_cell_alignment(comfy_table::CellAlignment::Right);
-        }
-    }
-    let lines = table.lines().map(|line| line.trim_end().to_owned());
-    lines.collect::<Vec<_>>().join("\n")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +207,15 @@ mod tests {
         assert_eq!(usd(Usd::ZERO), "$0");
         assert_eq!(usd(Usd::from_dollars(0.000_012)), "$0.000012");
         assert_eq!(usd(Usd::from_dollars(1.5)), "$1.5000");
+    }
+
+    #[test]
+    fn a_long_line_is_wrapped_on_a_terminal_and_whole_when_piped() {
+        let text = format!("error: SG0100 {}\n  short", "word ".repeat(40).trim_end());
+        assert_eq!(fitted(&text, None).len(), 2);
+        let lines = fitted(&text, Some(80));
+        assert!(lines.len() > 3 && lines.iter().all(|line| line.len() <= 80), "{lines:#?}");
+        assert!(lines[1].starts_with("  word") && lines.last().is_some_and(|line| line == "  short"), "{lines:#?}");
     }
 
     #[test]

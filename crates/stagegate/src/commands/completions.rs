@@ -9,7 +9,9 @@ const EXAMPLES: &str = "\
 Examples:
   stagegate completions bash > /etc/bash_completion.d/stagegate
   stagegate completions zsh > \"${fpath[1]}/_stagegate\"
-  stagegate completions fish > ~/.config/fish/completions/stagegate.fish";
+  stagegate completions fish > ~/.config/fish/completions/stagegate.fish
+
+Commands, flags, files and the values that a flag may have are completed: states, roles, error codes.";
 
 /// Print a completion script for a shell.
 #[derive(Debug, clap::Args)]

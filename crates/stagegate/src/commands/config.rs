@@ -10,7 +10,7 @@ use crate::{
 
 const EXAMPLES: &str = "\
 Examples:
-  stagegate config                                what is in force, as TOML, each value with its source
+  stagegate config               what is in force, each value with its source
   stagegate config --json | jq '.[] | select(.set)'
   STAGEGATE_HTTP__LISTEN=0.0.0.0:8080 stagegate config
 

@@ -16,17 +16,18 @@ use crate::{
     client::Client,
     config::Config,
     daemon::{Daemon, Options},
-    output::{self, DIM, GOOD, STRONG, WARN, grouped, paint, table, time, usd},
+    layout::{self, Column, KEPT, Row, Table},
+    output::{self, DIM, GOOD, STRONG, WARN, grouped, paint, time, usd},
     progress::Progress,
 };
 
 const EXAMPLES: &str = "\
 Examples:
-  stagegate demo                    then stays up, so that you can look around at /docs
+  stagegate demo                    then stays up, to look around at /docs
   stagegate demo --once             ends when it is done
   stagegate demo --port 8080
 
-It needs nothing: no key, no Postgres, no Redis, no network. It keeps its state in a temporary directory, which it
+It needs nothing: no key, no Postgres, no Redis, no network. It keeps its state in a temporary directory, which it \
 removes, and takes nothing from your configuration. All answers are simulated.";
 
 /// The pipeline that ships as the default.
@@ -37,8 +38,10 @@ const BRIEF: &str = include_str!("../../../../docs/examples/brief.md");
 const CHANGED_STAGE: &str = "risk-review";
 /// What is added to its prompt.
 const CHANGE: &str = "\nBegin with the one risk that could sink the project.";
-/// The longest excerpt of one part of the result, in lines and in characters of a line.
-const EXCERPT: (usize, usize) = (4, 108);
+/// The longest excerpt of one part of the result, in lines.
+const EXCERPT_LINES: usize = 4;
+/// How wide a line of it is where stdout is no terminal.
+const EXCERPT_COLUMNS: usize = 100;
 
 /// Show the whole thing at work, simulated.
 #[derive(Debug, clap::Args)]
@@ -51,6 +54,18 @@ pub(crate) struct Demo {
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     port: u16,
 }
+
+const SUMMARY: [Column; 9] = [
+    Column::right("run", KEPT),
+    Column::left("", 40),
+    Column::right("time", 50),
+    Column::right("bought", 70),
+    Column::right("cached", 80),
+    Column::right("calls", 10),
+    Column::right("tokens", 20),
+    Column::right("cost", 60),
+    Column::right("saved", 65),
+];
 
 /// A run as the API told it at its end.
 struct Told {
@@ -65,7 +80,7 @@ struct Told {
 
 impl Demo {
     pub(crate) async fn run(self, global: &Global) -> Result<u8, Error> {
-        let mut signals = Signals::listen()?;
+        let mut signals = Signals::listen_at_terminal()?;
         let filter = global.log.clone().unwrap_or_else(|| "error".to_owned());
         let log = LogConfig { filter, ..LogConfig::default() };
         let _guard = logs::init(&log, &SentryConfig::default(), env!("CARGO_PKG_VERSION"))?;
@@ -119,14 +134,14 @@ fn simulator() -> ProviderConfig {
 
 /// The whole story, told through the API at this address.
 async fn show(base: &str, once: bool) -> Result<(), Error> {
-    let client = Client::new(base)?;
+    let client = Client::new(base, None)?;
     say(&format!(
         "{} A product brief becomes an engineering spec, in five gated stages.\n{}\n",
         paint(STRONG, concat!("Stagegate ", env!("CARGO_PKG_VERSION"), ".")),
         paint(
             WARN,
-            "All answers are simulated (models sim/…): no key, no network. Costs are what the price table \
-                     charges for the\nsimulator; nothing is paid."
+            "All answers are simulated (models sim/…): no key, no network. Costs are what the price table charges for \
+             the simulator; nothing is paid."
         )
     ))?;
     let definition = register(&client).await?;
@@ -150,11 +165,14 @@ async fn show(base: &str, once: bool) -> Result<(), Error> {
     say(&format!("  bought: {}; from the cache: {}.\n\n", listed(&third.bought()), listed(&third.cached())))?;
 
     say(&summary(&[&first, &second, &third]))?;
-    say(&what_next(base, &first, once))
+    // Commands are broken by nothing but the terminal, so that they can be copied.
+    output::result(&what_next(base, &first, once))
 }
 
+/// Writes a text that fits the terminal.
 fn say(text: &str) -> Result<(), Error> {
-    output::result(text)
+    let lines = output::fitted(text, output::stdout_width());
+    output::result(&lines.into_iter().map(|line| line + "\n").collect::<String>())
 }
 
 /// Registers the pipeline and shows its shape.
@@ -284,11 +302,9 @@ async fn retried_stages(client: &Client, told: &Told) -> Result<String, Error> {
 
 /// The result, cut to a few lines a part: texts first, then how many items each list has, and its first one.
 fn excerpt(told: &Told) -> String {
-    let (lines_max, chars_max) = EXCERPT;
-    let cut = |line: &str| {
-        let more = if line.chars().count() > chars_max { "…" } else { "" };
-        format!("{}{more}", line.chars().take(chars_max).collect::<String>())
-    };
+    let lines_max = EXCERPT_LINES;
+    let width = output::stdout_width().unwrap_or(EXCERPT_COLUMNS).saturating_sub(4);
+    let cut = |line: &str| layout::cut(line, width);
     let mut text = format!("  {}\n", paint(STRONG, "The result (abridged; simulated):"));
     let mut parts: Vec<(&str, &Value)> = match &told.detail["output"] {
         Value::Object(map) => map.iter().map(|(key, value)| (key.as_str(), value)).collect(),
@@ -349,8 +365,9 @@ fn capitalised(text: &str) -> String {
 
 /// All runs side by side.
 fn summary(runs: &[&Told]) -> String {
-    let row = |(at, told): (usize, &&Told)| {
-        vec![
+    let mut table = Table::new(SUMMARY);
+    for (at, told) in runs.iter().enumerate() {
+        table.push(Row::new([
             format!("{}", at + 1),
             told.title.to_owned(),
             time(told.took),
@@ -360,11 +377,9 @@ fn summary(runs: &[&Told]) -> String {
             grouped(told.totals.usage.total_tokens()),
             output::paid(&told.totals),
             usd(told.totals.saved_usd),
-        ]
-    };
-    let header = ["run", "", "time", "stages bought", "stages cached", "calls", "tokens", "cost", "saved"];
-    let rows = runs.iter().enumerate().map(row).collect();
-    format!("{}\n{}\n", paint(STRONG, "In sum (simulated)"), table(&header, rows, &[2, 3, 4, 5, 6, 7, 8]))
+        ]));
+    }
+    format!("{}\n{}", paint(STRONG, "In sum (simulated)"), table.text(output::stdout_width()))
 }
 
 fn what_next(base: &str, first: &Told, once: bool) -> String {
@@ -382,11 +397,15 @@ fn what_next(base: &str, first: &Told, once: bool) -> String {
     format!(
         "\n{} (Ctrl-C stops it)\n  \
          RUN={base}/v1/runs/{id}\n  \
-         curl -s $RUN                                            # state, stages, cost, output\n  \
-         curl -s $RUN/stages/{stage}                              # its attempts, assessments and calls\n  \
-         curl -N -H 'accept: text/event-stream' $RUN/events      # what happened, and live what happens\n  \
+         curl -s $RUN                                 # state, stages, cost, output\n  \
+         curl -s $RUN/stages/{stage}                   # its attempts and calls\n  \
+         curl -N -H 'accept: text/event-stream' $RUN/events    # what happens\n  \
          curl -s {base}/metrics\n  \
-         {base}/docs                             # every route, to try in the browser\n{own}",
+         {base}/docs                  # every route, to try in the browser\n\
+         The same by command:\n  \
+         export STAGEGATE_SERVER={base}\n  \
+         {program} runs list\n  \
+         {program} runs get {id}\n{own}",
         paint(STRONG, "The daemon stays up.")
     )
 }

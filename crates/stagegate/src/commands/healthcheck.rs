@@ -8,7 +8,7 @@ use crate::{cli::Global, client::Client, output};
 
 const EXAMPLES: &str = "\
 Examples:
-  stagegate healthcheck                                 the daemon that this configuration would start
+  stagegate healthcheck            the daemon of this configuration
   stagegate healthcheck --url http://10.0.0.7:8080
 
 Exit codes: 0 ready (also when degraded: the body says so), 1 not ready or not there.";
@@ -18,7 +18,7 @@ Exit codes: 0 ready (also when degraded: the body says so), 1 not ready or not t
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Healthcheck {
     /// The daemon's address [default: where `http.listen` says, on this machine]
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_hint = clap::ValueHint::Url)]
     url: Option<String>,
     /// How long it may take to answer, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 3)]
@@ -36,7 +36,7 @@ impl Healthcheck {
             return Err(Error::new(Code::InvalidRequest, message));
         }
         let timeout = Duration::from_secs(self.timeout.clamp(1, 60));
-        let (status, body) = Client::new(&url)?.probe("/readyz", timeout).await?;
+        let (status, body) = Client::new(&url, None)?.probe("/readyz", timeout).await?;
         output::result(&format!("{}\n", body.trim_end()))?;
         if status.is_success() {
             return Ok(0);
@@ -47,7 +47,7 @@ impl Healthcheck {
 }
 
 /// An address that a listener can be reached at from its own machine.
-fn reachable(listen: SocketAddr) -> SocketAddr {
+pub(crate) fn reachable(listen: SocketAddr) -> SocketAddr {
     let mut address = listen;
     if listen.ip().is_unspecified() {
         address.set_ip(match listen {

@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use serde_json::json;
 use stagegate_core::{
@@ -18,19 +19,30 @@ use super::quiet_logs;
 use crate::{
     cli::Global,
     daemon::{self, Options},
+    layout::{Column, KEPT, Row, Table},
     output,
 };
+
+/// The id is what `revoke` takes: it is never dropped.
+const COLUMNS: [Column; 6] = [
+    Column::left("id", KEPT),
+    Column::left("tenant", 50),
+    Column::left("role", 30),
+    Column::left("name", 60),
+    Column::left("made", 10),
+    Column::left("state", 40),
+];
 
 const EXAMPLES: &str = "\
 Examples:
   stagegate keys create --name ci --role operator --expires 90d
-  KEY=$(stagegate keys create --tenant acme --role admin --name ops)      # the secret is all of stdout
-  curl -H \"Authorization: Bearer $KEY\" http://127.0.0.1:8080/v1/pipelines
+  export STAGEGATE_API_KEY=$(stagegate keys create --role admin --name ops)
+  stagegate runs list                     the secret was all of stdout
   stagegate keys list
   stagegate keys revoke 0198c2d0-7c3e-7b1a-8f0e-2d4c6a8b0e1f
 
-Roles: viewer reads; operator also submits, cancels, retries and approves; admin also registers pipelines and
-purges the cache. The keys are those of the configured database; a running daemon follows within seconds.";
+Roles: viewer reads; operator also submits, cancels, retries and approves; admin also registers pipelines and purges \
+the cache. The keys are those of the configured database; a running daemon follows within seconds.";
 
 /// Manage API keys.
 #[derive(Debug, clap::Args)]
@@ -55,8 +67,8 @@ struct Create {
     /// The tenant that it opens
     #[arg(long, default_value = "default")]
     tenant: TenantId,
-    /// What it may do: viewer, operator or admin
-    #[arg(long, default_value = "operator", value_parser = role)]
+    /// What it may do
+    #[arg(long, default_value = "operator", value_parser = role())]
     role: Role,
     /// What it is for, for people
     #[arg(long)]
@@ -82,8 +94,9 @@ struct Revoke {
     id: KeyId,
 }
 
-fn role(text: &str) -> Result<Role, String> {
-    Role::parse(text).ok_or_else(|| "write `viewer`, `operator` or `admin`".to_owned())
+fn role() -> impl TypedValueParser<Value = Role> {
+    let known = |text: String| Role::parse(&text).ok_or("write `viewer`, `operator` or `admin`");
+    PossibleValuesParser::new(["viewer", "operator", "admin"]).try_map(known)
 }
 
 impl Keys {
@@ -151,10 +164,13 @@ impl List {
         let row = |key: &ApiKey| {
             let role = key.role.as_str().to_owned();
             let made = key.created_at.format("%Y-%m-%d").to_string();
-            vec![key.id.to_string(), key.tenant.to_string(), role, key.name.clone(), made, state(key, now)]
+            Row::new([key.id.to_string(), key.tenant.to_string(), role, key.name.clone(), made, state(key, now)])
         };
-        let rows = keys.iter().map(row).collect();
-        output::result(&format!("{}\n", output::table(&["id", "tenant", "role", "name", "made", "state"], rows, &[])))?;
+        let mut table = Table::new(COLUMNS);
+        for key in &keys {
+            table.push(row(key));
+        }
+        output::result(&table.text(output::stdout_width()))?;
         Ok(0)
     }
 }

@@ -14,8 +14,9 @@ const EXAMPLES: &str = "\
 Examples:
   DATABASE_URL=postgres://stagegate@db/stagegate stagegate migrate
 
-Several may start at once: one migrates, the others wait and find nothing left to do. Without a database URL it is the
-embedded SQLite file that is brought up to date, which `serve` and `run` do by themselves.";
+Each migration that was applied is a line on stdout. Several may start at once: one migrates, the others wait and find \
+nothing left to do. Without a database URL it is the embedded SQLite file that is brought up to date, which `serve` and \
+`run` do by themselves.";
 
 /// Bring the database's schema up to date.
 #[derive(Debug, clap::Args)]
@@ -30,7 +31,15 @@ impl Migrate {
         let options = Options { migrate: true, ..Options::default() };
         let opened = daemon::open_store(&loaded.config, options, &Metrics::new()).await?;
         opened.store.close().await;
-        output::note(&format!("the schema is up to date; {}", opened.note));
+        for (number, name) in &opened.migrated {
+            output::result(&format!("applied {number:04} {name}\n"))?;
+        }
+        let done = if opened.migrated.is_empty() {
+            "nothing to apply: the schema was up to date"
+        } else {
+            "the schema is up to date"
+        };
+        output::note_wrapped(&format!("{done}; {}", opened.note));
         Ok(0)
     }
 }

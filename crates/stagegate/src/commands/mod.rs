@@ -1,15 +1,23 @@
 //! The commands, one file each: owns nothing itself.
 
+pub(crate) mod cache;
 pub(crate) mod completions;
 pub(crate) mod config;
 pub(crate) mod demo;
+pub(crate) mod explain;
 pub(crate) mod healthcheck;
+pub(crate) mod held;
+pub(crate) mod init;
 pub(crate) mod keys;
+pub(crate) mod man;
 pub(crate) mod migrate;
 pub(crate) mod plan;
+pub(crate) mod remote;
 pub(crate) mod replicas;
 pub(crate) mod run;
+pub(crate) mod runs;
 pub(crate) mod schema;
+pub(crate) mod seed;
 pub(crate) mod serve;
 pub(crate) mod validate;
 
@@ -30,7 +38,7 @@ fn quiet_logs(loaded: &mut Loaded) -> Result<logs::Guard, Error> {
 
 /// The mistakes of a definition, each told as compilers do: `file:line:column: SGnnnn path: message (mend)`.
 /// Any other error stays as it is.
-fn in_file(file: &str, error: Error) -> Error {
+pub(crate) fn in_file(file: &str, error: Error) -> Error {
     if error.code != Code::InvalidDefinition {
         return error;
     }

@@ -10,15 +10,26 @@ use crate::{
     cli::Global,
     daemon::{Daemon, Options},
     files,
-    output::{self, STRONG, grouped, paint, table, usd},
+    layout::{Column, KEPT, Row, Table},
+    output::{self, STRONG, grouped, paint, usd},
 };
+
+const COLUMNS: [Column; 7] = [
+    Column::left("stage", KEPT),
+    Column::left("outcome", KEPT),
+    Column::left("model", 50),
+    Column::right("tokens in", 30),
+    Column::right("tokens out", 20),
+    Column::right("USD", 60),
+    Column::right("saved", 40),
+];
 
 const EXAMPLES: &str = "\
 Examples:
   stagegate plan brief-to-spec.yaml --input @brief.md
   stagegate plan brief-to-spec.yaml --input @brief.md --json | jq .cost_usd
 
-It looks into the same cache as `stagegate run` does: `hit` costs nothing, `buy` would be bought, `free` calls no
+It looks into the same cache as `stagegate run` does: `hit` costs nothing, `buy` would be bought, `free` calls no \
 model. A stage behind one that would be bought is `buy` too: its prompt is not known yet. Tokens are estimates.";
 
 /// Tell what a run would cost, without spending.
@@ -26,6 +37,7 @@ model. A stage behind one that would be bought is `buy` too: its prompt is not k
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Plan {
     /// The definition, YAML or JSON; `-` for stdin
+    #[arg(value_hint = clap::ValueHint::FilePath)]
     file: String,
     /// @FILE, `-` for stdin, JSON or text, as `stagegate run` takes it
     #[arg(long, short, value_name = "INPUT", allow_hyphen_values = true)]
@@ -60,7 +72,7 @@ impl Plan {
                 .map_err(|error| Error::new(Code::Internal, format!("the plan is no JSON: {error}")))?;
             output::result(&format!("{json:#}\n"))?;
         } else {
-            output::result(&as_text(&plan))?;
+            output::result(&as_text(&plan, output::stdout_width()))?;
         }
         Ok(0)
     }
@@ -99,17 +111,19 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-fn as_text(plan: &Planned) -> String {
-    let rows = plan.stages.iter().map(row).collect();
-    let header = ["stage", "outcome", "model", "tokens in", "tokens out", "USD", "saved"];
-    let mut text = table(&header, rows, &[3, 4, 5, 6]);
+fn as_text(plan: &Planned, width: Option<usize>) -> String {
+    let mut table = Table::new(COLUMNS).indented(1);
+    for stage in &plan.stages {
+        table.push(row(stage));
+    }
+    let mut text = table.text(width);
     let of = |outcome| plan.stages.iter().filter(|stage| stage.outcome == outcome).count();
     let unpriced = plan.stages.iter().filter(|s| s.outcome == PlannedOutcome::Buy && s.cost_usd.is_none()).count();
     let unknown = if unpriced > 0 { format!(" + {unpriced} without a price") } else { String::new() };
     let path = plan.critical_path.iter().map(StageId::as_str).collect::<Vec<_>>().join(" → ");
     let _ = write!(
         text,
-        "\n\n {} {} to buy, {} cached, {} free\n {} about {} tokens, {}{unknown}; the cache saves {}\n",
+        "\n {} {} to buy, {} cached, {} free\n {} about {} tokens, {}{unknown}; the cache saves {}\n",
         paint(STRONG, "stages:"),
         of(PlannedOutcome::Buy),
         of(PlannedOutcome::Hit),
@@ -130,10 +144,10 @@ fn as_text(plan: &Planned) -> String {
         };
         let _ = writeln!(text, " {} {}; at worst {}: {verdict}", paint(STRONG, "budget:"), usd(budget), usd(worst));
     }
-    text
+    output::fitted(&text, width).into_iter().map(|line| line + "\n").collect()
 }
 
-fn row(stage: &PlannedStage) -> Vec<String> {
+fn row(stage: &PlannedStage) -> Row {
     let outcome = match stage.outcome {
         PlannedOutcome::Hit => "hit",
         PlannedOutcome::Buy => "buy",
@@ -148,5 +162,5 @@ fn row(stage: &PlannedStage) -> Vec<String> {
     let model = stage.model.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string);
     let tokens = |count: u64| if stage.outcome == PlannedOutcome::Free { "-".to_owned() } else { grouped(count) };
     let id = stage.id.as_str().to_owned();
-    vec![id, outcome.to_owned(), model, tokens(stage.input_tokens), tokens(stage.output_tokens), cost, saved]
+    Row::new([id, outcome.to_owned(), model, tokens(stage.input_tokens), tokens(stage.output_tokens), cost, saved])
 }

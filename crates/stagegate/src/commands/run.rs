@@ -1,19 +1,22 @@
 //! `stagegate run`: one run of a definition, here and now. Owns what a person at a terminal sees of it; the result is
-//! all that goes to stdout.
+//! all that goes to stdout. What to do with a held output is asked in [`super::held`].
 
 use std::{fmt::Write as _, time::Duration};
 
 use futures::StreamExt as _;
-use serde_json::Value;
+use serde_json::{Value, json};
 use stagegate_core::{
-    Code, Error, Event, EventKind, PipelineName, RunId, RunState, StageId, TenantId, Totals,
+    Code, Error, Event, EventKind, Failure, PipelineName, RunId, RunState, StageId, TenantId, Totals,
     pipeline::{CacheMode, Labels},
-    store::RunQuery,
+    store::{RunDetail, RunQuery},
 };
 use stagegate_engine::{Action, Engine, Submit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{in_file, quiet_logs};
+use super::{
+    held::{Decided, Held, Place},
+    in_file, quiet_logs,
+};
 use crate::{
     cli::Global,
     daemon::{Daemon, Options},
@@ -25,17 +28,30 @@ use crate::{
 const EXAMPLES: &str = "\
 Examples:
   stagegate run brief-to-spec.yaml --input @brief.md > spec.json
-  stagegate run brief-to-spec.yaml --input @brief.md          again: what has not changed comes from the cache
+  stagegate run brief-to-spec.yaml --input @brief.md    again, from the cache
   stagegate run triage.yaml --input '{\"ticket\": \"…\"}' --set language=en
   git diff | stagegate run review.yaml --input -
+  stagegate run review.yaml --input @x.md --output json | jq .cost_usd
 
-The input is @FILE, `-` for stdin, JSON, or text. A text that is no JSON object becomes the one text that the
-pipeline's input schema requires, else `text`. The result is printed to stdout as JSON, everything else to stderr.
-State and cache are kept in the data directory's SQLite file, whatever database is configured, so that the next run
+The input is @FILE, `-` for stdin, JSON, or text. A text that is no JSON object becomes the one text that the \
+pipeline's input schema requires, else `text`.
+
+The result is printed to stdout as JSON, everything else to stderr. With --output json it is the whole run: id, state, \
+cost, stages and output, however it ended.
+
+State and cache are kept in the data directory's SQLite file, whatever database is configured, so that the next run \
 pays only for what changed. Ctrl-C cancels the run; a second one leaves at once.
 
-Exit codes: 0 succeeded, 1 failed, 2 a mistake in the definition, the input or the command, 3 cancelled,
-            4 held: a person has to approve, 5 expired.";
+A stage that is held for a person is shown, and you are asked; where nobody can be asked, the commands to decide with \
+are printed.
+
+Exit codes:
+  0  succeeded
+  1  failed
+  2  a mistake in the definition, the input or the command
+  3  cancelled
+  4  held: a person has to decide
+  5  expired";
 
 /// How long the calls under way may take to end once the run itself has ended.
 const DRAIN_GRACE: Duration = Duration::from_secs(2);
@@ -45,6 +61,7 @@ const DRAIN_GRACE: Duration = Duration::from_secs(2);
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Run {
     /// The definition, YAML or JSON; `-` for stdin
+    #[arg(value_hint = clap::ValueHint::FilePath)]
     file: String,
     /// @FILE, `-` for stdin, JSON or text
     #[arg(long, short, value_name = "INPUT", allow_hyphen_values = true)]
@@ -61,11 +78,23 @@ pub(crate) struct Run {
     /// Whose state and cache
     #[arg(long, default_value = "default")]
     tenant: TenantId,
+    /// What is printed to stdout
+    #[arg(long, short, value_enum, default_value_t = Printed::Result, value_name = "FORM")]
+    output: Printed,
+}
+
+/// What goes to stdout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Printed {
+    /// The pipeline's output, where the run succeeded
+    Result,
+    /// The whole run: id, state, cost, stages and output
+    Json,
 }
 
 /// How a run that was followed came to rest.
 enum Rest {
-    Ended(Box<(RunState, Totals, Option<stagegate_core::Failure>)>),
+    Ended(Box<(RunState, Totals, Option<Failure>)>),
     Held(Vec<StageId>),
 }
 
@@ -79,8 +108,9 @@ impl Run {
         let source = files::read(&self.file)?;
         let mut loaded = global.load()?;
         let _guard = quiet_logs(&mut loaded)?;
+        let place = Place::new(global, &loaded.config, &self.tenant);
         let daemon = Daemon::start(&loaded.config, Options { embedded: true, ..Options::default() }).await?;
-        let done = self.run_in(&daemon, &source, &mut signals).await;
+        let done = self.run_in(&daemon, &source, &place, &mut signals).await;
         daemon.stop(DRAIN_GRACE).await;
         let (code, result) = done?;
         if let Some(result) = result {
@@ -89,8 +119,14 @@ impl Run {
         Ok(code)
     }
 
-    /// Submits and follows the run. Returns the exit code and the result.
-    async fn run_in(&self, daemon: &Daemon, source: &str, signals: &mut Signals) -> Result<(u8, Option<Value>), Error> {
+    /// Submits and follows the run. Returns the exit code and what goes to stdout.
+    async fn run_in(
+        &self,
+        daemon: &Daemon,
+        source: &str,
+        place: &Place,
+        signals: &mut Signals,
+    ) -> Result<(u8, Option<Value>), Error> {
         let engine = &daemon.engine;
         let refused = |error| in_file(&self.file, error);
         let pipeline = engine.validate(&self.tenant, source).await.map_err(refused)?;
@@ -99,24 +135,38 @@ impl Run {
         note_unfinished(engine, &self.tenant).await;
         let (version, _) = engine.register(&self.tenant, source).await?;
         let run = self.submit(engine, version.name, version.version, input).await?;
-        let stages = pipeline.stages.iter().map(|stage| stage.id.as_str());
-        let mut progress = Progress::new(stages, output::stderr_is_live());
+        let stages: Vec<&str> = pipeline.stages.iter().map(|stage| stage.id.as_str()).collect();
         let started = tokio::time::Instant::now();
-        let rest = self.follow(engine, run, &mut progress, signals).await;
-        progress.done();
-        match rest? {
-            Rest::Ended(ended) => {
-                let (state, totals, failure) = *ended;
-                tell_end(run, state, &totals, failure.as_ref(), started.elapsed());
-                let detail = daemon.store.run(&self.tenant, run).await?;
-                let output = detail.and_then(|detail| detail.output).filter(|_| state == RunState::Succeeded);
-                Ok((exit_code(state), output.map(|output| output.parse())))
+        let mut after = 0;
+        let code = loop {
+            let mut progress = Progress::new(stages.iter().copied(), output::stderr_is_live());
+            let rest = self.follow(engine, run, &mut after, &mut progress, signals).await;
+            progress.done();
+            match rest? {
+                Rest::Ended(ended) => {
+                    let (state, totals, failure) = *ended;
+                    tell_end(run, state, &totals, failure.as_ref(), started.elapsed());
+                    break exit_code(state);
+                }
+                Rest::Held(stages) => {
+                    let held = Held { engine, tenant: &self.tenant, run, stages: &stages, place };
+                    if held.decide(signals).await? == Decided::Later {
+                        break HELD;
+                    }
+                }
             }
-            Rest::Held(stages) => {
-                tell_held(run, &stages);
-                Ok((4, None))
-            }
-        }
+        };
+        Ok((code, self.printed(daemon, run, &stages).await?))
+    }
+
+    /// What goes to stdout of a run that came to rest.
+    async fn printed(&self, daemon: &Daemon, run: RunId, stages: &[&str]) -> Result<Option<Value>, Error> {
+        let Some(detail) = daemon.store.run(&self.tenant, run).await? else { return Ok(None) };
+        let succeeded = detail.run.state == RunState::Succeeded;
+        Ok(match self.output {
+            Printed::Result => detail.output.filter(|_| succeeded).map(|output| output.parse()),
+            Printed::Json => Some(whole(&detail, stages)),
+        })
     }
 
     async fn submit(&self, engine: &Engine, name: PipelineName, version: u32, input: Value) -> Result<RunId, Error> {
@@ -145,6 +195,7 @@ impl Run {
         &self,
         engine: &Engine,
         run: RunId,
+        after: &mut u64,
         progress: &mut Progress,
         signals: &mut Signals,
     ) -> Result<Rest, Error> {
@@ -158,8 +209,11 @@ impl Run {
                         return Err(Error::new(Code::Internal, format!("the events of run {run} ended before it did")));
                     };
                     for event in batch? {
-                        progress.event(&event);
-                        if let Some(rest) = rest(event, &mut held) {
+                        // What was told before the person was asked fills the table, and is not told again.
+                        let is_new = event.seq > *after;
+                        *after = event.seq.max(*after);
+                        progress.event_if(&event, is_new);
+                        if let Some(rest) = rest(event, &mut held).filter(|_| is_new) {
                             return Ok(rest);
                         }
                     }
@@ -170,7 +224,7 @@ impl Run {
                         std::process::exit(code);
                     }
                     cancelled = true;
-                    output::note(&paint(WARN, "cancelling; once more to leave at once"));
+                    progress.note(&paint(WARN, "cancelling; once more to leave at once"));
                     match engine.act(&self.tenant, run, Action::Cancel, Some("ctrl-c".to_owned())).await {
                         Ok(_) => {}
                         // It ended by itself in this moment: its last event is on its way.
@@ -189,6 +243,11 @@ fn rest(event: Event, held: &mut Vec<StageId>) -> Option<Rest> {
         EventKind::RunFinished { state, failure, totals } => Some(Rest::Ended(Box::new((state, totals, failure)))),
         EventKind::StageHeld { stage, .. } => {
             held.push(stage);
+            None
+        }
+        // Somebody decided.
+        EventKind::StageSucceeded { stage, .. } | EventKind::StageFailed { stage, .. } => {
+            held.retain(|held| *held != stage);
             None
         }
         EventKind::RunWaiting { until: None, .. } if !held.is_empty() => Some(Rest::Held(std::mem::take(held))),
@@ -220,7 +279,8 @@ fn runs_word(number: usize) -> String {
     if number == 1 { "1 run that was left".to_owned() } else { format!("{number} runs, each of which was left") }
 }
 
-fn tell_end(run: RunId, state: RunState, totals: &Totals, failure: Option<&stagegate_core::Failure>, took: Duration) {
+/// Tells how a run ended: its state, what it took, and why it did not succeed.
+pub(crate) fn tell_end(run: RunId, state: RunState, totals: &Totals, failure: Option<&Failure>, took: Duration) {
     let style = match state {
         RunState::Succeeded => GOOD,
         RunState::Cancelled => WARN,
@@ -236,32 +296,64 @@ fn tell_end(run: RunId, state: RunState, totals: &Totals, failure: Option<&stage
         let hits = if totals.hits == 1 { "1 cache hit".to_owned() } else { format!("{} cache hits", totals.hits) };
         let _ = write!(text, "; {hits} saved {}", output::usd(totals.saved_usd));
     }
-    output::note(&format!("{text} {}", paint(DIM, &format!("(run {run})"))));
+    output::note_wrapped(&text);
     if let Some(failure) = failure.filter(|_| state != RunState::Succeeded) {
         let place = failure.stage.as_ref().map_or_else(String::new, |stage| format!("stage `{stage}`: "));
         let label = paint(style.bold(), if state == RunState::Cancelled { "why:" } else { "error:" });
-        output::note(&format!(
+        output::note_wrapped(&format!(
             "{label} {} {place}{}",
             failure.code,
             stagegate_telemetry::text::visible(&failure.message)
         ));
         if state != RunState::Cancelled {
-            output::note(&paint(DIM, &format!("  see {}", failure.code.docs_url())));
+            output::note(&paint(DIM, &format!("  see `stagegate explain {}`", failure.code)));
         }
     }
+    output::note(&paint(DIM, &format!("run {run}")));
 }
 
-fn tell_held(run: RunId, stages: &[StageId]) {
-    let names = stages.iter().map(StageId::as_str).collect::<Vec<_>>().join(", ");
-    output::note(&format!("{}: {names} waits for a person (run {run})", paint(WARN.bold(), "held")));
-    output::note("decide with a daemon on the same data directory, which then goes on with the run:");
-    output::note("  stagegate serve");
-    if let Some(stage) = stages.first() {
-        output::note(&format!("  curl -X POST http://127.0.0.1:8080/v1/runs/{run}/stages/{stage}/approve"));
-    }
+/// A run as JSON: what a script asks for first stands first.
+fn whole(detail: &RunDetail, stages: &[&str]) -> Value {
+    let RunDetail { run, output, stages: rows, .. } = detail;
+    let row = |name: &&str| {
+        let row = rows.iter().find(|row| row.id.as_str() == *name);
+        row.map_or_else(
+            || json!({ "id": name, "state": "pending" }),
+            |row| {
+                json!({
+                    "id": row.id,
+                    "state": row.state,
+                    "attempt": row.attempt,
+                    "verdict": row.verdict,
+                    "score": row.score,
+                    "model": row.model,
+                    "origin": row.origin,
+                    "cost_usd": row.totals.cost_usd,
+                    "totals": row.totals,
+                    "failure": row.failure,
+                })
+            },
+        )
+    };
+    json!({
+        "id": run.id,
+        "pipeline": run.pipeline,
+        "version": run.version,
+        "state": run.state,
+        "cost_usd": run.totals.cost_usd,
+        "saved_usd": run.totals.saved_usd,
+        "totals": run.totals,
+        "failure": run.failure,
+        "stages": stages.iter().map(row).collect::<Vec<_>>(),
+        "output": output.as_ref().map(stagegate_core::Json::parse),
+    })
 }
 
-fn exit_code(state: RunState) -> u8 {
+/// The exit code of a run that is held.
+const HELD: u8 = 4;
+
+/// The exit code of a run that ended so.
+pub(crate) fn exit_code(state: RunState) -> u8 {
     match state {
         RunState::Succeeded => 0,
         RunState::Cancelled => 3,
@@ -275,11 +367,12 @@ fn exit_code(state: RunState) -> u8 {
 const SAME_SIGNAL: Duration = Duration::from_millis(300);
 
 /// SIGINT and SIGTERM, from the start, so that none is lost. A hang-up ends nothing: a daemon outlives the terminal that it
-/// was started from.
+/// was started from, and a run is paid for.
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
     hangup: Signal,
+    hangup_ends: bool,
     last: Option<tokio::time::Instant>,
 }
 
@@ -293,8 +386,14 @@ impl Signals {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
             hangup: listen(SignalKind::hangup())?,
+            hangup_ends: false,
             last: None,
         })
+    }
+
+    /// The same for what is of no use without its terminal: a hang-up ends it as SIGTERM does.
+    pub(crate) fn listen_at_terminal() -> Result<Self, Error> {
+        Ok(Self { hangup_ends: true, ..Self::listen()? })
     }
 
     /// The next signal, as the exit code of a process that it ends.
@@ -304,6 +403,9 @@ impl Signals {
                 _ = self.interrupt.recv() => 130,
                 _ = self.terminate.recv() => 143,
                 _ = self.hangup.recv() => {
+                    if self.hangup_ends {
+                        return 129;
+                    }
                     tracing::warn!("SIGHUP: a reload is not supported; restart to read the configuration again");
                     continue;
                 }

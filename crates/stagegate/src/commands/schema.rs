@@ -8,7 +8,7 @@ const EXAMPLES: &str = "\
 Examples:
   stagegate schema > stagegate.schema.json
 
-Editors with a YAML language server complete and check pipelines when the file begins with
+Editors with a YAML language server complete and check pipelines when the file begins with:
   # yaml-language-server: $schema=./stagegate.schema.json";
 
 /// Print the JSON Schema of a pipeline definition.

@@ -1,32 +1,42 @@
 //! `stagegate serve`: the daemon. Owns its start and its end; everything between is the engine's and the API's.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use stagegate_core::{Code, Error};
+use stagegate_core::{Code, Error, TenantId};
 use stagegate_telemetry::logs;
-use tokio::{net::TcpListener, sync::oneshot};
+use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
 use super::run::Signals;
 use crate::{
     cli::Global,
-    config::{self, Config, Environment, listen_address},
+    config::{Config, listen_address},
     daemon::{Daemon, Options},
     open_files,
+    pipelines_dir::PipelinesDir,
 };
 
 const EXAMPLES: &str = "\
 Examples:
-  stagegate serve                                       embedded: SQLite, simulated models, open on loopback
-  OPENAI_API_KEY=… stagegate serve --listen 9000        embedded, with real models, on port 9000
+  stagegate serve                            embedded, open on loopback
+  OPENAI_API_KEY=… stagegate serve --listen 9000
+  stagegate serve --pipelines pipelines/     registered at start, and watched
   DATABASE_URL=postgres://… REDIS_URL=redis://… OPENAI_API_KEY=… \\
-    stagegate serve --listen 0.0.0.0:8080 --migrate     production: as many replicas as you like
+    stagegate serve --listen 0.0.0.0:8080 --migrate     in production
 
-API docs are at /docs, metrics at /metrics, probes at /healthz and /readyz. SIGTERM and SIGINT drain:
-no new work, what is under way may finish (engine.drain_grace), the rest is handed back; a second
-signal leaves at once. SIGTERM first serves on for http.drain_delay, not ready, so that no balancer
-sends anything to a closed door.
+Embedded it needs nothing: SQLite, and models that are simulated until a provider has its key. In production run as many \
+replicas as you like on one database.
 
-Exit codes: 0 drained, 1 failed, 2 a mistake in the configuration.";
+API docs are at /docs, metrics at /metrics, probes at /healthz and /readyz.
+
+SIGTERM and SIGINT drain: no new work, what is under way may finish (engine.drain_grace), the rest is handed back; a \
+second signal leaves at once. SIGTERM first serves on for http.drain_delay, not ready, so that no balancer sends \
+anything to a closed door. SIGHUP is ignored: the daemon outlives the terminal that it was started from.
+
+--pipelines registers every .yaml, .yml and .json file directly in the directory before the daemon is ready; mistakes \
+are told all at once, and it does not start. Later changes are registered within seconds. A file that is broken by then \
+is told in the log and leaves the version before it in force; a file that is removed changes nothing.
+
+Exit codes: 0 drained, 1 failed, 2 a mistake in the configuration or in a pipeline.";
 
 /// What [`Signals::next`] calls SIGTERM.
 const SIGTERM_CODE: i32 = 143;
@@ -40,12 +50,18 @@ pub(crate) struct Serve {
     /// Where to listen: ADDRESS:PORT, or a port on loopback [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDRESS", value_parser = listen_address)]
     listen: Option<SocketAddr>,
-    /// Who may call: auto, keys or open [default: auto]
-    #[arg(long, value_name = "MODE")]
+    /// Who may call [default: auto]
+    #[arg(long, value_name = "MODE", value_parser = ["auto", "keys", "open"])]
     auth: Option<String>,
     /// Bring the database's schema up to date first; safe when several replicas start at once
     #[arg(long)]
     migrate: bool,
+    /// Register the pipelines of this directory, and what changes in it
+    #[arg(long, value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
+    pipelines: Option<PathBuf>,
+    /// Whose those pipelines are
+    #[arg(long, value_name = "TENANT", default_value = "default", requires = "pipelines")]
+    pipelines_tenant: TenantId,
 }
 
 impl Serve {
@@ -54,7 +70,7 @@ impl Serve {
         let mut flags = global.flags();
         flags.set("--listen", &["http", "listen"], self.listen);
         flags.set("--auth", &["http", "auth"], self.auth.as_ref());
-        let config = config::load(&flags, &Environment::of_process())?.config;
+        let config = global.load_with(&flags)?.config;
         let _guard = logs::init(&config.log, &config.sentry, env!("CARGO_PKG_VERSION"))?;
         if let Some(mend) = open_files::raise(&config) {
             tracing::warn!("{mend}");
@@ -69,8 +85,29 @@ impl Serve {
             daemon = Box::pin(Daemon::start(&config, options)) => daemon?,
             code = signals.next() => std::process::exit(code),
         };
-        serve(config, daemon, listener, &mut signals).await
+        let watching = match self.pipelines {
+            None => None,
+            Some(path) => match watched(&daemon, path, self.pipelines_tenant).await {
+                Ok(watching) => Some(watching),
+                Err(error) => {
+                    daemon.stop(Duration::ZERO).await;
+                    return Err(error);
+                }
+            },
+        };
+        let served = serve(config, daemon, listener, &mut signals).await;
+        if let Some(watching) = watching {
+            watching.abort();
+        }
+        served
     }
+}
+
+/// Registers what the directory holds, and then what changes in it.
+async fn watched(daemon: &Daemon, path: PathBuf, tenant: TenantId) -> Result<JoinHandle<()>, Error> {
+    let mut directory = PipelinesDir::new(path, tenant);
+    directory.register_all(&daemon.engine).await?;
+    Ok(tokio::spawn(directory.watch(daemon.engine.clone())))
 }
 
 /// Serves until a signal, then drains.
@@ -150,6 +187,13 @@ async fn announce(config: &Config, daemon: &Daemon, address: SocketAddr) {
             "access: open to everybody on this machine, as tenant `default`; `http.auth = \"keys\"` asks for API keys"
         );
     } else {
+        if daemon.is_simulated {
+            // Who asks for keys means it: a forgotten provider key must not pass for an answer.
+            tracing::warn!(
+                "every answer of this daemon is simulated, though it asks for keys as one in production does: no \
+                 provider has a key"
+            );
+        }
         tracing::info!("access: an API key on every call but the probes");
         if daemon.store.keys(None).await.is_ok_and(|keys| keys.is_empty()) {
             tracing::warn!("there is no API key yet: make one with `stagegate keys create --role admin --name …`");

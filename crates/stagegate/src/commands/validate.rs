@@ -16,10 +16,11 @@ use crate::{
 const EXAMPLES: &str = "\
 Examples:
   stagegate validate pipelines/*.yaml
-  stagegate validate --any-model brief-to-spec.yaml      on a machine that has no provider keys
+  stagegate validate --any-model p.yaml    on a machine without provider keys
   cat p.yaml | stagegate validate - --json
 
 A mistake is told as FILE:LINE:COLUMN: CODE PATH: what is wrong (what to write instead).
+
 Exit codes: 0 no mistakes, 2 mistakes.";
 
 /// Report every mistake in pipeline definitions.
@@ -27,7 +28,7 @@ Exit codes: 0 no mistakes, 2 mistakes.";
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Validate {
     /// The definitions, YAML or JSON; `-` for stdin
-    #[arg(required = true, value_name = "FILE")]
+    #[arg(required = true, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     files: Vec<String>,
     /// As JSON: a list of { file, valid, name, stages, violations }
     #[arg(long)]

@@ -25,7 +25,7 @@ const FILE: &str = "stagegate.toml";
 /// The largest configuration or secret file.
 const FILE_MAX_BYTES: u64 = 1024 * 1024;
 /// Variables that are ours but are no keys.
-const OTHER_VARIABLES: [&str; 2] = ["STAGEGATE_CONFIG", "STAGEGATE_DATA_DIR"];
+const OTHER_VARIABLES: [&str; 4] = ["STAGEGATE_CONFIG", "STAGEGATE_DATA_DIR", "STAGEGATE_SERVER", "STAGEGATE_API_KEY"];
 /// Variables of the developers' tools (`cargo xtask`), not of the daemon.
 const TOOLS_PREFIX: &str = "STAGEGATE_TEST_";
 /// The providers that are there without being named, and what kind they are.

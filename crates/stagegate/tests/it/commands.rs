@@ -114,7 +114,7 @@ fn a_wrong_configuration_is_refused_by_every_command_with_all_its_mistakes() {
         for part in ["error: SG0500", "stagegate.toml: http.listn", "did you mean `listen`?", "engine.max_runs"] {
             assert!(stderr.contains(part), "{arguments:?}: {part}: {stderr}");
         }
-        assert!(stderr.contains("docs/errors/SG0500.md"), "{stderr}");
+        assert!(stderr.contains("stagegate explain SG0500"), "{stderr}");
     }
 }
 

@@ -10,3 +10,4 @@ mod replicas;
 mod running;
 mod serving;
 mod support;
+mod terminal;

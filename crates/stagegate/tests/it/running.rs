@@ -130,7 +130,7 @@ fn the_exit_code_tells_the_outcome() {
     let (code, stdout, stderr) = place.run(&["run", "fail.yaml"]);
     assert!(code == 1 && stdout.is_empty() && stderr.contains("SG0300") && stderr.contains("✗ one"), "{stderr}");
     let (code, stdout, stderr) = place.run(&["run", "hold.yaml"]);
-    assert!(code == 4 && stdout.is_empty() && stderr.contains("/stages/one/approve"), "{stderr}");
+    assert!(code == 4 && stdout.is_empty() && stderr.contains("runs approve") && stderr.contains("serve"), "{stderr}");
     place.write("stagegate.toml", "[llm.providers.sim.sim]\nlatency = '10m'\n");
     place.write("late.yaml", &pipeline("{}", "deadline: 1s\n", "sim/quick"));
     let (code, stdout, stderr) = place.run(&["run", "late.yaml"]);

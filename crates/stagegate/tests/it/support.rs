@@ -60,6 +60,14 @@ impl Place {
         ended(self.stagegate(arguments).output().expect("the binary starts"))
     }
 
+    /// Runs another program in the same place and environment.
+    pub(crate) fn stagegate_in(&self, program: &str, arguments: &[&str]) -> (i32, String, String) {
+        let mut command = Command::new(program);
+        command.current_dir(self.0.path()).env_clear().args(arguments).timeout(PATIENCE);
+        command.envs(self.environment());
+        ended(command.output().expect("the program starts"))
+    }
+
     /// Runs a line of documentation as its reader would: by the shell, in the repository. What it keeps is kept here.
     pub(crate) fn shell(&self, line: &str) -> (i32, String, String) {
         let line = format!("stagegate() {{ {} \"$@\"; }}; {line}", binary());
