@@ -115,6 +115,10 @@ slug!(
     /// A stage's id, unique within its pipeline.
     StageId, "stage id"
 );
+slug!(
+    /// A provider's name: the part of a model before the slash.
+    ProviderName, "provider name"
+);
 
 impl Default for TenantId {
     /// The tenant of an open, embedded daemon.
@@ -277,6 +281,17 @@ mod tests {
         assert!(StageId::new("test-plan").is_ok());
         for bad in ["", "-a", "A", "a b", "é", &"a".repeat(65)] {
             assert!(StageId::new(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_provider_has_a_name_that_a_model_can_hold_and_no_other() {
+        for name in
+            ["openai", "my-prov_2", "0", "MyProv", "my.prov", "", "-a", "a/b", "ä", &"a".repeat(64), &"a".repeat(65)]
+        {
+            let reference = ModelRef::new(format!("{name}/m"));
+            let is_held = reference.is_ok_and(|model| model.provider() == name);
+            assert_eq!(ProviderName::new(name).is_ok(), is_held, "{name}");
         }
     }
 

@@ -37,6 +37,7 @@ use stagegate_llm::{
     prices::Prices,
     provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest},
 };
+use stagegate_net::{Client, NetConfig};
 use stagegate_telemetry::Metrics;
 use stagegate_testkit::servers::Redis;
 use uuid::Uuid;
@@ -205,7 +206,8 @@ impl Bench {
             let tier = RedisTier::connect(&Secret::from(redis.to_owned()), &settings);
             Some(Arc::new(tier.expect("a Redis URL")) as Arc<dyn CacheTier>)
         };
-        let over_http = |tier| Llm::new(&config, tier, Metrics::new(), Arc::new(SystemClock)).expect("valid");
+        let client = Client::new(&NetConfig::default()).expect("a client");
+        let over_http = |tier| Llm::new(&config, &client, tier, Metrics::new(), Arc::new(SystemClock)).expect("valid");
         let direct = |tier| {
             let providers = BTreeMap::from([("local".to_owned(), Arc::new(Immediate) as Arc<dyn Provider>)]);
             let prices = Prices::new(&config).expect("valid");

@@ -14,13 +14,14 @@ use stagegate_core::{
     Code, Error, RunId, Secret,
     hint::{Hint, Hints},
 };
+use stagegate_net::install_tls;
 use tokio::{
     sync::{Mutex, mpsc},
     time::{sleep, timeout},
 };
 use uuid::Uuid;
 
-use crate::{RedisConfig, tls::install_tls};
+use crate::RedisConfig;
 
 /// What a message begins with: the form's name and version.
 const MAGIC: &[u8; 4] = b"sgh1";

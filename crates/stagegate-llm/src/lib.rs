@@ -20,7 +20,6 @@ pub mod prices;
 pub mod provider;
 pub mod providers;
 pub mod purse;
-pub mod tls;
 mod turns;
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
@@ -32,6 +31,7 @@ use stagegate_core::{
     error::nearest,
     pipeline::{CacheMode, Message, Models, OutputFormat, Params},
 };
+use stagegate_net::Client;
 use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
 
@@ -40,7 +40,6 @@ use self::{call::Caller, config::LlmConfig, prices::Prices, provider::Provider, 
 pub use self::{
     cache::redis::{RedisConfig, RedisTier},
     hint::RedisHints,
-    tls::install_tls,
 };
 
 /// Who asks, for cache scopes, limits and logs. Not part of the request itself.
@@ -144,16 +143,17 @@ impl fmt::Debug for Llm {
 }
 
 impl Llm {
-    /// From the configuration. `tier` is the shared cache: Redis, the SQLite file, or none. Fails on a configuration
-    /// that has mistakes; connects to nothing.
+    /// From the configuration. `client` is the way to the providers, `tier` the shared cache: Redis, the SQLite file, or
+    /// none. Fails on a configuration that has mistakes; connects to nothing.
     pub fn new(
         config: &LlmConfig,
+        client: &Client,
         tier: Option<Arc<dyn CacheTier>>,
         metrics: Metrics,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, Error> {
         config.check()?;
-        let providers = providers::build(config, &providers::client()?)?;
+        let providers = providers::build(config, client)?;
         Ok(Self::with_providers(providers, Prices::new(config)?, config, tier, metrics, clock))
     }
 

@@ -9,5 +9,6 @@ pub mod proxy;
 pub mod servers;
 pub mod store;
 pub mod storm;
+pub mod tls;
 
 pub use provider::FakeProvider;

@@ -33,7 +33,10 @@ use hyper::{Request, Response};
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
-use crate::listen::{Closed, accept};
+use crate::{
+    listen::{Closed, accept, accept_tls},
+    tls::TestAuthority,
+};
 
 /// The largest request body that is read, in bytes.
 const REQUEST_MAX_BYTES: usize = 64 * 1024 * 1024;
@@ -41,11 +44,11 @@ const REQUEST_MAX_BYTES: usize = 64 * 1024 * 1024;
 /// Which vendor's protocol a call spoke.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
-    /// `POST /v1/chat/completions`
+    /// `POST …/chat/completions`
     Openai,
-    /// `POST /v1/messages`
+    /// `POST …/messages`
     Anthropic,
-    /// `POST /v1beta/models/{model}:generateContent`
+    /// `POST …/models/{model}:generateContent`
     Gemini,
     /// Any other path: answered with 404.
     Unknown,
@@ -63,6 +66,8 @@ pub enum PurposeHint {
 /// One request as it arrived.
 #[derive(Debug, Clone)]
 pub struct Call {
+    /// Whether it came over HTTP/2.
+    pub is_http2: bool,
     /// Counted from 0 in the order of arrival.
     pub index: usize,
     /// The vendor's protocol.
@@ -325,6 +330,7 @@ impl Shared {
 
 /// The server. It stops when this is dropped.
 pub struct FakeProvider {
+    scheme: &'static str,
     address: SocketAddr,
     shared: Arc<Shared>,
     server: JoinHandle<()>,
@@ -354,7 +360,23 @@ impl FakeProvider {
         let shared = Arc::new(Shared::default());
         let asked = Arc::clone(&shared);
         let server = tokio::spawn(accept(listener, move |request| serve(Arc::clone(&asked), request)));
-        Self { address, shared, server }
+        Self { scheme: "http", address, shared, server }
+    }
+
+    /// The same over TLS, with a certificate of this authority. It speaks these protocols (`h2`, `http/1.1`), and over HTTP/2
+    /// answers so many requests of a connection at once.
+    ///
+    /// # Panics
+    /// Where loopback gives no port: nothing can be tested then.
+    #[expect(clippy::expect_used, reason = "test support: without a port there is no test")]
+    pub async fn start_tls(authority: &TestAuthority, protocols: &[&str], streams_max: u32) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port on loopback");
+        let address = listener.local_addr().expect("a bound listener has an address");
+        let shared = Arc::new(Shared::default());
+        let (asked, tls) = (Arc::clone(&shared), authority.acceptor(protocols));
+        let answer = move |request| serve(Arc::clone(&asked), request);
+        let server = tokio::spawn(accept_tls(listener, tls, streams_max, answer));
+        Self { scheme: "https", address, shared, server }
     }
 
     /// Where it listens.
@@ -362,19 +384,24 @@ impl FakeProvider {
         self.address
     }
 
+    /// Scheme, host and port.
+    pub fn origin(&self) -> String {
+        format!("{}://{}", self.scheme, self.address)
+    }
+
     /// For a provider of kind `openai`.
     pub fn openai_base_url(&self) -> String {
-        format!("http://{}/v1", self.address)
+        format!("{}/v1", self.origin())
     }
 
     /// For a provider of kind `anthropic`.
     pub fn anthropic_base_url(&self) -> String {
-        format!("http://{}", self.address)
+        self.origin()
     }
 
     /// For a provider of kind `gemini`.
     pub fn gemini_base_url(&self) -> String {
-        format!("http://{}", self.address)
+        self.origin()
     }
 
     /// How long each answer takes, where its reply does not say otherwise. Default: none.

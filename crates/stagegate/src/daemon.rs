@@ -15,6 +15,7 @@ use stagegate_llm::{
     Llm, RedisHints, RedisTier,
     config::{ProviderConfig, ProviderKind},
 };
+use stagegate_net::Client;
 use stagegate_store_postgres::PostgresStore;
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
@@ -118,8 +119,10 @@ impl Daemon {
         };
         let real = real_models(config);
         notes.push(models(&real));
+        notes.extend(proxies(config));
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let llm = Arc::new(Llm::new(&config.llm, tier, metrics.clone(), Arc::clone(&clock))?);
+        let client = Client::new(&config.net)?;
+        let llm = Arc::new(Llm::new(&config.llm, &client, tier, metrics.clone(), Arc::clone(&clock))?);
         let mut engine_config = config.engine.clone();
         if options.idle {
             engine_config.max_runs = 0;
@@ -307,6 +310,12 @@ fn models(real: &[String]) -> String {
             .to_owned();
     }
     format!("models: {}, which cost what their providers charge, and simulated ones (sim/…)", real.join(", "))
+}
+
+/// Which proxies stand before the providers, where there are any.
+fn proxies(config: &Config) -> Option<String> {
+    let shown = config.net.proxies_shown();
+    if shown.is_empty() { None } else { Some(format!("proxies: {}", shown.join(", "))) }
 }
 
 /// The host and database of a URL: never its user, password or parameters.

@@ -15,6 +15,7 @@ use stagegate_llm::{
     Llm,
     config::{LlmConfig, Price, ProviderConfig, ProviderKind, SimConfig},
 };
+use stagegate_net::{Client, NetConfig};
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
 use stagegate_testkit::provider::FakeProvider;
@@ -73,8 +74,9 @@ pub(crate) fn llm_configured(
         ..LlmConfig::default()
     };
     change(&mut config);
-    stagegate_llm::install_tls();
-    Arc::new(Llm::new(&config, Some(tier), Metrics::new(), Arc::new(SystemClock)).expect("a model layer"))
+    let client = Client::new(&NetConfig::default()).expect("a client");
+    let llm = Llm::new(&config, &client, Some(tier), Metrics::new(), Arc::new(SystemClock));
+    Arc::new(llm.expect("a model layer"))
 }
 
 pub(crate) async fn engine(config: EngineConfig, store: &Arc<SqliteStore>, llm: &Arc<Llm>) -> Engine {

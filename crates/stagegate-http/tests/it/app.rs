@@ -21,6 +21,7 @@ use stagegate_llm::{
     Llm,
     config::{LlmConfig, ProviderConfig, ProviderKind, SimConfig},
 };
+use stagegate_net::{Client, NetConfig};
 use stagegate_store_sqlite::SqliteStore;
 use stagegate_telemetry::Metrics;
 use tempfile::TempDir;
@@ -153,7 +154,9 @@ impl TestApp {
         let stalling = Arc::new(Stalling::new(Arc::new(store)));
         let store: Arc<dyn Store> = Arc::clone(&stalling) as Arc<dyn Store>;
         let clock = Arc::new(SystemClock);
-        let llm = Llm::new(&llm_config(options.latency), Some(tier), metrics.clone(), clock.clone()).expect("a model");
+        let client = Client::new(&NetConfig::default()).expect("a client");
+        let config = llm_config(options.latency);
+        let llm = Llm::new(&config, &client, Some(tier), metrics.clone(), clock.clone()).expect("a model");
         let engine = Engine::start(engine, Arc::clone(&store), Arc::new(llm), metrics.clone(), clock);
         let engine = engine.await.expect("an engine");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");

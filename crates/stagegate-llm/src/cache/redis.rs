@@ -34,9 +34,9 @@ use stagegate_core::{
     cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
     pipeline::Span,
 };
+use stagegate_net::install_tls;
 
 use self::lines::{Lines, Question};
-use crate::tls::install_tls;
 
 /// Bytes of an entry's generation before the entry.
 const GENERATION_BYTES: usize = 8;

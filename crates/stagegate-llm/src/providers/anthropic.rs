@@ -12,9 +12,9 @@ use std::{
     time::Duration,
 };
 
+use ::http::{HeaderValue, StatusCode};
 use async_trait::async_trait;
 use chrono::DateTime;
-use reqwest::{StatusCode, header::HeaderValue};
 use serde_json::{Value, json};
 use stagegate_core::{
     Code, Usage, Violation,

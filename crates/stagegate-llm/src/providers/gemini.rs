@@ -5,8 +5,8 @@
 
 use std::time::Duration;
 
+use ::http::StatusCode;
 use async_trait::async_trait;
-use reqwest::StatusCode;
 use serde_json::{Value, json};
 use stagegate_core::{
     Code, Usage, Violation,

@@ -3,21 +3,19 @@
 
 use std::{fmt::Write, time::Duration};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use reqwest::{
-    Client, Method, Request, StatusCode,
-    header::{ACCEPT, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, LOCATION, USER_AGENT},
+use http::{
+    HeaderMap, HeaderValue, Method, StatusCode,
+    header::{CONTENT_TYPE, LOCATION},
 };
 use serde::Serialize;
 use serde_json::Value;
-use stagegate_core::{Clock, Code, Error, Secret, SystemClock, Usage, Violation};
+use stagegate_core::{Clock, Code, Secret, SystemClock, Usage, Violation};
+use stagegate_net::{Answer, Bounds, Client, Failure, Outgoing, Stage, Trusted};
 use url::Url;
 
-use super::{
-    plain::{self, Broken, Keeping, Plain},
-    retry_after,
-};
+use super::retry_after;
 use crate::provider::{Limits, ProviderError};
 
 /// The longest part of a provider's own message that is passed on, in characters.
@@ -26,43 +24,10 @@ pub(super) const MESSAGE_MAX_CHARS: usize = 500;
 /// The most of an error's body that is read, in bytes; the rest tells nothing more.
 const ERROR_BODY_MAX_BYTES: usize = 64 * 1024;
 
-/// How long a connection may take to be made.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long an idle connection is kept; shorter than the idle time-outs of the vendors' and the clouds' balancers.
-const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(50);
-
-/// Idle connections kept per provider: as many as calls that may be under way at once in a busy deployment, since one
-/// more would be opened and closed with each call.
-const POOL_MAX_IDLE_PER_HOST: usize = 1_024;
-
-/// How often the system tests a silent connection.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
-
-/// What we call ourselves.
-const OUR_NAME: &str = concat!("stagegate/", env!("CARGO_PKG_VERSION"));
-
-/// The HTTP client that all providers share. Redirects are not followed: a key goes only where it was meant to go.
-/// There is no time-out on answers here: deadlines are the caller's.
-pub fn client() -> Result<Client, Error> {
-    crate::tls::install_tls();
-    Client::builder()
-        .user_agent(OUR_NAME)
-        .connect_timeout(CONNECT_TIMEOUT)
-        .pool_idle_timeout(POOL_IDLE_TIMEOUT)
-        .pool_max_idle_per_host(POOL_MAX_IDLE_PER_HOST)
-        .tcp_keepalive(TCP_KEEPALIVE)
-        .redirect(reqwest::redirect::Policy::none())
-        .build()
-        .map_err(|error| Error::new(Code::InvalidConfig, format!("the HTTP client could not be built: {error}")))
-}
-
 /// Where a provider listens and how it is asked.
 #[derive(Debug)]
 pub(super) struct Endpoint {
     client: Client,
-    /// The short way, where there is one.
-    plain: Option<Plain>,
     base: Url,
     headers: HeaderMap,
     key: Option<Secret>,
@@ -80,23 +45,8 @@ pub(super) struct Exchange {
 impl Endpoint {
     /// `base` is what comes before the vendor's own paths.
     pub(super) fn new(client: Client, base: Url, key: Option<Secret>, answer_max_bytes: usize) -> Self {
-        let mut headers = HeaderMap::new();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        headers.insert(ACCEPT, HeaderValue::from_static("*/*"));
-        headers.insert(USER_AGENT, HeaderValue::from_static(OUR_NAME));
-        let keeping = Keeping {
-            idle_max: POOL_MAX_IDLE_PER_HOST,
-            idle_for: POOL_IDLE_TIMEOUT,
-            connect_timeout: CONNECT_TIMEOUT,
-            keepalive: TCP_KEEPALIVE,
-        };
-        let host = HeaderValue::from_str(base.authority()).ok();
-        let plain = host.and_then(|host| {
-            let plain = Plain::to(base.as_str(), keeping)?;
-            headers.insert(HOST, host);
-            Some(plain)
-        });
-        Self { client, plain, base, headers, key, answer_max_bytes }
+        let headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
+        Self { client, base, headers, key, answer_max_bytes }
     }
 
     /// The same with a header on every request.
@@ -119,94 +69,38 @@ impl Endpoint {
     pub(super) async fn post(&self, url: Url, body: &impl Serialize) -> Result<Exchange, ProviderError> {
         let body = serde_json::to_vec(body)
             .map_err(|_| error(Code::ProviderRejected, "the request cannot be written as JSON"))?;
-        match &self.plain {
-            Some(plain) => self.post_plainly(plain, &url, body).await,
-            None => self.post_anyhow(url, body).await,
-        }
-    }
-
-    /// Over the general client.
-    async fn post_anyhow(&self, url: Url, body: Vec<u8>) -> Result<Exchange, ProviderError> {
-        let mut request = Request::new(Method::POST, url);
-        request.headers_mut().clone_from(&self.headers);
-        *request.body_mut() = Some(body.into());
-        let mut response = self.client.execute(request).await.map_err(|error| self.unreachable(&error))?;
-        let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
-        let mut body = self.gathering(status, response.content_length())?;
-        loop {
-            match response.chunk().await {
-                Ok(Some(chunk)) => {
-                    if body.add(&chunk)? {
-                        continue;
-                    }
-                }
-                Ok(None) => {}
-                Err(error) => body.cut(|| self.unreachable(&error))?,
-            }
-            return Ok(Exchange { status, headers, body: body.whole() });
-        }
-    }
-
-    /// Straight to the server.
-    async fn post_plainly(&self, plain: &Plain, url: &Url, body: Vec<u8>) -> Result<Exchange, ProviderError> {
-        let message = plain::post(url.path(), &self.headers, body);
-        let mut answer = plain.send(message).await.map_err(|broken| match broken {
-            Broken::Unconnected(cause) => self.broken(Stage::Connecting, &*cause),
-            Broken::Unanswered(cause) => self.broken(Stage::Asking, &cause),
-        })?;
-        let (status, headers) = (answer.status, std::mem::take(&mut answer.headers));
-        let mut body = self.gathering(status, answer.announced())?;
-        loop {
-            match answer.piece().await {
-                Ok(Some(piece)) => {
-                    if body.add(&piece)? {
-                        continue;
-                    }
-                }
-                Ok(None) => {}
-                Err(error) => body.cut(|| self.broken(Stage::Reading, &error))?,
-            }
-            answer.end();
-            return Ok(Exchange { status, headers, body: body.whole() });
-        }
-    }
-
-    /// An empty body of so many announced bytes, to be filled within the bound.
-    fn gathering(&self, status: StatusCode, announced: Option<u64>) -> Result<Gathering, ProviderError> {
-        let announced = announced.and_then(|length| usize::try_from(length).ok()).unwrap_or(0);
-        let max_bytes = if status.is_success() { self.answer_max_bytes } else { ERROR_BODY_MAX_BYTES };
-        let body = Gathering { is_error: !status.is_success(), max_bytes, announced, ..Gathering::default() };
-        if announced > max_bytes && !body.is_error { Err(body.too_large()) } else { Ok(body) }
-    }
-
-    fn unreachable(&self, cause: &reqwest::Error) -> ProviderError {
-        let stage = if cause.is_connect() {
-            Stage::Connecting
-        } else if cause.is_body() || cause.is_decode() {
-            Stage::Reading
-        } else {
-            Stage::Asking
+        let request = Outgoing {
+            method: Method::POST,
+            headers: &self.headers,
+            body: body.into(),
+            bounds: Bounds { answer_max_bytes: self.answer_max_bytes, error_max_bytes: ERROR_BODY_MAX_BYTES },
+            timeout: None,
         };
-        self.broken(stage, cause)
+        let answer =
+            self.client.send(Trusted::from_operator(url), request).await.map_err(|failure| self.failed(&failure))?;
+        let Answer { status, headers, body } = answer;
+        Ok(Exchange { status, headers, body })
     }
 
-    fn broken(&self, stage: Stage, cause: &(dyn std::error::Error + 'static)) -> ProviderError {
+    /// What broke on the way.
+    fn failed(&self, failure: &Failure) -> ProviderError {
         let host = self.base.host_str().unwrap_or("the provider");
-        let what = match stage {
-            Stage::Connecting => format!("could not connect to {host}"),
-            Stage::Asking => format!("the connection to {host} broke"),
-            Stage::Reading => format!("the connection to {host} broke while the answer was read"),
+        let over = failure.proxy.as_ref().map(|proxy| format!(" over the proxy {proxy}")).unwrap_or_default();
+        let what = match &failure.stage {
+            Stage::Refused(why) => return error(Code::ProviderRejected, why.to_string()),
+            Stage::TooLarge(limit) => {
+                let message = format!("the answer is larger than {limit} bytes (`llm.answer_max_bytes`)");
+                return ProviderError { unheard: true, ..error(Code::ProviderTooLarge, message) };
+            }
+            Stage::Connecting => format!("could not connect to {host}{over}"),
+            Stage::Asking => format!("the connection to {host}{over} broke"),
+            Stage::Reading(_) => format!("the connection to {host}{over} broke while the answer was read"),
         };
-        // The outer texts of such an error hold the address; the innermost says what happened.
-        let mut inner = cause;
-        while let Some(source) = inner.source() {
-            inner = source;
-        }
-        let inner =
-            if cause.source().is_some() || cause.is::<std::io::Error>() { format!(": {inner}") } else { String::new() };
-        let unheard = !matches!(stage, Stage::Connecting);
-        let broken = error(Code::ProviderUnreachable, self.clean(&format!("{what}{inner}")));
-        retryable(ProviderError { unheard, ..broken })
+        let reason = failure.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        let mend =
+            if failure.is_unknown_authority() { " (an authority of your own is named by `net.ca_file`)" } else { "" };
+        let broken = error(Code::ProviderUnreachable, self.clean(&format!("{what}{reason}{mend}")));
+        retryable(ProviderError { unheard: failure.stage != Stage::Connecting, ..broken })
     }
 
     /// A provider's own words, fit to be passed on: bounded, on one line, without the key.
@@ -281,64 +175,6 @@ impl Exchange {
             }
             _ => format!("answered {status}"),
         }
-    }
-}
-
-/// Where an exchange broke.
-#[derive(Debug, Clone, Copy)]
-enum Stage {
-    Connecting,
-    Asking,
-    Reading,
-}
-
-/// A body on its way, within its bound.
-#[derive(Debug, Default)]
-struct Gathering {
-    /// An error's body: what there is of it will do, and what is beyond the bound tells nothing more.
-    is_error: bool,
-    max_bytes: usize,
-    announced: usize,
-    /// Most bodies come in one piece, which needs no copy.
-    first: Bytes,
-    /// All of it, once there is a second piece.
-    joined: BytesMut,
-}
-
-impl Gathering {
-    /// Takes a piece. False where no more is wanted.
-    fn add(&mut self, piece: &Bytes) -> Result<bool, ProviderError> {
-        let room = self.max_bytes - self.first.len().max(self.joined.len());
-        if piece.len() > room && !self.is_error {
-            return Err(self.too_large());
-        }
-        let piece = piece.slice(..piece.len().min(room));
-        let is_full = piece.len() == room;
-        if self.first.is_empty() && self.joined.is_empty() {
-            self.first = piece;
-        } else {
-            if self.joined.is_empty() {
-                self.joined.reserve(self.announced.min(self.max_bytes).max(self.first.len() + piece.len()));
-                self.joined.extend_from_slice(&std::mem::take(&mut self.first));
-            }
-            self.joined.extend_from_slice(&piece);
-        }
-        Ok(!(self.is_error && is_full))
-    }
-
-    /// The connection broke: of an error, what has come is enough.
-    fn cut(&self, why: impl FnOnce() -> ProviderError) -> Result<(), ProviderError> {
-        if self.is_error { Ok(()) } else { Err(why()) }
-    }
-
-    fn too_large(&self) -> ProviderError {
-        let limit = self.max_bytes;
-        let message = format!("the answer is larger than {limit} bytes (`llm.answer_max_bytes`)");
-        ProviderError { unheard: true, ..error(Code::ProviderTooLarge, message) }
-    }
-
-    fn whole(self) -> Bytes {
-        if self.joined.is_empty() { self.first } else { self.joined.freeze() }
     }
 }
 
@@ -478,25 +314,7 @@ pub(super) fn base_url(name: &str, text: &str) -> Result<Url, Violation> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-    use stagegate_testkit::{
-        FakeProvider,
-        provider::{Reply, any},
-    };
-
     use super::*;
-
-    const MAX_BYTES: usize = 10_000;
-
-    /// The short way and the general one.
-    fn both_ways(base: &str) -> [Endpoint; 2] {
-        [true, false].map(|short| {
-            let base = Url::parse(base).expect("an address");
-            let endpoint = Endpoint::new(client().expect("a client"), base, None, MAX_BYTES);
-            assert!(endpoint.plain.is_some());
-            Endpoint { plain: endpoint.plain.filter(|_| short), ..endpoint }
-        })
-    }
 
     #[test]
     fn a_key_is_taken_out_as_a_token_and_a_short_one_not_at_all() {
@@ -508,62 +326,5 @@ mod tests {
         ] {
             assert_eq!(without_key_in(text, key), clean);
         }
-    }
-
-    async fn ask(endpoint: &Endpoint) -> Result<Exchange, ProviderError> {
-        let body = json!({ "model": "m", "messages": [{ "role": "user", "content": "Hi" }] });
-        endpoint.post(endpoint.url(&["chat", "completions"]), &body).await
-    }
-
-    #[tokio::test]
-    async fn both_ways_bring_the_same() {
-        let fake = FakeProvider::start().await;
-        let pause = Duration::from_millis(1);
-        let replies = [
-            Reply::raw("{}"),
-            Reply::raw("x".repeat(MAX_BYTES)),
-            Reply::raw("x".repeat(MAX_BYTES)).drip(3_000, pause),
-            Reply::raw(""),
-            Reply::status(500, "y".repeat(100)),
-            Reply::status(500, "y".repeat(2 * ERROR_BODY_MAX_BYTES)),
-            Reply::status(500, "y".repeat(2 * ERROR_BODY_MAX_BYTES)).drip(50_000, pause),
-            Reply::status(500, "y".repeat(100)).cut_halfway(),
-            Reply::status(302, "").header("location", "http://elsewhere/"),
-            Reply::huge(MAX_BYTES + 1),
-            Reply::huge(MAX_BYTES + 1).drip(2_000, pause),
-            Reply::text("Madrid.").cut_halfway(),
-            Reply::close(),
-        ];
-        let [short, general] = both_ways(&fake.openai_base_url());
-        for reply in replies {
-            fake.on(any()).once(reply.clone()).once(reply.clone());
-            match (ask(&short).await, ask(&general).await) {
-                (Ok(one), Ok(other)) => {
-                    assert_eq!((one.status, &one.body), (other.status, &other.body), "{reply:?}");
-                    assert_eq!(one.text("location"), other.text("location"));
-                }
-                (Err(one), Err(other)) => {
-                    assert_eq!((one.code, one.retryable), (other.code, other.retryable), "{reply:?}");
-                }
-                (one, other) => panic!("{reply:?}: {one:?} but {other:?}"),
-            }
-        }
-        let [one, other] = [0, 1].map(|index| {
-            let mut headers = fake.calls()[index].headers.clone();
-            headers.remove("accept-encoding");
-            headers
-        });
-        assert_eq!(one, other);
-        let [one, other] = [0, 1].map(|index| (fake.calls()[index].body.clone(), fake.calls()[index].path.clone()));
-        assert_eq!(one, other);
-    }
-
-    #[test]
-    fn only_what_is_in_the_clear_goes_the_short_way() {
-        let endpoint = |base: &str| {
-            Endpoint::new(client().expect("a client"), Url::parse(base).expect("an address"), None, MAX_BYTES)
-        };
-        assert!(endpoint("http://127.0.0.1:1/v1").plain.is_some());
-        assert!(endpoint("https://127.0.0.1:1/v1").plain.is_none());
     }
 }

@@ -7,23 +7,19 @@ mod anthropic;
 mod gemini;
 mod http;
 mod openai;
-mod plain;
 pub mod retry_after;
 pub mod sim;
-mod wire;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use reqwest::Client;
 use stagegate_core::{Code, Error, Secret, Violation};
+use stagegate_net::Client;
 use url::Url;
 
 use crate::{
     config::{LlmConfig, ProviderConfig, ProviderKind, SimConfig},
     provider::Provider,
 };
-
-pub use http::client;
 
 /// The providers that are there without being named, each under its kind's name.
 pub const IMPLICIT: [ProviderKind; 4] =
@@ -41,7 +37,8 @@ pub fn build(config: &LlmConfig, client: &Client) -> Result<BTreeMap<String, Arc
     let mut providers: BTreeMap<String, Arc<dyn Provider>> = BTreeMap::new();
     let mut violations = Vec::new();
     for (name, provider) in implicit.chain(configured) {
-        match of_kind(&name, &provider, config.answer_max_bytes, client) {
+        let client = client.for_exchanges(provider.max_concurrency)?;
+        match of_kind(&name, &provider, config.answer_max_bytes, &client) {
             Ok(built) => {
                 providers.insert(name, built);
             }

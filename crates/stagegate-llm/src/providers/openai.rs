@@ -6,8 +6,8 @@
 
 use std::time::Duration;
 
+use ::http::StatusCode;
 use async_trait::async_trait;
-use reqwest::StatusCode;
 use serde::{
     Deserialize, Serialize, Serializer,
     de::IgnoredAny,

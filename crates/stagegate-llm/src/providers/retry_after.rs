@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, NaiveDateTime, Utc};
-use reqwest::header::HeaderMap;
+use http::HeaderMap;
 
 /// The longest wait that is believed; whatever asks for more gets this.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_hours(24);
@@ -88,7 +88,7 @@ pub(super) fn span(text: &str) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
-    use reqwest::header::{HeaderName, HeaderValue};
+    use http::{HeaderName, HeaderValue};
 
     use super::*;
 

@@ -99,7 +99,8 @@ impl Bench {
         }
         change(&mut config);
         let (clock, metrics) = (Arc::new(HandClock::default()), Metrics::new());
-        let llm = Llm::new(&config, tier, metrics.clone(), clock.clone()).expect("a valid configuration");
+        let client = crate::providers::client();
+        let llm = Llm::new(&config, &client, tier, metrics.clone(), clock.clone()).expect("a valid configuration");
         Self { vendor, llm, clock, metrics }
     }
 

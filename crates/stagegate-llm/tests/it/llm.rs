@@ -702,7 +702,7 @@ async fn a_configuration_that_cannot_work_is_refused_with_every_mistake() {
     config.breaker.min_calls = config.breaker.window_calls + 1;
     config.breaker.failure_rate = f64::NAN;
     let clock = Arc::new(crate::bench::HandClock::default());
-    let error = Llm::new(&config, None, Metrics::new(), clock).expect_err("mistakes");
+    let error = Llm::new(&config, &crate::providers::client(), None, Metrics::new(), clock).expect_err("mistakes");
     let paths: Vec<_> = error.violations.iter().map(|violation| violation.path.as_str()).collect();
     assert_eq!(error.code, Code::InvalidConfig);
     assert_eq!(paths, ["llm.answer_max_bytes", "llm.breaker.min_calls", "llm.breaker.failure_rate"]);

@@ -19,6 +19,7 @@ use stagegate_llm::{
     provider::{Answer, Provider, ProviderError, ProviderRequest},
     providers,
 };
+use stagegate_net::{Client, NetConfig};
 use stagegate_testkit::{FakeProvider, provider::Call};
 
 /// A key that would be noticed wherever it appeared.
@@ -54,9 +55,13 @@ pub(crate) fn at_with(
     build(&llm, "vendor")
 }
 
+/// A client without proxies.
+pub(crate) fn client() -> Client {
+    Client::new(&NetConfig::default()).expect("a client")
+}
+
 pub(crate) fn build(config: &LlmConfig, name: &str) -> Arc<dyn Provider> {
-    let client = providers::client().expect("a client");
-    Arc::clone(&providers::build(config, &client).expect("a valid configuration")[name])
+    Arc::clone(&providers::build(config, &client()).expect("a valid configuration")[name])
 }
 
 /// A question that a test asks.

@@ -32,6 +32,7 @@ pub(super) fn read_call(head: &Parts, bytes: &[u8], started: Instant) -> Call {
             .is_some_and(|(role, text)| role == "system" && text.starts_with("You are a strict reviewer"));
     let last_user = messages.iter().rev().find(|(role, _)| role == "user");
     Call {
+        is_http2: head.version == hyper::Version::HTTP_2,
         index: 0,
         protocol,
         model: model.to_owned(),
@@ -55,11 +56,13 @@ pub(super) fn read_call(head: &Parts, bytes: &[u8], started: Instant) -> Call {
 }
 
 fn protocol(method: &hyper::Method, path: &str) -> Protocol {
+    // Behind a gateway, and at some vendors, there are other parts before it.
+    let is_gemini = || path.contains("/models/") && path.ends_with(":generateContent");
     match path {
         _ if method != hyper::Method::POST => Protocol::Unknown,
-        "/v1/chat/completions" => Protocol::Openai,
-        "/v1/messages" => Protocol::Anthropic,
-        _ if path.starts_with("/v1beta/models/") && path.ends_with(":generateContent") => Protocol::Gemini,
+        _ if path.ends_with("/chat/completions") => Protocol::Openai,
+        _ if path.ends_with("/messages") => Protocol::Anthropic,
+        _ if is_gemini() => Protocol::Gemini,
         _ => Protocol::Unknown,
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::json;
 use stagegate_core::{Code, Error, ModelRef, Pipeline, SystemClock, Violation, pipeline::Models};
 use stagegate_llm::Llm;
+use stagegate_net::Client;
 use stagegate_telemetry::Metrics;
 
 use crate::{
@@ -40,7 +41,9 @@ pub(crate) struct Validate {
 
 impl Validate {
     pub(crate) fn run(self, global: &Global) -> Result<u8, Error> {
-        let llm = Llm::new(&global.load()?.config.llm, None, Metrics::new(), Arc::new(SystemClock))?;
+        let config = global.load()?.config;
+        let client = Client::new(&config.net)?;
+        let llm = Llm::new(&config.llm, &client, None, Metrics::new(), Arc::new(SystemClock))?;
         let models = Served { llm, any: self.any_model };
         let results: Vec<_> = self.files.iter().map(|file| (file.as_str(), check(file, &models))).collect();
         let mistakes: usize = results.iter().map(|(_, result)| result.as_ref().map_or_else(Vec::len, |_| 0)).sum();

@@ -33,7 +33,7 @@ const BUILT_IN_PROVIDERS: [&str; 4] = ["openai", "anthropic", "gemini", "sim"];
 
 /// Variables that the field knows by these names. A `STAGEGATE_…` variable of the same key goes before them; where two
 /// names stand for one key, the later in this list goes before the earlier.
-pub(crate) const CONVENTIONAL: [(&str, &[&str]); 9] = [
+pub(crate) const CONVENTIONAL: [(&str, &[&str]); 17] = [
     ("STAGEGATE_DATA_DIR", &["store", "data_dir"]),
     ("DATABASE_URL", &["store", "database_url"]),
     ("REDIS_URL", &["redis", "url"]),
@@ -41,6 +41,14 @@ pub(crate) const CONVENTIONAL: [(&str, &[&str]); 9] = [
     ("ANTHROPIC_API_KEY", &["llm", "providers", "anthropic", "api_key"]),
     ("GOOGLE_API_KEY", &["llm", "providers", "gemini", "api_key"]),
     ("GEMINI_API_KEY", &["llm", "providers", "gemini", "api_key"]),
+    ("http_proxy", &["net", "http_proxy"]),
+    ("HTTP_PROXY", &["net", "http_proxy"]),
+    ("https_proxy", &["net", "https_proxy"]),
+    ("HTTPS_PROXY", &["net", "https_proxy"]),
+    ("all_proxy", &["net", "proxy"]),
+    ("ALL_PROXY", &["net", "proxy"]),
+    ("no_proxy", &["net", "no_proxy"]),
+    ("NO_PROXY", &["net", "no_proxy"]),
     ("SENTRY_DSN", &["sentry", "dsn"]),
     ("RUST_LOG", &["log", "filter"]),
 ];

@@ -18,6 +18,7 @@ use stagegate_core::{Code, Error, Secret, Violation};
 use stagegate_engine::config::{EngineConfig, TenantLimits};
 use stagegate_http::config::HttpConfig;
 use stagegate_llm::{RedisConfig, config::LlmConfig};
+use stagegate_net::NetConfig;
 use stagegate_store_postgres::config::PoolConfig;
 use stagegate_telemetry::config::{LogConfig, SentryConfig};
 
@@ -37,6 +38,8 @@ pub(crate) struct Config {
     pub redis: RedisSection,
     /// Providers, prices, the cache in this process, and the breaker.
     pub llm: LlmConfig,
+    /// How other servers are reached: proxies, certificates, HTTP/2.
+    pub net: NetConfig,
     /// Logs.
     pub log: LogConfig,
     /// Error reports.

@@ -206,7 +206,7 @@ impl Drop for Daemon {
 
 /// A client that trusts nothing of the machine's environment.
 pub(crate) fn client() -> reqwest::Client {
-    stagegate_llm::install_tls();
+    stagegate_net::install_tls();
     reqwest::Client::builder().no_proxy().build().expect("a client")
 }
 

@@ -6,11 +6,11 @@ use stagegate_llm::{
     providers,
 };
 
-use super::{Ask, build, config};
+use super::{Ask, build, client, config};
 
 #[tokio::test]
 async fn the_vendors_and_the_simulator_are_there_without_being_named() {
-    let client = providers::client().expect("a client");
+    let client = client();
     let built = providers::build(&LlmConfig::default(), &client).expect("valid");
     let told: Vec<_> = built.iter().map(|(name, p)| (name.as_str(), p.kind(), p.is_configured())).collect();
     assert_eq!(
@@ -54,7 +54,7 @@ async fn a_configured_provider_stands_beside_or_in_place_of_an_implicit_one() {
 
 #[test]
 fn every_mistake_is_reported_at_once_with_its_place() {
-    let client = providers::client().expect("a client");
+    let client = client();
     let mut llm = LlmConfig::default();
     for (name, base_url) in [
         ("b1", "localhost:8000"),
