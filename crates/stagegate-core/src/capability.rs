@@ -25,6 +25,9 @@ open_words! {
         OpenVocabulary = "open_vocabulary",
         /// Reads which attempt an approval or a rejection means.
         ApprovalNamesAttempt = "approval_names_attempt",
+        /// Reads definitions whose judges have a prompt, a scale and parameters of their own, with more model parameters,
+        /// conversations made from data and gates that hold what passes; and renders the templates that came with them.
+        OwnJudges = "own_judges",
     }
 }
 

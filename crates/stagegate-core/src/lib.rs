@@ -19,6 +19,7 @@ pub mod pipeline;
 pub mod run;
 pub mod secret;
 pub mod store;
+pub mod text;
 pub mod usage;
 pub mod word;
 

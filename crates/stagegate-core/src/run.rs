@@ -151,9 +151,10 @@ pub struct Assessment {
     pub version: u32,
     /// Whether it passed.
     pub passed: bool,
-    /// In [0, 1]; a deterministic check gives 0 or 1.
+    /// On the evaluator's scale: a deterministic check gives 0 or 1, a judge a score of its own scale, which is from 0 to 1
+    /// unless `scale` says otherwise.
     pub score: f64,
-    /// The lowest score that passes.
+    /// The lowest score that passes, on the same scale.
     pub threshold: f64,
     /// What was found. It never quotes: it is made of names, numbers, positions and counts.
     pub reason: String,
@@ -163,10 +164,26 @@ pub struct Assessment {
     /// The model that judged.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub model: Option<ModelRef>,
+    /// A judge's scale, where it is not from 0 to 1: `1..5` or `pass_fail`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub scale: Option<String>,
+    /// Why the judge gave no verdict, where it failed at its own task. The score says nothing then.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub judge_failure: Option<Code>,
     /// What a newer release wrote beside that.
     #[serde(flatten)]
     #[schema(ignore)]
     pub rest: Rest,
+}
+
+impl Assessment {
+    /// The score as a part of the way from the lowest to the highest of its scale: in [0, 1].
+    pub fn quality(&self) -> f64 {
+        match self.scale.as_deref() {
+            Some("1..5") => (self.score - 1.0) / 4.0,
+            _ => self.score,
+        }
+    }
 }
 
 open_words! {
@@ -278,9 +295,13 @@ impl Attempt {
         self.failure.iter_mut().for_each(|failure| failure.detail = None);
     }
 
-    /// The lowest score of its assessments: the quality that was reached. None without assessments.
+    /// The lowest score of its assessments, in [0, 1]: the quality that was reached. None without assessments, and where
+    /// the judge failed.
     pub fn score(&self) -> Option<f64> {
-        self.assessments.iter().map(|a| a.score).min_by(f64::total_cmp)
+        if self.assessments.iter().any(|assessment| assessment.judge_failure.is_some()) {
+            return None;
+        }
+        self.assessments.iter().map(Assessment::quality).min_by(f64::total_cmp)
     }
 }
 

@@ -33,9 +33,10 @@ use std::{sync::Arc, time::Duration};
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use stagegate_core::{
-    Capability, Clock, Code, Error, Event, Json, Pipeline, PipelineName, ReplicaId, RunId, StageId, StageState, Store,
-    TenantId,
+    Capability, Clock, Code, Error, Event, Json, Pipeline, PipelineName, ReplicaId, RunId, RunState, StageId,
+    StageState, Store, TenantId,
     hint::Hints,
+    pipeline::{Bundle, NOT_RENDERED},
     store::{NewSignal, NewVersion, PipelineVersion, Registered, RunRecord, SignalKind, Signalled},
 };
 use stagegate_llm::Llm;
@@ -186,14 +187,17 @@ impl Engine {
     }
 
     /// Registers a definition (YAML or JSON text). The flag tells whether the version is new.
-    pub async fn register(&self, tenant: &TenantId, source: &str) -> Result<(PipelineVersion, bool), Error> {
+    pub async fn register(
+        &self,
+        tenant: &TenantId,
+        source: impl Into<Bundle>,
+    ) -> Result<(PipelineVersion, bool), Error> {
         let pipeline = self.validate(tenant, source).await?;
-        if let Some(key) = pipeline.stages.iter().find_map(pipelines::newest_key)
-            && !self.shared.common(Capability::OpenVocabulary)
-        {
+        if let Some(what) = pipelines::unreadable(&pipeline, |capability| self.shared.common(capability)) {
+            let what = if what.contains('`') { what } else { format!("`{what}`") };
             let detail = format!(
-                "a stage has `{key}`, which a replica of an older version that is running cannot read: register the \
-                 pipeline again when every replica is of this version"
+                "the pipeline uses {what}, which a replica of an older version that is running cannot read: register it \
+                 again when every replica is of this version"
             );
             return Err(Error::new(Code::Unavailable, detail));
         }
@@ -214,9 +218,10 @@ impl Engine {
 
     /// The pipeline that a definition stands for; else every mistake of it, models included, as the violations of an
     /// [`Code::InvalidDefinition`].
-    pub async fn validate(&self, tenant: &TenantId, source: &str) -> Result<Pipeline, Error> {
-        let (source, llm) = (source.to_owned(), Arc::clone(&self.shared.llm));
-        let read = self.shared.evaluations.evaluate_large(tenant, 0, move || Pipeline::parse(&source, &*llm)).await?;
+    pub async fn validate(&self, tenant: &TenantId, source: impl Into<Bundle>) -> Result<Pipeline, Error> {
+        let (bundle, llm) = (source.into(), Arc::clone(&self.shared.llm));
+        let parse = move || Pipeline::parse_bundle(&bundle, &*llm);
+        let read = self.shared.evaluations.evaluate_large(tenant, 0, parse).await?;
         read.map_err(|violations| Error::violations(Code::InvalidDefinition, violations))
     }
 
@@ -316,6 +321,10 @@ impl Engine {
             Action::Cancel => SignalKind::Cancel,
             Action::Retry => {
                 let (pipeline, _) = self.pipeline(tenant, &record.pipeline, Some(record.version)).await?;
+                if let Some(why) = why_in_vain(&record, &pipeline) {
+                    let message = format!("a retry would fail in the same way: {why}");
+                    return Err(Error::new(Code::WrongState, message));
+                }
                 let span =
                     chrono::TimeDelta::from_std(pipeline.deadline).unwrap_or_else(|_| chrono::TimeDelta::days(1));
                 SignalKind::Retry { deadline_at: self.shared.clock.now() + span }
@@ -470,6 +479,22 @@ impl Engine {
         }
         self.background.close();
     }
+}
+
+/// Why a run that failed would fail again, whatever is tried: its version and its input are fixed.
+fn why_in_vain(record: &RunRecord, pipeline: &Pipeline) -> Option<String> {
+    if record.state != RunState::Failed {
+        return None;
+    }
+    let failure = record.failure.as_ref()?;
+    let is_rendering = failure.code == Code::TemplateFailed && failure.message.contains(NOT_RENDERED);
+    if is_rendering {
+        let message = &failure.message;
+        return Some(format!("{message}; register a version that is mended, or submit another input"));
+    }
+    let budget = pipeline.budget.as_ref().map(|budget| budget.max_cost_usd)?;
+    (failure.code == Code::BudgetExhausted && record.totals.cost_usd >= budget)
+        .then(|| format!("its budget of {} USD is spent; submit it anew, with a larger one", budget.dollars()))
 }
 
 fn describe(action: &Action) -> &'static str {

@@ -28,7 +28,7 @@ struct Ended {
 
 impl Ended {
     fn of(attempt: &Attempt) -> Self {
-        let measured = |assessment: &Assessment| (assessment.evaluator, assessment.passed, assessment.score);
+        let measured = |assessment: &Assessment| (assessment.evaluator, assessment.passed, assessment.quality());
         Self {
             verdict: attempt.verdict,
             seconds: (attempt.finished_at - attempt.started_at).as_seconds_f64(),

@@ -6,7 +6,7 @@ use std::{
 };
 
 use stagegate_core::{
-    Code, Error, Pipeline, PipelineName, Store, TenantId,
+    Capability, Code, Error, Pipeline, PipelineName, Store, TenantId,
     pipeline::{Stage, Work},
     store::{PipelineQuota, PipelineVersion},
 };
@@ -135,13 +135,20 @@ impl Pipelines {
     }
 }
 
-/// A key of a stage that the release before this one cannot read.
-pub(crate) fn newest_key(stage: &Stage) -> Option<&'static str> {
+/// A key of a stage that came before the others: releases with an open vocabulary read it.
+pub(crate) fn newer_key(stage: &Stage) -> Option<&'static str> {
     match &stage.work {
         Work::Model(work) if work.sample != 0 => Some("sample"),
         _ if stage.retry.max_wait.is_some() => Some("retry.max_wait"),
         _ => None,
     }
+}
+
+/// What of a pipeline some live replica could not read, given what is common to all of them.
+pub(crate) fn unreadable(pipeline: &Pipeline, common: impl Fn(Capability) -> bool) -> Option<String> {
+    let newer = || pipeline.stages.iter().find_map(newer_key).map(str::to_owned);
+    let newest = pipeline.newest().filter(|_| !common(Capability::OwnJudges)).map(str::to_owned);
+    newest.or_else(|| newer().filter(|_| !common(Capability::OpenVocabulary)))
 }
 
 /// The refusal of a version for which a tenant's quota has no room.
@@ -191,7 +198,7 @@ mod tests {
             let mut stages = vec![json!({ "id": "a", "prompt": "p", "model": "m/m" }), second];
             stages[1]["id"] = json!("b");
             let pipeline = Pipeline::from_stored(json!({ "name": "p", "stages": stages })).expect("valid");
-            pipeline.stages.iter().find_map(newest_key)
+            pipeline.stages.iter().find_map(newer_key)
         };
         let model = |more: serde_json::Value| {
             let mut stage = json!({ "prompt": "p", "model": "m/m" });
@@ -201,5 +208,41 @@ mod tests {
         assert_eq!(key_of(model(json!({ "retry": { "max_attempts": 2 } }))), None);
         assert_eq!(key_of(model(json!({ "sample": 1 }))), Some("sample"));
         assert_eq!(key_of(model(json!({ "retry": { "max_wait": "1h" } }))), Some("retry.max_wait"));
+    }
+
+    #[test]
+    fn what_only_this_release_reads_waits_for_every_replica_to_be_of_it() {
+        let unreadable_of = |more: serde_json::Value, known: &[Capability]| {
+            let mut stage = json!({ "id": "a", "model": "m/m" });
+            stage.as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
+            if stage.get("messages").is_none() && stage.get("prompt").is_none() {
+                stage["prompt"] = json!("p");
+            }
+            let pipeline = Pipeline::from_stored(json!({ "name": "p", "stages": [stage] })).expect("valid");
+            unreadable(&pipeline, |capability| known.contains(&capability))
+        };
+        let older = [Capability::OpenVocabulary];
+        let own = [Capability::OpenVocabulary, Capability::OwnJudges];
+        for (more, key) in [
+            (json!({ "params": { "frequency_penalty": 1 } }), "params.frequency_penalty"),
+            (json!({ "params": { "presence_penalty": 1 } }), "params.presence_penalty"),
+            (json!({ "params": { "logit_bias": { "7": 1 } } }), "params.logit_bias"),
+            (json!({ "params": { "reasoning": { "effort": "low" } } }), "params.reasoning"),
+            (json!({ "params": { "extra": { "top_k": 1 } } }), "params.extra"),
+            (json!({ "messages": { "from": "input.history" } }), "messages.from"),
+            (json!({ "gate": { "on_pass": "hold" } }), "gate.on_pass"),
+            (json!({ "gate": { "judge": { "prompt": "{{ output }}" } } }), "gate.judge.prompt"),
+            (json!({ "gate": { "judge": { "rubric": "r", "system": "s" } } }), "gate.judge.system"),
+            (json!({ "gate": { "judge": { "rubric": "r", "scale": "1..5" } } }), "gate.judge.scale"),
+            (json!({ "gate": { "judge": { "rubric": "r", "params": {} } } }), "gate.judge.params"),
+            (json!({ "prompt": "{{ 'a' | truncate }}" }), "the filter `truncate`"),
+            (json!({ "prompt": "{{ 'a'.upper() }}" }), "the method `upper`"),
+            (json!({ "prompt": "{{ 'a' if true }}b" }), "an `if` without `else`"),
+        ] {
+            assert_eq!(unreadable_of(more.clone(), &older).as_deref(), Some(key), "{more}");
+            assert_eq!(unreadable_of(more.clone(), &own), None, "{more}");
+        }
+        let old = json!({ "gate": { "judge": { "rubric": "r", "threshold": 0.5 }, "on_fail": "hold" }, "params": { "seed": 1 } });
+        assert_eq!(unreadable_of(old, &[]), None);
     }
 }

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use stagegate_core::{
-    Code, Error, Failure, Json, Pipeline, RunId, StageId, TenantId, Usd, evaluation,
+    Code, Error, Failure, Json, Pipeline, RunId, StageId, TenantId, Usd, Violation, evaluation,
     pipeline::{Cache, CacheMode, ModelWork, RenderContext, Rendered, Work},
 };
 use stagegate_llm::{CallContext, Reply, Request, prices::DEFAULT_MAX_OUTPUT_TOKENS};
@@ -38,8 +38,13 @@ pub(crate) async fn plan(
     let (judged, held) = (Arc::clone(&pipeline), Arc::clone(&room));
     let fits = move || {
         let _held = &held;
-        let seen = Arc::new(evaluation::parse(&input));
-        judged.check_input(&seen).map(|()| seen)
+        let mut seen = evaluation::parse(&input);
+        judged.fill_defaults(&mut seen);
+        let seen = Arc::new(seen);
+        judged.check_input(&seen)?;
+        // What a run's submit refuses is refused here.
+        judged.limits(&seen).map_err(|violation| vec![violation])?;
+        Ok::<_, Vec<Violation>>(seen)
     };
     let input = shared.evaluations.evaluate(tenant, || 0, fits).await?;
     let input = input.map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
@@ -168,13 +173,14 @@ impl Planner<'_> {
         let stage = &self.pipeline.stages[index];
         let content = hit.content;
         let read = move |pipeline: &Pipeline, context: &RenderContext<'_>| {
-            (pipeline.read_output(index, &content).ok(), pipeline.render_rubric(index, context).ok().flatten())
+            let output = pipeline.read_output(index, &content).ok().map(Arc::new);
+            let texts = output.as_ref().and_then(|output| pipeline.render_judge(index, context, output).ok().flatten());
+            (output.map(Arc::unwrap_or_clone), texts)
         };
-        let (output, rubric) = self.evaluate(read).await?;
-        let text =
-            output.as_ref().map(|output: &Value| output.as_str().map_or_else(|| output.to_string(), str::to_owned));
-        if let (Some(judge), Some(rubric), Some(output)) = (&stage.gate.judge, rubric, &text) {
-            let (request, cache) = kinds::judge_request(judge, &stage.work, &rubric, output);
+        let (output, texts) = self.evaluate(read).await?;
+        let judged = output.as_ref().map(|output: &Value| Json::from(output.clone()));
+        if let (Some(judge), Some(texts), Some(judged)) = (&stage.gate.judge, texts, &judged) {
+            let (request, cache) = kinds::judge_request(judge, &stage.work, texts, judged);
             if let Some(verdict) = self.peek(index, &cache, &request).await {
                 planned.saved_usd += verdict.calls.iter().map(|call| call.saved_usd).sum();
             } else {

@@ -519,7 +519,7 @@ impl Driver {
 
     fn attempted(&mut self, stage: usize, attempt: u32, attempted: Attempted) {
         let Attempted { result, reply } = attempted;
-        if let AttemptResult::Output { output, .. } = &result {
+        if let AttemptResult::Output { output, .. } | AttemptResult::Unjudged { output, .. } = &result {
             self.in_memory.grow(output.text_bytes());
         }
         let at = self.open.iter().position(|open| (open.stage, open.attempt) == (stage, attempt));

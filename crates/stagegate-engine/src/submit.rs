@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 use stagegate_core::{
-    Code, Error, Json, Pipeline, RunId, RunState, TenantId, Totals,
+    Code, Error, Json, Pipeline, RunId, RunState, TenantId, Totals, Violation,
     decide::Accept,
     evaluation,
     fair::Limits,
@@ -108,7 +108,11 @@ pub(crate) async fn judge(shared: &Arc<Shared>, submit: Submit) -> Result<Judged
     }
     let (pipeline, version) = crate::known_pipeline(shared, &submit.tenant, &submit.pipeline, submit.version).await?;
     check_labels(&submit.labels)?;
-    let limits = judge_input(shared, &submit.tenant, &pipeline, &submit.input).await?;
+    let (limits, filled) = judge_input(shared, &submit.tenant, &pipeline, &submit.input).await?;
+    let submit = match filled {
+        Some(input) => Submit { input, ..submit },
+        None => submit,
+    };
     Ok(Judged { submit, pipeline, version, limits })
 }
 
@@ -183,24 +187,27 @@ pub(crate) async fn submit(shared: &Arc<Shared>, judged: Judged) -> Result<Answe
     }
 }
 
-/// Whether an input fits the pipeline, and what bounds how many runs with it are under way at once. An input is parsed
-/// only where the pipeline looks into it.
+/// Whether an input fits the pipeline, and what bounds how many runs with it are under way at once; and the input with the
+/// defaults of its schema, where it left some out. An input is parsed only where the pipeline looks into it.
 async fn judge_input(
     shared: &Shared,
     tenant: &TenantId,
     pipeline: &Arc<Pipeline>,
     input: &Json,
-) -> Result<Limits, Error> {
+) -> Result<(Limits, Option<Json>), Error> {
     let is_read = pipeline.reads_inputs() || !input.is_object();
     let value_bytes = if is_read { input.size().parsed_bytes } else { 0 };
     let (judged, input) = (Arc::clone(pipeline), input.clone());
     let fits = move || {
-        let seen = Arc::new(if is_read { evaluation::parse(&input) } else { Value::Object(Map::new()) });
+        let mut seen = if is_read { evaluation::parse(&input) } else { Value::Object(Map::new()) };
+        let is_filled = judged.fill_defaults(&mut seen);
+        let seen = Arc::new(seen);
         judged.check_input(&seen)?;
-        judged.limits(&seen).map_err(|violation| vec![violation])
+        let limits = judged.limits(&seen).map_err(|violation| vec![violation])?;
+        Ok::<_, Vec<Violation>>((limits, is_filled.then(|| Json::from(Arc::unwrap_or_clone(seen)))))
     };
-    let limits = shared.evaluations.evaluate(tenant, || value_bytes, fits).await?;
-    limits.map_err(|violations| Error::violations(Code::InvalidInput, violations))
+    let fitting = shared.evaluations.evaluate(tenant, || value_bytes, fits).await?;
+    fitting.map_err(|violations| Error::violations(Code::InvalidInput, violations))
 }
 
 /// Room for an input that waits to be inserted. A database that is slow or away must not gather inputs without end.

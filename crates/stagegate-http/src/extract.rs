@@ -4,7 +4,7 @@
 //! A JSON body is held against the very schema that `/openapi.json` publishes before it is decoded, so that what is
 //! documented and what is enforced cannot differ.
 
-use std::str::FromStr;
+use std::{collections::BTreeMap, str::FromStr};
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use http::{
@@ -13,8 +13,17 @@ use http::{
     request::Parts,
 };
 use hyper::body::Body as _;
-use serde::de::DeserializeOwned;
-use stagegate_core::{Code, Violation, error::nearest, json::Size};
+use serde::{
+    Deserialize,
+    de::{DeserializeOwned, IgnoredAny},
+};
+use stagegate_core::{
+    Code, Violation,
+    error::nearest,
+    json::Size,
+    pipeline::{Bundle, FILES_MAX},
+    text,
+};
 use utoipa::ToSchema;
 
 use crate::{body::tenant_of, problem::Problem, state::Shared};
@@ -41,6 +50,7 @@ impl<T: DeserializeOwned + ToSchema> FromRequest<Shared> for Json<T> {
         // Held until the body is of its type, which keeps payloads as text.
         let _room = shared.engine.memory().bodies.acquire_for(&tenant, parsed_bytes * PARSED_COPIES).await;
         let mut value = parse(&text)?;
+        shared.document.leave_out_nulls(&T::name(), &mut value);
         let violations = shared.document.check(&T::name(), &value);
         if !violations.is_empty() {
             return Err(Problem::violations(Code::InvalidRequest, violations));
@@ -67,8 +77,8 @@ impl<T: DeserializeOwned + ToSchema> FromRequest<Shared> for JsonOrNothing<T> {
     }
 }
 
-/// A definition as its author wrote it: YAML or JSON, unread.
-pub(crate) struct Source(pub(crate) String);
+/// A definition as its author wrote it, unread: YAML or JSON, or JSON with the files that the definition names.
+pub(crate) struct Source(pub(crate) Bundle);
 
 impl FromRequest<Shared> for Source {
     type Rejection = Problem;
@@ -79,8 +89,55 @@ impl FromRequest<Shared> for Source {
         if !yaml && !is_json(&kind) {
             return Err(wrong_type(&kind, "application/yaml, text/yaml or application/json"));
         }
-        read_text(request, shared.config.body_max_bytes).await.map(Source)
+        let text = read_text(request, shared.config.body_max_bytes).await?;
+        let bundle = if yaml { None } else { bundle(&text)? };
+        Ok(Self(bundle.unwrap_or_else(|| Bundle { definition: text, files: BTreeMap::new() })))
     }
+}
+
+/// A definition with the files that it names.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DefinitionBundle {
+    /// The definition: a JSON object, or YAML or JSON as one text.
+    #[schema(value_type = Value)]
+    definition: serde_json::Value,
+    /// What its files hold, by the names that `prompt_file`, `system_file`, `rubric_file` and `schema_file` give them.
+    #[serde(default)]
+    files: BTreeMap<String, String>,
+}
+
+/// Whether a text is an object with this key.
+#[derive(Deserialize)]
+struct Probe {
+    #[serde(rename = "definition")]
+    _definition: IgnoredAny,
+}
+
+/// The bundle that a JSON text is; None where it is a definition itself, or no JSON.
+fn bundle(text: &str) -> Result<Option<Bundle>, Problem> {
+    if serde_json::from_str::<Probe>(text).is_err() {
+        return Ok(None);
+    }
+    let DefinitionBundle { definition, files } = serde_json::from_str(text).map_err(|error| {
+        let mend = "send { \"definition\": …, \"files\": { \"name\": \"text\" } }";
+        let violation = Violation::new(Code::WrongValue, "", error.to_string()).mend(mend);
+        Problem::violations(Code::InvalidRequest, vec![violation])
+    })?;
+    if files.len() > FILES_MAX {
+        let message = format!("there are {} files, at most {FILES_MAX} are allowed", files.len());
+        return Err(Problem::violations(
+            Code::InvalidRequest,
+            vec![Violation::new(Code::WrongValue, "files", message)],
+        ));
+    }
+    let definition = match definition {
+        serde_json::Value::String(text) => text,
+        other => other.to_string(),
+    };
+    let plain = |name: String| name.strip_prefix("./").map_or_else(|| name.clone(), str::to_owned);
+    let files = files.into_iter().map(|(name, text)| (plain(name), text)).collect();
+    Ok(Some(Bundle { definition, files }))
 }
 
 fn is_json(kind: &str) -> bool {
@@ -116,10 +173,8 @@ fn media_type(headers: &HeaderMap) -> Result<String, Problem> {
 async fn read_text(request: Request, max_bytes: usize) -> Result<String, Problem> {
     let broken = |_| Problem::new(Code::InvalidRequest, "The body ended before it was complete.");
     let bytes = axum::body::to_bytes(request.into_body(), max_bytes).await.map_err(broken)?;
-    String::from_utf8(bytes.into()).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        Problem::new(Code::InvalidRequest, format!("The body is not UTF-8: byte {at} begins no character."))
-    })
+    text::decode(bytes.into())
+        .map_err(|error| Problem::new(Code::InvalidRequest, format!("The body cannot be read: {error}.")))
 }
 
 /// About what JSON takes in memory once it is parsed, in bytes. Refuses what is nested deeper, or holds more values, than

@@ -79,6 +79,8 @@ struct Check {
     validator: Validator,
     keys: Vec<String>,
     integers: Vec<String>,
+    /// Those that may be left out.
+    optional: Vec<String>,
 }
 
 impl Document {
@@ -101,6 +103,16 @@ impl Document {
         }
     }
 
+    /// A key that may be left out may be null: that is the same.
+    pub(crate) fn leave_out_nulls(&self, name: &str, value: &mut Value) {
+        let (Some(check), Some(map)) = (self.checks.get(name), value.as_object_mut()) else { return };
+        for key in &check.optional {
+            if map.get(key).is_some_and(Value::is_null) {
+                map.remove(key);
+            }
+        }
+    }
+
     /// The ways in which a value does not fit a component, up to a limit. An unknown component fits nothing.
     pub(crate) fn check(&self, name: &str, value: &Value) -> Vec<Violation> {
         match self.checks.get(name) {
@@ -119,6 +131,7 @@ pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool) -> Value {
     let mut value = serde_json::to_value(api).unwrap_or_default();
     add_definition(&mut value);
     close_branches(&mut value);
+    take_null(&mut value);
     value["components"]["securitySchemes"] = json!({
         "bearer": { "type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer sg_…`" },
         "apiKey": { "type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key" },
@@ -227,6 +240,43 @@ fn close_branches(document: &mut Value) {
     }
 }
 
+/// In a body, what may be left out may be null.
+fn take_null(document: &mut Value) {
+    for name in bodies(document).into_iter().filter(|name| name != DEFINITION) {
+        let component = &mut document["components"]["schemas"][&name];
+        take_null_in(component);
+        component.get_mut("oneOf").and_then(Value::as_array_mut).into_iter().flatten().for_each(take_null_in);
+    }
+}
+
+fn take_null_in(component: &mut Value) {
+    let optional = optional_keys(component);
+    let properties = component.get_mut("properties").and_then(Value::as_object_mut);
+    for (_, schema) in properties.into_iter().flatten().filter(|(key, _)| optional.contains(key)) {
+        let is_null = |kind: &Value| kind == "null" || kind["type"] == "null";
+        let lists = ["type", "oneOf", "anyOf"].into_iter().filter_map(|key| schema.get(key)?.as_array());
+        if lists.flatten().any(is_null) {
+            continue;
+        }
+        match schema.get_mut("type") {
+            Some(kind @ Value::String(_)) => *kind = json!([kind.take(), "null"]),
+            Some(Value::Array(kinds)) => kinds.push(json!("null")),
+            _ => {
+                let given = schema.take();
+                *schema = json!({ "anyOf": [given, { "type": "null" }] });
+            }
+        }
+    }
+}
+
+/// The keys of a component that may be left out.
+fn optional_keys(component: &Value) -> Vec<String> {
+    let required = component["required"].as_array();
+    let is_required = |key: &str| required.is_some_and(|keys| keys.iter().any(|name| name == key));
+    let keys = component["properties"].as_object().into_iter().flat_map(Map::keys);
+    keys.filter(|key| !is_required(key)).cloned().collect()
+}
+
 /// The components that JSON request bodies refer to.
 fn bodies(document: &Value) -> Vec<String> {
     let operations = document["paths"].as_object().into_iter().flat_map(Map::values);
@@ -271,9 +321,11 @@ fn checks(document: &Value) -> HashMap<String, Check> {
             names.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
         };
         let (keys, integers) = (names(&|_| true), names(&is_integer));
+        let parts = component["oneOf"].as_array().into_iter().flatten().chain([component]);
+        let optional = parts.flat_map(optional_keys).collect();
         // A component that is no schema is a defect, and a test holds each body against its own.
         if let Ok(validator) = jsonschema::validator_for(&root) {
-            checks.insert(name, Check { validator, keys, integers });
+            checks.insert(name, Check { validator, keys, integers, optional });
         }
     }
     checks
@@ -435,6 +487,33 @@ mod tests {
         document.settle("SubmitRequest", &mut value);
         let settled = json!({ "pipeline": "p", "version": 3, "priority": -2, "input": { "x": 1.0 } });
         assert_eq!(value.to_string(), settled.to_string());
+    }
+
+    #[test]
+    fn null_means_left_out_for_each_key_of_a_body_that_may_be() {
+        let document = Document::new(&crate::router::document(), false);
+        let public: Value = serde_json::from_slice(&document.json).expect("JSON");
+        for (name, check) in &document.checks {
+            for key in &check.optional {
+                let mut body = json!({ key: null });
+                document.leave_out_nulls(name, &mut body);
+                assert_eq!(body, json!({}), "{name}.{key}");
+                let component = &public["components"]["schemas"][name];
+                let branches = component["oneOf"].as_array().into_iter().flatten().chain([component]);
+                let taken = branches.filter_map(|part| part["properties"].get(key)).any(|schema| {
+                    jsonschema::validator_for(&json!({ "components": public["components"], "allOf": [schema] }))
+                        .is_ok_and(|validator| validator.is_valid(&Value::Null))
+                });
+                assert!(taken, "{name}.{key} is published as what may be null");
+            }
+        }
+        let optional = &document.checks["SubmitRequest"].optional;
+        for key in ["version", "cache_mode", "priority", "labels", "start_at"] {
+            assert!(optional.iter().any(|name| name == key), "{key} in {optional:?}");
+        }
+        let mut required = json!({ "pipeline": null });
+        document.leave_out_nulls("SubmitRequest", &mut required);
+        assert_eq!(required, json!({ "pipeline": null }));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use serde_json::Value;
 use stagegate_core::{
     ModelRef, RunId, StageId, TenantId,
     cache::CacheKey,
-    pipeline::{Message, OutputFormat, Params, Role},
+    pipeline::{Message, OutputFormat, Params, Reasoning, Role},
 };
 
 use crate::Request;
@@ -33,6 +33,7 @@ pub(crate) fn answer_key(tenant: &TenantId, model: &ModelRef, request: &Request)
     encoder.params(params);
     encoder.format(format);
     encoder.number(u64::from(*sample));
+    encoder.newer_params(params);
     encoder.finish()
 }
 
@@ -116,7 +117,19 @@ impl Encoder {
     }
 
     fn params(&mut self, params: &Params) {
-        let Params { temperature, top_p, max_output_tokens, seed, stop } = params;
+        let Params {
+            temperature,
+            top_p,
+            max_output_tokens,
+            seed,
+            stop,
+            // In `newer_params`, after all else.
+            frequency_penalty: _,
+            presence_penalty: _,
+            logit_bias: _,
+            reasoning: _,
+            extra: _,
+        } = params;
         self.option(*temperature, Self::float);
         self.option(*top_p, Self::float);
         self.option(*max_output_tokens, |encoder, tokens| encoder.number(u64::from(tokens)));
@@ -124,6 +137,35 @@ impl Encoder {
         self.count(stop.len());
         for text in stop {
             self.text(text);
+        }
+    }
+
+    /// The parameters that came later. A request that has none of them has the key that it had before they were known.
+    fn newer_params(&mut self, params: &Params) {
+        let Params { frequency_penalty, presence_penalty, logit_bias, reasoning, extra, .. } = params;
+        let has_none = frequency_penalty.is_none()
+            && presence_penalty.is_none()
+            && logit_bias.is_empty()
+            && reasoning.is_none()
+            && extra.is_empty();
+        if has_none {
+            return;
+        }
+        self.text("params");
+        self.option(*frequency_penalty, Self::float);
+        self.option(*presence_penalty, Self::float);
+        self.count(logit_bias.len());
+        for (token, bias) in logit_bias {
+            self.text(token);
+            self.float(*bias);
+        }
+        self.option(*reasoning, |encoder, Reasoning { effort }| encoder.text(effort.as_str()));
+        self.count(extra.len());
+        let mut extra: Vec<_> = extra.iter().collect();
+        extra.sort_unstable_by_key(|(key, _)| key.as_str());
+        for (key, value) in extra {
+            self.text(key);
+            self.json(value);
         }
     }
 
@@ -176,7 +218,7 @@ mod tests {
     use std::{collections::HashSet, sync::Arc};
 
     use serde_json::json;
-    use stagegate_core::CallPurpose;
+    use stagegate_core::{CallPurpose, pipeline::Effort};
     use uuid::Uuid;
 
     use super::*;
@@ -202,6 +244,7 @@ mod tests {
                 max_output_tokens: Some(100),
                 seed: Some(-7),
                 stop: vec!["END".to_owned()],
+                ..Params::default()
             },
             format: OutputFormat::Json { schema: Some(Arc::new(json!({"type": "object", "required": ["a", "b"]}))) },
             sample: 0,
@@ -250,6 +293,15 @@ mod tests {
             Box::new(|r| r.params.stop = vec![]),
             Box::new(|r| r.params.stop = vec!["end".to_owned()]),
             Box::new(|r| r.params.stop = vec!["E".to_owned(), "ND".to_owned()]),
+            Box::new(|r| r.params.frequency_penalty = Some(0.5)),
+            Box::new(|r| r.params.presence_penalty = Some(0.5)),
+            Box::new(|r| r.params.logit_bias = [("7".to_owned(), 1.0)].into()),
+            Box::new(|r| r.params.logit_bias = [("7".to_owned(), -1.0)].into()),
+            Box::new(|r| r.params.logit_bias = [("8".to_owned(), 1.0)].into()),
+            Box::new(|r| r.params.reasoning = Some(Reasoning { effort: Effort::Low })),
+            Box::new(|r| r.params.reasoning = Some(Reasoning { effort: Effort::High })),
+            Box::new(|r| r.params.extra = serde_json::Map::from_iter([("top_k".to_owned(), json!(1))])),
+            Box::new(|r| r.params.extra = serde_json::Map::from_iter([("top_k".to_owned(), json!("1"))])),
             Box::new(|r| r.format = OutputFormat::Text),
             Box::new(|r| r.format = OutputFormat::Json { schema: None }),
             Box::new(move |r| r.format = schema(json!({"type": "object", "required": ["b", "a"]}))),

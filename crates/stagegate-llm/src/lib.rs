@@ -282,6 +282,11 @@ impl Models for Llm {
         self.check_model(model)
     }
 
+    fn unsupported(&self, model: &ModelRef, params: &Params) -> Vec<(&'static str, String)> {
+        let served = self.caller.providers.get(model.provider());
+        served.map_or_else(Vec::new, |served| served.provider.unsupported(params))
+    }
+
     fn is_priced(&self, model: &ModelRef) -> bool {
         self.caller.prices.is_priced(model)
     }

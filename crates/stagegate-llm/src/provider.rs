@@ -95,6 +95,11 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
     /// Whether it has a key, or needs none.
     fn is_configured(&self) -> bool;
 
+    /// The parameters that it has no counterpart for: the key of each, and what to do about it.
+    fn unsupported(&self, _params: &Params) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+
     /// The models that it serves, where it is known to serve no others.
     fn models(&self) -> Option<&'static [&'static str]> {
         None

@@ -138,6 +138,8 @@ impl Load {
                 reason: String::new(),
                 detail: None,
                 model: None,
+                scale: None,
+                judge_failure: None,
                 rest: stagegate_core::Rest::default(),
             }],
             calls: vec![LedgerEntry {

@@ -8,7 +8,11 @@ use std::{
 };
 
 use serde_json::{Map, Value};
-use stagegate_core::{Code, Error, Violation};
+use stagegate_core::{
+    Code, Error, Violation,
+    pipeline::{Bundle, FILES_MAX, FILES_MAX_BYTES},
+    text,
+};
 
 /// The largest definition or input that is read.
 const MAX_BYTES: u64 = 16 * 1024 * 1024;
@@ -21,16 +25,49 @@ pub(crate) fn read(path: &str) -> Result<String, Error> {
         File::open(Path::new(path)).and_then(|mut file| bounded(&mut file))
     };
     let refused = |message: &str| Error::new(Code::InvalidRequest, format!("{path}: {message}"));
-    let bytes = bytes.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => refused("no such file"),
-        io::ErrorKind::PermissionDenied => refused("the file may not be read"),
-        io::ErrorKind::IsADirectory => refused("this is a directory, give a file"),
-        _ => refused(&error.to_string()),
-    })?;
+    let bytes = bytes.map_err(|error| refused(&reason(&error)))?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(refused(&format!("the file is over {MAX_BYTES} bytes")));
     }
-    String::from_utf8(bytes).map_err(|_| refused("the file is not UTF-8 text"))
+    text::decode(bytes).map_err(|error| refused(&error.to_string()))
+}
+
+/// Reads a definition, and the files that it names. They lie below the directory of the definition, links followed; of a
+/// definition from stdin that is the current one.
+pub(crate) fn bundle(path: &str) -> Result<Bundle, Error> {
+    let mut bundle = Bundle { definition: read(path)?, ..Bundle::default() };
+    let names = bundle.file_names();
+    let refused = |name: &str, message: &str| Error::new(Code::InvalidRequest, format!("{path}: `{name}`: {message}"));
+    if names.len() > FILES_MAX {
+        return Err(Error::new(Code::InvalidRequest, format!("{path}: it names more than {FILES_MAX} files")));
+    }
+    let directory = if path == "-" { Path::new("") } else { Path::new(path).parent().unwrap_or(Path::new("")) };
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    let mut bytes = 0;
+    for name in names {
+        let told = |error: io::Error| refused(&name, &reason(&error));
+        let root = directory.canonicalize().map_err(told)?;
+        let file = root.join(&name).canonicalize().map_err(told)?;
+        if !file.starts_with(&root) {
+            return Err(refused(&name, "it leads out of the directory of the definition"));
+        }
+        let text = read(&file.display().to_string())?;
+        bytes += text.len();
+        if bytes > FILES_MAX_BYTES {
+            return Err(refused(&name, &format!("the files have more than {FILES_MAX_BYTES} bytes together")));
+        }
+        bundle.files.insert(name, text);
+    }
+    Ok(bundle)
+}
+
+fn reason(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "no such file".to_owned(),
+        io::ErrorKind::PermissionDenied => "the file may not be read".to_owned(),
+        io::ErrorKind::IsADirectory => "this is a directory, give a file".to_owned(),
+        _ => error.to_string(),
+    }
 }
 
 fn bounded(from: &mut impl Read) -> io::Result<Vec<u8>> {
@@ -132,9 +169,41 @@ mod tests {
         std::fs::write(path("latin.txt"), [0xe9]).expect("writable");
         let read = |name: &str| input(Some(&format!("@{}", path(name))), &[], &definition());
         assert_eq!(read("brief.md").expect("an input"), json!({ "brief": "# Brief\n" }));
-        for (name, part) in [("bad.json", "no JSON"), ("latin.txt", "not UTF-8"), ("none.md", "no such file")] {
+        std::fs::write(path("wide.txt"), b"\xff\xfeh\0i\0").expect("writable");
+        std::fs::write(path("marked.json"), b"\xef\xbb\xbf{\"brief\": \"x\"}\r\n").expect("writable");
+        assert_eq!(read("marked.json").expect("an input"), json!({ "brief": "x" }));
+        for (name, part) in
+            [("bad.json", "no JSON"), ("latin.txt", "not UTF-8"), ("wide.txt", "UTF-16"), ("none.md", "no such file")]
+        {
             let error = read(name).expect_err("refused");
             assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_files_that_a_definition_names_are_read_from_below_its_directory() {
+        let place = tempfile::tempdir().expect("a directory");
+        let inside = place.path().join("inside");
+        std::fs::create_dir_all(inside.join("prompts")).expect("writable");
+        let write = |name: &str, text: &str| std::fs::write(place.path().join(name), text).expect("writable");
+        let definition =
+            |file: &str| format!("name: p\nstages:\n- {{ id: a, model: sim/quick, prompt_file: {file} }}\n");
+        let bundle_of = |file: &str| {
+            write("inside/p.yaml", &definition(file));
+            bundle(&inside.join("p.yaml").display().to_string())
+        };
+        write("inside/prompts/a.md", "\u{feff}Say {{ input.text }}\r\n");
+        write("secret.md", "secret");
+        let read = bundle_of("./prompts/a.md").expect("read");
+        assert_eq!(read.files["prompts/a.md"], "Say {{ input.text }}\r\n");
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(place.path().join("secret.md"), inside.join("link.md")).expect("writable");
+        for (file, part) in [("prompts/b.md", "no such file"), ("link.md", "leads out of"), ("prompts", "directory")] {
+            let error = bundle_of(file).expect_err(file);
+            assert!(error.detail.contains(part), "{file}: {error}");
+        }
+        for file in ["../secret.md", "/etc/hostname"] {
+            assert_eq!(bundle_of(file).expect("not read").files, std::collections::BTreeMap::new(), "{file}");
         }
     }
 }

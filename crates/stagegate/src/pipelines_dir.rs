@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use stagegate_core::{Code, Error, TenantId, Violation};
+use stagegate_core::{Code, Error, TenantId, Violation, pipeline::Bundle};
 use stagegate_engine::Engine;
 
 use crate::{commands::in_file, files};
@@ -34,7 +34,7 @@ pub(crate) struct PipelinesDir {
 }
 
 /// A definition, or why there is none.
-type Content = Result<String, String>;
+type Content = Result<Bundle, String>;
 
 impl PipelinesDir {
     /// The definitions in `path`, for a tenant.
@@ -171,7 +171,7 @@ impl PipelinesDir {
                     return Err(refused(format!("it holds more than {FILES_MAX} definitions")));
                 }
                 let name = path.display().to_string();
-                let content = files::read(&name).map_err(|error| {
+                let content = files::bundle(&name).map_err(|error| {
                     error.detail.strip_prefix(&format!("{name}: ")).unwrap_or(&error.detail).to_owned()
                 });
                 found.insert(path, content);

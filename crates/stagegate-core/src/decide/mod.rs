@@ -102,6 +102,26 @@ pub enum AttemptResult {
         /// What came of the models that were asked.
         tried: Tried,
     },
+    /// The output passed its checks, and its judge failed at its own task: it was cut or refused, or gave no verdict. The
+    /// output is not to blame.
+    Unjudged {
+        /// The output.
+        output: Json,
+        /// What was measured, the judge's failure last.
+        assessments: Vec<Assessment>,
+        /// The model that answered.
+        model: Option<ModelRef>,
+        /// Where the answer came from.
+        origin: Origin,
+        /// The judge's failure.
+        code: Code,
+        /// In a sentence that quotes nothing.
+        message: String,
+        /// The same with what may quote payloads, where there is more to tell.
+        detail: Option<String>,
+        /// Whether it may fare better if it is asked again.
+        again: bool,
+    },
     /// One model of the chain gave an answer that was cut, another may answer later: the answer is kept and judged as
     /// what it is, and the wait is kept as well.
     Cut {

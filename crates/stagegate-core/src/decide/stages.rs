@@ -8,7 +8,7 @@ use super::{AttemptResult, Effect, FailureKind, Outcome, Run, Tried};
 use crate::{
     Assessment, Attempt, Checkpoint, Code, Evaluator, EventKind, Failure, Json, ModelRef, Origin, StageId, StageState,
     Totals, Verdict,
-    pipeline::{OnExhausted, OnFail, Stage},
+    pipeline::{OnExhausted, OnFail, OnPass, Stage},
 };
 
 impl Run {
@@ -63,6 +63,20 @@ impl Run {
                 record.failure = None;
                 let judged = Judged { output, usable, model, origin, totals, next_at: now };
                 self.on_output(stage, Attempt { assessments, ..ended }, judged, now);
+            }
+            AttemptResult::Unjudged { output, assessments, model, origin, code, message, detail, again } => {
+                if again && self.attempts_left(stage) && self.failure.is_none() {
+                    let id = self.stages[stage].record.id.clone();
+                    let failure = Failure { detail, ..Failure::new(code, message).of_stage(id) };
+                    let public = failure.public();
+                    let next_at = self.after_unusable(stage, now, jitter);
+                    let ended = Attempt { assessments, failure: Some(failure), ..ended };
+                    return self.on_failed_attempt(stage, ended, public, next_at, totals, now);
+                }
+                self.forget_outage(stage);
+                let judged = Judged { output, usable: true, model, origin, totals, next_at: now };
+                let verdict = unjudged_verdict(&self.pipeline.stages[stage]);
+                self.on_verdict(stage, Attempt { verdict, assessments, ..ended }, judged, false, now);
             }
             AttemptResult::Cut { output, assessments, model, code, message, detail, told, tried } => {
                 let id = self.stages[stage].record.id.clone();
@@ -193,7 +207,6 @@ impl Run {
     }
 
     fn on_output(&mut self, stage: usize, mut ended: Attempt, judged: Judged, now: DateTime<Utc>) {
-        let attempt = ended.number;
         let gate_failed = ended.assessments.iter().any(|assessment| !assessment.passed);
         ended.verdict = verdict(
             &self.pipeline.stages[stage],
@@ -201,8 +214,17 @@ impl Run {
             judged.usable,
             self.attempts_left(stage) && self.failure.is_none(),
         );
+        self.on_verdict(stage, ended, judged, gate_failed, now);
+    }
+
+    /// What follows from what the gate decided. Where it `gate_failed`, the answer is not reused.
+    fn on_verdict(&mut self, stage: usize, mut ended: Attempt, judged: Judged, gate_failed: bool, now: DateTime<Utc>) {
+        let attempt = ended.number;
         let score = ended.score();
-        let reason = reasons(&ended.assessments);
+        let mut reason = reasons(&ended.assessments);
+        if reason.is_empty() && ended.verdict == Verdict::Held {
+            HELD_ALWAYS.clone_into(&mut reason);
+        }
         let run = &mut self.stages[stage];
         run.record.judged += u32::from(ended.verdict == Verdict::Retry);
         run.record.verdict = Some(ended.verdict);
@@ -521,7 +543,10 @@ struct Judged {
 /// The gate: pass, retry with the critique, hold, accept with a flag, or fail.
 fn verdict(stage: &Stage, gate_failed: bool, usable: bool, may_retry: bool) -> Verdict {
     if !gate_failed {
-        return Verdict::Passed;
+        return match stage.gate.on_pass {
+            OnPass::Pass => Verdict::Passed,
+            OnPass::Hold => Verdict::Held,
+        };
     }
     // What does not even have the stage's form would break its successors: nobody can wave it through.
     let on_fail = if usable { stage.gate.on_fail } else { OnFail::Retry };
@@ -539,6 +564,18 @@ fn verdict(stage: &Stage, gate_failed: bool, usable: bool, may_retry: bool) -> V
     }
 }
 
+/// Why an output is held that passed everything.
+const HELD_ALWAYS: &str = "the gate holds every output for a person (`on_pass: hold`)";
+
+/// What becomes of an output that could not be judged. It may be good, so that it is never failed for it: where a failed
+/// gate would fail the stage, a person decides.
+fn unjudged_verdict(stage: &Stage) -> Verdict {
+    match (stage.gate.on_fail, stage.gate.on_exhausted) {
+        (OnFail::Accept, _) | (OnFail::Retry, OnExhausted::Accept) => Verdict::Accepted,
+        _ => Verdict::Held,
+    }
+}
+
 /// What failed, in one bounded sentence that quotes nothing.
 fn reasons(assessments: &[Assessment]) -> String {
     const MAX_CHARS: usize = 500;
@@ -547,10 +584,8 @@ fn reasons(assessments: &[Assessment]) -> String {
         .filter(|assessment| !assessment.passed)
         .map(|assessment| match assessment.evaluator {
             Evaluator::Check | Evaluator::Unknown(_) => format!("{}: {}", assessment.name, assessment.reason),
-            Evaluator::Judge => {
-                let Assessment { name, score, threshold, .. } = assessment;
-                format!("{name} gave {score:.2}, {threshold:.2} is needed")
-            }
+            // Its reason is made of numbers, too.
+            Evaluator::Judge => format!("{} {}", assessment.name, assessment.reason),
         })
         .collect();
     let text = failed.join("; ");

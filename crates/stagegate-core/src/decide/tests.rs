@@ -78,6 +78,8 @@ fn assessment(passed: bool) -> Assessment {
         reason: "too short".to_owned(),
         detail: None,
         model: None,
+        scale: None,
+        judge_failure: None,
         rest: crate::Rest::default(),
     }
 }

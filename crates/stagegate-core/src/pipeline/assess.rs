@@ -35,6 +35,8 @@ fn assessment(name: &str, passed: bool, reason: String, detail: Option<String>) 
         reason,
         detail: detail.filter(|_| !passed),
         model: None,
+        scale: None,
+        judge_failure: None,
         rest: crate::Rest::default(),
     }
 }
@@ -185,6 +187,12 @@ impl Pipeline {
         self.compiled.input.is_some() || self.compiled.concurrency_key.is_some()
     }
 
+    /// Fills in what an input leaves out and its schema has a `default` for, inside of the maps that are there. Says whether
+    /// it filled in anything. Defaults inside of lists, and behind `$ref` and branches, are not filled in.
+    pub fn fill_defaults(&self, input: &mut Value) -> bool {
+        self.definition.get("input").is_some_and(|schema| filled(schema, input))
+    }
+
     /// Every way in which an input does not fit, with paths below `input`.
     pub fn check_input(&self, input: &Value) -> Result<(), Vec<Violation>> {
         let root = Path::root().key("input");
@@ -220,6 +228,23 @@ impl Pipeline {
         found.truncate(INPUT_MISTAKES_MAX);
         if found.is_empty() { Ok(()) } else { Err(found) }
     }
+}
+
+/// See [`Pipeline::fill_defaults`].
+pub(super) fn filled(schema: &Value, value: &mut Value) -> bool {
+    let (Some(properties), Some(map)) = (schema.get("properties").and_then(Value::as_object), value.as_object_mut())
+    else {
+        return false;
+    };
+    let mut any = false;
+    for (key, inner) in properties {
+        if let Some(default) = inner.get("default").filter(|_| !map.contains_key(key)) {
+            map.insert(key.clone(), default.clone());
+            any = true;
+        }
+        any |= map.get_mut(key).is_some_and(|value| filled(inner, value));
+    }
+    any
 }
 
 fn assess_schema(validator: &Schema, output: &Value) -> Assessment {

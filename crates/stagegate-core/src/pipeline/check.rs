@@ -7,15 +7,17 @@ use std::{
     rc::Rc,
 };
 
+use jsonschema::error::ValidationErrorKind;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::{
     Budget, Check, Definition, ModelChain, Models, Role, graph,
     json_schema::Schema,
-    path::{Path, cut, listed},
-    pattern::Pattern,
-    schema,
+    params,
+    path::{Path, Segment, cut, listed},
+    pattern::{self, Pattern},
+    schema, slips,
     source::{MISTAKES_MAX, Source},
     template::{Flaw, Keys, Scope, Template},
 };
@@ -44,10 +46,42 @@ pub(super) struct Compiled {
 #[derive(Debug, Default)]
 pub(super) struct CompiledStage {
     pub(super) messages: Vec<(Role, Template)>,
+    /// The rest of the conversation, made from data.
+    pub(super) history: Option<Template>,
     pub(super) transform: Option<Template>,
     pub(super) schema: Option<Schema>,
     pub(super) checks: Vec<CompiledCheck>,
+    /// The rubric of the judge, or its own prompt.
     pub(super) rubric: Option<Template>,
+    pub(super) judge_system: Option<Template>,
+}
+
+impl CompiledStage {
+    fn templates(&self) -> impl Iterator<Item = &Template> {
+        let expressions = self.checks.iter().filter_map(|check| match check {
+            CompiledCheck::Expression(expression) => Some(expression),
+            _ => None,
+        });
+        let own = self.messages.iter().map(|(_, text)| text).chain(&self.history).chain(&self.transform);
+        own.chain(&self.rubric).chain(&self.judge_system).chain(expressions)
+    }
+}
+
+impl Compiled {
+    /// Something in a template that the release before this one cannot render.
+    pub(super) fn newest(&self) -> Option<String> {
+        let mut newest = self.stages.iter().flat_map(CompiledStage::templates).find_map(Template::newest);
+        newest = newest.or_else(|| self.concurrency_key.as_ref()?.newest());
+        let mut newest = newest.map(str::to_owned);
+        if let Some(output) = &self.output {
+            output.each_template(&mut |template| {
+                if newest.is_none() {
+                    newest = template.newest().map(str::to_owned);
+                }
+            });
+        }
+        newest
+    }
 }
 
 /// What has been compiled of a check.
@@ -133,7 +167,7 @@ impl<'a> Report<'a> {
         self.add(violation, path, false);
     }
 
-    fn at_key(&mut self, path: &Path, violation: Violation) {
+    pub(super) fn at_key(&mut self, path: &Path, violation: Violation) {
         self.add(violation, path, true);
     }
 
@@ -240,17 +274,22 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     let ids: Vec<&str> = draft.stages.iter().filter_map(|stage| stage.id).collect();
     let path = Path::root().key("defaults").key("model");
     check_chain(draft.default_model.as_ref(), &path, &draft, models, report);
-    let input_keys = declared_keys(draft.input).map(Rc::new);
+    params::check_defaults(root, report);
+    let strict = source.has_text();
+    let input_keys = declared_keys(draft.input, true).map(Rc::new);
     let outputs: HashMap<&str, Keys<'_>> = draft
         .stages
         .iter()
-        .filter_map(|stage| Some((stage.id?, declared_keys(stage.raw.get("output")?.get("schema"))?)))
+        .filter_map(|stage| Some((stage.id?, declared_keys(stage.raw.get("output")?.get("schema"), false)?)))
         .collect();
     let outputs = Rc::new(outputs);
     let mut compiled = Compiled {
         input: draft.input.and_then(|schema| Schema::compile(schema, &Path::root().key("input"), report)),
         ..Compiled::default()
     };
+    if let (Some(schema), Some(validator), true) = (draft.input, &compiled.input, strict) {
+        check_defaults_fit(schema, validator, report);
+    }
     for (index, stage) in draft.stages.iter().enumerate() {
         let scope = Scope {
             stage: stage.id,
@@ -264,12 +303,14 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
             outputs: Rc::clone(&outputs),
             run: true,
             output: false,
+            strict,
         };
         if !evaluation::is_wanted() {
             break; // What was compiled so far is thrown away.
         }
         check_kind(stage, report);
         check_models(stage, &draft, models, report);
+        params::check(stage.raw, &stage.path, root, models, report);
         compiled.stages.push(compile_stage(stage, &scope, report));
     }
     let key_scope = Scope { stages: ids.clone(), input: input_keys.clone(), ..Scope::default() };
@@ -280,6 +321,7 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         input: input_keys,
         outputs,
         run: true,
+        strict,
         ..Scope::default()
     };
     let path = Path::root().key("output");
@@ -290,6 +332,34 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
         report.at_value(&path, violation.mend("put a `transform` stage before it that makes the map as a whole"));
     }
     compiled
+}
+
+/// A default of the input's schema that does not fit would fail each run that leaves its key out.
+fn check_defaults_fit(schema: &Value, validator: &Schema, report: &mut Report<'_>) {
+    let mut input = Value::Object(Map::new());
+    super::assess::filled(schema, &mut input);
+    let Ok(errors) = validator.errors(&input) else { return };
+    let mut wrong = Vec::new();
+    for error in errors.take(MISTAKES_MAX) {
+        let keys: Vec<String> =
+            Path::root().below(error.instance_path()).segments().iter().filter_map(key_of).collect();
+        let is_filled = !keys.is_empty() && !matches!(error.kind(), ValidationErrorKind::Required { .. });
+        if is_filled {
+            let path = keys.iter().fold(Path::root().key("input"), |path, key| path.key("properties").key(key));
+            wrong.push((path.key("default"), super::schema::sentence(&error)));
+        }
+    }
+    for (path, sentence) in wrong {
+        let violation = Violation::new(Code::InvalidSchema, "", format!("the default {sentence}"));
+        report.at_value(&path, violation.mend("write a default that fits its schema"));
+    }
+}
+
+fn key_of(segment: &Segment) -> Option<String> {
+    match segment {
+        Segment::Key(key) => Some(key.clone()),
+        Segment::Index(_) => None,
+    }
 }
 
 /// The concurrency key, which is known before any stage has run.
@@ -342,7 +412,10 @@ fn needs(draft: &Draft<'_>, report: &mut Report<'_>) -> (Vec<Vec<usize>>, Vec<bo
     let mut edges = vec![Vec::new(); draft.stages.len()];
     let mut uncertain = vec![false; draft.stages.len()];
     for (index, stage) in draft.stages.iter().enumerate() {
-        let list = stage.raw.get("needs").and_then(Value::as_array).into_iter().flatten();
+        let list = stage.raw.get("needs").and_then(Value::as_array);
+        // Told already; what was meant is no further mistake.
+        uncertain[index] |= list.is_none() && stage.raw.contains_key("needs");
+        let list = list.into_iter().flatten();
         for (position, need) in list.enumerate().filter_map(|(position, need)| Some((position, need.as_str()?))) {
             let path = stage.path.key("needs").index(position);
             match index_of.get(need) {
@@ -406,8 +479,9 @@ fn check_kind(stage: &StageDraft<'_>, report: &mut Report<'_>) {
             }
         }
     }
-    if stage.raw.contains_key("system") && !stage.raw.contains_key("prompt") && given != [""; 0] {
-        let message = "`system` goes with `prompt` alone".to_owned();
+    let goes_with = stage.raw.contains_key("prompt") || stage.raw.get("messages").is_some_and(Value::is_object);
+    if stage.raw.contains_key("system") && !goes_with && given != [""; 0] {
+        let message = "`system` goes with `prompt`, or with `messages: { from: … }`, alone".to_owned();
         report.at_key(&stage.path.key("system"), wrong(message, "write it as a message with `role: system`"));
     }
     if given == ["transform"] {
@@ -466,7 +540,7 @@ fn check_chain(
 
 /// The keys that a schema declares. None where it declares none, or says that there can be others: then any may be
 /// there. A key that is used but not declared is nearly always misspelt, and would fail every run.
-fn declared_keys(schema: Option<&Value>) -> Option<Keys<'_>> {
+fn declared_keys(schema: Option<&Value>, with_defaults: bool) -> Option<Keys<'_>> {
     const OPENERS: [&str; 8] =
         ["patternProperties", "$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "propertyNames"];
     let schema = schema?.as_object()?;
@@ -474,11 +548,23 @@ fn declared_keys(schema: Option<&Value>) -> Option<Keys<'_>> {
     if others || OPENERS.iter().any(|opener| schema.contains_key(*opener)) {
         return None;
     }
-    let keys: Keys<'_> = schema.get("properties")?.as_object()?.keys().map(String::as_str).collect();
+    let properties = schema.get("properties")?.as_object()?;
+    let required = schema.get("required").and_then(Value::as_array);
+    let is_required = |key: &str| required.is_some_and(|required| required.iter().any(|name| name == key));
+    // What the input leaves out is filled in.
+    let is_filled =
+        |key: &str| with_defaults && properties.get(key).is_some_and(|inner| inner.get("default").is_some());
+    let keys: Keys<'_> = properties.keys().map(String::as_str).collect();
+    let keys = keys.optional(|key| !is_required(key) && !is_filled(key));
     (!keys.is_empty()).then_some(keys)
 }
 
-fn template(text: Option<&str>, path: &Path, scope: &Scope<'_>, report: &mut Report<'_>) -> Option<Template> {
+pub(super) fn template(
+    text: Option<&str>,
+    path: &Path,
+    scope: &Scope<'_>,
+    report: &mut Report<'_>,
+) -> Option<Template> {
     match Template::text(text?, scope) {
         Ok(template) => Some(template),
         Err(flaws) => {
@@ -498,14 +584,27 @@ fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<
         compiled.messages.extend(template.map(|template| (role, template)));
     }
     compiled.messages.extend(compile_messages(stage, scope, report));
+    let from = stage.raw.get("messages").and_then(|messages| messages.as_object()?.get("from")?.as_str());
+    let from_path = path.key("messages").key("from");
+    compiled.history = from.and_then(|from| expression(from, &from_path, scope, report));
     compiled.transform = template(stage.text("transform"), &path.key("transform"), scope, report);
     if let Some(schema) = stage.raw.get("output").and_then(|output| output.as_object()?.get("schema")) {
         compiled.schema = Schema::compile(schema, &path.key("output").key("schema"), report);
     }
+    if let Some(output) = stage.raw.get("output").and_then(Value::as_object)
+        && !output.contains_key("schema")
+        && !output
+            .keys()
+            .any(|key| slips::key(Some("OutputSchema"), key).is_some() || nearest(&cut(key, 40), ["schema"]).is_some())
+    {
+        let violation = Violation::new(Code::MissingKey, "", "`schema` is missing");
+        report.at_value(&path.key("output").key("schema"), violation.mend("add `schema:` with a JSON Schema"));
+    }
     let Some(gate) = stage.raw.get("gate").and_then(Value::as_object) else { return compiled };
     let path = path.key("gate");
     let checks = gate.get("checks").and_then(Value::as_array).into_iter().flatten().enumerate();
-    let expression_scope = Scope { run: false, output: true, ..scope.clone() };
+    // Where a key is missing, the check has not passed: nothing fails by it.
+    let expression_scope = Scope { run: false, output: true, strict: false, ..scope.clone() };
     for (index, check) in
         checks.filter_map(|(i, value)| Some((i, <Check as serde::Deserialize>::deserialize(value).ok()?)))
     {
@@ -513,8 +612,7 @@ fn compile_stage(stage: &StageDraft<'_>, scope: &Scope<'_>, report: &mut Report<
         compiled.checks.extend(compile_check(&check, &path, &expression_scope, report));
     }
     if let Some(judge) = gate.get("judge").and_then(Value::as_object) {
-        let rubric = judge.get("rubric").and_then(Value::as_str);
-        compiled.rubric = template(rubric, &path.key("judge").key("rubric"), scope, report);
+        super::judges::compile(judge, &path.key("judge"), scope, &mut compiled, report);
     }
     compiled
 }
@@ -550,14 +648,8 @@ fn compile_check(check: &Check, path: &Path, scope: &Scope<'_>, report: &mut Rep
             match Pattern::compile(pattern) {
                 Ok(regex) => Some(CompiledCheck::Regex(regex)),
                 Err(error) => {
-                    let detail = error.to_string();
-                    // The last line of a syntax error says what is wrong; the others draw where.
-                    let detail = detail.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned();
-                    let violation = invalid(format!("the regular expression does not compile: {detail}"));
-                    report.at_value(
-                        &path,
-                        violation.mend("see https://docs.rs/regex for the syntax; look-around is not part of it"),
-                    );
+                    let (message, mend) = pattern::why_not(pattern, &error);
+                    report.at_value(&path, invalid(message).mend(mend));
                     None
                 }
             }

@@ -70,7 +70,9 @@ pub struct Defaults {
 /// A node of the DAG. It has exactly one of `prompt`, `messages` and `transform`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[schemars(extend("oneOf" = [{"required": ["prompt"]}, {"required": ["messages"]}, {"required": ["transform"]}]))]
+#[schemars(extend("oneOf" = [
+    {"required": ["prompt"]}, {"required": ["prompt_file"]}, {"required": ["messages"]}, {"required": ["transform"]}
+]))]
 pub struct StageDefinition {
     /// The stage's id, unique within the pipeline.
     pub id: StageId,
@@ -90,10 +92,17 @@ pub struct StageDefinition {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 131_072))]
     pub system: Option<String>,
-    /// The whole conversation as templates, instead of `prompt`.
+    /// A file that holds the prompt, by its path below the definition's directory. Instead of `prompt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 100))]
-    pub messages: Option<Vec<MessageTemplate>>,
+    #[schemars(length(min = 1, max = 255))]
+    pub prompt_file: Option<String>,
+    /// A file that holds the system message. Instead of `system`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255))]
+    pub system_file: Option<String>,
+    /// The whole conversation as templates, or made from data with `{ from: expression }`; instead of `prompt`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub messages: Option<Messages>,
     /// A template whose text is the output itself: no model is called. Instead of `prompt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 131_072))]
@@ -130,6 +139,25 @@ pub struct StageDefinition {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn is_first(sample: &u32) -> bool {
     *sample == 0
+}
+
+/// A conversation: a list of messages, or where it comes from.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Messages {
+    /// Each message as a template.
+    List(#[schemars(length(min = 1, max = 100))] Vec<MessageTemplate>),
+    /// Made from data.
+    From(MessagesFrom),
+}
+
+/// `{ from: expression }`
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MessagesFrom {
+    /// An expression that gives a list of `{ role, content }`, such as `input.history`.
+    #[schemars(length(min = 1, max = 10_000))]
+    pub from: String,
 }
 
 /// One message of a conversation.
@@ -198,6 +226,62 @@ pub struct Params {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 4), inner(length(min = 1, max = 256)))]
     pub stop: Vec<String>,
+    /// Makes words that were said often less likely: -2 to 2. Anthropic has no such thing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = -2.0, max = 2.0))]
+    pub frequency_penalty: Option<f64>,
+    /// Makes words that were said at all less likely: -2 to 2. Anthropic has no such thing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = -2.0, max = 2.0))]
+    pub presence_penalty: Option<f64>,
+    /// Makes tokens, by their numbers, more or less likely: -100 to 100. For OpenAI's dialect alone.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(length(max = 300), extend("additionalProperties" = { "type": "number", "minimum": -100, "maximum": 100 }))]
+    pub logit_bias: BTreeMap<String, f64>,
+    /// How much a model reasons before it answers, where it can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<Reasoning>,
+    /// Keys that are passed on to the provider as they are, beside the request's own. At most 50 keys and 16 KiB.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    #[schemars(length(max = 50))]
+    pub extra: serde_json::Map<String, Value>,
+}
+
+/// How much a model reasons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Reasoning {
+    /// The effort: `none`, `minimal`, `low`, `medium`, `high`.
+    pub effort: Effort,
+}
+
+/// How much effort goes into reasoning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Effort {
+    /// No reasoning.
+    None,
+    /// As little as there is.
+    Minimal,
+    /// A little.
+    Low,
+    /// Some.
+    Medium,
+    /// Much.
+    High,
+}
+
+impl Effort {
+    /// As it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Minimal => "minimal",
+            Self::Low => "low",
+            Self::Medium => "medium",
+            Self::High => "high",
+        }
+    }
 }
 
 /// What a stage's answer must be.
@@ -231,7 +315,12 @@ pub enum OutputWord {
 #[serde(deny_unknown_fields)]
 pub struct OutputSchema {
     /// The JSON Schema (2020-12) that the answer must fit.
+    #[serde(default)]
     pub schema: Value,
+    /// A file that holds it, in JSON or YAML.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255))]
+    pub schema_file: Option<String>,
 }
 
 /// What an output must pass: deterministic checks first, a judge only if they pass.
@@ -245,6 +334,9 @@ pub struct Gate {
     /// An LLM that scores the output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub judge: Option<Judge>,
+    /// What to do when it passes: `pass` (the default), or `hold` for a person who approves each output.
+    #[serde(default, skip_serializing_if = "OnPass::is_default")]
+    pub on_pass: OnPass,
     /// What to do when it fails.
     #[serde(default)]
     pub on_fail: OnFail,
@@ -275,24 +367,130 @@ pub enum Check {
     Expression(#[schemars(length(min = 1, max = 10_000))] String),
 }
 
-/// An LLM that scores the output against a rubric; its verdict is cached like any other answer.
+/// An LLM that scores the output against a rubric, or as its own prompt says; its verdict is cached like any other answer.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Judge {
     /// A template that says what a good output is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 131_072))]
-    pub rubric: String,
-    /// The lowest score, in [0, 1], that passes.
-    #[serde(default = "default_threshold")]
-    #[schemars(range(min = 0.0, max = 1.0))]
-    pub threshold: f64,
+    pub rubric: Option<String>,
+    /// The whole prompt as a template, instead of `rubric`. It sees `output`, `input` and `stages`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 131_072))]
+    pub prompt: Option<String>,
+    /// The system message as a template, instead of the usual one. The form of the verdict is added to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 131_072))]
+    pub system: Option<String>,
+    /// A file that holds the rubric. Instead of `rubric`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255))]
+    pub rubric_file: Option<String>,
+    /// A file that holds the prompt. Instead of `prompt`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255))]
+    pub prompt_file: Option<String>,
+    /// A file that holds the system message. Instead of `system`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255))]
+    pub system_file: Option<String>,
+    /// What it scores on: `0..1` (the default), `1..5`, or `pass_fail`.
+    #[serde(default, skip_serializing_if = "Scale::is_default")]
+    pub scale: Scale,
+    /// The lowest score that passes, on the judge's scale. Default: 0.7 of `0..1`, 4 of `1..5`. `pass_fail` has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 5.0))]
+    pub threshold: Option<f64>,
     /// The judging model, or a fallback chain. Default: the stage's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelChain>,
+    /// The judge's own parameters; the stage's are not used. Default: `max_output_tokens: 8192`, with room for reasoning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub params: Option<Params>,
 }
 
-fn default_threshold() -> f64 {
-    0.7
+impl Judge {
+    /// The lowest score that passes, on its scale.
+    pub fn threshold(&self) -> f64 {
+        self.threshold.unwrap_or_else(|| self.scale.default_threshold())
+    }
+
+    /// Its parameters, with what is left out.
+    pub fn params(&self) -> Params {
+        let mut params = self.params.clone().unwrap_or_default();
+        params.max_output_tokens.get_or_insert(JUDGE_MAX_OUTPUT_TOKENS);
+        params
+    }
+}
+
+/// The longest verdict where a definition does not say, in tokens: a few lines, and room to reason before them.
+const JUDGE_MAX_OUTPUT_TOKENS: u32 = 8_192;
+
+/// What a judge scores on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Scale {
+    /// Any number from 0 to 1.
+    #[default]
+    #[serde(rename = "0..1")]
+    Unit,
+    /// A whole number from 1 to 5.
+    #[serde(rename = "1..5")]
+    OneToFive,
+    /// Pass or fail.
+    #[serde(rename = "pass_fail")]
+    PassFail,
+}
+
+impl Scale {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The lowest and the highest score.
+    pub fn range(self) -> (f64, f64) {
+        match self {
+            Self::Unit | Self::PassFail => (0.0, 1.0),
+            Self::OneToFive => (1.0, 5.0),
+        }
+    }
+
+    /// The lowest score that passes, where a definition does not say.
+    pub fn default_threshold(self) -> f64 {
+        match self {
+            Self::Unit => 0.7,
+            Self::OneToFive => 4.0,
+            Self::PassFail => 1.0,
+        }
+    }
+
+    /// As it is written.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unit => "0..1",
+            Self::OneToFive => "1..5",
+            Self::PassFail => "pass_fail",
+        }
+    }
+}
+
+/// What to do when a gate passes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnPass {
+    /// Take the output.
+    #[default]
+    Pass,
+    /// Wait for a person to approve or reject each output.
+    Hold,
+}
+
+impl OnPass {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What to do when a gate fails.

@@ -13,8 +13,8 @@ use serde_json::Value;
 
 use super::{
     check::Report,
-    path::{Path, cut},
-    pattern::{REGEX_MAX_BYTES, places},
+    path::{Path, Segment, cut},
+    pattern::{self, REGEX_MAX_BYTES, places},
     schema,
 };
 use crate::{
@@ -87,7 +87,23 @@ impl Schema {
         match options.with_content_media_type("application/json", is_json).build(schema) {
             Ok(validator) => Some(Self { validator, costs }),
             Err(error) => {
-                let violation = invalid(format!("the schema does not compile: {}", cut(&error.to_string(), 300)));
+                let told = error.to_string();
+                let place = Path::root().below(error.instance_path());
+                // The pattern itself, or the key of a map whose keys are patterns.
+                let source = match place.segments() {
+                    [.., Segment::Key(map), Segment::Key(pattern)] if map == "patternProperties" => {
+                        Some(pattern.clone())
+                    }
+                    [.., Segment::Key(key)] if key == "pattern" => {
+                        let pattern = schema.pointer(&error.instance_path().to_string());
+                        pattern.and_then(Value::as_str).map(str::to_owned)
+                    }
+                    _ => None,
+                };
+                let violation = match source.map(|source| pattern::why_not(&source, &told)) {
+                    Some((message, mend)) => invalid(cut(&message, 300)).mend(mend),
+                    None => invalid(format!("the schema does not compile: {}", cut(&told, 300))),
+                };
                 report.at_value(&path.below(error.instance_path()), violation);
                 None
             }

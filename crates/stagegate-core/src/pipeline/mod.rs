@@ -6,14 +6,18 @@
 mod assess;
 mod check;
 mod definition;
+mod files;
 mod graph;
 mod json;
 mod json_schema;
+mod judges;
+mod params;
 mod path;
 mod pattern;
 mod render;
 mod resolve;
 mod schema;
+mod slips;
 mod source;
 mod template;
 
@@ -23,10 +27,12 @@ use serde_json::Value;
 
 pub use assess::unfenced;
 pub use definition::{
-    Backoff, Budget, Cache, CacheMode, Check, Concurrency, Defaults, Definition, Gate, InvalidSpan, Judge, Labels,
-    MessageTemplate, ModelChain, OnExhausted, OnFail, Output, OutputSchema, OutputWord, Params, Retention, Retry, Role,
-    SPAN_MAX, Span, StageDefinition,
+    Backoff, Budget, Cache, CacheMode, Check, Concurrency, Defaults, Definition, Effort, Gate, InvalidSpan, Judge,
+    Labels, MessageTemplate, Messages, MessagesFrom, ModelChain, OnExhausted, OnFail, OnPass, Output, OutputSchema,
+    OutputWord, Params, Reasoning, Retention, Retry, Role, SPAN_MAX, Scale, Span, StageDefinition,
 };
+pub use files::{Bundle, FILES_MAX, FILES_MAX_BYTES};
+pub use render::NOT_RENDERED;
 
 use self::{
     check::{Compiled, Report},
@@ -55,6 +61,8 @@ pub struct Pipeline {
     pub concurrency: Option<Concurrency>,
     /// How long what has ended is kept.
     pub retention: Option<Retention>,
+    /// Something in it that the release before this one cannot read, or cannot render.
+    newest: Option<String>,
     /// Templates, validators and regular expressions; stages in the order of `stages`.
     compiled: Compiled,
     /// About what all of it takes in memory.
@@ -86,6 +94,7 @@ pub struct Stage {
 
 /// What a stage does: its kind.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one for each stage, and nearly all of them call a model")]
 pub enum Work {
     /// Calls a model.
     Model(ModelWork),
@@ -133,6 +142,10 @@ pub trait Models {
     fn check(&self, model: &ModelRef) -> Result<(), Error>;
     /// Whether the price table knows it.
     fn is_priced(&self, model: &ModelRef) -> bool;
+    /// The parameters that its provider has no counterpart for: the key of each, and what to do about it.
+    fn unsupported(&self, _model: &ModelRef, _params: &Params) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
 }
 
 /// What templates and expressions see: `input`, `stages.<id>.output`, `run.id`.
@@ -153,7 +166,7 @@ pub enum Part {
     Work(usize),
     /// The checks of a stage's gate.
     Checks(usize),
-    /// The rubric of a stage's judge.
+    /// The rubric of a stage's judge, or its own prompt.
     Rubric(usize),
     /// The output of the run.
     Output,
@@ -176,17 +189,37 @@ pub enum Rendered {
     Text(String),
 }
 
+/// What a judge is asked with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JudgeTexts {
+    /// The rubric, or the whole prompt.
+    pub text: String,
+    /// Whether it is the whole prompt.
+    pub is_prompt: bool,
+    /// A system message instead of the usual one.
+    pub system: Option<String>,
+}
+
 impl Pipeline {
     /// From YAML or JSON text. Every mistake at once, each with line and column.
     pub fn parse(source: &str, models: &dyn Models) -> Result<Self, Vec<Violation>> {
-        let (source, mistakes) = Source::read(source)?;
+        Self::parse_bundle(&source.into(), models)
+    }
+
+    /// The same, with the files that the definition names. What they hold becomes a part of the definition.
+    pub fn parse_bundle(bundle: &Bundle, models: &dyn Models) -> Result<Self, Vec<Violation>> {
+        let (mut source, mut mistakes) = Source::read(&bundle.definition)?;
+        mistakes.extend(files::resolve(&mut source, &bundle.files));
+        schema::settle(&mut source.value);
         Self::from_source(&source, mistakes, models)
     }
 
     /// From a stored definition; models are not checked again. Fails only on a definition that an older version
     /// accepted and this one does not.
     pub fn from_stored(definition: Value) -> Result<Self, Vec<Violation>> {
-        Self::from_source(&Source::without_text(definition), Vec::new(), &AnyModels)
+        let mut source = Source::without_text(definition);
+        schema::settle(&mut source.value);
+        Self::from_source(&source, Vec::new(), &AnyModels)
     }
 
     fn from_source(source: &Source, mistakes: Vec<Violation>, models: &dyn Models) -> Result<Self, Vec<Violation>> {
@@ -200,6 +233,11 @@ impl Pipeline {
     /// About what it takes in memory, in bytes. Never less than it takes.
     pub fn compiled_bytes(&self) -> u64 {
         self.compiled_bytes
+    }
+
+    /// Something in it that the release before this one cannot read, or cannot render.
+    pub fn newest(&self) -> Option<&str> {
+        self.newest.as_deref()
     }
 
     /// The index of a stage.

@@ -36,6 +36,11 @@ impl Pattern {
         self.regex.find(text)
     }
 
+    /// All matches in a text, with their groups.
+    pub(super) fn captures<'r, 't>(&'r self, text: &'t str) -> regex::CaptureMatches<'r, 't> {
+        self.regex.captures_iter(text)
+    }
+
     /// Whether it may be looked for in this text; else, as the rest of a sentence, why not.
     pub(super) fn claim(&self, text: &str) -> Result<(), String> {
         let price = self.places.saturating_mul(text.len() as u64);
@@ -61,6 +66,54 @@ impl Pattern {
         let Ok(trial) = DFA::builder().configure(config).thompson(nfa).build(self.regex.as_str()) else { return false };
         trial.try_search_fwd(&mut trial.create_cache(), &Input::new(text)).is_ok()
     }
+}
+
+/// Why an expression cannot be used, and what to write instead. It may be a good one in another engine: what that engine
+/// has and this one has not is told by its name.
+pub(super) fn why_not(source: &str, error: &impl std::fmt::Display) -> (String, String) {
+    const SYNTAX: &str = "see https://docs.rs/regex for the syntax";
+    let does_not = |why: &str| format!("the regular expression does not compile: {why}");
+    match regex_syntax::parse(source) {
+        // A good expression that makes too large a program.
+        Ok(_) => {
+            let why = format!("its repetitions make a program of more than {REGEX_MAX_BYTES} bytes");
+            let mend =
+                format!("write smaller bounds, or check the length by itself (`maxLength`, `max_chars`); {SYNTAX}");
+            (does_not(&why), mend)
+        }
+        Err(_) if has_any(source, &["(?=", "(?!", "(?<=", "(?<!"]) => {
+            let why = "look-around is not part of this engine, whose searches take time in proportion to the text";
+            let mend = format!(
+                "write what must match, and what must not as a check of its own (`not_matches`, or `not: {{ pattern: … }}` in a schema); {SYNTAX}"
+            );
+            (does_not(why), mend)
+        }
+        Err(_) if has_back_reference(source) => {
+            let why = "back-references are not part of this engine, whose searches take time in proportion to the text";
+            (does_not(why), format!("write out what the group may match; {SYNTAX}"))
+        }
+        Err(_) => {
+            let detail = error.to_string();
+            // The last line of a syntax error says what is wrong; the others draw where.
+            let detail = detail.lines().last().unwrap_or_default().trim_start_matches("error: ");
+            (does_not(detail), SYNTAX.to_owned())
+        }
+    }
+}
+
+fn has_any(source: &str, parts: &[&str]) -> bool {
+    parts.iter().any(|part| source.contains(part))
+}
+
+/// `\1` to `\9`, or `\k<name>`.
+fn has_back_reference(source: &str) -> bool {
+    let mut chars = source.chars();
+    while let Some(char) = chars.next() {
+        if char == '\\' && chars.next().is_some_and(|next| ('1'..='9').contains(&next) || next == 'k') {
+            return true;
+        }
+    }
+    false
 }
 
 /// The places of an expression, each as often as it is repeated; at most what a program of the largest size has.

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::{
-    Message, Part, Pipeline, RenderContext, Rendered, Role, Seen, Stage,
+    JudgeTexts, Message, Part, Pipeline, RenderContext, Rendered, Role, Seen, Stage,
     check::{CompiledCheck, OutputNode},
     path::Path,
-    template::{Template, Vars},
+    template::{RENDERED_MAX_BYTES, Template, Vars},
 };
 use crate::{
     Code, Failure, Json, StageId, Violation,
@@ -20,6 +20,8 @@ use crate::{
 const OUTPUT_MAX_BYTES: usize = 16 * 1024 * 1024;
 /// The longest concurrency key, in bytes.
 const KEY_MAX_BYTES: usize = 256;
+/// Stands in every failure of a rendering: with the same values it would fail again.
+pub const NOT_RENDERED: &str = "could not be rendered";
 /// What a value counts beside its text, in bytes.
 const VALUE_BYTES: usize = 8;
 
@@ -72,14 +74,18 @@ impl Pipeline {
         match part {
             Part::Work(stage) => {
                 let compiled = &self.compiled.stages[stage];
-                compiled.messages.iter().map(|(_, text)| text).chain(&compiled.transform).for_each(template);
+                let own = compiled.messages.iter().map(|(_, text)| text);
+                own.chain(&compiled.history).chain(&compiled.transform).for_each(template);
             }
             Part::Checks(stage) => self.compiled.stages[stage].checks.iter().for_each(|check| {
                 if let CompiledCheck::Expression(expression) = check {
                     template(expression);
                 }
             }),
-            Part::Rubric(stage) => self.compiled.stages[stage].rubric.iter().for_each(template),
+            Part::Rubric(stage) => {
+                let compiled = &self.compiled.stages[stage];
+                compiled.rubric.iter().chain(&compiled.judge_system).for_each(template);
+            }
             Part::Output => match &self.compiled.output {
                 Some(mapping) => mapping.each_template(&mut template),
                 None => self.last_stages().for_each(|(stage, _)| each(Some(stage))),
@@ -113,16 +119,45 @@ impl Pipeline {
                 let text = template.render(vars).map_err(|cause| self.failure(stage, "prompt", &cause))?;
                 Ok(Message { role: *role, content: text })
             };
-            compiled.messages.iter().map(render).collect::<Result<_, Failure>>().map(Rendered::Messages)
+            let mut messages = compiled.messages.iter().map(render).collect::<Result<Vec<_>, Failure>>()?;
+            if let Some(history) = &compiled.history {
+                let value = history.value(vars).map_err(|cause| self.failure(stage, "conversation", &cause))?;
+                messages.extend(conversation(value).map_err(|cause| self.failure(stage, "conversation", &cause))?);
+            }
+            if !messages.iter().any(|message| message.role == Role::User && !message.content.trim().is_empty()) {
+                return Err(self.failure(stage, "prompt", BLANK));
+            }
+            Ok(Rendered::Messages(messages))
         })
     }
 
-    /// Renders the judge's rubric; None where the stage has no judge.
-    pub fn render_rubric(&self, stage: usize, context: &RenderContext<'_>) -> Result<Option<String>, Failure> {
-        let Some(rubric) = &self.compiled.stages[stage].rubric else { return Ok(None) };
-        self.with_vars(context, None, |vars| rubric.render(vars))
-            .map(Some)
-            .map_err(|cause| self.failure(stage, "rubric", &cause))
+    /// Renders the rubric of the judge, or its own prompt, and its own system message where it has one. None where the
+    /// stage has no judge.
+    pub fn render_judge(
+        &self,
+        stage: usize,
+        context: &RenderContext<'_>,
+        output: &Arc<Value>,
+    ) -> Result<Option<JudgeTexts>, Failure> {
+        let compiled = &self.compiled.stages[stage];
+        let Some(rubric) = &compiled.rubric else { return Ok(None) };
+        self.with_vars(context, Some(output), |vars| {
+            let is_prompt = self.stages[stage].gate.judge.as_ref().is_some_and(|judge| judge.prompt.is_some());
+            let what = if is_prompt { "judge's prompt" } else { "rubric" };
+            let text = rubric.render(vars).map_err(|cause| self.failure(stage, what, &cause))?;
+            if text.trim().is_empty() {
+                return Err(self.failure(stage, what, BLANK));
+            }
+            let system = compiled.judge_system.as_ref().map(|system| system.render(vars)).transpose();
+            let system = system.map_err(|cause| self.failure(stage, "judge's system message", &cause))?;
+            Ok(Some(JudgeTexts { text, is_prompt, system }))
+        })
+    }
+
+    /// Whether the judge's own templates name the output that it judges.
+    pub fn judge_reads_output(&self, stage: usize) -> bool {
+        let compiled = &self.compiled.stages[stage];
+        compiled.rubric.iter().chain(&compiled.judge_system).any(Template::names_output)
     }
 
     /// What bounds how many runs are under way beside one with this input. Fails where the concurrency key gives nothing
@@ -148,8 +183,8 @@ impl Pipeline {
     pub fn render_output(&self, context: &RenderContext<'_>) -> Result<Value, Failure> {
         let Some(mapping) = &self.compiled.output else { return self.leaves(context) };
         let failed = |cause: String| Failure {
-            detail: Some(format!("the run's output could not be rendered: {cause}")),
-            ..Failure::new(Code::TemplateFailed, format!("the run's output could not be rendered{}", place(&cause)))
+            detail: Some(format!("the run's output {NOT_RENDERED}: {cause}")),
+            ..Failure::new(Code::TemplateFailed, format!("the run's output {NOT_RENDERED}{}", place(&cause)))
         };
         let mut left = OUTPUT_MAX_BYTES;
         self.with_vars(context, None, |vars| node(mapping, &Path::root().key("output"), vars, &mut left))
@@ -187,12 +222,56 @@ impl Pipeline {
 
     fn failure(&self, stage: usize, what: &str, cause: &str) -> Failure {
         let id = &self.stages[stage].id;
-        let message = format!("the {what} of stage `{id}` could not be rendered");
+        let message = format!("the {what} of stage `{id}` {NOT_RENDERED}");
         Failure {
             detail: Some(format!("{message}: {cause}")),
             ..Failure::new(Code::TemplateFailed, format!("{message}{}", place(cause))).of_stage(id.clone())
         }
     }
+}
+
+/// Why a prompt is not sent: a model would be asked nothing.
+const BLANK: &str = "it is blank: it has no text but white space";
+
+/// The most messages that a conversation made from data has.
+const MESSAGES_MAX: usize = 1_000;
+
+/// Data as the messages of a conversation.
+fn conversation(value: Value) -> Result<Vec<Message>, String> {
+    let Value::Array(items) = value else {
+        return Err(format!("it gives {}, not a list of messages", super::schema::told(&value)));
+    };
+    if items.len() > MESSAGES_MAX {
+        return Err(format!("it has more than {MESSAGES_MAX} messages"));
+    }
+    let mut left = RENDERED_MAX_BYTES;
+    let items = items.into_iter().enumerate();
+    items.map(|(index, item)| message(item, &mut left).map_err(|why| format!("message {} {why}", index + 1))).collect()
+}
+
+fn message(item: Value, left: &mut usize) -> Result<Message, String> {
+    let Value::Object(mut map) = item else {
+        return Err(format!("is {}, but must be a map with `role` and `content`", super::schema::told(&item)));
+    };
+    let role = match map.remove("role") {
+        Some(role) => <Role as serde::Deserialize>::deserialize(&role).map_err(|_| {
+            format!("has the role {}, but must have system, user or assistant", super::schema::told(&role))
+        })?,
+        None => return Err("has no `role`".to_owned()),
+    };
+    let content = match map.remove("content") {
+        Some(Value::String(content)) => content,
+        Some(other) => return Err(format!("has as its content {}, but must have a text", super::schema::told(&other))),
+        None => return Err("has no `content`".to_owned()),
+    };
+    if let Some(key) = map.keys().next() {
+        let key = super::path::cut(key, 80);
+        return Err(format!("has the key `{key}`, but has only `role` and `content`"));
+    }
+    *left = left.checked_sub(content.len()).ok_or_else(|| {
+        format!("goes over the limit: the messages have more than {RENDERED_MAX_BYTES} bytes together")
+    })?;
+    Ok(Message { role, content })
 }
 
 /// Where a rendering failed, as far as its cause begins with that: the rest may quote values.
@@ -210,7 +289,7 @@ fn place(cause: &str) -> String {
         (None, None) => String::new(),
     };
     // Causes that are made of numbers and of the template's own words.
-    let own = ["it has more than ", "it takes more than ", "it uses a value that is not there"];
+    let own = ["it has more than ", "it takes more than ", "it uses a value that is not there", BLANK];
     let cause = match line {
         Some(_) => rest.split_once(": ").map_or("", |(_, cause)| cause),
         None => rest,

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use serde_json::{Map, Value};
 
 use super::{
-    Defaults, Definition, ModelChain, ModelWork, Output, OutputFormat, OutputSchema, OutputWord, Params, Pipeline,
-    Stage, StageDefinition, Work, check::Compiled, graph, pattern::REGEX_MAX_BYTES,
+    Defaults, Definition, Messages, ModelChain, ModelWork, OnPass, Output, OutputFormat, OutputSchema, OutputWord,
+    Params, Pipeline, Scale, Stage, StageDefinition, Work, check::Compiled, graph, pattern::REGEX_MAX_BYTES,
 };
 use crate::{ModelRef, json::Size};
 
@@ -89,6 +89,7 @@ pub(super) fn resolve(definition: Definition, value: &Value, compiled: Compiled)
             resolve_stage(stage, &definition.defaults, moved(&needs[*old]), dependents(*old))
         })
         .collect();
+    let newest = newest_key(&definition).or_else(|| compiled.newest());
     let mut parts: Vec<_> = compiled.stages.into_iter().map(Some).collect();
     let compiled_stages = order.iter().filter_map(|old| parts.get_mut(*old).and_then(Option::take)).collect();
     Pipeline {
@@ -101,6 +102,7 @@ pub(super) fn resolve(definition: Definition, value: &Value, compiled: Compiled)
         deadline: definition.deadline.map_or(DEFAULT_DEADLINE, |span| span.0),
         concurrency: definition.concurrency,
         retention: definition.retention,
+        newest,
         compiled: Compiled { stages: compiled_stages, ..compiled },
         compiled_bytes,
     }
@@ -132,7 +134,9 @@ fn resolve_stage(stage: &StageDefinition, defaults: &Defaults, needs: Vec<usize>
         output: match &stage.output {
             Output::Word(OutputWord::Text) => OutputFormat::Text,
             Output::Word(OutputWord::Json) => OutputFormat::Json { schema: None },
-            Output::Schema(OutputSchema { schema }) => OutputFormat::Json { schema: Some(Arc::new(schema.clone())) },
+            Output::Schema(OutputSchema { schema, .. }) => {
+                OutputFormat::Json { schema: Some(Arc::new(schema.clone())) }
+            }
         },
         gate,
         retry: stage.retry.clone().or_else(|| defaults.retry.clone()).unwrap_or_default(),
@@ -141,7 +145,7 @@ fn resolve_stage(stage: &StageDefinition, defaults: &Defaults, needs: Vec<usize>
 }
 
 /// A stage's parameters over the defaults', key by key.
-fn merged(stage: Option<&Params>, defaults: Option<&Params>) -> Params {
+pub(super) fn merged(stage: Option<&Params>, defaults: Option<&Params>) -> Params {
     let (stage, defaults) = (stage.cloned().unwrap_or_default(), defaults.cloned().unwrap_or_default());
     Params {
         temperature: stage.temperature.or(defaults.temperature),
@@ -149,5 +153,50 @@ fn merged(stage: Option<&Params>, defaults: Option<&Params>) -> Params {
         max_output_tokens: stage.max_output_tokens.or(defaults.max_output_tokens),
         seed: stage.seed.or(defaults.seed),
         stop: if stage.stop.is_empty() { defaults.stop } else { stage.stop },
+        frequency_penalty: stage.frequency_penalty.or(defaults.frequency_penalty),
+        presence_penalty: stage.presence_penalty.or(defaults.presence_penalty),
+        logit_bias: if stage.logit_bias.is_empty() { defaults.logit_bias } else { stage.logit_bias },
+        reasoning: stage.reasoning.or(defaults.reasoning),
+        // Key by key here as well.
+        extra: defaults.extra.into_iter().chain(stage.extra).collect(),
     }
+}
+
+/// A key that the release before this one cannot read.
+fn newest_key(definition: &Definition) -> Option<String> {
+    let params = definition.defaults.params.as_ref().and_then(newest_param);
+    let stage = || definition.stages.iter().find_map(newest_key_of);
+    params.map(|key| format!("defaults.params.{key}")).or_else(stage)
+}
+
+fn newest_param(params: &Params) -> Option<&'static str> {
+    let newer = [
+        ("frequency_penalty", params.frequency_penalty.is_some()),
+        ("presence_penalty", params.presence_penalty.is_some()),
+        ("logit_bias", !params.logit_bias.is_empty()),
+        ("reasoning", params.reasoning.is_some()),
+        ("extra", !params.extra.is_empty()),
+    ];
+    newer.into_iter().find_map(|(key, is_there)| is_there.then_some(key))
+}
+
+fn newest_key_of(stage: &StageDefinition) -> Option<String> {
+    if let Some(key) = stage.params.as_ref().and_then(newest_param) {
+        return Some(format!("params.{key}"));
+    }
+    if matches!(stage.messages, Some(Messages::From(_))) {
+        return Some("messages.from".to_owned());
+    }
+    let gate = stage.gate.as_ref()?;
+    if gate.on_pass != OnPass::Pass {
+        return Some("gate.on_pass".to_owned());
+    }
+    let judge = gate.judge.as_ref()?;
+    let newer = [
+        ("prompt", judge.prompt.is_some()),
+        ("system", judge.system.is_some()),
+        ("scale", judge.scale != Scale::Unit),
+        ("params", judge.params.is_some()),
+    ];
+    newer.into_iter().find_map(|(key, is_there)| is_there.then(|| format!("gate.judge.{key}")))
 }

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Backoff, Definition, Span,
     path::{Path, Segment, cut},
+    slips,
 };
 use crate::{Code, ModelRef, PipelineName, StageId, Violation, error::nearest};
 
@@ -47,12 +48,81 @@ static VALIDATOR: LazyLock<Validator> = LazyLock::new(|| {
         .expect("the schema of a definition is ours and a test compiles it")
 });
 
-/// The published JSON Schema (2020-12) of a definition.
+/// The published JSON Schema (2020-12) of a definition: as it is written, which is before [`settle`].
 pub(super) fn definition_schema() -> Value {
-    SCHEMA.clone()
+    let mut schema = SCHEMA.clone();
+    as_written(&mut schema);
+    let parts = schema.get_mut("$defs").and_then(Value::as_object_mut);
+    parts.into_iter().flat_map(Map::values_mut).for_each(as_written);
+    schema
 }
 
-/// In a definition a key is left out, never null: `null` would only hide a forgotten value.
+/// What may be left out may be null, and keys that begin with `x-` may be there.
+fn as_written(part: &mut Value) {
+    let required: Vec<String> = part
+        .get("required")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(|key| key.as_str().map(str::to_owned))
+        .collect();
+    let Some(part) = part.as_object_mut() else { return };
+    let is_closed = part.get("additionalProperties") == Some(&Value::Bool(false));
+    let Some(Value::Object(properties)) = part.get_mut("properties") else { return };
+    for (_, inner) in properties.iter_mut().filter(|(key, _)| !required.contains(key)) {
+        let Some(schema) = inner.as_object_mut().filter(|schema| schema.keys().any(|key| key != "description")) else {
+            continue; // Anything, null too.
+        };
+        match schema.get("type") {
+            Some(Value::String(kind)) if !schema.contains_key("enum") => {
+                let kind = kind.clone();
+                schema.insert("type".to_owned(), json!([kind, "null"]));
+            }
+            _ => {
+                let description = schema.remove("description");
+                let given = Value::Object(std::mem::take(schema));
+                schema.insert("anyOf".to_owned(), json!([given, { "type": "null" }]));
+                schema.extend(description.map(|text| ("description".to_owned(), text)));
+            }
+        }
+    }
+    if is_closed {
+        part.insert("patternProperties".to_owned(), json!({ "^x-": true }));
+    }
+}
+
+/// Takes out what says nothing: keys of ours that are null and may be left out, and keys that begin with `x-`, which are
+/// there for YAML's anchors. An author's own data (schemas, the output mapping) stays as it is.
+pub(super) fn settle(value: &mut Value) {
+    let root: &'static Value = &SCHEMA;
+    settle_at(value, &Place::at(Some(root)));
+}
+
+fn settle_at(value: &mut Value, place: &Place<'_>) {
+    match value {
+        Value::Object(map) => {
+            if let Some(known) = place.properties() {
+                let required = place.schema.and_then(|schema| schema.get("required")).and_then(Value::as_array);
+                let is_required = |key: &str| required.is_some_and(|keys| keys.iter().any(|name| name == key));
+                map.retain(|key, value| {
+                    if known.contains_key(key) { !value.is_null() || is_required(key) } else { !key.starts_with("x-") }
+                });
+            }
+            for (key, inner) in map {
+                settle_at(inner, &place.inner(&Segment::Key(key.clone())));
+            }
+        }
+        Value::Array(items) if place.schema.is_some() => {
+            let place = place.inner(&Segment::Index(0));
+            for item in items {
+                settle_at(item, &place);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The schema that definitions are held against knows no null: what may be null is taken out before.
 fn without_null(schema: &mut schemars::Schema) {
     let Some(object) = schema.as_object_mut() else { return };
     let is_null = |schema: &Value| schema.get("type").is_some_and(|t| t == "null");
@@ -97,7 +167,7 @@ fn translate(error: &ValidationError<'_>, found: &mut Vec<Mistake>) {
         Kind::AdditionalProperties { unexpected } => {
             let known = place.keys();
             for key in unexpected.iter().take(LISTED_MAX) {
-                push(path.key(key), true, unknown_key(key, &known));
+                push(path.key(key), true, unknown_key(place.name_of(), key, &known));
             }
         }
         Kind::Required { property } => {
@@ -127,12 +197,12 @@ fn with_mend(violation: Violation, mend: Option<String>) -> Violation {
     }
 }
 
-fn unknown_key(key: &str, known: &[&str]) -> Violation {
+fn unknown_key(part: Option<&str>, key: &str, known: &[&str]) -> Violation {
     let shown = cut(key, 80);
-    let mend = match nearest(&shown, known.iter().copied()) {
-        Some(near) => format!("did you mean `{near}`?"),
-        None if key == "<<" => "merge keys are not part of YAML 1.2; write the keys out".to_owned(),
-        None => format!("known keys: {}", known.join(", ")),
+    let mend = match (slips::key(part, key), nearest(&shown, known.iter().copied())) {
+        (Some(instead), _) => instead,
+        (None, Some(near)) => format!("did you mean `{near}`?"),
+        (None, None) => format!("known keys: {}", known.join(", ")),
     };
     Violation::new(Code::UnknownKey, "", format!("unknown key `{shown}`")).mend(mend)
 }
@@ -150,8 +220,12 @@ fn union(
     let branch = match (place.name, value) {
         // Exactly one of prompt, messages and transform: told by `check`, which knows all of the stage.
         (Some("StageDefinition"), _) => return,
-        (Some("ModelChain"), Value::String(_) | Value::Array(_)) | (Some("Output"), Value::Object(_)) => {
-            place.branch(value)
+        (Some("ModelChain"), Value::String(_) | Value::Array(_))
+        | (Some("Output"), Value::Object(_))
+        | (Some("Messages"), Value::Array(_) | Value::Object(_)) => place.branch(value),
+        (Some("Messages"), other) => {
+            let mend = "write a list, such as `- { role: user, content: \"…\" }`, or `{ from: input.history }`";
+            return say(false, path.clone(), wrong(format!("is {}, which is no conversation", told(other)), mend));
         }
         (Some("ModelChain"), other) => {
             let mend = "write `provider/model`, or a list of them that is tried in order";
@@ -169,7 +243,7 @@ fn union(
             let known = place.branch_keys();
             let Some(key) = map.keys().next() else { return };
             if !known.contains(&key.as_str()) {
-                return say(true, path.key(key), unknown_key(key, &known));
+                return say(true, path.key(key), unknown_key(Some("Check"), key, &known));
             }
             place.branch(value)
         }
@@ -217,18 +291,20 @@ fn wrong_value(path: &Path, value: &Value, place: &Place<'_>, error: &Validation
         let key = path.last_key().unwrap_or("it");
         return ("is empty (null)".to_owned(), Some(format!("give `{key}` a value or leave it out")));
     }
+    if let Some(mend) = slips::value(place.name, path.last_key(), value) {
+        let what = match (place.name, value) {
+            (Some("Span"), Value::String(text)) => format!("`{}` is not a length of time", cut(text, 40)),
+            (Some("Backoff"), Value::String(text)) => format!("`{}` is no back-off", cut(text, 40)),
+            _ => sentence(error),
+        };
+        return (what, Some(mend));
+    }
     if let (Value::String(text), Kind::Pattern { .. } | Kind::Format { .. }) = (value, error.kind()) {
         let rule = match place.name {
             Some("PipelineName") => PipelineName::new(text).err().map(|e| e.to_string()),
             Some("StageId") => StageId::new(text).err().map(|e| e.to_string()),
             Some("ModelRef" | "ModelChain") => ModelRef::new(text).err().map(|e| e.to_string()),
             Some("Span") => text.parse::<Span>().err().map(|e| e.to_string()),
-            Some("Backoff") => {
-                return (
-                    format!("`{}` is no back-off", cut(text, 40)),
-                    Some("write the first pause and the longest one, such as `1s..30s`".to_owned()),
-                );
-            }
             _ => None,
         };
         if let Some((what, mend)) = rule.as_deref().and_then(|rule| rule.split_once(": ")) {
@@ -392,6 +468,11 @@ impl<'a> Place<'a> {
         self.schema.and_then(|schema| schema.get("properties")).and_then(Value::as_object)
     }
 
+    /// The name of its type; the whole is the definition.
+    fn name_of(&self) -> Option<&'a str> {
+        self.name.or_else(|| self.properties().filter(|p| p.contains_key("stages")).map(|_| "Definition"))
+    }
+
     fn keys(&self) -> Vec<&'a str> {
         match self.properties() {
             Some(properties) => properties.keys().map(String::as_str).collect(),
@@ -446,13 +527,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_published_schema_is_itself_valid_and_knows_no_null() {
+    fn the_published_schema_is_itself_valid_and_takes_null_for_what_may_be_left_out() {
         let schema = definition_schema();
         assert!(jsonschema::meta::is_valid(&schema));
         assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
-        assert!(!schema.to_string().contains("\"null\""), "{schema:#}");
+        assert!(!SCHEMA.to_string().contains("\"null\""), "{:#}", *SCHEMA);
         let stage = &schema["$defs"]["StageDefinition"];
-        assert_eq!(stage["oneOf"].as_array().map(Vec::len), Some(3));
+        assert_eq!(stage["oneOf"].as_array().map(Vec::len), Some(4));
+        assert_eq!(stage["properties"]["description"]["type"], json!(["string", "null"]));
+        assert_eq!(stage["properties"]["id"].get("anyOf"), None, "{:#}", stage["properties"]["id"]);
         LazyLock::force(&VALIDATOR);
     }
 

@@ -101,13 +101,35 @@ impl Source {
                 Err(json::Stop::NotJson) => {}
             }
         }
-        let (node, mistakes) = Reader::default().read(text)?;
+        let (node, mistakes) = Reader::default().read(text).map_err(|mistakes| quoted_templates(text, mistakes))?;
         Ok((Self { value: node.value, root: Some(node.spot) }, mistakes))
     }
 
     /// A value that comes from nowhere that a person could look at.
     pub(super) fn without_text(value: Value) -> Self {
         Self { value, root: None }
+    }
+
+    /// A key goes by another name from here on; what stands at it is of one piece.
+    pub(super) fn rename(&mut self, map: &Path, from: &str, to: &str) {
+        let mut spot = self.root.as_mut();
+        for segment in map.segments() {
+            spot = spot.and_then(|spot| match (&mut spot.inner, segment) {
+                (Inner::Map(map), Segment::Key(key)) => map.get_mut(key),
+                (Inner::List(list), Segment::Index(index)) => list.get_mut(*index),
+                _ => None,
+            });
+        }
+        if let Some(Spot { inner: Inner::Map(map), .. }) = spot
+            && let Some(spot) = map.remove(from)
+        {
+            map.insert(to.to_owned(), Spot { inner: Inner::Leaf, literal: None, ..spot });
+        }
+    }
+
+    /// Whether a person wrote it now, or it was stored before.
+    pub(super) fn has_text(&self) -> bool {
+        self.root.is_some()
     }
 
     fn spot(&self, path: &Path) -> Option<(&Spot, bool)> {
@@ -148,6 +170,8 @@ struct Node {
     spot: Spot,
     nodes: usize,
     bytes: usize,
+    /// Whether it is a text without quotes.
+    plain: bool,
 }
 
 /// A collection that is being read.
@@ -161,8 +185,19 @@ struct Frame {
 
 enum Build {
     List(Vec<Value>, Vec<Spot>),
-    Map { values: Map<String, Value>, spots: HashMap<String, Spot>, key: Option<(String, Mark)> },
+    Map {
+        values: Map<String, Value>,
+        spots: HashMap<String, Spot>,
+        key: Option<(String, Mark)>,
+        /// Whether the next value is merged in.
+        merging: bool,
+        /// What is merged in, where it stands.
+        merged: Vec<(Value, Mark)>,
+    },
 }
+
+/// The key that merges maps into another one: an extension of YAML that nearly every reader has.
+const MERGE: &str = "<<";
 
 #[derive(Default)]
 struct Reader {
@@ -246,7 +281,8 @@ impl Reader {
                 let blank = text.bytes().take_while(|byte| *byte == b'\n').count();
                 let literal = u32::try_from(blank).ok().filter(|_| style == ScalarStyle::Literal);
                 let spot = Spot { literal, ..Spot::leaf(at) };
-                self.add(Node { value, spot, nodes: 1, bytes }, anchor, at)?;
+                let plain = style == ScalarStyle::Plain && !text_tag;
+                self.add(Node { value, spot, nodes: 1, bytes, plain }, anchor, at)?;
             }
             Event::SequenceStart(_, anchor, tag) => {
                 self.tag(tag.as_deref(), at);
@@ -254,7 +290,8 @@ impl Reader {
             }
             Event::MappingStart(_, anchor, tag) => {
                 self.tag(tag.as_deref(), at);
-                self.open(at, anchor, Build::Map { values: Map::new(), spots: HashMap::new(), key: None })?;
+                let (values, spots) = (Map::new(), HashMap::new());
+                self.open(at, anchor, Build::Map { values, spots, key: None, merging: false, merged: Vec::new() })?;
             }
             Event::SequenceEnd | Event::MappingEnd => self.close()?,
             Event::Alias(id) => {
@@ -317,12 +354,20 @@ impl Reader {
         let Some(frame) = self.stack.pop() else { return Ok(()) };
         let (value, spot) = match frame.build {
             Build::List(values, spots) => (Value::Array(values), Spot::list(frame.at, spots)),
-            Build::Map { values, spots, .. } => (Value::Object(values), Spot::map(frame.at, spots)),
+            Build::Map { mut values, mut spots, merged, .. } => {
+                for (value, at) in merged {
+                    if let Some(mistake) = merge(value, at, &mut values, &mut spots) {
+                        self.note(mistake);
+                    }
+                }
+                (Value::Object(values), Spot::map(frame.at, spots))
+            }
         };
         // What is inside has been counted already; only the collection itself is new.
         self.nodes -= frame.nodes - 1;
         self.bytes -= frame.bytes;
-        self.add(Node { value, spot, nodes: frame.nodes, bytes: frame.bytes }, frame.anchor, frame.at)
+        let node = Node { value, spot, nodes: frame.nodes, bytes: frame.bytes, plain: false };
+        self.add(node, frame.anchor, frame.at)
     }
 
     fn add(&mut self, node: Node, anchor: usize, at: Mark) -> Result<(), Violation> {
@@ -350,7 +395,9 @@ impl Reader {
                 values.push(node.value);
                 spots.push(node.spot);
             }
-            Build::Map { values, spots, key } => match key.take() {
+            Build::Map { values, spots, key, merging, merged } => match key.take() {
+                None if std::mem::take(merging) => merged.push((node.value, at)),
+                None if node.plain && node.value == MERGE => *merging = true,
                 None => {
                     let (text, mistake) = as_key(node.value, at);
                     *key = Some((text.into_owned(), at));
@@ -386,11 +433,56 @@ impl Reader {
 fn as_key(value: Value, at: Mark) -> (Cow<'static, str>, Option<Violation>) {
     let text = match value {
         Value::String(text) => return (Cow::Owned(text), None),
-        Value::Array(_) | Value::Object(_) => "a collection".to_owned(),
+        Value::Array(_) | Value::Object(_) => COLLECTION.to_owned(),
         plain => format!("`{plain}`"),
     };
     let message = format!("a key is a text, but this one is {text}");
-    (Cow::Owned(text), Some(violation(Code::WrongValue, at, message).mend("put it in quotes")))
+    let mend = if text == COLLECTION { QUOTE_TEMPLATES } else { "put it in quotes" };
+    (Cow::Owned(text), Some(violation(Code::WrongValue, at, message).mend(mend)))
+}
+
+/// How a key that is a collection is told.
+const COLLECTION: &str = "a collection";
+/// To YAML `{{` begins a map in a map.
+const QUOTE_TEMPLATES: &str = "a text that begins with `{{` stands in quotes, `\"{{ … }}\"`, or in a block after `|`";
+
+/// What stops the reader after a template without quotes is told as that.
+fn quoted_templates(text: &str, mut mistakes: Vec<Violation>) -> Vec<Violation> {
+    if let Some(last) = mistakes.last_mut().filter(|last| last.code == Code::Syntax && last.mend.is_none()) {
+        let at = last.line.and_then(|line| usize::try_from(line).ok()).unwrap_or(0);
+        let near = text.lines().skip(at.saturating_sub(2)).take(2);
+        if near.map(str::trim_start).any(|line| line.contains(": {{") || line.starts_with("- {{")) {
+            last.mend = Some(QUOTE_TEMPLATES.to_owned());
+        }
+    }
+    mistakes
+}
+
+/// Merges a map, or the maps of a list, into one: its own keys go before those of the first, and so on.
+fn merge(
+    value: Value,
+    at: Mark,
+    values: &mut Map<String, Value>,
+    spots: &mut HashMap<String, Spot>,
+) -> Option<Violation> {
+    match value {
+        Value::Object(map) => {
+            for (key, value) in map {
+                if let serde_json::map::Entry::Vacant(place) = values.entry(key) {
+                    spots.insert(place.key().clone(), Spot::leaf(at).keyed(at));
+                    place.insert(value);
+                }
+            }
+            None
+        }
+        Value::Array(maps) if maps.iter().all(Value::is_object) => {
+            maps.into_iter().find_map(|map| merge(map, at, values, spots))
+        }
+        _ => {
+            let message = "`<<` merges a map, or a list of maps, but this is neither";
+            Some(violation(Code::WrongValue, at, message).mend("write `<<: *name` with the anchor of a map"))
+        }
+    }
 }
 
 fn depth(value: &Value) -> usize {

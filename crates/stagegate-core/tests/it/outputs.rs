@@ -100,8 +100,10 @@ fn prompts_are_rendered_from_what_is_upstream() {
         Ok(Rendered::Messages(vec![message(Role::System, "b+a"), message(Role::User, r#"{"items":["b","a"],"z":1}"#)]))
     );
     assert_eq!(pipeline.render(2, &context), Ok(Rendered::Text("<t\n> run-1".to_owned())));
-    assert_eq!(pipeline.render_rubric(0, &context), Ok(Some("As good as the <brief>".to_owned())));
-    assert_eq!(pipeline.render_rubric(1, &context), Ok(None));
+    let none = Arc::new(Value::Null);
+    let rubric = pipeline.render_judge(0, &context, &none).expect("rendered").expect("a judge");
+    assert_eq!((rubric.text.as_str(), rubric.is_prompt, rubric.system), ("As good as the <brief>", false, None));
+    assert_eq!(pipeline.render_judge(1, &context, &none), Ok(None));
 }
 
 #[test]
@@ -221,4 +223,91 @@ fn an_output_mapping_is_bounded_in_templates_and_in_bytes() {
     let failure = render(100_000).expect_err("20 MB");
     assert_eq!(failure.code, Code::TemplateFailed);
     assert!(failure.message.contains("more than 16777216 bytes"), "{}", failure.message);
+}
+
+#[test]
+fn a_conversation_made_from_data_is_checked_before_it_is_sent() {
+    let pipeline = valid(
+        "{name: p, stages: [{id: a, model: sim/quick, system: 'Be {{ input.mood }}.', messages: {from: input.history}}]}",
+    );
+    let rendered = |history: Value| {
+        let input = Arc::new(json!({ "mood": "brief", "history": history }));
+        pipeline.render(0, &context(&input, &[None]))
+    };
+    let message = |role, content: &str| Message { role, content: content.to_owned() };
+    let good = json!([{ "role": "user", "content": "Hi" }, { "role": "assistant", "content": "" }, { "role": "user", "content": "And?" }]);
+    assert_eq!(
+        rendered(good),
+        Ok(Rendered::Messages(vec![
+            message(Role::System, "Be brief."),
+            message(Role::User, "Hi"),
+            message(Role::Assistant, ""),
+            message(Role::User, "And?"),
+        ]))
+    );
+    let many = Value::Array(vec![json!({ "role": "user", "content": "x" }); 1_001]);
+    let large = json!([{ "role": "user", "content": "x".repeat(1024 * 1024 + 1) }]);
+    for (history, why) in [
+        (json!("Hi"), "not a list of messages"),
+        (json!(["Hi"]), "message 1 is the text `Hi`"),
+        (json!([{ "role": "tool", "content": "x" }]), "has the role the text `tool`"),
+        (json!([{ "content": "x" }]), "message 1 has no `role`"),
+        (json!([{ "role": "user" }]), "has no `content`"),
+        (json!([{ "role": "user", "content": ["x"] }]), "must have a text"),
+        (json!([{ "role": "user", "content": "x", "name": "y" }]), "has the key `name`"),
+        (json!([]), "it is blank"),
+        (json!([{ "role": "assistant", "content": "x" }]), "it is blank"),
+        (many, "more than 1000 messages"),
+        (large, "over the limit"),
+    ] {
+        let failure = rendered(history).expect_err(why);
+        assert_eq!(failure.code, Code::TemplateFailed);
+        assert!(failure.detail.as_deref().is_some_and(|detail| detail.contains(why)), "{why}: {failure:?}");
+    }
+}
+
+#[test]
+fn a_blank_prompt_is_told_and_nothing_is_put_in_its_place() {
+    let pipeline = valid("{name: p, stages: [{id: a, model: sim/quick, system: s, prompt: '{{ input.x }}\t'}]}");
+    for blank in ["", " \n", "\u{a0}"] {
+        let input = Arc::new(json!({ "x": blank }));
+        let failure = pipeline.render(0, &context(&input, &[None])).expect_err("blank");
+        assert!(
+            failure.message.contains("the prompt of stage `a`") && failure.message.contains("it is blank"),
+            "{failure:?}"
+        );
+    }
+    let input = Arc::new(json!({ "x": "." }));
+    assert!(pipeline.render(0, &context(&input, &[None])).is_ok());
+}
+
+#[test]
+fn defaults_of_the_inputs_schema_are_filled_in() {
+    let pipeline = valid(
+        "{name: p, input: {type: object, properties: {a: {type: integer, default: 1}, m: {type: object, properties: \
+         {b: {default: [x]}}}, n: {type: string}}}, stages: [{id: s, transform: '{{ input.a }}'}]}",
+    );
+    let filled = |mut input: Value| {
+        let any = pipeline.fill_defaults(&mut input);
+        (any, input)
+    };
+    assert_eq!(filled(json!({})), (true, json!({ "a": 1 })));
+    assert_eq!(filled(json!({ "a": 2, "m": {} })), (true, json!({ "a": 2, "m": { "b": ["x"] } })));
+    assert_eq!(filled(json!({ "a": null })), (false, json!({ "a": null })), "what is given stays");
+    assert_eq!(filled(json!("text")), (false, json!("text")));
+}
+
+#[test]
+fn a_judges_own_prompt_sees_what_it_judges() {
+    let pipeline = valid(
+        "{name: p, stages: [{id: a, transform: x}, {id: b, needs: [a], model: sim/quick, prompt: x, gate: {judge: {scale: 1..5, \
+         system: 'For {{ input.who }}', prompt: '{{ stages.a.output }} {{ output.k }} {{ run.id }}'}}}]}",
+    );
+    let (input, outputs) = (Arc::new(json!({ "who": "you" })), [Some(Arc::new(json!("from a"))), None]);
+    let output = Arc::new(json!({ "k": 7 }));
+    let texts = pipeline.render_judge(1, &context(&input, &outputs), &output).expect("rendered").expect("a judge");
+    assert_eq!((texts.text.as_str(), texts.is_prompt), ("from a 7 run-1", true));
+    assert_eq!(texts.system.as_deref(), Some("For you"));
+    let judge = pipeline.stages[1].gate.judge.as_ref().expect("a judge");
+    assert_eq!((judge.threshold(), judge.params().max_output_tokens), (4.0, Some(8_192)));
 }

@@ -19,6 +19,7 @@ use stagegate_core::{
 use stagegate_llm::{CallContext, CallError, Llm, Partial, Reply, Request, purse::Purse};
 use tokio::time::Instant;
 
+use self::judge::Judged;
 use crate::{books::Books, evaluation::Evaluations};
 
 /// Everything that an attempt works with. It holds no store: an attempt cannot write.
@@ -150,10 +151,24 @@ impl AttemptContext {
         let measure = move |pipeline: &Pipeline, seen: &RenderContext<'_>| measure(pipeline, stage, &content, seen);
         let measured = self.evaluate_with(Part::Checks(stage), beside, measure).await?;
         let Measured { output, usable, mut assessments } = measured;
-        if assessments.iter().all(|assessment| assessment.passed)
-            && let Some(verdict) = judge::judge(self, &output).await?
-        {
-            assessments.push(verdict);
+        if assessments.iter().all(|assessment| assessment.passed) {
+            match judge::judge(self, &output).await? {
+                None => {}
+                Some(Judged::Told(verdict)) => assessments.push(verdict),
+                Some(Judged::Failed { assessment, code, message, detail, again }) => {
+                    assessments.push(assessment);
+                    return Ok(AttemptResult::Unjudged {
+                        output,
+                        assessments,
+                        model,
+                        origin,
+                        code,
+                        message,
+                        detail,
+                        again,
+                    });
+                }
+            }
         }
         Ok(AttemptResult::Output { output, usable, assessments, model, origin })
     }
@@ -206,6 +221,8 @@ fn incomplete(partial: Partial, error: CallError) -> AttemptResult {
         reason: format!("{message}; give the whole answer in fewer words"),
         detail: None,
         model: None,
+        scale: None,
+        judge_failure: None,
         rest: stagegate_core::Rest::default(),
     }];
     let model = Some(model);

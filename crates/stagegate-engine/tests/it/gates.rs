@@ -116,3 +116,164 @@ async fn an_answer_that_is_cut_is_retried_with_that_said() {
     let detail = bench.run(&gated("{}"), json!({ "text": "x" })).await;
     assert_state(&detail.run, RunState::Succeeded);
 }
+
+/// A judge that fails, with this answer, at two attempts.
+async fn unjudged(gate: &str, answer: Reply) -> (Bench, stagegate_core::RunId) {
+    let bench = Bench::start().await;
+    bench.provider.on(judges()).respond(answer);
+    bench.provider.on(contains("write")).respond(Reply::text("a good one"));
+    let source = gated(gate)
+        .replace(r#""id": "draft","#, r#""id": "draft", "retry": { "max_attempts": 2, "backoff": "1ms..1ms" },"#);
+    let run = bench.submit(&source, json!({ "text": "x" })).await;
+    (bench, run)
+}
+
+#[tokio::test]
+async fn a_judge_that_fails_is_asked_again_and_then_a_person_decides() {
+    use stagegate_testkit::provider::End;
+    for (answer, told) in [
+        (Reply::text("{\"note\": \"no verdict\"}"), "was not a verdict"),
+        (Reply::text("{\"score\": 0.9, \"rea").end(End::Length), "gate.judge.params.max_output_tokens"),
+        (Reply::text("").end(End::Length), "gate.judge.params.max_output_tokens"),
+        (Reply::text("I cannot").end(End::Refused), "refused"),
+    ] {
+        // A gate that fails would fail the stage; a judge that fails holds it.
+        let (bench, run) = unjudged(r#"{ "judge": { "rubric": "Is it lively?" } }"#, answer).await;
+        let events = bench.until(run, "run.waiting").await;
+        let shown = format!("{events:?}");
+        assert!(shown.contains("the judge failed") && shown.contains(told), "{told}: {shown}");
+        let calls = bench.provider.calls();
+        assert_eq!(calls.iter().filter(|call| call.prompt_text.contains("write x")).count(), 1, "{told}: bought once");
+        assert_eq!(bench.provider.calls_where(&judges()).len(), 2, "{told}: asked again");
+        let draft: stagegate_core::StageId = "draft".parse().expect("valid");
+        let stage = bench.engine.store().stage(&TenantId::default(), run, &draft).await.expect("read").expect("there");
+        let held = stage.attempts.last().expect("an attempt");
+        assert_eq!(
+            (held.verdict, held.output.as_ref().map(stagegate_core::Json::parse)),
+            (Verdict::Held, Some(json!("a good one")))
+        );
+        let judged = held.assessments.last().expect("the judge's");
+        assert!(
+            judged.judge_failure.is_some() && !judged.passed && judged.reason.contains("was not judged"),
+            "{judged:?}"
+        );
+        assert_eq!(held.score(), None, "nothing was measured");
+        bench.engine.act(&TenantId::default(), run, Action::Approve(draft), None).await.expect("accepted");
+        bench.provider.on(contains("after a good one")).respond(Reply::text("end"));
+        bench.finish(run).await;
+        assert_state(&bench.detail(run).await.run, RunState::Succeeded);
+    }
+}
+
+#[tokio::test]
+async fn an_output_whose_judge_failed_is_taken_where_the_gate_says_so() {
+    for gate in [
+        r#"{ "judge": { "rubric": "Is it lively?" }, "on_exhausted": "accept" }"#,
+        r#"{ "judge": { "rubric": "Is it lively?" }, "on_fail": "accept" }"#,
+    ] {
+        let (bench, run) = unjudged(gate, Reply::text("{}")).await;
+        bench.finish(run).await;
+        assert_state(&bench.detail(run).await.run, RunState::Succeeded);
+        let draft = "draft".parse().expect("valid");
+        let stage = bench.engine.store().stage(&TenantId::default(), run, &draft).await.expect("read").expect("there");
+        assert_eq!(stage.checkpoint.expect("taken").verdict, Verdict::Accepted);
+    }
+}
+
+#[tokio::test]
+async fn a_judge_that_finds_its_words_again_judges_the_answer_that_is_there() {
+    let bench = Bench::start().await;
+    bench.provider.on(judges()).once(Reply::text("{}")).respond(Reply::verdict(0.9, "fine"));
+    bench.provider.on(contains("write")).respond(Reply::text("a good one"));
+    let source = gated(r#"{ "judge": { "rubric": "r" } }"#)
+        .replace(r#""id": "draft","#, r#""id": "draft", "retry": { "backoff": "1ms..1ms" },"#);
+    let detail = bench.run(&source, json!({ "text": "x" })).await;
+    assert_state(&detail.run, RunState::Succeeded);
+    let calls = bench.provider.calls();
+    assert_eq!(calls.iter().filter(|call| call.prompt_text.contains("write x")).count(), 1);
+    assert!(calls.iter().all(|call| !call.prompt_text.contains("did not pass review")), "the output was not to blame");
+}
+
+#[tokio::test]
+async fn a_judge_has_its_own_prompt_scale_and_parameters() {
+    let judge = r#"{ "judge": { "scale": "1..5", "threshold": 4, "system": "Grade for {{ input.text }}.",
+        "prompt": "Look at <{{ output }}>", "params": { "max_output_tokens": 99, "temperature": 0.5, "reasoning": { "effort": "low" } } },
+        "on_fail": "accept" }"#;
+    let bench = Bench::start().await;
+    bench.provider.on(contains("Look at")).respond(Reply::json(json!({ "score": 3, "reason": "so so" })));
+    bench.provider.on(contains("write")).respond(Reply::text("the draft"));
+    let detail = bench.run(&gated(judge), json!({ "text": "x" })).await;
+    assert_state(&detail.run, RunState::Succeeded);
+    let call = bench.provider.calls_where(&contains("Look at")).pop().expect("judged");
+    assert_eq!(call.last_user_text, "Look at <the draft>");
+    assert!(
+        call.prompt_text.starts_with("Grade for x.") && call.prompt_text.contains("from 1 to 5"),
+        "{}",
+        call.prompt_text
+    );
+    assert_eq!((&call.body["max_tokens"], &call.body["reasoning_effort"]), (&json!(99), &json!("low")));
+    assert_eq!(call.schema.expect("a schema")["properties"]["score"]["maximum"], 5);
+    let draft = "draft".parse().expect("valid");
+    let stage =
+        bench.engine.store().stage(&TenantId::default(), detail.run.id, &draft).await.expect("read").expect("there");
+    let judged = stage.attempts[0].assessments[0].clone();
+    assert_eq!((judged.score, judged.threshold, judged.scale.as_deref()), (3.0, 4.0, Some("1..5")));
+    assert!(judged.reason.contains("gave 3.00, 4.00 is needed (of 1 to 5)"), "{}", judged.reason);
+    assert_eq!(stage.attempts[0].score(), Some(0.5), "in [0, 1] for charts");
+}
+
+#[tokio::test]
+async fn a_judge_may_say_pass_or_fail() {
+    for (word, verdict) in [("pass", Verdict::Passed), ("fail", Verdict::Accepted)] {
+        let bench = Bench::start().await;
+        bench.provider.on(judges()).respond(Reply::json(json!({ "verdict": word, "reason": "r" })));
+        let gate = r#"{ "judge": { "rubric": "r", "scale": "pass_fail" }, "on_fail": "accept" }"#;
+        let detail = bench.run(&gated(gate), json!({ "text": "x" })).await;
+        let draft = "draft".parse().expect("valid");
+        let stage = bench.engine.store().stage(&TenantId::default(), detail.run.id, &draft).await.expect("read");
+        assert_eq!(stage.expect("there").checkpoint.expect("taken").verdict, verdict);
+    }
+}
+
+#[tokio::test]
+async fn a_gate_that_always_holds_waits_for_a_person_though_all_passed() {
+    let bench = Bench::start().await;
+    bench.provider.on(contains("write")).respond(Reply::text("short"));
+    let run = bench.submit(&gated(r#"{ "on_pass": "hold" }"#), json!({ "text": "x" })).await;
+    let events = bench.until(run, "run.waiting").await;
+    assert!(format!("{events:?}").contains("on_pass: hold"), "{events:?}");
+    let draft = "draft".parse().expect("valid");
+    bench.engine.act(&TenantId::default(), run, Action::Approve(draft), None).await.expect("accepted");
+    bench.finish(run).await;
+    assert_state(&bench.detail(run).await.run, RunState::Succeeded);
+    // The answer was good: it is still there for the next run.
+    let again = bench.submit(&gated(r#"{ "on_pass": "hold" }"#), json!({ "text": "x" })).await;
+    bench.until(again, "run.waiting").await;
+    assert_eq!(bench.provider.calls_where(&contains("write x")).len(), 1);
+}
+
+#[tokio::test]
+async fn a_retry_that_would_fail_in_the_same_way_is_refused() {
+    let bench = Bench::start().await;
+    let source = r#"{ "name": "broken", "stages": [ { "id": "a", "transform": "{{ (input.text | fromjson).k }}" } ] }"#;
+    let detail = bench.run(source, json!({ "text": "no json" })).await;
+    assert_state(&detail.run, RunState::Failed);
+    let error = bench.engine.act(&TenantId::default(), detail.run.id, Action::Retry, None).await.expect_err("in vain");
+    assert_eq!(error.code, Code::WrongState);
+    assert!(error.detail.contains("in the same way") && error.detail.contains("stage `a`"), "{error}");
+    let failed = gated(r#"{ "checks": [ { "max_chars": 1 } ], "on_fail": "fail" }"#);
+    let detail = bench.run(&failed, json!({ "text": "x" })).await;
+    assert_state(&detail.run, RunState::Failed);
+    bench.engine.act(&TenantId::default(), detail.run.id, Action::Retry, None).await.expect("another answer may pass");
+}
+
+#[tokio::test]
+async fn a_run_shows_its_input_with_the_defaults_of_its_schema() {
+    let bench = Bench::start().await;
+    let source = r#"{ "name": "filled", "input": { "type": "object", "required": ["n"], "properties": { "n": { "type": "integer", "default": 7 } } },
+        "stages": [ { "id": "a", "transform": "{{ input.n }}" } ] }"#;
+    let detail = bench.run(source, json!({})).await;
+    assert_state(&detail.run, RunState::Succeeded);
+    assert_eq!(detail.input.parse(), json!({ "n": 7 }));
+    assert_eq!(detail.output.as_ref().map(stagegate_core::Json::parse), Some(json!({ "a": "7" })));
+}

@@ -117,3 +117,66 @@ async fn the_schema_of_a_definition_is_published() {
     let definition = app.register(PIPELINE).await["definition"].clone();
     assert!(validator.is_valid(&definition), "{definition:#}");
 }
+
+#[tokio::test]
+async fn a_bundle_brings_the_files_that_its_definition_names() {
+    let app = spawn_app().await;
+    let definition = "name: filed\nstages:\n  - id: a\n    model: sim/quick\n    prompt_file: prompts/a.md\n    output: { schema_file: a.json }\n";
+    let files = json!({ "./prompts/a.md": "Say it.", "a.json": "{\"type\": \"object\"}" });
+    let bundle = json!({ "definition": definition, "files": files });
+    let created = app.post("/v1/pipelines", &bundle).await;
+    assert_eq!(created.status, 201, "{}", created.text);
+    let stage = &created.body["definition"]["stages"][0];
+    assert_eq!((&stage["prompt"], &stage["output"]), (&json!("Say it."), &json!({ "schema": { "type": "object" } })));
+    // The definition may be an object as well, and the media type may say what it is.
+    let object = json!({ "name": "filed", "stages": [{ "id": "a", "model": "sim/quick", "prompt_file": "prompts/a.md",
+        "output": { "schema_file": "a.json" } }] });
+    let bundle = json!({ "definition": object, "files": files }).to_string();
+    let same = app.post_text("/v1/pipelines", "application/vnd.stagegate.bundle+json", bundle).await;
+    assert_eq!((same.status.as_u16(), &same.body["digest"]), (200, &created.body["digest"]));
+    // Without its files it has mistakes, each with its place.
+    let bare = app.post_text("/v1/pipelines/validate", "application/yaml", definition).await;
+    assert_eq!(
+        (&bare.body["valid"], &bare.body["violations"][0]["path"]),
+        (&json!(false), &json!("stages[0].prompt_file"))
+    );
+    assert_eq!(bare.body["violations"][0]["line"], 5);
+    let wrong = app.post("/v1/pipelines", &json!({ "definition": definition, "files": ["a"] })).await;
+    wrong.is_problem(400, "SG0001");
+    let outside = json!({ "definition": definition.replace("prompts/a.md", "../a.md"), "files": { "../a.md": "x" } });
+    app.post("/v1/pipelines", &outside).await.is_problem(422, "SG0100");
+}
+
+#[tokio::test]
+async fn a_body_may_begin_with_a_byte_order_mark_and_other_encodings_are_named() {
+    let app = spawn_app().await;
+    let marked =
+        app.post_text("/v1/pipelines", "application/yaml", format!("\u{feff}{}", PIPELINE.replace('\n', "\r\n"))).await;
+    assert_eq!(marked.status, 201, "{}", marked.text);
+    let plain = app.post_text("/v1/pipelines", "application/yaml", PIPELINE).await;
+    assert_eq!((plain.status.as_u16(), &plain.body["digest"]), (200, &marked.body["digest"]));
+    let body = "\u{feff}{\"pipeline\": \"two-steps\", \"input\": {\"text\": \"x\"}}";
+    let run = app.post_text("/v1/runs", "application/json", body).await;
+    assert!(run.status == 202 || run.status == 422, "it is read: {}", run.text);
+    let wide: Vec<u8> = PIPELINE.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let request = app.request(Method::POST, "/v1/pipelines").header("content-type", "application/yaml").body(wide);
+    let refused = app.send(request).await;
+    refused.is_problem(400, "SG0001");
+    assert!(refused.body["detail"].as_str().is_some_and(|detail| detail.contains("UTF-16")), "{}", refused.text);
+}
+
+#[tokio::test]
+async fn what_may_be_left_out_of_a_submit_may_be_null() {
+    let app = spawn_app().await;
+    app.register(
+        r#"{"name": "p", "input": {"type": "object"}, "stages": [{"id": "a", "transform": "{{ input | tojson }}"}]}"#,
+    )
+    .await;
+    for key in ["version", "start_at", "cache_mode", "priority", "labels"] {
+        let mut body = json!({ "pipeline": "p", "input": {} });
+        body[key] = Value::Null;
+        let answer = app.post("/v1/runs", &body).await;
+        assert_eq!(answer.status, 202, "{key}: {}", answer.text);
+    }
+    app.post("/v1/runs", &json!({ "pipeline": null, "input": {} })).await.is_problem(400, "SG0001");
+}

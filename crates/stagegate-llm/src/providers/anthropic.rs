@@ -18,7 +18,7 @@ use chrono::DateTime;
 use serde_json::{Value, json};
 use stagegate_core::{
     Code, Usage, Violation,
-    pipeline::{Message, OutputFormat, Role},
+    pipeline::{Effort, Message, OutputFormat, Params, Role},
 };
 use url::Url;
 
@@ -83,7 +83,9 @@ impl Anthropic {
     fn asking(&self, request: &ProviderRequest<'_>) -> Asking {
         let unforced = self.unforced.read().unwrap_or_else(PoisonError::into_inner);
         match request.format {
-            OutputFormat::Json { schema: Some(schema) } if fits_a_tool(schema) && !unforced.contains(request.model) => {
+            OutputFormat::Json { schema: Some(schema) }
+                if fits_a_tool(schema) && !unforced.contains(request.model) && thinking(request.params).is_none() =>
+            {
                 Asking::Tool
             }
             _ => Asking::Words,
@@ -165,6 +167,9 @@ impl Provider for Anthropic {
         if !self.is_configured {
             return Err(http::without_key(&self.name, "ANTHROPIC_API_KEY"));
         }
+        if said(request.messages).next().is_none_or(|first| first.role != Role::User) {
+            return Err(http::without_user(&self.name));
+        }
         let asking = self.asking(&request);
         match self.ask(&request, asking).await {
             Err(error) if asking == Asking::Tool && is_refusal_of_force(&error) => {
@@ -177,6 +182,29 @@ impl Provider for Anthropic {
 
     fn kind(&self) -> &'static str {
         "anthropic"
+    }
+
+    fn unsupported(&self, params: &Params) -> Vec<(&'static str, String)> {
+        let given = [
+            ("frequency_penalty", params.frequency_penalty.is_some()),
+            ("presence_penalty", params.presence_penalty.is_some()),
+            ("logit_bias", !params.logit_bias.is_empty()),
+        ];
+        let given = given.into_iter().filter(|(_, is_given)| *is_given);
+        let mut found: Vec<_> =
+            given.map(|(key, _)| (key, "remove it, or take the model out of the chain".to_owned())).collect();
+        let thinks = params.reasoning.is_some_and(|r| !matches!(r.effort, Effort::None | Effort::Minimal));
+        if thinks && thinking(params).is_none() {
+            let least = 2 * THINKING_MIN;
+            found.push((
+                "reasoning",
+                format!("thinking needs `max_output_tokens` of {least} or more, which hold it too"),
+            ));
+        }
+        if thinks && params.temperature.is_some() {
+            found.push(("temperature", "remove it: a model that thinks takes no temperature".to_owned()));
+        }
+        found
     }
 
     fn is_configured(&self) -> bool {
@@ -205,6 +233,10 @@ fn body(request: &ProviderRequest<'_>, asking: Asking) -> Value {
     if !system.is_empty() {
         body["system"] = json!(system);
     }
+    let thinking = thinking(params);
+    if let Some(budget) = thinking {
+        body["thinking"] = json!({ "type": "enabled", "budget_tokens": budget });
+    }
     if let Some(temperature) = params.temperature {
         body["temperature"] = json!(temperature);
     }
@@ -222,7 +254,26 @@ fn body(request: &ProviderRequest<'_>, asking: Asking) -> Value {
         }]);
         body["tool_choice"] = json!({ "type": "tool", "name": ANSWER_TOOL, "disable_parallel_tool_use": true });
     }
+    for (key, value) in &params.extra {
+        body[key] = value.clone();
+    }
     body
+}
+
+/// The fewest tokens that thinking is given; the answer needs as many beside them.
+const THINKING_MIN: u32 = 1_024;
+
+/// How many tokens a model may think: a part of the limit on its answer, which holds the thinking too. None where it shall
+/// not think, or where there is no room for it.
+fn thinking(params: &Params) -> Option<u32> {
+    let most = params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS);
+    let part = match params.reasoning?.effort {
+        Effort::None | Effort::Minimal => return None,
+        Effort::Low => most / 4,
+        Effort::Medium => most / 2,
+        Effort::High => most / 4 * 3,
+    };
+    (most >= 2 * THINKING_MIN).then_some(part.max(THINKING_MIN))
 }
 
 /// The system messages, wherever they stood, and what is asked in words.
@@ -241,10 +292,15 @@ fn system(request: &ProviderRequest<'_>, asking: Asking) -> String {
     system
 }
 
-/// Roles must alternate and the user begins: neighbours of one role become one message, empty ones are left out.
+/// The conversation, without the system messages and those that say nothing.
+fn said(messages: &[Message]) -> impl Iterator<Item = &Message> {
+    messages.iter().filter(|message| message.role != Role::System && !message.content.trim().is_empty())
+}
+
+/// Roles must alternate: neighbours of one role become one message, empty ones are left out.
 fn messages(messages: &[Message]) -> Vec<Value> {
     let mut merged: Vec<(&str, String)> = Vec::new();
-    for message in messages.iter().filter(|m| m.role != Role::System && !m.content.trim().is_empty()) {
+    for message in said(messages) {
         let role = if message.role == Role::Assistant { "assistant" } else { "user" };
         match merged.last_mut() {
             Some((last, text)) if *last == role => {
@@ -253,9 +309,6 @@ fn messages(messages: &[Message]) -> Vec<Value> {
             }
             _ => merged.push((role, message.content.clone())),
         }
-    }
-    if merged.first().is_none_or(|(role, _)| *role != "user") {
-        merged.insert(0, ("user", "Begin.".to_owned()));
     }
     // Blanks at the end of a prefilled answer are refused.
     if let Some((_, text)) = merged.last_mut().filter(|(role, _)| *role == "assistant") {

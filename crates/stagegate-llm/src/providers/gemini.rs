@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 use stagegate_core::{
     Code, Usage, Violation,
-    pipeline::{Message, OutputFormat, Role},
+    pipeline::{Effort, Message, OutputFormat, Params, Role},
 };
 
 use super::{
@@ -134,6 +134,9 @@ impl Provider for Gemini {
         if !self.is_configured {
             return Err(http::without_key(&self.name, "GEMINI_API_KEY"));
         }
+        if request.messages.iter().all(|message| message.role == Role::System) {
+            return Err(http::without_user(&self.name));
+        }
         let model = request.model.strip_prefix("models/").unwrap_or(request.model);
         let url = self.endpoint.url(&["v1beta", "models", &format!("{model}:generateContent")]);
         let exchange = self.endpoint.post(url, &body(&request)).await?;
@@ -146,6 +149,13 @@ impl Provider for Gemini {
 
     fn kind(&self) -> &'static str {
         "gemini"
+    }
+
+    fn unsupported(&self, params: &Params) -> Vec<(&'static str, String)> {
+        if params.logit_bias.is_empty() {
+            return Vec::new();
+        }
+        vec![("logit_bias", "remove it, or take the model out of the chain".to_owned())]
     }
 
     fn is_configured(&self) -> bool {
@@ -164,19 +174,29 @@ fn body(request: &ProviderRequest<'_>) -> Value {
     if config.as_object().is_some_and(|config| !config.is_empty()) {
         body["generationConfig"] = config;
     }
+    for (key, value) in &request.params.extra {
+        match (key.as_str(), value, body.get_mut(key)) {
+            // Beside what is written already.
+            ("generationConfig", Value::Object(more), Some(Value::Object(config))) => {
+                for (key, value) in more {
+                    config.entry(key.clone()).or_insert_with(|| value.clone());
+                }
+            }
+            _ => body[key] = value.clone(),
+        }
+    }
     body
 }
 
 fn contents(messages: &[Message]) -> Vec<Value> {
-    let contents: Vec<Value> = messages
+    messages
         .iter()
         .filter(|message| message.role != Role::System)
         .map(|message| {
             let role = if message.role == Role::Assistant { "model" } else { "user" };
             json!({ "role": role, "parts": [{ "text": message.content }] })
         })
-        .collect();
-    if contents.is_empty() { vec![json!({ "role": "user", "parts": [{ "text": "Begin." }] })] } else { contents }
+        .collect()
 }
 
 fn generation_config(request: &ProviderRequest<'_>) -> Value {
@@ -197,6 +217,15 @@ fn generation_config(request: &ProviderRequest<'_>) -> Value {
     if !params.stop.is_empty() {
         config["stopSequences"] = json!(params.stop);
     }
+    if let Some(penalty) = params.frequency_penalty {
+        config["frequencyPenalty"] = json!(penalty);
+    }
+    if let Some(penalty) = params.presence_penalty {
+        config["presencePenalty"] = json!(penalty);
+    }
+    if let Some(reasoning) = params.reasoning {
+        config["thinkingConfig"] = json!({ "thinkingBudget": thinking_budget(reasoning.effort) });
+    }
     if let OutputFormat::Json { schema } = request.format {
         config["responseMimeType"] = json!("application/json");
         if let Some(schema) = schema {
@@ -204,6 +233,17 @@ fn generation_config(request: &ProviderRequest<'_>) -> Value {
         }
     }
     config
+}
+
+/// How many tokens a model may think.
+fn thinking_budget(effort: Effort) -> u32 {
+    match effort {
+        Effort::None => 0,
+        Effort::Minimal => 512,
+        Effort::Low => 1_024,
+        Effort::Medium => 8_192,
+        Effort::High => 24_576,
+    }
 }
 
 /// Gemini's prompt count includes the cached part; its candidates' count leaves out the thoughts, which are billed as

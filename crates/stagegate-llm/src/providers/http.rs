@@ -279,6 +279,13 @@ pub(super) fn without_key(name: &str, variable: &str) -> ProviderError {
     error(Code::ProviderAuth, format!("provider `{name}` has no key: set {variable} or `llm.providers.{name}.api_key`"))
 }
 
+/// What a provider answers that must be asked by a user first. Nothing is put in that place: the author did not write it.
+pub(super) fn without_user(name: &str) -> ProviderError {
+    let message = "the conversation does not begin with a user's message, which this provider demands: begin `messages` \
+                   with `role: user`";
+    error(Code::ProviderRejected, format!("{name}: {message}"))
+}
+
 /// A header that carries a key. It is marked as sensitive, so that nothing prints it.
 pub(super) fn key_header(name: &str, prefix: &str, key: &Secret) -> Result<HeaderValue, Violation> {
     let mut value = HeaderValue::from_str(&format!("{prefix}{}", key.expose())).map_err(|_| {

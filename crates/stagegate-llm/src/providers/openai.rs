@@ -4,7 +4,7 @@
 //! one without any path gets `/v1`. OpenAI itself is told `max_completion_tokens`, which its reasoning models demand;
 //! every other address is told `max_tokens`, which compatible servers have known for longer.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use ::http::StatusCode;
 use async_trait::async_trait;
@@ -70,6 +70,11 @@ impl OpenAi {
             top_p: params.top_p,
             seed: params.seed,
             stop: &params.stop,
+            frequency_penalty: params.frequency_penalty,
+            presence_penalty: params.presence_penalty,
+            logit_bias: &params.logit_bias,
+            reasoning_effort: params.reasoning.map(|reasoning| reasoning.effort.as_str()),
+            extra: &params.extra,
             response_format: match request.format {
                 OutputFormat::Text => None,
                 OutputFormat::Json { schema } => Some(ResponseFormat(schema.as_deref())),
@@ -203,6 +208,17 @@ struct Body<'a> {
     seed: Option<i64>,
     #[serde(skip_serializing_if = "<[String]>::is_empty")]
     stop: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    frequency_penalty: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    presence_penalty: Option<f64>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    logit_bias: &'a BTreeMap<String, f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_effort: Option<&'static str>,
+    /// Its keys are none of the others: those are refused where a definition is registered.
+    #[serde(flatten)]
+    extra: &'a serde_json::Map<String, Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     response_format: Option<ResponseFormat<'a>>,
 }

@@ -120,6 +120,7 @@ pub(crate) fn full() -> Ask {
             max_output_tokens: Some(300),
             seed: Some(7),
             stop: vec!["END".to_owned()],
+            ..Params::default()
         },
         ..Ask::user("")
     }

@@ -26,7 +26,7 @@ pub(super) fn read_call(head: &Parts, bytes: &[u8], started: Instant) -> Call {
         _ => body["model"].as_str().unwrap_or_default(),
     };
     let has = |key| schema.and_then(|s| s["properties"].get(key)).is_some();
-    let judges = (has("score") && has("reason"))
+    let judges = ((has("score") || has("verdict")) && has("reason"))
         || messages
             .first()
             .is_some_and(|(role, text)| role == "system" && text.starts_with("You are a strict reviewer"));

@@ -250,6 +250,8 @@ pub fn full_attempt(number: u32, text: &str) -> Attempt {
             reason: text.to_owned(),
             detail: Some(format!("it says {text}")),
             model: Some(model()),
+            scale: None,
+            judge_failure: None,
             rest: rest(),
         }],
         calls: vec![

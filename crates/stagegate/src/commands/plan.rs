@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, sync::Arc, time::Duration};
 
-use stagegate_core::{Code, Error, Pipeline, StageId, TenantId};
+use stagegate_core::{Code, Error, Pipeline, StageId, TenantId, pipeline::Bundle};
 use stagegate_engine::{Plan as Planned, PlannedOutcome, PlannedStage};
 
 use super::{in_file, quiet_logs};
@@ -59,7 +59,7 @@ impl Plan {
             let message = "both the definition and the input are `-`; stdin can be read once only";
             return Err(Error::new(Code::InvalidRequest, message));
         }
-        let source = files::read(&self.file)?;
+        let source = files::bundle(&self.file)?;
         let mut loaded = global.load()?;
         let _guard = quiet_logs(&mut loaded)?;
         let daemon =
@@ -77,7 +77,7 @@ impl Plan {
         Ok(0)
     }
 
-    async fn plan_in(&self, daemon: &Daemon, source: &str) -> Result<Planned, Error> {
+    async fn plan_in(&self, daemon: &Daemon, source: &Bundle) -> Result<Planned, Error> {
         let refused = |error| in_file(&self.file, error);
         let pipeline = Arc::new(daemon.engine.validate(&self.tenant, source).await.map_err(refused)?);
         let input = files::input(self.input.as_deref(), &self.sets, &pipeline.definition)?;

@@ -7,7 +7,7 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 use stagegate_core::{
     Code, Error, Event, EventKind, Failure, PipelineName, RunId, RunState, StageId, TenantId, Totals,
-    pipeline::{CacheMode, Labels},
+    pipeline::{Bundle, CacheMode, Labels},
     store::{RunDetail, RunQuery},
 };
 use stagegate_engine::{Action, Engine, Submit};
@@ -105,7 +105,7 @@ impl Run {
             return Err(Error::new(Code::InvalidRequest, message));
         }
         let mut signals = Signals::listen()?;
-        let source = files::read(&self.file)?;
+        let source = files::bundle(&self.file)?;
         let mut loaded = global.load()?;
         let _guard = quiet_logs(&mut loaded)?;
         let place = Place::new(global, &loaded.config, &self.tenant);
@@ -123,14 +123,15 @@ impl Run {
     async fn run_in(
         &self,
         daemon: &Daemon,
-        source: &str,
+        source: &Bundle,
         place: &Place,
         signals: &mut Signals,
     ) -> Result<(u8, Option<Value>), Error> {
         let engine = &daemon.engine;
         let refused = |error| in_file(&self.file, error);
         let pipeline = engine.validate(&self.tenant, source).await.map_err(refused)?;
-        let input = files::input(self.input.as_deref(), &self.sets, &pipeline.definition)?;
+        let mut input = files::input(self.input.as_deref(), &self.sets, &pipeline.definition)?;
+        pipeline.fill_defaults(&mut input);
         pipeline.check_input(&input).map_err(|violations| Error::violations(Code::InvalidInput, violations))?;
         note_unfinished(engine, &self.tenant).await;
         let (version, _) = engine.register(&self.tenant, source).await?;

@@ -70,12 +70,12 @@ fn count(number: usize, what: &str) -> String {
 }
 
 fn check(file: &str, models: &Served) -> Result<Pipeline, Vec<Violation>> {
-    let source = files::read(file).map_err(|error| {
+    let bundle = files::bundle(file).map_err(|error| {
         // The place is named already by the line that the mistake stands on.
         let message = error.detail.strip_prefix(&format!("{file}: ")).unwrap_or(&error.detail);
         vec![Violation::new(Code::Syntax, "", message)]
     })?;
-    Pipeline::parse(&source, models)
+    Pipeline::parse_bundle(&bundle, models)
 }
 
 fn as_text(file: &str, result: &Result<Pipeline, Vec<Violation>>) -> String {

@@ -11,7 +11,7 @@ use std::{
 
 use config::{ConfigError, Map, Source, Value as Merged, ValueKind};
 use serde_json::Value;
-use stagegate_core::{Code, Violation, error::nearest};
+use stagegate_core::{Code, Violation, error::nearest, text};
 
 use super::{
     Config, DEFAULT,
@@ -358,19 +358,18 @@ fn describe(kind: &Kind) -> String {
 /// Reads a file of bounded size.
 fn read(path: &Path) -> Result<String, String> {
     let file = fs::File::open(path).map_err(|error| reason(&error))?;
-    let mut text = String::new();
-    file.take(FILE_MAX_BYTES + 1).read_to_string(&mut text).map_err(|error| reason(&error))?;
-    if text.len() as u64 > FILE_MAX_BYTES {
+    let mut bytes = Vec::new();
+    file.take(FILE_MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| reason(&error))?;
+    if bytes.len() as u64 > FILE_MAX_BYTES {
         return Err(format!("the file is over {FILE_MAX_BYTES} bytes"));
     }
-    Ok(text)
+    text::decode(bytes).map_err(|error| error.to_string())
 }
 
 fn reason(error: &std::io::Error) -> String {
     match error.kind() {
         std::io::ErrorKind::NotFound => "no such file".to_owned(),
         std::io::ErrorKind::PermissionDenied => "the file may not be read".to_owned(),
-        std::io::ErrorKind::InvalidData => "the file is not UTF-8 text".to_owned(),
         _ => error.to_string(),
     }
 }

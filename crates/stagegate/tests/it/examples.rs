@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::support::{Place, repository};
 
-/// The one example that ends as it should by waiting for a person.
-const HELD: &str = "review-hold.yaml";
+/// The examples that end as they should by waiting for a person.
+const HELD: [&str; 2] = ["approve.yaml", "review-hold.yaml"];
 
 #[test]
 fn every_example_runs_to_its_end_with_the_input_beside_it() {
@@ -22,7 +22,7 @@ fn every_example_runs_to_its_end_with_the_input_beside_it() {
         let (file, input) = (path.display().to_string(), format!("@{}", path.with_extension("input.json").display()));
         let arguments = ["run", &file, "--input", &input];
         let (code, stdout, stderr) = place.run(&arguments);
-        if path.ends_with(HELD) {
+        if HELD.iter().any(|held| path.ends_with(held)) {
             assert_eq!((code, stdout.as_str()), (4, ""), "{file}: {stderr}");
             assert!(stderr.contains("waits for a person"), "{file}: {stderr}");
         } else {
@@ -34,7 +34,22 @@ fn every_example_runs_to_its_end_with_the_input_beside_it() {
         }
         count += 1;
     }
-    assert_eq!(count, 5);
+    assert_eq!(count, 11);
+}
+
+#[test]
+fn every_row_of_the_extraction_gives_its_fields() {
+    let examples = repository().join("docs/examples");
+    let rows = fs::read_to_string(examples.join("lead-extraction.rows.jsonl")).expect("the rows");
+    let (place, file) = (Place::new(), examples.join("lead-extraction.yaml").display().to_string());
+    for row in rows.lines() {
+        let (code, stdout, stderr) = place.run(&["run", &file, "--input", row]);
+        assert_eq!(code, 0, "{row}: {stderr}");
+        let result: Value = serde_json::from_str(&stdout).expect("JSON");
+        for key in ["company", "wish", "urgency", "seats"] {
+            assert!(result.get(key).is_some(), "{row}: {stdout}");
+        }
+    }
 }
 
 /// The lines of the page's shell blocks, without their comments.

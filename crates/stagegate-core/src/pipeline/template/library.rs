@@ -9,8 +9,8 @@ use minijinja::{
 };
 
 use super::{
-    FUEL,
-    sandbox::{CHARGE, CYCLE, INDEXED, NUMBER, SLICE},
+    FUEL, filters as more, methods,
+    sandbox::{CHARGE, CYCLE, INDEXED, METHOD, NUMBER, SLICE, TEXT},
 };
 use crate::evaluation::{self, BRIEF_STEPS, Interrupted};
 
@@ -26,6 +26,7 @@ const RANGE_MAX: usize = 100_000;
 pub(super) const FILTERS: &[&str] = &[
     "abs",
     "attr",
+    "batch",
     "bool",
     "capitalize",
     "count",
@@ -34,6 +35,8 @@ pub(super) const FILTERS: &[&str] = &[
     "dictsort",
     "first",
     "float",
+    "format",
+    "fromjson",
     "groupby",
     "indent",
     "int",
@@ -47,6 +50,7 @@ pub(super) const FILTERS: &[&str] = &[
     "map",
     "max",
     "min",
+    "regex_replace",
     "reject",
     "rejectattr",
     "replace",
@@ -61,8 +65,10 @@ pub(super) const FILTERS: &[&str] = &[
     "title",
     "tojson",
     "trim",
+    "truncate",
     "unique",
     "upper",
+    "wordcount",
 ];
 
 /// The tests that a template can use.
@@ -132,7 +138,7 @@ pub(super) fn pay(bytes: usize) -> Result<(), Error> {
 }
 
 /// Pays for everything in a value, shared parts as often as they occur.
-fn pay_for(value: &Value, depth: usize) -> Result<(), Error> {
+pub(super) fn pay_for(value: &Value, depth: usize) -> Result<(), Error> {
     if depth > VALUE_MAX_DEPTH {
         return Err(failed(format!("a value is nested more than {VALUE_MAX_DEPTH} levels deep")));
     }
@@ -261,7 +267,7 @@ fn json_text(value: &Value, indent: usize) -> Result<String, Error> {
 }
 
 /// A value as text, as it would be inserted: texts as they are, all else as compact JSON.
-fn text(value: &Value) -> Result<Cow<'_, str>, Error> {
+pub(super) fn text(value: &Value) -> Result<Cow<'_, str>, Error> {
     match value.as_str() {
         Some(text) => {
             pay(text.len())?;
@@ -273,7 +279,7 @@ fn text(value: &Value) -> Result<Cow<'_, str>, Error> {
 }
 
 /// The items of a list; what is not there has none, and is an error.
-fn items(value: &Value) -> Result<ValueIter, Error> {
+pub(super) fn items(value: &Value) -> Result<ValueIter, Error> {
     if value.is_undefined() { Err(Error::from(ErrorKind::UndefinedError)) } else { value.try_iter() }
 }
 
@@ -320,24 +326,34 @@ fn library(fuel: u64) -> Environment<'static> {
             if value.is_number() { Ok(value) } else { Err(failed("only numbers can be multiplied")) }
         },
     );
+    env.add_filter(TEXT, |value: Value| match value.as_str() {
+        Some(text) => pay(text.len()).map(|()| value),
+        None => text(&value).map(|text| Value::from(text.as_ref())),
+    });
+    env.add_filter(METHOD, |value: &Value, name: String, args: Rest<ValueOrKwargs>| methods::call(value, &name, args));
     add_text_filters(&mut env);
     add_value_filters(&mut env);
+    more::add(&mut env);
     add_tests(&mut env);
     env
+}
+
+pub(super) fn titled(text: &str) -> String {
+    filters::title(Cow::Borrowed(text))
+}
+
+pub(super) fn capitalized(text: &str) -> String {
+    let mut chars = text.chars();
+    let first = chars.next().map(char::to_uppercase).into_iter().flatten();
+    first.chain(chars.as_str().to_lowercase().chars()).collect()
 }
 
 fn add_text_filters(env: &mut Environment<'static>) {
     // Upper and lower case may take three times the bytes.
     env.add_filter("upper", |v: &Value| text(v).and_then(|t| pay(t.len() * 3).map(|()| t.to_uppercase())));
     env.add_filter("lower", |v: &Value| text(v).and_then(|t| pay(t.len() * 3).map(|()| t.to_lowercase())));
-    env.add_filter("title", |v: &Value| text(v).and_then(|t| pay(t.len() * 3).map(|()| filters::title(t))));
-    env.add_filter("capitalize", |v: &Value| {
-        let text = text(v)?;
-        pay(text.len() * 3)?;
-        let mut chars = text.chars();
-        let first = chars.next().map(char::to_uppercase).into_iter().flatten();
-        Ok::<_, Error>(first.chain(chars.as_str().to_lowercase().chars()).collect::<String>())
-    });
+    env.add_filter("title", |v: &Value| text(v).and_then(|t| pay(t.len() * 3).map(|()| titled(&t))));
+    env.add_filter("capitalize", |v: &Value| text(v).and_then(|t| pay(t.len() * 3).map(|()| capitalized(&t))));
     env.add_filter("trim", |v: &Value| text(v).map(|text| text.trim().to_owned()));
     env.add_filter("string", |v: &Value| text(v).map(Cow::into_owned));
     env.add_filter("lines", |v: &Value| {
@@ -372,10 +388,19 @@ fn add_text_filters(env: &mut Environment<'static>) {
         });
         Ok::<_, Error>(indented.collect::<Vec<_>>().join("\n"))
     });
-    env.add_filter("join", |v: &Value, by: Option<&Value>| {
-        let by = by.map(text).transpose()?.unwrap_or_default();
+    env.add_filter("join", |v: &Value, by: Option<&Value>, named: Kwargs| {
+        let (separator, attribute) = (named.get::<Option<Value>>("d")?, named.get::<Option<String>>("attribute")?);
+        named.assert_all_used()?;
+        let by = by.or(separator.as_ref()).map(text).transpose()?.unwrap_or_default();
         let mut joined = String::new();
         for (number, item) in items(v)?.enumerate() {
+            let item = match &attribute {
+                None => item,
+                Some(path) => path.split('.').try_fold(item, |item, key| {
+                    pay(key.len() + 1)?;
+                    item.get_attr(key)
+                })?,
+            };
             let item = text(&item)?;
             pay(by.len() + 1)?;
             if number > 0 {

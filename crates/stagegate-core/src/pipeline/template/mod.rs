@@ -10,7 +10,10 @@
 
 mod compiled;
 mod data;
+mod filters;
+mod guards;
 mod library;
+mod methods;
 mod references;
 mod sandbox;
 
@@ -84,6 +87,10 @@ pub(super) struct Template {
     stages: Vec<String>,
     /// Whether it names the input.
     input: bool,
+    /// Whether it names the output under judgement.
+    output: bool,
+    /// Something that the release before this one cannot render.
+    newest: Option<String>,
 }
 
 impl Template {
@@ -112,12 +119,23 @@ impl Template {
             return Err(flaws);
         }
         let compiled = Compiled::new(source, kind).map_err(|error| vec![syntax_flaw(&error)])?;
-        Ok(Self { compiled, kind, stages: named.stages, input: named.input })
+        let references::Named { stages, input, output, newest } = named;
+        Ok(Self { compiled, kind, stages, input, output, newest })
     }
 
     /// The stages whose outputs it names, and whether it names the input.
     pub(super) fn names(&self) -> (&[String], bool) {
         (&self.stages, self.input)
+    }
+
+    /// Whether it names the output under judgement.
+    pub(super) fn names_output(&self) -> bool {
+        self.output
+    }
+
+    /// Something in it that the release before this one cannot render.
+    pub(super) fn newest(&self) -> Option<&str> {
+        self.newest.as_deref()
     }
 
     /// Renders to text.

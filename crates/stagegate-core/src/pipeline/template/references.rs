@@ -10,11 +10,14 @@ use minijinja::machinery::{
     ast::{self, CallArg, Expr, Stmt},
 };
 
-use super::{Flaw, library};
+use super::{Flaw, filters, guards, library, methods};
 use crate::{
     Code,
     error::nearest,
-    pipeline::path::{cut, listed},
+    pipeline::{
+        path::{cut, listed},
+        pattern::{self, Pattern},
+    },
 };
 
 /// The most flaws of one template that are told.
@@ -25,12 +28,14 @@ const FLAWS_MAX: usize = 100;
 pub(in crate::pipeline) struct Keys<'a> {
     in_order: Vec<&'a str>,
     known: HashSet<&'a str>,
+    /// Those that may be left out.
+    optional: HashSet<&'a str>,
 }
 
 impl<'a> FromIterator<&'a str> for Keys<'a> {
     fn from_iter<I: IntoIterator<Item = &'a str>>(keys: I) -> Self {
         let in_order: Vec<&str> = keys.into_iter().collect();
-        Self { known: in_order.iter().copied().collect(), in_order }
+        Self { known: in_order.iter().copied().collect(), in_order, optional: HashSet::new() }
     }
 }
 
@@ -38,6 +43,12 @@ impl<'a> Keys<'a> {
     /// Whether there are none.
     pub(in crate::pipeline) fn is_empty(&self) -> bool {
         self.in_order.is_empty()
+    }
+
+    /// The same, where these may be left out.
+    pub(in crate::pipeline) fn optional(mut self, is_optional: impl Fn(&str) -> bool) -> Self {
+        self.optional = self.in_order.iter().copied().filter(|key| is_optional(key)).collect();
+        self
     }
 
     fn has(&self, key: &str) -> bool {
@@ -70,6 +81,9 @@ pub(in crate::pipeline) struct Scope<'a> {
     pub(in crate::pipeline) run: bool,
     /// Whether `output` is known here: an expression of a gate.
     pub(in crate::pipeline) output: bool,
+    /// Whether a key that may be left out is only used where it is surely there, or with a default. Stored definitions
+    /// were registered under whatever rules there were.
+    pub(in crate::pipeline) strict: bool,
 }
 
 /// What a template names.
@@ -77,12 +91,22 @@ pub(in crate::pipeline) struct Scope<'a> {
 pub(super) struct Named {
     pub(super) stages: Vec<String>,
     pub(super) input: bool,
+    /// Whether it names the output under judgement.
+    pub(super) output: bool,
+    /// Something that the release before this one cannot render.
+    pub(super) newest: Option<String>,
 }
 
 /// Walks the tree; every flaw at once.
 pub(super) fn check(tree: &Stmt<'_>, scope: &Scope<'_>) -> (Named, Vec<Flaw>) {
-    let mut walker =
-        Walker { scope, locals: vec![BTreeSet::new()], named: Named::default(), flaws: Vec::new(), dashed: false };
+    let mut walker = Walker {
+        scope,
+        locals: vec![BTreeSet::new()],
+        named: Named::default(),
+        flaws: Vec::new(),
+        dashed: false,
+        proven: Vec::new(),
+    };
     walker.statement(tree);
     (walker.named, walker.flaws)
 }
@@ -95,7 +119,12 @@ struct Walker<'a, 's> {
     flaws: Vec<Flaw>,
     /// Whether what was last looked at was the front of an id with `-`, which reads as a subtraction.
     dashed: bool,
+    /// The names with keys that are surely there, for the conditions that stand around.
+    proven: Vec<String>,
 }
+
+/// What a condition proves.
+type Proof = fn(&Expr<'_>, &mut Vec<String>);
 
 impl<'a> Walker<'a, '_> {
     fn flaw(&mut self, span: Span, message: impl Into<String>, mend: impl Into<String>) {
@@ -124,6 +153,18 @@ impl<'a> Walker<'a, '_> {
         self.locals.push(BTreeSet::new());
         inside(self);
         self.locals.pop();
+    }
+
+    /// Looks at what is reached only where a condition holds, or only where it does not.
+    fn where_proven(&mut self, condition: &Expr<'a>, proof: Proof, inside: impl FnOnce(&mut Self)) {
+        let before = self.proven.len();
+        proof(condition, &mut self.proven);
+        inside(self);
+        self.proven.truncate(before);
+    }
+
+    fn is_newer(&mut self, what: impl FnOnce() -> String) {
+        self.named.newest.get_or_insert_with(what);
     }
 
     fn body(&mut self, statements: &[Stmt<'a>]) {
@@ -156,8 +197,8 @@ impl<'a> Walker<'a, '_> {
             Stmt::IfCond(node) => {
                 self.expression(&node.expr);
                 // A name set in a branch is there afterwards, if the branch was taken.
-                self.body(&node.true_body);
-                self.body(&node.false_body);
+                self.where_proven(&node.expr, guards::if_true, |walker| walker.body(&node.true_body));
+                self.where_proven(&node.expr, guards::if_false, |walker| walker.body(&node.false_body));
             }
             Stmt::WithBlock(node) => self.scoped(|walker| {
                 for (target, value) in &node.assignments {
@@ -196,10 +237,13 @@ impl<'a> Walker<'a, '_> {
         self.scoped(|walker| {
             walker.assign(&node.target);
             node.filter_expr.iter().for_each(|filter| walker.expression(filter));
+            let before = walker.proven.len();
+            node.filter_expr.iter().for_each(|filter| guards::if_true(filter, &mut walker.proven));
             if let Some(names) = walker.locals.last_mut() {
                 names.insert("loop");
             }
             walker.body(&node.body);
+            walker.proven.truncate(before);
         });
         self.scoped(|walker| walker.body(&node.else_body));
     }
@@ -215,7 +259,7 @@ impl<'a> Walker<'a, '_> {
     }
 
     fn expression(&mut self, expr: &Expr<'a>) {
-        if self.path(expr) {
+        if self.path(expr, false) {
             return;
         }
         match expr {
@@ -227,9 +271,19 @@ impl<'a> Walker<'a, '_> {
             Expr::UnaryOp(node) => self.expression(&node.expr),
             Expr::BinOp(node) => {
                 self.dashed = false;
+                if matches!(node.op, ast::BinOpKind::Sub) && self.dashed_key(&node.left, &node.right) {
+                    return;
+                }
                 self.expression(&node.left);
-                if !(self.dashed && matches!(node.op, ast::BinOpKind::Sub)) {
-                    self.expression(&node.right);
+                match node.op {
+                    ast::BinOpKind::Sub if self.dashed => {}
+                    ast::BinOpKind::ScAnd => {
+                        self.where_proven(&node.left, guards::if_true, |walker| walker.expression(&node.right));
+                    }
+                    ast::BinOpKind::ScOr => {
+                        self.where_proven(&node.left, guards::if_false, |walker| walker.expression(&node.right));
+                    }
+                    _ => self.expression(&node.right),
                 }
             }
             Expr::Compare(node) => {
@@ -238,17 +292,30 @@ impl<'a> Walker<'a, '_> {
             }
             Expr::IfExpr(node) => {
                 self.expression(&node.test_expr);
-                self.expression(&node.true_expr);
-                node.false_expr.iter().for_each(|e| self.expression(e));
+                self.where_proven(&node.test_expr, guards::if_true, |walker| walker.expression(&node.true_expr));
+                match &node.false_expr {
+                    Some(otherwise) => {
+                        self.where_proven(&node.test_expr, guards::if_false, |walker| walker.expression(otherwise));
+                    }
+                    None => self.is_newer(|| "an `if` without `else`".to_owned()),
+                }
             }
             Expr::Filter(node) => {
                 self.known("filter", node.name, library::FILTERS, node.span());
-                node.expr.iter().for_each(|e| self.expression(e));
+                self.filter(node);
+                match &node.expr {
+                    Some(expr) if guards::is_default(node.name) => self.tolerant(expr),
+                    expr => expr.iter().for_each(|e| self.expression(e)),
+                }
                 self.arguments(&node.args);
             }
             Expr::Test(node) => {
                 self.known("test", node.name, library::TESTS, node.span());
-                self.expression(&node.expr);
+                if ["defined", "undefined"].contains(&node.name) {
+                    self.tolerant(&node.expr);
+                } else {
+                    self.expression(&node.expr);
+                }
                 self.arguments(&node.args);
             }
             Expr::GetAttr(node) => self.expression(&node.expr),
@@ -263,6 +330,34 @@ impl<'a> Walker<'a, '_> {
         }
     }
 
+    /// What may be missing.
+    fn tolerant(&mut self, expr: &Expr<'a>) {
+        if !self.path(expr, true) {
+            self.expression(expr);
+        }
+    }
+
+    /// What is new about a filter, and a pattern that it is given as it stands.
+    fn filter(&mut self, node: &ast::Filter<'a>) {
+        if filters::NAMES.contains(&node.name) || (node.name == "join" && node.args.len() > 1) {
+            self.is_newer(|| format!("the filter `{}`", node.name));
+        }
+        if node.name != "regex_replace" {
+            return;
+        }
+        for arg in &node.args {
+            let (CallArg::Pos(expr) | CallArg::Kwarg("pattern", expr)) = arg else { continue };
+            if let Expr::Const(constant) = expr
+                && let Some(source) = constant.value.as_str()
+                && let Err(error) = Pattern::compile(source)
+            {
+                let (message, mend) = pattern::why_not(source, &error);
+                self.flaw(expr.span(), message, mend);
+            }
+            return;
+        }
+    }
+
     fn known(&mut self, what: &str, name: &str, known: &[&str], span: Span) {
         if known.contains(&name) {
             return;
@@ -274,24 +369,77 @@ impl<'a> Walker<'a, '_> {
         self.flaw(span, format!("there is no {what} `{name}`"), mend);
     }
 
-    /// Only `range(…)` and the methods of `loop` can be called.
+    /// Only `range(…)`, the methods of `loop`, and those of texts, maps and lists can be called.
     fn call(&mut self, node: &ast::Call<'a>, span: Span) {
-        let allowed = match &node.expr {
-            Expr::Var(var) => var.id == "range" && !self.is_local("range"),
-            Expr::GetAttr(attr) => {
-                matches!(&attr.expr, Expr::Var(var) if var.id == "loop") && ["cycle", "changed"].contains(&attr.name)
+        match &node.expr {
+            Expr::Var(var) if var.id == "range" && !self.is_local("range") => {}
+            Expr::GetAttr(attr) if matches!(&attr.expr, Expr::Var(var) if var.id == "loop") => {
+                if !["cycle", "changed"].contains(&attr.name) {
+                    self.flaw(span, format!("`loop` has no method `{}`", attr.name), "it has `cycle` and `changed`");
+                }
             }
-            _ => false,
-        };
-        if !allowed {
-            let mend = "only range(…) can be called; use filters instead: `{{ text | upper }}`";
-            self.flaw(span, "this cannot be called", mend);
+            Expr::GetAttr(attr) => {
+                self.expression(&attr.expr);
+                self.method(attr.name, span);
+            }
+            Expr::Var(var) => {
+                let mend = match nearest(var.id, library::FILTERS.iter().copied()) {
+                    Some(filter) => {
+                        format!("only range(…) can be called; `{filter}` is a filter: `{{{{ value | {filter} }}}}`")
+                    }
+                    None => "only range(…) can be called; use filters instead: `{{ text | upper }}`".to_owned(),
+                };
+                self.flaw(span, format!("`{}` cannot be called", cut(var.id, 80)), mend);
+            }
+            _ => self.flaw(span, "this cannot be called", "use filters instead: `{{ text | upper }}`"),
         }
         self.arguments(&node.args);
     }
 
+    fn method(&mut self, name: &str, span: Span) {
+        if methods::METHODS.contains(&name) {
+            return self.is_newer(|| format!("the method `{name}`"));
+        }
+        let mend = if let Some((_, instead)) = methods::INSTEAD.iter().find(|(of, _)| *of == name) {
+            (*instead).to_owned()
+        } else if let Some(near) = nearest(name, methods::METHODS.iter().copied()) {
+            format!("did you mean `{near}`?")
+        } else if library::FILTERS.contains(&name) {
+            format!("it is a filter: `{{{{ value | {name} }}}}`")
+        } else {
+            format!("known: {}; or use filters", methods::METHODS.join(", "))
+        };
+        self.flaw(span, format!("there is no method `{}`", cut(name, 80)), mend);
+    }
+
+    /// A key with `-` that is written without brackets, such as `input.user-name`: it reads as a subtraction.
+    fn dashed_key(&mut self, left: &Expr<'a>, right: &Expr<'a>) -> bool {
+        let (Expr::GetAttr(front), Some(back)) = (left, first_name(right)) else { return false };
+        let is_known = self.is_local(back) || self.globals().contains(&back) || back == "range";
+        if is_known || !matches!(&front.expr, Expr::Var(var) if var.id == "input" && !self.is_local("input")) {
+            return false;
+        }
+        let key = format!("{}-{back}", front.name);
+        let declared = self.scope.input.as_ref().and_then(|keys| {
+            keys.in_order.iter().copied().filter(|known| *known == key || known.starts_with(&format!("{key}-"))).min()
+        });
+        if declared.is_none() && self.scope.input.as_ref().is_some_and(|keys| keys.has(front.name)) {
+            return false;
+        }
+        let shown = declared.unwrap_or(&key).to_owned();
+        let message = format!("`input.{}` reads as a subtraction", cut(&shown, 80));
+        self.named.input = true;
+        self.flaw(
+            left.span(),
+            message,
+            format!("write `input['{}']`: a key with `-` stands in brackets", cut(&shown, 80)),
+        );
+        true
+    }
+
     /// Checks a name with the keys that follow it, such as `stages['a'].output.b`; false if `expr` is no such thing.
-    fn path(&mut self, expr: &Expr<'a>) -> bool {
+    /// Where it is `tolerant`, the last key may be missing.
+    fn path(&mut self, expr: &Expr<'a>, tolerant: bool) -> bool {
         let mut keys = Vec::new();
         let mut inner = expr;
         let var = loop {
@@ -317,16 +465,18 @@ impl<'a> Walker<'a, '_> {
         };
         keys.reverse();
         let span = var.span();
+        let tolerated = if tolerant { keys.len() } else { usize::MAX };
         match var.id {
             name if self.is_local(name) => {}
-            "input" => self.input(&keys, span),
-            "stages" => self.stage(&keys, span),
+            "input" => self.input(&keys, tolerated == 1, span),
+            "stages" => self.stage(&keys, tolerated == 3, span),
             "run" if self.scope.run => {
                 if !matches!(keys.as_slice(), [Some(id)] if id == "id") {
                     self.flaw(span, "a run has nothing but its id", "write `run.id`");
                 }
             }
             "output" if self.scope.output => {
+                self.named.output = true;
                 if let Some(id) = self.scope.stage {
                     self.output_key(id, keys.first(), "output", span);
                 }
@@ -351,10 +501,23 @@ impl<'a> Walker<'a, '_> {
         self.flaw(span, format!("there is no `{name}`"), mend);
     }
 
-    fn input(&mut self, keys: &[Option<String>], span: Span) {
+    /// Tells a key that may be left out, and is used as if it were always there.
+    fn may_be_missing(&mut self, path: &str, written: &str, mend: &str, span: Span) {
+        if self.scope.strict && !self.proven.iter().any(|proven| proven == path) {
+            let message = format!("`{written}` may be left out, and then this would fail");
+            let mend = format!("write `{written} | default('')`, ask `{written} is defined` first, or {mend}");
+            self.flaw(span, message, mend);
+        }
+    }
+
+    fn input(&mut self, keys: &[Option<String>], tolerant: bool, span: Span) {
         self.named.input = true;
         let (Some(Some(key)), Some(known)) = (keys.first(), &self.scope.input) else { return };
         if known.has(key) {
+            if known.optional.contains(key.as_str()) && !tolerant {
+                let mend = format!("add `{key}` to the `required` of the input, or a `default` to its schema");
+                self.may_be_missing(&guards::name("input", [key.as_str()]), &written("input", key), &mend, span);
+            }
             return;
         }
         let mend = match known.nearest(key) {
@@ -378,7 +541,7 @@ impl<'a> Walker<'a, '_> {
         self.flaw(span, format!("the schema of the output of stage `{id}` declares no `{key}`"), mend);
     }
 
-    fn stage(&mut self, keys: &[Option<String>], span: Span) {
+    fn stage(&mut self, keys: &[Option<String>], tolerant: bool, span: Span) {
         let mend_form = "write `stages.id.output` or `stages['the-id'].output`";
         let Some(Some(id)) = keys.first() else {
             return self.flaw(span, "`stages` is used without the id of a stage", mend_form);
@@ -400,7 +563,12 @@ impl<'a> Walker<'a, '_> {
                 let message = format!("a stage has no `{key}`, only its `output`");
                 return self.flaw(span, message, format!("write `{}`", stage_output(id)));
             }
-            _ => return self.flaw(span, format!("stage `{id}` is used without `.output`"), mend_form),
+            _ => {
+                let dashed = self.scope.stages.iter().find(|known| known.starts_with(&format!("{id}-")));
+                let mend = dashed
+                    .map_or_else(|| mend_form.to_owned(), |known| format!("{mend_form}; or `{}`", stage_output(known)));
+                return self.flaw(span, format!("stage `{id}` is used without `.output`"), mend);
+            }
         }
         if self.scope.stage == Some(id.as_str()) {
             let mend = "a template sees only the stages that come before it";
@@ -414,7 +582,34 @@ impl<'a> Walker<'a, '_> {
             self.named.stages.push(id.clone());
         }
         self.output_key(id, keys.get(2), &stage_output(id), span);
+        if let Some(Some(key)) = keys.get(2)
+            && !tolerant
+            && self.scope.outputs.get(id.as_str()).is_some_and(|known| known.optional.contains(key.as_str()))
+        {
+            let path = guards::name("stages", [id.as_str(), "output", key]);
+            let mend = format!("add `{key}` to the `required` of that output's schema");
+            self.may_be_missing(&path, &written(&stage_output(id), key), &mend, span);
+        }
     }
+}
+
+/// The name that an expression begins with.
+fn first_name<'a>(expr: &Expr<'a>) -> Option<&'a str> {
+    match expr {
+        Expr::Var(var) => Some(var.id),
+        Expr::GetAttr(node) => first_name(&node.expr),
+        Expr::GetItem(node) => first_name(&node.expr),
+        Expr::Filter(node) => first_name(node.expr.as_ref()?),
+        Expr::BinOp(node) => first_name(&node.left),
+        _ => None,
+    }
+}
+
+/// How a key is written in a template.
+fn written(map: &str, key: &str) -> String {
+    let is_name = key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && !key.starts_with(|c: char| c.is_ascii_digit());
+    if is_name { format!("{map}.{key}") } else { format!("{map}['{}']", cut(key, 80)) }
 }
 
 /// How the output of a stage is written in a template.

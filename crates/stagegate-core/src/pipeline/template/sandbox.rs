@@ -13,6 +13,8 @@ use minijinja::{
     },
 };
 
+use super::guards;
+
 /// Charges for its value's size.
 pub(super) const CHARGE: &str = "(charge)";
 /// Passes numbers alone: texts and lists cannot be multiplied.
@@ -21,6 +23,10 @@ pub(super) const NUMBER: &str = "(number)";
 pub(super) const INDEXED: &str = "(indexed)";
 /// Takes a part of a text or a list.
 pub(super) const SLICE: &str = "(slice)";
+/// Makes its value a text, as it would be inserted.
+pub(super) const TEXT: &str = "(text)";
+/// Calls the method that its first argument names.
+pub(super) const METHOD: &str = "(method)";
 /// The value of `loop.cycle(…)` in this round.
 pub(super) const CYCLE: &str = "(cycle)";
 
@@ -68,13 +74,26 @@ fn binary<'a>(node: &ast::BinOp<'a>) -> ast::BinOp<'a> {
     let op = node.op;
     let (left, right) = match op {
         BinOpKind::ScAnd | BinOpKind::ScOr => (expression(&node.left), expression(&node.right)),
+        BinOpKind::Concat => (through(TEXT, expression(&node.left)), through(TEXT, expression(&node.right))),
         BinOpKind::Mul => (through(NUMBER, expression(&node.left)), through(NUMBER, expression(&node.right))),
         _ => (through(CHARGE, expression(&node.left)), through(CHARGE, expression(&node.right))),
     };
     ast::BinOp { op, left, right }
 }
 
-/// The safe form of an expression.
+/// The safe form of what may be missing: `a if b` is missing where `b` does not hold.
+fn optional_value<'a>(expr: &Expr<'a>) -> Expr<'a> {
+    match expr {
+        Expr::IfExpr(node) if node.false_expr.is_none() => {
+            let (test_expr, true_expr) = (expression(&node.test_expr), expression(&node.true_expr));
+            Expr::IfExpr(at(expr.span(), ast::IfExpr { test_expr, true_expr, false_expr: None }))
+        }
+        other => expression(other),
+    }
+}
+
+/// The safe form of an expression. `a if b` without an `else` is an empty text where `b` does not hold, as in Jinja; only
+/// what asks whether it is there sees that it is missing.
 pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
     let span = expr.span();
     match expr {
@@ -103,11 +122,16 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
             ast::IfExpr {
                 test_expr: expression(&node.test_expr),
                 true_expr: expression(&node.true_expr),
-                false_expr: optional(node.false_expr.as_ref()),
+                false_expr: Some(
+                    node.false_expr
+                        .as_ref()
+                        .map_or_else(|| Expr::Const(at(span, ast::Const { value: Value::from("") })), expression),
+                ),
             },
         )),
         Expr::Filter(node) => {
-            let (expr, args) = (optional(node.expr.as_ref()), arguments(&node.args));
+            let inner = if guards::is_default(node.name) { optional_value } else { expression };
+            let (expr, args) = (node.expr.as_ref().map(inner), arguments(&node.args));
             // From what is filtered on, so that an error shows it.
             let span = expr.as_ref().map_or(span, |expr| Span {
                 start_line: expr.span().start_line,
@@ -118,7 +142,9 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
             Expr::Filter(at(span, ast::Filter { name: node.name, expr, args }))
         }
         Expr::Test(node) => {
-            let (expr, args) = (expression(&node.expr), arguments(&node.args));
+            let is_asked = ["defined", "undefined"].contains(&node.name);
+            let inner = if is_asked { optional_value } else { expression };
+            let (expr, args) = (inner(&node.expr), arguments(&node.args));
             Expr::Test(at(span, ast::Test { name: node.name, expr, args }))
         }
         Expr::GetAttr(node) => Expr::GetAttr(at(span, ast::GetAttr { expr: expression(&node.expr), name: node.name })),
@@ -136,6 +162,12 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
                 let expr = Some(Expr::GetAttr(at(span, round)));
                 Expr::Filter(at(span, ast::Filter { name: CYCLE, expr, args: arguments(&node.args) }))
             }
+            Expr::GetAttr(method) if !is_loop(&method.expr) => {
+                let name = CallArg::Pos(Expr::Const(at(span, ast::Const { value: Value::from(method.name) })));
+                let args = std::iter::once(name).chain(arguments(&node.args)).collect();
+                let expr = Some(expression(&method.expr));
+                Expr::Filter(at(method.expr.span(), ast::Filter { name: METHOD, expr, args }))
+            }
             _ => {
                 let args = arguments_through(&node.args, charge);
                 Expr::Call(at(span, ast::Call { expr: expression(&node.expr), args }))
@@ -148,6 +180,10 @@ pub(super) fn expression<'a>(expr: &Expr<'a>) -> Expr<'a> {
             through(CHARGE, Expr::Map(at(span, ast::Map { keys, values })))
         }
     }
+}
+
+fn is_loop(expr: &Expr<'_>) -> bool {
+    matches!(expr, Expr::Var(var) if var.id == "loop")
 }
 
 fn body<'a>(statements: &[Stmt<'a>]) -> Vec<Stmt<'a>> {

@@ -15,6 +15,7 @@ fn scope<'a>() -> Scope<'a> {
         input: Some(Rc::new(["brief", "title"].into_iter().collect())),
         run: true,
         output: false,
+        strict: true,
     }
 }
 
@@ -91,6 +92,158 @@ fn the_language_is_that_of_jinja() {
 }
 
 #[test]
+fn methods_and_filters_are_those_that_people_know() {
+    for (expression, text) in [
+        ("'aB'.upper() ~ 'aB'.lower() ~ 'a b'.title() ~ 'aB'.capitalize()", "ABabA BAb"),
+        ("' x '.strip() ~ '|' ~ 'xxaxx'.strip('x') ~ 'xa'.lstrip('x') ~ 'ax'.rstrip('x')", "x|aaa"),
+        ("'a,b,c'.split(',', 1)", r#"["a","b,c"]"#),
+        ("' a  b c '.split() ", r#"["a","b","c"]"#),
+        ("'a b  c'.split(none, 1)", r#"["a","b  c"]"#),
+        ("'a.b.c'.rsplit('.', 1)", r#"["a.b","c"]"#),
+        ("'a b c'.rsplit(none, 1)", r#"["a b","c"]"#),
+        ("'a\r\nb'.splitlines()", r#"["a","b"]"#),
+        ("'abab'.replace('a', 'x') ~ 'abab'.replace('a', 'x', 1)", "xbxbxbab"),
+        ("'abc'.startswith('ab') and 'abc'.endswith(['x', 'c']) and not 'abc'.startswith('b')", "true"),
+        ("'pre-a'.removeprefix('pre-') ~ 'a.md'.removesuffix('.md')", "aa"),
+        ("'\u{fc}ab'.find('b') ~ 'x'.find('y') ~ 'aXa'.count('a')", "2-12"),
+        ("', '.join(['a', 1, {'k': none}])", r#"a, 1, {"k":null}"#),
+        (
+            "'12'.isdigit() ~ 'a1'.isalpha() ~ 'a1'.isalnum() ~ ' '.isspace() ~ 'A'.isupper() ~ 'A'.islower()",
+            "truefalsetruetruetruefalse",
+        ),
+        ("{'b': 1, 'a': 2}.items()", r#"[["a",2],["b",1]]"#),
+        ("{'b': 1, 'a': 2}.keys() ~ {'b': 1, 'a': 2}.values()", r#"["a","b"][2,1]"#),
+        ("input.get('n') ~ input.get('zz') ~ input.get('zz', 'other')", "3nullother"),
+        ("[1, 2, 1].count(1) ~ [1, 2].index(2)", "21"),
+        ("'one two three' | truncate(7)", "one..."),
+        ("'one two three' | truncate(8, true, '\u{2026}', leeway=0)", "one two\u{2026}"),
+        ("'short' | truncate(3)", "short"),
+        ("'one, two_2 three!' | wordcount", "3"),
+        ("[1, 2, 3] | batch(2, 0)", "[[1,2],[3,0]]"),
+        ("'%s: %.2f %d %%' | format({'a': true}, 1.5, 3)", r#"{"a":true}: 1.50 3 %"#),
+        ("'%(a)s' | format(a=[1])", "[1]"),
+        ("('{\"a\": [1, 2.50]}' | fromjson).a[1]", "2.5"),
+        ("'2026-11-29' | regex_replace('(\\\\d+)-(\\\\d+)', '\\\\2/\\\\1')", "11/2026-29"),
+        ("'aAa' | regex_replace('a', '$1', ignorecase=true, count=2)", "$1$1a"),
+        ("[{'k': 'x'}, {'k': 1}] | join('+', attribute='k')", "x+1"),
+    ] {
+        assert_eq!(render(&format!("{{{{ {expression} }}}}")).as_deref(), Ok(text), "{expression}");
+    }
+    for wrong in [
+        "1.upper()",
+        "[].upper()",
+        "input.zz.upper()",
+        "'a'.split('')",
+        "'a'.startswith(1)",
+        "'a'.upper(1, 2)",
+        "'a'.split(sep=',')",
+        "[1] | batch(0)",
+        "'%9999d' | format(1)",
+        "'%*d' | format(9, 1)",
+        "'{' | fromjson",
+        "'a' | truncate(lenght=3)",
+        "'a' | regex_replace(input.brief ~ '(', '')",
+        "[1].index(2)",
+    ] {
+        let error = render(&format!("{{{{ {wrong} }}}}")).expect_err(wrong);
+        assert!(!error.is_empty() && error.len() < 300, "{wrong}: {error}");
+    }
+}
+
+#[test]
+fn an_if_without_else_is_empty_unless_one_asks_whether_it_is_there() {
+    for (template, text) in [
+        ("a{{ 'x' if input.n == 2 }}b", "ab"),
+        ("a{{ 'x' if input.n == 3 }}b", "axb"),
+        ("{{ 'p' ~ ('x' if false) ~ 'q' }}", "pq"),
+        ("{{ ('x' if false) | default('y') }}{{ ('x' if false) is defined }}", "yfalse"),
+        ("{% for x in (input.list if false) %}{{ x }}{% else %}none{% endfor %}", "none"),
+        ("{% set v = 1 if false %}[{{ v }}]", "[]"),
+        ("{{ ['a', 'b' if false] | join('-') }}", "a-"),
+    ] {
+        assert_eq!(render(template).as_deref(), Ok(text), "{template}");
+    }
+    let template = Template::text("{{ 'x' if false }}", &open()).expect("valid");
+    assert_eq!(run(|vars| template.value(vars)), Ok(json!("")), "in an output mapping too");
+}
+
+#[test]
+fn data_becomes_the_same_text_in_whichever_way_it_is_made() {
+    let json = r#"[1,2,{"a":null,"b":1}]"#;
+    for template in [
+        "{{ input.list }}",
+        "{{ '' ~ input.list }}",
+        "{{ input.list ~ '' }}",
+        "{{ [input.list] | join }}",
+        "{{ ''.join([input.list]) }}",
+        "{{ input.list | string }}",
+        "{{ input.list | tojson }}",
+        "{{ '%s' | format(input.list) }}",
+        "{% for x in [input.list] %}{{ x }}{% endfor %}",
+        "{% set t %}{{ input.list }}{% endset %}{{ t }}",
+        "{% filter trim %}{{ input.list }}{% endfilter %}",
+    ] {
+        assert_eq!(render(template).as_deref(), Ok(json), "{template}");
+    }
+    assert_eq!(render("{{ none ~ true ~ 1.5 ~ 'a' }}").as_deref(), Ok("nulltrue1.5a"));
+    assert!(render("{{ 'a' ~ input.missing }}").expect_err("missing").contains("missing"));
+}
+
+#[test]
+fn a_key_that_may_be_left_out_needs_a_default_or_a_condition() {
+    let keys = ["brief", "note"].into_iter().collect::<Keys<'_>>().optional(|key| key == "note");
+    let outputs = ["items", "extra"].into_iter().collect::<Keys<'_>>().optional(|key| key == "extra");
+    let outputs = Rc::new(HashMap::from([("design", outputs)]));
+    let scope = Scope { input: Some(Rc::new(keys)), outputs, ..scope() };
+    for good in [
+        "{{ input.brief }}{{ stages.design.output['items'] }}",
+        "{{ input.note | default('none') }}{{ input.note | d('') | upper }}",
+        "{% if input.note is defined %}{{ input.note }}{% endif %}",
+        "{% if input.note is not defined %}none{% else %}{{ input.note }}{% endif %}",
+        "{% if input.note is undefined %}none{% elif input.brief %}{{ input.note }}{% endif %}",
+        "{% if input.note is defined and input.note == 'x' %}{% endif %}",
+        "{% if input.note is undefined or input.note == 'x' %}{% endif %}",
+        "{% if 'note' in input %}{{ input.note }}{% endif %}{% if 'note' not in input %}{% else %}{{ input.note }}{% endif %}",
+        "{% if input.note | default(false) %}{{ input.note }}{% endif %}",
+        "{% if input.get('note') %}{{ input.note }}{% endif %}{{ input.get('note', 'x') }}",
+        "{{ input.note if input.note is defined else 'x' }}{{ input['note'] if input.note is defined }}",
+        "{% if stages.design.output.extra is defined %}{{ stages.design.output.extra.deep }}{% endif %}",
+    ] {
+        assert!(Template::text(good, &scope).is_ok(), "{good}: {:?}", Template::text(good, &scope));
+        assert!(Template::text(good, &Scope { strict: false, ..scope.clone() }).is_ok(), "{good}");
+    }
+    for bad in [
+        "{{ input.note }}",
+        "{% if input.note %}{% endif %}",
+        "{{ input.note.deep | default('x') }}",
+        "{{ 'x' if input.note }}",
+        "{% for x in input.note %}{% endfor %}",
+        "{% if input.note is defined %}{% endif %}{{ input['note'] }}",
+        "{% if input.note is defined or input.brief %}{{ input.note }}{% endif %}",
+        "{{ stages.design.output.extra }}",
+        "{{ [1] | select('eq', input.note) | list }}",
+    ] {
+        let flaws = Template::text(bad, &scope).expect_err(bad);
+        assert_eq!(flaws.len(), 1, "{bad}: {flaws:?}");
+        let mend = flaws[0].mend.as_deref().unwrap_or_default();
+        assert!(
+            flaws[0].message.contains("may be left out") && mend.contains("default") && mend.contains("required"),
+            "{bad}: {flaws:?}"
+        );
+        assert!(Template::text(bad, &Scope { strict: false, ..scope.clone() }).is_ok(), "stored ones go on: {bad}");
+    }
+}
+
+#[test]
+fn what_the_release_before_cannot_render_is_known() {
+    let newest = |text: &str| Template::text(text, &open()).expect("valid").newest().map(str::to_owned);
+    assert_eq!(newest("{{ input.brief | upper | join(', ') }}{{ 1 if true else 2 }}"), None);
+    for new in ["{{ 'a'.upper() }}", "{{ 'a' | truncate }}", "{{ 1 if true }}", "{{ [] | join('', attribute='a') }}"] {
+        assert!(newest(new).is_some(), "{new}");
+    }
+}
+
+#[test]
 fn a_missing_value_is_named_when_it_is_used() {
     let error = render("one\n{{ stages.design.output.nope }}").expect_err("missing");
     assert!(error.contains("line 2") && error.contains("nope"), "{error}");
@@ -128,8 +281,13 @@ fn everything_that_will_not_be_there_is_told_with_what_to_write() {
         ("{% set input = 1 %}", "`input` is taken", "another name"),
         ("{{ 'a' | uper }}", "no filter `uper`", "did you mean `upper`?"),
         ("{{ 1 is evn }}", "no test `evn`", "did you mean `even`?"),
-        ("{{ 'a'.upper() }}", "cannot be called", "filters"),
+        ("{{ 'a'.uper() }}", "no method `uper`", "did you mean `upper`?"),
+        ("{{ input.brief.append(1) }}", "no method `append`", "list + [item]"),
+        ("{{ 'a'.truncate(3) }}", "no method `truncate`", "value | truncate"),
         ("{{ debug() }}", "cannot be called", "range"),
+        ("{{ upper('a') }}", "cannot be called", "value | upper"),
+        ("{{ input.due-date }}", "`input.due-date` reads as a subtraction", "input['due-date']"),
+        ("{{ 'a' | regex_replace('(?!b)', '') }}", "look-around", "what must match"),
         ("{{ namespace(a=1) }}", "cannot be called", "range"),
         ("{% for x in [1] %}{% endfor %}{{ x }}", "no `x`", "known are"),
         ("{% autoescape true %}{% endautoescape %}", "does not exist", "known are"),
@@ -213,6 +371,13 @@ fn what_runs_away_is_stopped() {
         format!("{{% set t %}}{{% for a in range(50000) %}}{}{{% endfor %}}{{% endset %}}", "y".repeat(50_000)),
         "{{ input.long }}{{ input.long }}{{ input.long }}".to_owned(),
         "{{ range(99999) | map('replace', '1', input.long) | list | length }}".to_owned(),
+        "{{ input.long.split('x') | join(input.long) }}".to_owned(),
+        "{{ input.long.replace('x', input.long) }}".to_owned(),
+        "{{ input.long | regex_replace('x', input.long) }}".to_owned(),
+        "{{ range(99999) | map('regex_replace', '(a|b)*c{200}', '') | list }}".to_owned(),
+        "{{ [1] | batch(1000000000, 0) }}".to_owned(),
+        "{{ ('%s' ~ '%s') | format(input.long, input.long) | truncate(1000000) }}{{ input.long ~ input.long ~ input.long }}".to_owned(),
+        "{% for a in range(100000) %}{% if input.long.startswith('y') or input.long.strip() == 'y' %}{% endif %}{% endfor %}".to_owned(),
         "{% for a in range(100000) %}{% if input.long == input.long ~ 'x' %}{% endif %}{% endfor %}".to_owned(),
         "{{ range(99999) | map('tojson', 8) | map('indent', 100, true) | join('\n' * 100) }}".to_owned(),
     ] {
@@ -292,6 +457,8 @@ fn odd() -> impl proptest::strategy::Strategy<Value = String> {
             (one(), name(OPERATORS), one()).prop_map(|(a, op, b)| format!("(({a}) {op} ({b}))")),
             (one(), name(library::FILTERS), few.clone())
                 .prop_map(|(value, filter, args)| format!("(({value}) | {filter}({}))", args.join(", "))),
+            (one(), name(methods::METHODS), proptest::collection::vec(one(), 0..3))
+                .prop_map(|(value, method, args)| format!("(({value}).{method}({}))", args.join(", "))),
             (one(), name(library::TESTS).prop_filter("a name", |test| test.chars().all(char::is_alphabetic)), one())
                 .prop_map(|(value, test, arg)| format!("(({value}) is {test} ({arg}))")),
             (one(), name(library::TESTS), one())
@@ -307,6 +474,7 @@ fn odd() -> impl proptest::strategy::Strategy<Value = String> {
             (one(), one()).prop_map(|(value, at)| format!("(({value})[({at})])")),
             (one(), one(), one()).prop_map(|(a, b, c)| format!("(range({a}, {b}, {c}) | list)")),
             one().prop_map(|value| format!("(-({value}))")),
+            (one(), one()).prop_map(|(a, b)| format!("(({a}) if ({b}))")),
         ]
     })
 }

@@ -8,7 +8,7 @@ use http::{StatusCode, header::LOCATION};
 
 use crate::{
     context::{Admin, Context},
-    extract::Source,
+    extract::{DefinitionBundle, Source},
     openapi::DefinitionDocument,
     problem::Problem,
     views::{PipelineView, pipeline_version_path},
@@ -20,7 +20,12 @@ use crate::{
 /// there. Needs the role `admin`.
 #[utoipa::path(
     post, path = "/v1/pipelines", tag = "pipelines", operation_id = "registerPipeline",
-    request_body(content((DefinitionDocument = "application/json"), (String = "application/yaml"), (String = "text/yaml"))),
+    request_body(content(
+        (DefinitionDocument = "application/json"),
+        (String = "application/yaml"),
+        (String = "text/yaml"),
+        (DefinitionBundle = "application/vnd.stagegate.bundle+json"),
+    )),
     responses(
         (status = 201, description = "A new version.", body = PipelineView, headers(("Location" = String))),
         (status = 200, description = "The version with this content, which was there.", body = PipelineView),

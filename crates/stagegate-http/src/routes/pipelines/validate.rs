@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use crate::{
     context::{Context, Viewer},
-    extract::Source,
+    extract::{DefinitionBundle, Source},
     openapi::DefinitionDocument,
     problem::Problem,
 };
@@ -27,7 +27,12 @@ pub(crate) struct Validation {
 /// question: the answer is 200.
 #[utoipa::path(
     post, path = "/v1/pipelines/validate", tag = "pipelines", operation_id = "validatePipeline",
-    request_body(content((DefinitionDocument = "application/json"), (String = "application/yaml"), (String = "text/yaml"))),
+    request_body(content(
+        (DefinitionDocument = "application/json"),
+        (String = "application/yaml"),
+        (String = "text/yaml"),
+        (DefinitionBundle = "application/vnd.stagegate.bundle+json"),
+    )),
     responses((status = 200, description = "What was found.", body = Validation))
 )]
 pub(crate) async fn validate(context: Context<Viewer>, Source(source): Source) -> Result<Json<Validation>, Problem> {

@@ -12,8 +12,8 @@
 //! - `drafty`: a weak first draft, until the conversation holds a critique; then a revised answer;
 //! - `faulty`: every second call fails with a fault drawn from every kind that real providers have.
 //!
-//! A request that judges (a system message that starts with [`JUDGE_GREETING`] and a schema with `score` and
-//! `reason`) is answered with a low score where the judged text is a simulated first draft, else with a high one.
+//! A request that judges (a system message that starts with [`JUDGE_GREETING`] or asks for a verdict, and a schema with
+//! `score` or `verdict`, and `reason`) is answered with a low score where the judged text is a simulated first draft, else with a high one.
 //! Text answers begin with a line that says that they are simulated; in JSON, every string that the schema leaves
 //! free begins with `[simulated]`. (A schema without any free string leaves no place to say it.)
 
@@ -47,6 +47,9 @@ pub const MODELS: &[&str] = &["quick", "slow", "drafty", "faulty"];
 
 /// How the system message of every judge begins.
 pub const JUDGE_GREETING: &str = "You are a strict reviewer";
+
+/// Stands in the system message of every judge, also of one with words of its own.
+pub const JUDGE_FORM: &str = "Answer with a JSON object with the keys `";
 
 /// How the user message that carries a critique begins.
 pub const CRITIQUE_GREETING: &str = "Your previous answer did not pass review";
@@ -197,8 +200,14 @@ fn verdict(request: &ProviderRequest<'_>, schema: &Value, dice: &mut Dice) -> St
         (good, "Every point of the rubric is met, and each statement can be traced to the material.")
     };
     let mut verdict = json::instance(schema, &Prose::from_request(request), &format!("{MARK} "), dice);
-    // Two decimals are what a person would write.
-    verdict["score"] = json!((score * 100.0).round() / 100.0);
+    if schema["properties"].get("verdict").is_some() {
+        verdict["verdict"] = json!(if is_draft { "fail" } else { "pass" });
+    } else if schema["properties"]["score"]["type"] == "integer" {
+        verdict["score"] = json!(if is_draft { 2 } else { 5 });
+    } else {
+        // Two decimals are what a person would write.
+        verdict["score"] = json!((score * 100.0).round() / 100.0);
+    }
     verdict["reason"] = json!(format!("{MARK} {reason}"));
     verdict.to_string()
 }
@@ -217,8 +226,9 @@ fn hash(request: &ProviderRequest<'_>) -> [u8; 32] {
 fn judged_schema<'a>(request: &ProviderRequest<'a>) -> Option<&'a Value> {
     let OutputFormat::Json { schema: Some(schema) } = request.format else { return None };
     let has = |key: &str| schema["properties"].get(key).is_some();
-    let greeted = request.messages.iter().any(|m| m.role == Role::System && m.content.starts_with(JUDGE_GREETING));
-    (greeted && has("score") && has("reason")).then_some(schema.as_ref())
+    let is_judge = |text: &str| text.starts_with(JUDGE_GREETING) || text.contains(JUDGE_FORM);
+    let greeted = request.messages.iter().any(|m| m.role == Role::System && is_judge(&m.content));
+    (greeted && (has("score") || has("verdict")) && has("reason")).then_some(schema.as_ref())
 }
 
 /// The last critique in the conversation.

@@ -96,8 +96,14 @@ async fn roles_alternate_and_the_user_begins() {
         message(Role::Assistant, "four\n"),
     ]);
     ask.of(&provider).await.expect("an answer");
-    ask.messages = vec![message(Role::System, "only rules")];
-    ask.of(&provider).await.expect("an answer");
+    for silent in
+        [vec![message(Role::System, "only rules")], vec![message(Role::Assistant, "Hi"), message(Role::User, "x")]]
+    {
+        ask.messages = silent;
+        let refused = ask.of(&provider).await.expect_err("nothing is put in the user's place");
+        assert_eq!((refused.code, refused.retryable), (Code::ProviderRejected, false));
+        assert!(refused.message.contains("begin `messages` with `role: user`"), "{refused}");
+    }
 
     let calls = fake.calls();
     assert_eq!(
@@ -106,7 +112,7 @@ async fn roles_alternate_and_the_user_begins() {
     );
     assert_eq!(calls[0].body["system"], "late words");
     assert_eq!(calls[0].body["max_tokens"], 4096, "Anthropic demands a limit");
-    assert_eq!(calls[1].body["messages"], json!([{ "role": "user", "content": "Begin." }]));
+    assert_eq!(calls.len(), 1, "what is refused is not sent");
 }
 
 #[tokio::test]
