@@ -228,7 +228,7 @@ mod tests {
         write("name: half");
         assert!(look(&mut directory).is_empty(), "it still changed");
         let changed = look(&mut directory);
-        assert_eq!(changed, [(file.clone(), Ok("name: half".to_owned()))]);
+        assert_eq!(changed, [(file.clone(), Ok("name: half".into()))]);
         directory.settled.extend(changed);
         assert!(look(&mut directory).is_empty(), "it is known");
         fs::remove_file(&file).expect("there");

@@ -248,7 +248,8 @@ fn a_run_is_told_as_json_however_it_ends() {
 async fn the_commands_that_a_held_run_prints_work_as_they_are_pasted() {
     for tenant in ["default", "acme"] {
         let place = Place::new();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
+        let port =
+            std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
         let config = std::fs::read_to_string(place.path("stagegate.toml")).expect("there");
         place.write("stagegate.toml", &format!("[http]\nlisten = '127.0.0.1:{port}'\n{config}"));
         place.write("p.yaml", HOLDS);
