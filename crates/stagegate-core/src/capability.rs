@@ -28,6 +28,8 @@ open_words! {
         /// Reads definitions whose judges have a prompt, a scale and parameters of their own, with more model parameters,
         /// conversations made from data and gates that hold what passes; and renders the templates that came with them.
         OwnJudges = "own_judges",
+        /// Reads the comment and the edited output of an approval.
+        EditedApproval = "edited_approval",
     }
 }
 

@@ -147,6 +147,8 @@ codes! {
     OlderReplica = "SG0213", 409, "A replica of an older release would not understand this";
     /// The tenant may have no more pipelines or versions.
     QuotaReached = "SG0214", 403, "The tenant's quota is reached";
+    /// The output that a person edited is not of the stage's form, or does not pass its checks.
+    OutputRefused = "SG0215", 422, "The edited output does not fit the stage";
 
     // Why a run ended without success
     /// The gate failed and no attempt was left.

@@ -128,6 +128,31 @@ impl<'de> Deserialize<'de> for Event {
     }
 }
 
+/// What a person said who decided about a held output. The output itself, edited or not, is in the checkpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Decision {
+    /// Who decided; absent where nobody had to say who they are.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub by: Option<String>,
+    /// Why, in the person's words.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub comment: Option<String>,
+    /// True where the person edited the output.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub edited: bool,
+}
+
+impl Decision {
+    /// None where there is nothing to tell.
+    pub fn told(self) -> Option<Self> {
+        Some(self).filter(|decision| *decision != Self::default())
+    }
+
+    fn text_bytes(&self) -> usize {
+        self.by.as_ref().map_or(0, String::len) + self.comment.as_ref().map_or(0, String::len)
+    }
+}
+
 /// What is known of an event of a newer release.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct UnknownEvent {
@@ -286,6 +311,9 @@ pub enum EventKind {
         latency_ms: u64,
         /// What the attempt took.
         totals: Totals,
+        /// Who approved it, and why, where a person did.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        decision: Option<Decision>,
     },
     /// The stage failed for good.
     #[serde(rename = "stage.failed")]
@@ -301,6 +329,9 @@ pub enum EventKind {
         failure: Failure,
         /// What the attempt took.
         totals: Totals,
+        /// Who rejected it, and why, where a person did.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        decision: Option<Decision>,
     },
     /// Something of a newer release. [`Event`] carries it as it was written.
     #[serde(skip)]
@@ -317,17 +348,18 @@ impl Event {
         match &self.kind {
             EventKind::RunWaiting { reason, .. } => reason.as_ref().map_or(0, String::len),
             EventKind::RunRetried { stages } => stages.iter().map(|stage| stage.as_str().len()).sum(),
-            EventKind::RunFinished { failure: Some(cause), .. } | EventKind::StageFailed { failure: cause, .. } => {
-                failure(cause)
+            EventKind::RunFinished { failure: Some(cause), .. } => failure(cause),
+            EventKind::StageFailed { failure: cause, decision, .. } => {
+                failure(cause) + decision.as_ref().map_or(0, Decision::text_bytes)
             }
+            EventKind::StageSucceeded { decision, .. } => decision.as_ref().map_or(0, Decision::text_bytes),
             EventKind::StageRetrying { reason, .. } | EventKind::StageHeld { reason, .. } => reason.len(),
             EventKind::Unknown(_)
             | EventKind::RunAccepted { .. }
             | EventKind::RunStarted
             | EventKind::RunResumed { .. }
             | EventKind::RunFinished { failure: None, .. }
-            | EventKind::StageStarted { .. }
-            | EventKind::StageSucceeded { .. } => 0,
+            | EventKind::StageStarted { .. } => 0,
         }
     }
 }

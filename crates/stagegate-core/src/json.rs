@@ -120,6 +120,9 @@ impl PartialEq for Json {
     }
 }
 
+/// JSON has no number that differs from itself.
+impl Eq for Json {}
+
 impl PartialEq<Value> for Json {
     fn eq(&self, other: &Value) -> bool {
         self.parse() == *other

@@ -26,7 +26,7 @@ pub mod word;
 pub use capability::{Capabilities, Capability};
 pub use clock::{Clock, SystemClock};
 pub use error::{Code, Error, Violation};
-pub use event::{Event, EventKind};
+pub use event::{Decision, Event, EventKind};
 pub use ids::{Epoch, InvalidId, KeyId, ModelRef, PipelineName, ProviderName, ReplicaId, RunId, StageId, TenantId};
 pub use json::Json;
 pub use pipeline::Pipeline;

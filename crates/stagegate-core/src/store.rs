@@ -285,7 +285,7 @@ pub struct Weighed {
     pub lease: Lease,
     /// Whose run it is.
     pub tenant: TenantId,
-    /// How many bytes the inputs and outputs have that [`Store::load`] would read.
+    /// How many bytes the inputs and outputs have that [`Store::load`] would read, with those of signals of more than 64 KiB.
     pub bytes: u64,
     /// How many owners in a row died or panicked over it without any progress between: more than one event after the last
     /// crash is progress, because an owner's first step may be nothing but `run.resumed`.
@@ -358,6 +358,12 @@ pub enum SignalKind {
         /// The attempt that is meant; None for whichever is held.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         attempt: Option<u32>,
+        /// Why, in the words of the person who approves.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        comment: Option<String>,
+        /// Take this instead: the output as the person edited it. Whoever leaves the signal has checked it.
+        #[serde(default, skip_serializing_if = "Option::is_none", with = "as_text")]
+        output: Option<Json>,
     },
     /// Do not take the held output: the stage fails.
     Reject {
@@ -376,6 +382,11 @@ pub enum SignalKind {
 }
 
 impl SignalKind {
+    /// Take the held output as it is, with no more to say.
+    pub fn approve(stage: StageId, attempt: Option<u32>) -> Self {
+        Self::Approve { stage, attempt, comment: None, output: None }
+    }
+
     /// From its stored body, a JSON object with a `kind`, which may also say `by` whom. A cancel is obeyed whatever else
     /// it says.
     pub fn read(body: &str) -> Result<Self, serde_json::Error> {
@@ -404,11 +415,22 @@ impl SignalKind {
     /// What every live replica must understand before this may be asked; None for what all releases know.
     pub fn needs(&self) -> Option<Capability> {
         match self {
+            Self::Approve { comment: Some(_), .. } | Self::Approve { output: Some(_), .. } => {
+                Some(Capability::EditedApproval)
+            }
             Self::Approve { attempt: Some(_), .. } | Self::Reject { attempt: Some(_), .. } => {
                 Some(Capability::ApprovalNamesAttempt)
             }
             Self::Cancel | Self::Retry { .. } | Self::Approve { .. } | Self::Reject { .. } => None,
             Self::Unknown(_) => Some(Capability::OpenVocabulary),
+        }
+    }
+
+    /// How many bytes the output that it brings has.
+    pub fn text_bytes(&self) -> u64 {
+        match self {
+            Self::Approve { output: Some(output), .. } => output.text_bytes(),
+            _ => 0,
         }
     }
 
@@ -418,6 +440,26 @@ impl SignalKind {
             Self::Approve { stage, .. } | Self::Reject { stage, .. } => Some(stage),
             Self::Cancel | Self::Retry { .. } | Self::Unknown(_) => None,
         }
+    }
+}
+
+/// A document inside of a signal is a text in it, so that it comes back to the digit.
+mod as_text {
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    use crate::Json;
+
+    #[expect(clippy::ref_option, reason = "serde calls it so")]
+    pub(super) fn serialize<S: Serializer>(document: &Option<Json>, serializer: S) -> Result<S::Ok, S::Error> {
+        match document {
+            Some(document) => serializer.serialize_some(document.as_str()),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Json>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| Json::from_text(&text)).transpose().map_err(D::Error::custom)
     }
 }
 

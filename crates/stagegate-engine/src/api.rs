@@ -41,10 +41,24 @@ pub enum Action {
     Cancel,
     /// Start over what failed.
     Retry,
-    /// Take a held output.
+    /// Take a held output as it is.
     Approve(StageId),
+    /// Take a held output, with more to say.
+    ApproveWith(Box<Approval>),
     /// Do not take a held output.
     Reject(StageId, String),
+}
+
+/// What a person says who approves a held output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Approval {
+    /// The held stage.
+    pub stage: StageId,
+    /// Why, in the person's words.
+    pub comment: Option<String>,
+    /// The output as the person edited it; None takes the held one. It is held to what every output of the stage is held
+    /// to: its format, its schema, the gate's deterministic checks.
+    pub output: Option<Json>,
 }
 
 /// What a run would cost.

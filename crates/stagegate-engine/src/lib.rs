@@ -12,6 +12,7 @@ mod books;
 mod budget;
 mod clock;
 pub mod config;
+mod edited;
 mod evaluation;
 mod follow;
 mod kinds;
@@ -44,10 +45,11 @@ use stagegate_telemetry::Metrics;
 use tokio::{runtime::Handle, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use api::{Action, Plan, PlannedOutcome, PlannedStage, Submit};
+pub use api::{Action, Approval, Plan, PlannedOutcome, PlannedStage, Submit};
 pub use follow::EventBatch;
 
 use clock::DatabaseClock;
+use edited::Edited;
 use evaluation::Evaluations;
 use memory::Memory;
 use pipelines::Pipelines;
@@ -265,10 +267,7 @@ impl Engine {
     async fn check_attempt(&self, tenant: &TenantId, run: RunId, stage: &StageId, attempt: u32) -> Result<(), Error> {
         let detail = self.shared.store.stage(tenant, run, stage).await?;
         match detail.map(|detail| detail.stage.attempt) {
-            Some(last) if last != attempt => {
-                let message = format!("attempt {attempt} is not the one that is held: the stage is at attempt {last}");
-                Err(Error::new(Code::WrongState, message))
-            }
+            Some(last) if last != attempt => Err(edited::other_attempt(attempt, last)),
             _ => Ok(()),
         }
     }
@@ -307,35 +306,7 @@ impl Engine {
         let not_found = || Error::new(Code::RunNotFound, format!("there is no run {run}"));
         let record = self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)?;
         let asked = describe(&action);
-        if let Action::Approve(stage) | Action::Reject(stage, _) = &action {
-            let (pipeline, _) = self.pipeline(tenant, &record.pipeline, Some(record.version)).await?;
-            if pipeline.stage_index(stage.as_str()).is_none() {
-                let message = format!("the pipeline `{}` has no stage `{stage}`", record.pipeline);
-                return Err(Error::new(Code::StageNotFound, message));
-            }
-            if let Some(attempt) = attempt {
-                self.check_attempt(tenant, run, stage, attempt).await?;
-            }
-        }
-        let kind = match action {
-            Action::Cancel => SignalKind::Cancel,
-            Action::Retry => {
-                let (pipeline, _) = self.pipeline(tenant, &record.pipeline, Some(record.version)).await?;
-                if let Some(why) = why_in_vain(&record, &pipeline) {
-                    let message = format!("a retry would fail in the same way: {why}");
-                    return Err(Error::new(Code::WrongState, message));
-                }
-                let span =
-                    chrono::TimeDelta::from_std(pipeline.deadline).unwrap_or_else(|_| chrono::TimeDelta::days(1));
-                SignalKind::Retry { deadline_at: self.shared.clock.now() + span }
-            }
-            Action::Approve(stage) => SignalKind::Approve { stage, attempt },
-            Action::Reject(stage, reason) => SignalKind::Reject { stage, reason, attempt },
-        };
-        if kind.needs().is_some_and(|capability| !self.common(capability)) {
-            let message = format!("the run cannot be {asked} in this way while a replica of an older release runs");
-            return Err(Error::new(Code::OlderReplica, message));
-        }
+        let kind = self.signal_of(tenant, &record, action, attempt).await?;
         let signal = NewSignal { tenant: tenant.clone(), run, kind, by };
         match self.shared.store.signal(&signal).await? {
             Signalled::Accepted { owner } => {
@@ -362,6 +333,63 @@ impl Engine {
             }
         }
         self.shared.store.run_record(tenant, run).await?.ok_or_else(not_found)
+    }
+
+    /// The signal that an action leaves, where it may be asked of the run.
+    async fn signal_of(
+        &self,
+        tenant: &TenantId,
+        record: &RunRecord,
+        action: Action,
+        attempt: Option<u32>,
+    ) -> Result<SignalKind, Error> {
+        let asked = describe(&action);
+        if action == Action::Cancel {
+            return Ok(SignalKind::Cancel); // Its pipeline may be unreadable.
+        }
+        let (pipeline, _) = self.pipeline(tenant, &record.pipeline, Some(record.version)).await?;
+        let index = |stage: &StageId| {
+            let message = format!("the pipeline `{}` has no stage `{stage}`", record.pipeline);
+            pipeline.stage_index(stage.as_str()).ok_or_else(|| Error::new(Code::StageNotFound, message))
+        };
+        let mut kind = match action {
+            Action::Cancel => return Ok(SignalKind::Cancel),
+            Action::Retry => {
+                if let Some(why) = why_in_vain(record, &pipeline) {
+                    let message = format!("a retry would fail in the same way: {why}");
+                    return Err(Error::new(Code::WrongState, message));
+                }
+                let span =
+                    chrono::TimeDelta::from_std(pipeline.deadline).unwrap_or_else(|_| chrono::TimeDelta::days(1));
+                SignalKind::Retry { deadline_at: self.shared.clock.now() + span }
+            }
+            Action::Approve(stage) => SignalKind::approve(stage, attempt),
+            Action::ApproveWith(approval) => {
+                let Approval { stage, comment, output } = *approval;
+                SignalKind::Approve { stage, attempt, comment, output }
+            }
+            Action::Reject(stage, reason) => SignalKind::Reject { stage, reason, attempt },
+        };
+        if let Some(stage) = kind.stage() {
+            index(stage)?;
+        }
+        if kind.needs().is_some_and(|capability| !self.common(capability)) {
+            let message = format!("the run cannot be {asked} in this way while a replica of an older release runs");
+            return Err(Error::new(Code::OlderReplica, message));
+        }
+        match &mut kind {
+            SignalKind::Approve { stage, attempt, output: Some(output), .. } => {
+                let (run, stage) = (record.id, index(stage)?);
+                let edited = Edited { tenant, run, pipeline: &pipeline, stage, attempt: *attempt };
+                *attempt = Some(edited.check(&self.shared, output).await?);
+            }
+            SignalKind::Approve { stage, attempt: Some(attempt), .. }
+            | SignalKind::Reject { stage, attempt: Some(attempt), .. } => {
+                self.check_attempt(tenant, record.id, stage, *attempt).await?;
+            }
+            _ => {}
+        }
+        Ok(kind)
     }
 
     /// Removes a run that has ended, whole: input, outputs, stages, events. The ledger keeps what was paid.
@@ -501,7 +529,7 @@ fn describe(action: &Action) -> &'static str {
     match action {
         Action::Cancel => "cancelled",
         Action::Retry => "retried",
-        Action::Approve(_) => "approved",
+        Action::Approve(_) | Action::ApproveWith(_) => "approved",
         Action::Reject(..) => "rejected",
     }
 }

@@ -243,7 +243,7 @@ impl Driver {
                 }
                 signals = read(&mut reading), if reading.is_some() => {
                     reading = None;
-                    self.on(Stimulus::Signalled(signals), 0.0);
+                    self.hear(signals);
                 }
                 output = rendered(&mut self.rendering), if self.rendering.is_some() => {
                     self.rendering = None;
@@ -272,7 +272,7 @@ impl Driver {
                 biased;
                 () = handle.woken.notified() => {}
                 signals = &mut signals => {
-                    self.on(Stimulus::Signalled(signals), 0.0);
+                    self.hear(signals);
                     return true;
                 }
             }
@@ -586,6 +586,12 @@ impl Driver {
             self.run.drain();
         }
         self.run.on(stimulus, self.shared.clock.now(), jitter);
+    }
+
+    /// Takes in what was asked. The run holds the outputs that came with it.
+    fn hear(&mut self, signals: Vec<Signal>) {
+        self.in_memory.grow(signals.iter().map(|signal| signal.kind.text_bytes()).sum());
+        self.on(Stimulus::Signalled(signals), 0.0);
     }
 
     fn due(&mut self) {

@@ -13,7 +13,7 @@ use stagegate_core::{
     pipeline::{Labels, Span},
     store::{Commit, Idempotency},
 };
-use stagegate_engine::{Action, Engine, Submit, config::EngineConfig};
+use stagegate_engine::{Action, Approval, Engine, Submit, config::EngineConfig};
 use stagegate_llm::{
     Llm,
     config::{BreakerConfig, LlmConfig, Price, ProviderConfig, ProviderKind, SimConfig},
@@ -28,7 +28,7 @@ use crate::{
     cache::TierFront,
     front::Front,
     panics,
-    provider::Scripted,
+    provider::{GOOD, Scripted},
     script::{self, Act, Made},
     watcher,
     world::{Away, Outage, Process, Standing, World},
@@ -494,7 +494,7 @@ async fn ask(world: Arc<World>, act: Act) -> Option<RunId> {
     });
     let (run, stage) = fitting.choose(&mut world.lock().rng).cloned()?;
     let action = match (act, stage) {
-        (Act::Decide, Some(stage)) if world.lock().rng.random_bool(0.75) => Action::Approve(stage),
+        (Act::Decide, Some(stage)) if world.lock().rng.random_bool(0.75) => approve(&world, stage),
         (Act::Decide, Some(stage)) => Action::Reject(stage, "no".to_owned()),
         (Act::Retry, _) => Action::Retry,
         _ => Action::Cancel,
@@ -502,6 +502,18 @@ async fn ask(world: Arc<World>, act: Act) -> Option<RunId> {
     let (_, engine) = world.any_engine()?;
     _ = timeout(CLIENT_PATIENCE, engine.act(&TenantId::default(), run, action, None)).await;
     None
+}
+
+/// Takes what is held, or what the person made of it.
+fn approve(world: &World, stage: StageId) -> Action {
+    let edit = {
+        let rng = &mut world.lock().rng;
+        rng.random_bool(0.4).then(|| rng.random_range(0..1_000_u32))
+    };
+    let Some(edit) = edit else { return Action::Approve(stage) };
+    // Stages whose output is JSON refuse it, as they should.
+    let (comment, output) = (Some("clearer".to_owned()), Some(format!("{GOOD} edited {edit}").as_str().into()));
+    Action::ApproveWith(Box::new(Approval { stage, comment, output }))
 }
 
 /// The storm is over: everything works again, and everything must come to its end.

@@ -65,6 +65,8 @@ pub enum Flaw {
     TimeUntold,
     /// A run that is loaded is told that its outage began long ago.
     OutageAges,
+    /// The edited output of an approval is not handed over.
+    EditsDropped,
     /// Loading a run ends its attempts under way, so that no owner books their calls.
     OwnersForgotten,
     /// The first call makes its driver panic; the engine catches that and goes on.

@@ -83,6 +83,7 @@ fn step(lease: Lease, done: usize, last_seq: u64, seed: u32) -> Commit {
         origin: Origin::Provider,
         latency_ms: 12,
         totals: taken(1),
+        decision: None,
     }];
     kinds.extend(started.iter().map(|next| EventKind::StageStarted { stage: stage(next), attempt: 1 }));
     if last {

@@ -123,6 +123,7 @@ impl Success {
             origin: self.origin,
             latency_ms,
             totals: self.totals,
+            decision: None,
         }
     }
 }

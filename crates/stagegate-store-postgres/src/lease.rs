@@ -94,7 +94,7 @@ pub const LOAD: &str = concat!(
 /// reading it.
 pub const WEIGH: &str = "/* runs.weigh */
 SELECT r.id, r.tenant, CASE WHEN r.last_seq <= r.crashed_seq + 1 THEN r.crashes ELSE 0 END AS crashes,
-       octet_length(p.input) + c.bytes + a.bytes AS bytes
+       octet_length(p.input) + c.bytes + a.bytes + g.bytes AS bytes
 FROM unnest($1::uuid[], $2::int8[]) AS l(run_id, epoch)
 JOIN runs r ON r.id = l.run_id AND r.epoch = l.epoch AND r.owner IS NOT NULL
 JOIN run_payloads p ON p.run_id = r.id
@@ -108,7 +108,11 @@ CROSS JOIN LATERAL (
           AND NOT EXISTS (SELECT FROM checkpoints c WHERE c.run_id = r.id AND c.stage_id = a.stage_id)
         ORDER BY a.stage_id, a.number DESC
     ) a
-) a";
+) a
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(octet_length(g.body)), 0)::int8 AS bytes FROM signals g
+    WHERE g.run_id = r.id AND octet_length(g.body) > 65536
+) g";
 
 /// Hands runs back. One that somebody holds is passed over, so that it does not keep the others: the owner's next look at
 /// what it owns finds it.

@@ -63,7 +63,9 @@ pub(crate) const WEIGH: &str = "SELECT r.id AS run_id, r.tenant AS tenant, \
     + (SELECT coalesce(sum(octet_length(output)), 0) FROM attempts a WHERE a.run_id = r.id \
        AND number = (SELECT max(number) FROM attempts b WHERE b.run_id = a.run_id AND b.stage = a.stage \
        AND b.output IS NOT NULL) \
-       AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = a.run_id AND c.stage = a.stage)) AS bytes \
+       AND NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.run_id = a.run_id AND c.stage = a.stage)) \
+    + (SELECT coalesce(sum(octet_length(kind)), 0) FROM signals g WHERE g.run_id = r.id \
+       AND octet_length(kind) > 65536) AS bytes \
     FROM runs r WHERE (r.id, r.epoch) IN (SELECT unhex(value ->> 0), value ->> 1 FROM json_each(?1)) \
     AND r.owner IS NOT NULL";
 

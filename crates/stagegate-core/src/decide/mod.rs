@@ -20,8 +20,8 @@ pub use give_up::give_up;
 pub use step::{Effect, Step};
 
 use crate::{
-    Assessment, Attempt, Checkpoint, Code, EventKind, Failure, Json, LedgerEntry, ModelRef, Origin, Pipeline, RunState,
-    StageId, StageState, TenantId, Totals, Verdict,
+    Assessment, Attempt, Checkpoint, Code, Decision, EventKind, Failure, Json, LedgerEntry, ModelRef, Origin, Pipeline,
+    RunState, StageId, StageState, TenantId, Totals, Verdict,
     decide::step::Draft,
     evaluation,
     pipeline::{CacheMode, Part, Seen},
@@ -382,8 +382,14 @@ impl Run {
                     self.stop(RunState::Cancelled, failure, now);
                 }
                 SignalKind::Retry { deadline_at } => self.reopen(deadline_at, now),
-                SignalKind::Approve { stage, attempt } => self.approve(&stage, attempt, now),
-                SignalKind::Reject { stage, reason, attempt } => self.reject(&stage, attempt, &reason, now),
+                SignalKind::Approve { stage, attempt, comment, output } => {
+                    let decision = Decision { by: signal.by, comment, edited: output.is_some() };
+                    self.approve(&stage, attempt, output, decision, now);
+                }
+                SignalKind::Reject { stage, reason, attempt } => {
+                    let decision = Decision { by: signal.by, comment: Some(reason), edited: false };
+                    self.reject(&stage, attempt, decision, now);
+                }
                 SignalKind::Unknown(_) => {}
             }
         }

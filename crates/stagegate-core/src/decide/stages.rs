@@ -6,8 +6,8 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::{AttemptResult, Effect, FailureKind, Outcome, Run, Tried};
 use crate::{
-    Assessment, Attempt, Checkpoint, Code, Evaluator, EventKind, Failure, Json, ModelRef, Origin, StageId, StageState,
-    Totals, Verdict,
+    Assessment, Attempt, Checkpoint, Code, Decision, Evaluator, EventKind, Failure, Json, ModelRef, Origin, StageId,
+    StageState, Totals, Verdict,
     pipeline::{OnExhausted, OnFail, OnPass, Stage},
 };
 
@@ -390,7 +390,7 @@ impl Run {
             created_at: now,
         };
         self.draft.attempts.push((self.stages[stage].record.id.clone(), ended));
-        self.succeed_stage(stage, checkpoint, latency_ms, judged.totals, now);
+        self.succeed_stage(stage, checkpoint, latency_ms, judged.totals, None, now);
     }
 
     fn succeed_stage(
@@ -399,6 +399,7 @@ impl Run {
         checkpoint: Checkpoint,
         latency_ms: u64,
         totals: Totals,
+        decision: Option<Decision>,
         now: DateTime<Utc>,
     ) {
         let run = &mut self.stages[stage];
@@ -421,12 +422,24 @@ impl Run {
                 origin: checkpoint.origin,
                 latency_ms,
                 totals,
+                decision,
             },
         );
         self.draft.checkpoints.push((id, checkpoint));
     }
 
     fn fail(&mut self, stage: usize, failure: Failure, totals: Totals, now: DateTime<Utc>) {
+        self.fail_by(stage, failure, totals, None, now);
+    }
+
+    fn fail_by(
+        &mut self,
+        stage: usize,
+        failure: Failure,
+        totals: Totals,
+        decision: Option<Decision>,
+        now: DateTime<Utc>,
+    ) {
         let record = &mut self.stages[stage].record;
         record.state = StageState::Failed;
         record.failure = Some(failure.clone());
@@ -435,33 +448,43 @@ impl Run {
         // The call of an errored attempt brought nothing that could have a score.
         let score = record.score.filter(|_| record.verdict != Some(Verdict::Errored));
         self.draft.touch(stage);
-        self.emit(now, EventKind::StageFailed { stage: id, attempt, score, failure: failure.clone(), totals });
+        let told = failure.clone();
+        self.emit(now, EventKind::StageFailed { stage: id, attempt, score, failure: told, totals, decision });
         self.failure.get_or_insert(failure);
     }
 
-    pub(super) fn approve(&mut self, stage: &StageId, attempt: Option<u32>, now: DateTime<Utc>) {
+    /// Takes the held output, or in its place the one that the person edited. An edited one has no score: none was measured.
+    pub(super) fn approve(
+        &mut self,
+        stage: &StageId,
+        attempt: Option<u32>,
+        edited: Option<Json>,
+        decision: Decision,
+        now: DateTime<Utc>,
+    ) {
         let Some((index, held)) = self.take_held(stage, attempt) else { return };
         let record = &self.stages[index].record;
-        let output = held.output.clone().unwrap_or_else(Json::null);
+        let score = held.score().filter(|_| edited.is_none());
+        let output = edited.or_else(|| held.output.clone()).unwrap_or_else(Json::null);
         let checkpoint = Checkpoint {
             digest: output_digest(&output),
             output,
             attempt: held.number,
             verdict: Verdict::Approved,
-            score: held.score(),
+            score,
             model: record.model.clone(),
             origin: record.origin.unwrap_or(Origin::None),
             created_at: now,
         };
-        self.succeed_stage(index, checkpoint, 0, Totals::default(), now);
+        self.succeed_stage(index, checkpoint, 0, Totals::default(), decision.told(), now);
     }
 
-    pub(super) fn reject(&mut self, stage: &StageId, attempt: Option<u32>, reason: &str, now: DateTime<Utc>) {
+    pub(super) fn reject(&mut self, stage: &StageId, attempt: Option<u32>, decision: Decision, now: DateTime<Utc>) {
         let Some((index, _)) = self.take_held(stage, attempt) else { return };
         self.stages[index].record.verdict = Some(Verdict::Rejected);
-        let message = format!("the held output was rejected: {reason}");
+        let message = format!("the held output was rejected: {}", decision.comment.as_deref().unwrap_or_default());
         let failure = Failure::new(Code::Rejected, message).of_stage(stage.clone());
-        self.fail(index, failure, Totals::default(), now);
+        self.fail_by(index, failure, Totals::default(), decision.told(), now);
     }
 
     /// The held output of a stage, unless another attempt than the held one is meant: what was decided about an earlier

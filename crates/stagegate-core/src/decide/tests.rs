@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    Error, Evaluator, ReplicaId, RunId, StageId,
+    Capability, Error, Evaluator, ReplicaId, RunId, StageId,
     pipeline::Models,
     store::{Commit, NewRun, RunRecord},
 };
@@ -254,7 +254,7 @@ fn a_hold_parks_the_run_and_an_approval_goes_on() {
     let step = attempted(&mut run, 0, 1, output(false, true));
     assert_eq!(names(&step.commit), ["stage.held", "run.waiting"]);
     assert!(matches!(step.commit.then, Disposition::Park(Some(_))), "the deadline wakes it at the latest");
-    run.on(Stimulus::Taken(signal(SignalKind::Approve { stage: stage_id("one"), attempt: None })), at(60), 0.0);
+    run.on(Stimulus::Taken(signal(SignalKind::approve(stage_id("one"), None))), at(60), 0.0);
     let step = run.take_step().expect("approved");
     assert_eq!(names(&step.commit), ["run.resumed", "stage.succeeded", "stage.started"]);
     assert_eq!(step.commit.checkpoints[0].1.verdict, Verdict::Approved);
@@ -266,9 +266,9 @@ fn a_decision_about_another_attempt_than_the_held_one_changes_nothing() {
     for named in [0, 2] {
         let (_, mut run, _) = begin(HELD);
         attempted(&mut run, 0, 1, output(false, true));
-        let approve = SignalKind::Approve { stage: stage_id("one"), attempt: Some(named) };
+        let approve = SignalKind::approve(stage_id("one"), Some(named));
         let reject = SignalKind::Reject { stage: stage_id("one"), reason: "r".to_owned(), attempt: Some(named) };
-        let held = SignalKind::Approve { stage: stage_id("one"), attempt: Some(1) };
+        let held = SignalKind::approve(stage_id("one"), Some(1));
         let signals = [(7, approve), (8, reject), (9, held)].map(|(id, kind)| Signal { id, kind, by: None });
         run.on(Stimulus::Taken(signals.into()), at(60), 0.0);
         let commit = run.take_step().expect("approved").commit;
@@ -288,6 +288,66 @@ fn a_rejection_fails_the_stage_with_its_reason() {
     let failure = commit.failure.expect("why");
     assert_eq!(failure.code, Code::Rejected);
     assert!(failure.message.contains("off topic"));
+    let decided = commit.events.iter().find_map(|event| match &event.kind {
+        EventKind::StageFailed { decision, .. } => decision.clone(),
+        _ => None,
+    });
+    let (by, comment) = (Some("ada".to_owned()), Some("off topic".to_owned()));
+    assert_eq!(decided, Some(Decision { by, comment, edited: false }));
+}
+
+#[test]
+fn an_edited_output_becomes_the_checkpoint_and_the_event_says_who_decided_and_why() {
+    let (_, mut run, _) = begin(HELD);
+    attempted(&mut run, 0, 1, output(false, true));
+    let (stage, comment) = (stage_id("one"), Some("clearer".to_owned()));
+    let edited = Json::from_text(r#"{ "n": 123456789012345678901234567890 }"#).expect("JSON");
+    let kind = SignalKind::Approve { stage, attempt: Some(1), comment: comment.clone(), output: Some(edited.clone()) };
+    let read = SignalKind::read(&kind.body().expect("a body")).expect("read");
+    let SignalKind::Approve { output: Some(stored), .. } = &read else { panic!("{read:?}") };
+    assert_eq!(stored.as_str(), edited.as_str(), "to the digit");
+    run.on(Stimulus::Taken(signal(read)), at(60), 0.0);
+    let commit = run.take_step().expect("approved").commit;
+    let checkpoint = &commit.checkpoints[0].1;
+    assert_eq!((checkpoint.output.as_str(), checkpoint.score), (edited.as_str(), None));
+    assert_eq!(checkpoint.digest, blake3::hash(edited.as_str().as_bytes()).to_hex().to_string());
+    let EventKind::StageSucceeded { decision, .. } = &commit.events[1].kind else { panic!("{:?}", commit.events) };
+    assert_eq!(*decision, Some(Decision { by: Some("ada".to_owned()), comment, edited: true }));
+    assert!(!serde_json::to_string(&commit.events).expect("JSON").contains("12345678901"), "events hold no output");
+}
+
+#[test]
+fn a_second_edit_of_an_output_that_was_approved_changes_nothing() {
+    let (_, mut run, _) = begin(HELD);
+    attempted(&mut run, 0, 1, output(false, true));
+    let edit = |id, text: &str| {
+        let kind = SignalKind::Approve {
+            stage: stage_id("one"),
+            attempt: Some(1),
+            comment: None,
+            output: Some(Json::from(text)),
+        };
+        Signal { id, kind, by: None }
+    };
+    run.on(Stimulus::Taken(vec![edit(7, "first"), edit(8, "second")]), at(60), 0.0);
+    let commit = run.take_step().expect("approved").commit;
+    assert_eq!((commit.checkpoints.len(), &commit.checkpoints[0].1.output), (1, &Json::from("first")));
+    assert_eq!(commit.consumed, [7, 8]);
+}
+
+#[test]
+fn only_what_an_older_release_would_not_read_of_an_approval_needs_a_capability() {
+    let stage = || stage_id("one");
+    let needs = |comment: Option<&str>, output: Option<&str>| {
+        let (comment, output) = (comment.map(str::to_owned), output.map(Json::from));
+        SignalKind::Approve { stage: stage(), attempt: Some(1), comment, output }.needs()
+    };
+    assert_eq!(SignalKind::approve(stage(), None).needs(), None);
+    assert_eq!(needs(None, None), Some(Capability::ApprovalNamesAttempt));
+    assert_eq!(needs(Some("c"), None), Some(Capability::EditedApproval));
+    assert_eq!(needs(None, Some("o")), Some(Capability::EditedApproval));
+    let plain = SignalKind::approve(stage(), None).body().expect("a body");
+    assert_eq!(plain, r#"{"kind":"approve","stage":"one"}"#, "as every release reads it");
 }
 
 #[test]
@@ -712,8 +772,8 @@ proptest! {
                 Move::Signal(which) => {
                     let kind = match which {
                         0 => SignalKind::Cancel,
-                        1 | 2 => SignalKind::Approve { stage: stage_id("four"), attempt: None },
-                        3 => SignalKind::Approve { stage: stage_id("one"), attempt: None },
+                        1 | 2 => SignalKind::approve(stage_id("four"), None),
+                        3 => SignalKind::approve(stage_id("one"), None),
                         _ => SignalKind::Reject { stage: stage_id("four"), reason: "no".to_owned(), attempt: None },
                     };
                     run.on(Stimulus::Signalled(signal(kind)), now, 0.0);

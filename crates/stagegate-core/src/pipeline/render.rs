@@ -63,7 +63,7 @@ impl Seen {
 
 impl Pipeline {
     /// Everything that a part names: a stage by its index, or None for the input. The same can come several times.
-    fn each_named(&self, part: Part, mut each: impl FnMut(Option<usize>)) {
+    pub fn each_named(&self, part: Part, mut each: impl FnMut(Option<usize>)) {
         let mut template = |template: &Template| {
             let (stages, input) = template.names();
             if input {

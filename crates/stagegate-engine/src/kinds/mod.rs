@@ -175,14 +175,15 @@ impl AttemptContext {
 }
 
 /// An answer, read and held against the deterministic checks.
-struct Measured {
-    output: Json,
+pub(crate) struct Measured {
+    pub(crate) output: Json,
     /// Whether it has the form that the stage's output must have.
-    usable: bool,
-    assessments: Vec<Assessment>,
+    pub(crate) usable: bool,
+    pub(crate) assessments: Vec<Assessment>,
 }
 
-fn measure(pipeline: &Pipeline, stage: usize, answer: &str, context: &RenderContext<'_>) -> Measured {
+/// Reads an answer, and holds it against the stage's schema and the gate's deterministic checks.
+pub(crate) fn measure(pipeline: &Pipeline, stage: usize, answer: &str, context: &RenderContext<'_>) -> Measured {
     let output = match pipeline.read_output(stage, answer) {
         Ok(output) => Arc::new(output),
         Err(assessment) => {

@@ -1,14 +1,21 @@
 //! Gates: checks, judges, retries with the critique, holds.
 
-use serde_json::json;
-use stagegate_core::{
-    Code, Evaluator, RunState, Store as _, TenantId, Verdict,
-    store::{NewSignal, SignalKind, Signalled},
-};
-use stagegate_engine::Action;
-use stagegate_testkit::provider::{Reply, both, contains, judges, stages};
+use std::time::Duration;
 
-use crate::bench::{Bench, assert_state};
+use futures::StreamExt as _;
+use serde_json::{Value, json};
+use stagegate_core::{
+    Capabilities, Code, Decision, Evaluator, EventKind, Json, ReplicaId, RunState, StageState, Store as _, TenantId,
+    Verdict,
+    store::{Heartbeat, NewSignal, SignalKind, Signalled},
+};
+use stagegate_engine::{Action, Approval};
+use stagegate_testkit::provider::{FakeProvider, Reply, both, contains, judges, stages};
+
+use crate::{
+    bench::{Bench, assert_state, finish, quick, submit},
+    stand::{Kind, Noted, Stand},
+};
 
 fn gated(gate: &str) -> String {
     format!(
@@ -70,6 +77,147 @@ async fn a_held_output_waits_for_a_person() {
     assert_state(&bench.detail(run).await.run, RunState::Succeeded);
     let stage = bench.engine.store().stage(&tenant, run, &draft).await.expect("read").expect("there");
     assert_eq!(stage.checkpoint.expect("approved").verdict, Verdict::Approved);
+}
+
+fn approval(stage: &str, comment: Option<&str>, output: Option<Value>) -> Action {
+    let (stage, comment) = (stage.parse().expect("valid"), comment.map(str::to_owned));
+    Action::ApproveWith(Box::new(Approval { stage, comment, output: output.map(Json::from) }))
+}
+
+#[tokio::test]
+async fn an_edited_output_is_held_to_what_every_output_of_its_stage_is() {
+    let bench = Bench::start().await;
+    bench.provider.on(contains("write")).respond(Reply::text("short"));
+    let gate = r#"{ "checks": [ { "min_chars": 10 }, { "not_contains": "lorem" },
+                                { "expression": "input.text in output" } ], "on_fail": "hold" }"#;
+    let run = bench.submit(&gated(gate), json!({ "text": "x" })).await;
+    bench.until(run, "run.waiting").await;
+    let tenant = TenantId::default();
+    let act = async |output| bench.engine.act(&tenant, run, approval("draft", None, Some(output)), None).await;
+    for (output, failed) in [
+        (json!("tiny"), &["min_chars", "expression"][..]),
+        (json!("lorem ipsum x"), &["not_contains"]),
+        (json!({ "x": "a map, where text is asked for" }), &["text"]),
+        (json!(null), &["text"]),
+    ] {
+        let refused = act(output.clone()).await.expect_err("it does not fit");
+        assert_eq!(refused.code, Code::OutputRefused, "{output}");
+        let told: Vec<&str> = refused.violations.iter().map(|violation| violation.message.as_str()).collect();
+        assert_eq!(told.len(), failed.len(), "{told:?}");
+        assert!(failed.iter().all(|part| told.iter().any(|told| told.contains(part))), "{failed:?} in {told:?}");
+    }
+    assert_eq!(bench.detail(run).await.run.state, RunState::Waiting, "nothing changed");
+    act(json!("long enough, with an x")).await.expect("it fits");
+    bench.finish(run).await;
+    let stage = bench.engine.store().stage(&tenant, run, &"draft".parse().expect("valid")).await.expect("read");
+    let stage = stage.expect("there");
+    assert_eq!(stage.checkpoint.expect("approved").output, json!("long enough, with an x"));
+    assert_eq!(stage.attempts[0].output, Some("short".into()), "what was held is kept with its attempt");
+    let calls = bench.provider.calls();
+    assert!(calls.iter().any(|call| call.prompt_text.contains("after long enough, with an x")), "others build on it");
+}
+
+#[tokio::test]
+async fn an_edited_json_output_must_fit_the_stages_schema() {
+    let bench = Bench::start().await;
+    bench.provider.on(contains("write")).respond(Reply::text(r#"{ "n": 1 }"#));
+    let source = r#"{ "name": "shaped", "defaults": { "model": "fake/model" }, "stages": [ { "id": "draft", "prompt": "write",
+        "output": { "schema": { "type": "object", "required": ["n"], "properties": { "n": { "type": "integer" } } } },
+        "gate": { "checks": [ { "expression": "output.n > 1" } ], "on_fail": "hold" } } ] }"#;
+    let run = bench.submit(source, json!({})).await;
+    bench.until(run, "run.waiting").await;
+    let tenant = TenantId::default();
+    for wrong in [json!({ "n": "two" }), json!({}), json!("text"), json!({ "n": 1 })] {
+        let action = approval("draft", None, Some(wrong.clone()));
+        let refused = bench.engine.act(&tenant, run, action, None).await.expect_err("it does not fit");
+        assert_eq!(refused.code, Code::OutputRefused, "{wrong}");
+    }
+    bench.engine.act(&tenant, run, approval("draft", None, Some(json!({ "n": 2 }))), None).await.expect("it fits");
+    bench.finish(run).await;
+    assert_eq!(bench.detail(run).await.output.expect("ended"), json!({ "draft": { "n": 2 } }));
+}
+
+#[tokio::test]
+async fn a_held_output_is_edited_once_and_by_the_attempt_that_is_held() {
+    let bench = Bench::start().await;
+    bench.provider.on(contains("write")).respond(Reply::text("short"));
+    let gate = r#"{ "checks": [ { "min_chars": 6 } ], "on_fail": "hold" }"#;
+    let run = bench.submit(&gated(gate), json!({ "text": "x" })).await;
+    bench.until(run, "run.waiting").await;
+    let tenant = TenantId::default();
+    let reject = Action::Reject("draft".parse().expect("valid"), "again".to_owned());
+    bench.engine.act(&tenant, run, reject, None).await.expect("accepted");
+    bench.finish(run).await;
+    bench.engine.act(&tenant, run, Action::Retry, None).await.expect("accepted");
+    loop {
+        let detail = bench.engine.store().stage(&tenant, run, &"draft".parse().expect("valid")).await.expect("read");
+        if detail.is_some_and(|detail| detail.stage.attempt == 2 && detail.stage.state == StageState::Held) {
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
+    let (ada, ben) = (Some("ada".to_owned()), Some("ben".to_owned()));
+    let edit = |text: &str| approval("draft", Some("why"), Some(json!(text)));
+    let older = bench.engine.act_on(&tenant, run, edit("of an older attempt"), Some(1), ada.clone()).await;
+    assert_eq!(older.expect_err("attempt 2 is held").code, Code::WrongState);
+    let both = futures::future::join(
+        bench.engine.act_on(&tenant, run, edit("the first edit"), Some(2), ada.clone()),
+        bench.engine.act_on(&tenant, run, edit("the second edit"), None, ben.clone()),
+    );
+    let (winner, output, loser) = match both.await {
+        (Ok(_), Err(error)) => (ada, "the first edit", error),
+        (Err(error), Ok(_)) => (ben, "the second edit", error),
+        both => panic!("one decides: {both:?}"),
+    };
+    assert_eq!(loser.code, Code::WrongState);
+    let events = bench.finish(run).await;
+    let decided = events.iter().find_map(|event| match &event.kind {
+        EventKind::StageSucceeded { decision: Some(decision), .. } => Some(decision.clone()),
+        _ => None,
+    });
+    assert_eq!(decided, Some(Decision { by: winner, comment: Some("why".to_owned()), edited: true }));
+    let stage = bench.engine.store().stage(&tenant, run, &"draft".parse().expect("valid")).await.expect("read");
+    assert_eq!(stage.and_then(|stage| stage.checkpoint).expect("approved").output, json!(output));
+    let told = serde_json::to_string(&events).expect("JSON");
+    assert!(!told.contains(" edit\""), "events hold no output: {told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edit_is_refused_while_a_replica_of_an_older_release_lives_and_the_output_can_be_taken_as_it_is() {
+    let stand = Stand::new(Kind::Postgres).await;
+    let provider = FakeProvider::start().await;
+    provider.on(contains("write")).respond(Reply::text("short"));
+    let own = Capabilities::own();
+    let older = Heartbeat {
+        replica: ReplicaId(uuid::Uuid::from_u128(1)),
+        name: "older".to_owned(),
+        version: "0.0.1".to_owned(),
+        draining: false,
+        ttl: Duration::from_mins(1),
+        capabilities: Capabilities::of_words(own.words().filter(|word| *word != "edited_approval")),
+        way_back: Duration::ZERO,
+    };
+    stand.store.heartbeat(&older).await.expect("entered");
+    let engine = stand.lasting(provider.openai_base_url(), &Noted::default(), quick()).await;
+    let gate = r#"{ "checks": [ { "min_chars": 6 } ], "on_fail": "hold" }"#;
+    let run = submit(&engine, &gated(gate), json!({ "text": "x" })).await;
+    let mut events = engine.follow(TenantId::default(), run, 0);
+    while let Some(batch) = events.next().await {
+        if batch.expect("readable").iter().any(|event| event.kind.name() == "run.waiting") {
+            break;
+        }
+    }
+    let tenant = TenantId::default();
+    for (comment, output) in [(Some("why"), None), (None, Some(json!("long enough")))] {
+        let refused = engine.act(&tenant, run, approval("draft", comment, output), None).await.expect_err("refused");
+        assert_eq!(refused.code, Code::OlderReplica);
+    }
+    assert_eq!(stand.store.run_record(&tenant, run).await.expect("read").expect("there").state, RunState::Waiting);
+    engine
+        .act(&tenant, run, Action::Approve("draft".parse().expect("valid")), None)
+        .await
+        .expect("as every release can");
+    finish(&engine, run).await;
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use stagegate_core::{
     pipeline::{Labels, Span},
     store::Idempotency,
 };
-use stagegate_engine::{Action, Engine, Submit, config::EngineConfig};
+use stagegate_engine::{Action, Approval, Engine, Submit, config::EngineConfig};
 use stagegate_testkit::provider::{FakeProvider, Matcher, Reply, both, contains};
 use tokio::sync::{mpsc, watch};
 
@@ -135,6 +135,11 @@ fn two_stages(gate: &str) -> String {
     )
 }
 
+fn edited(stage: &str, output: &str) -> Action {
+    let (stage, comment) = (stage.parse().expect("valid"), Some("clearer".to_owned()));
+    Action::ApproveWith(Box::new(Approval { stage, comment, output: Some(output.into()) }))
+}
+
 fn scenarios() -> Vec<Scenario> {
     let plain = |name| Scenario {
         name,
@@ -172,6 +177,11 @@ fn scenarios() -> Vec<Scenario> {
             source: two_stages(held),
             acts: vec![Act::On("run.waiting", Action::Approve("one".parse().expect("valid")))],
             ..plain("held")
+        },
+        Scenario {
+            source: two_stages(held),
+            acts: vec![Act::On("run.waiting", edited("one", &"better ".repeat(200)))],
+            ..plain("edited")
         },
         Scenario {
             rules: |rules| {

@@ -48,6 +48,8 @@ pub enum Promise {
     OutagesPass,
     /// A run that crashes its owners ends after a given number of crashes, and ends no other run.
     CrashersEnd,
+    /// An edited output that was accepted is the stage's, or the stage has none.
+    EditsAreKept,
     /// Nothing panics, whoever catches it.
     NoPanic,
 }
@@ -70,6 +72,7 @@ impl fmt::Display for Promise {
             Self::PriorityIsKept => "that priority goes first",
             Self::OutagesPass => "that an outage that passes fails nothing",
             Self::CrashersEnd => "that a run which crashes its owners ends, and no other with it",
+            Self::EditsAreKept => "that an edited output is kept",
             Self::NoPanic => "that nothing panics",
         })
     }

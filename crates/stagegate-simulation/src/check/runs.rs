@@ -1,9 +1,9 @@
 //! Runs: leases, steps, events, ends.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use stagegate_core::{
-    Code, Epoch, Event, EventKind, Failure, ReplicaId, RunId, RunState, StageId, Totals,
+    Code, Epoch, Event, EventKind, Failure, Json, ReplicaId, RunId, RunState, StageId, Totals,
     fair::Limits,
     store::{
         Commit, Committed, Disposition, Heartbeat, Lease, NewRun, NewSignal, Pulse, PutBack, SignalKind, Signalled,
@@ -40,6 +40,8 @@ pub(super) struct Book {
     /// The newest step whose author was told that it is durable.
     acknowledged: u64,
     ended: bool,
+    /// The edited outputs that were accepted, by stage and attempt.
+    edits: BTreeMap<(StageId, u32), Json>,
     /// How far each watcher got.
     watchers: Vec<u64>,
 }
@@ -93,6 +95,7 @@ impl Checks {
             last_seq: events.len() as u64,
             acknowledged: 0,
             ended: false,
+            edits: BTreeMap::new(),
             watchers: Vec::new(),
         };
         for event in events {
@@ -183,6 +186,9 @@ impl Checks {
     pub(crate) fn signalled(&mut self, signal: &NewSignal, answer: &Signalled) {
         let now = self.now_ms;
         if let (Some(book), Signalled::Accepted { .. }) = (self.runs.get_mut(&signal.run), answer) {
+            if let SignalKind::Approve { stage, attempt: Some(attempt), output: Some(edited), .. } = &signal.kind {
+                book.edits.insert((stage.clone(), *attempt), edited.clone());
+            }
             match signal.kind {
                 SignalKind::Retry { .. } => {
                     (book.cancel_at, book.starts_at) = (None, None);
@@ -217,6 +223,13 @@ impl Checks {
         if first != book.last_seq + 1 {
             let what = format!("{name} has event {first} after {}", book.last_seq);
             return self.broken(Promise::EventsAreComplete, what);
+        }
+        for (stage, checkpoint) in &commit.checkpoints {
+            let edited = book.edits.get(&(stage.clone(), checkpoint.attempt));
+            if edited.is_some_and(|edited| *edited != checkpoint.output) {
+                let what = format!("{name}/{stage} was approved with an edited output, and has another");
+                return self.broken(Promise::EditsAreKept, what);
+            }
         }
         for event in &commit.events {
             self.event(run, event)?;

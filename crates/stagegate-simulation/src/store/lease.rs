@@ -184,7 +184,9 @@ impl State {
     pub(crate) fn weigh(&self, leases: &[Lease]) -> Vec<Weighed> {
         let weighed = leases.iter().filter_map(|lease| {
             let row = self.runs.get(&lease.run).filter(|row| row.is_leased(*lease))?;
-            let (tenant, bytes) = (row.record.tenant.clone(), row.snapshot(*lease).text_bytes());
+            let asked = row.signals.iter().map(|signal| signal.kind.text_bytes()).filter(|bytes| *bytes > 65_536);
+            let bytes = row.snapshot(*lease).text_bytes() + asked.sum::<u64>();
+            let tenant = row.record.tenant.clone();
             Some(Weighed { lease: *lease, tenant, bytes, crashes: row.crashes() })
         });
         weighed.collect()

@@ -23,7 +23,7 @@ use stagegate_core::{
     store::{
         ATTEMPTS_READ_MAX, ApiKey, Backlog, Commit, Committed, Heartbeat, Idempotency, Kept, Lease, NewApiKey, NewRun,
         NewSignal, NewVersion, PipelineVersion, Pulse, PutBack, QueueStats, Registered, ReplicaRecord, RunDetail,
-        RunQuery, RunRecord, Signal, Signalled, Snapshot, StageDetail, Submitted, Weighed,
+        RunQuery, RunRecord, Signal, SignalKind, Signalled, Snapshot, StageDetail, Submitted, Weighed,
     },
 };
 use tokio::time::Instant;
@@ -269,7 +269,15 @@ impl Store for MemoryStore {
     }
 
     async fn signals(&self, leases: &[Lease]) -> StoreResult<Vec<(RunId, Vec<Signal>)>> {
-        Ok(self.with(|state, _| state.signals(leases)))
+        let mut found = self.with(|state, _| state.signals(leases));
+        if self.flaw == Flaw::EditsDropped {
+            for signal in found.iter_mut().flat_map(|(_, signals)| signals) {
+                if let SignalKind::Approve { output, .. } = &mut signal.kind {
+                    *output = None;
+                }
+            }
+        }
+        Ok(found)
     }
 
     async fn commit(&self, commits: &[Commit]) -> StoreResult<Vec<Committed>> {

@@ -86,6 +86,11 @@ fn an_outage_that_ages_is_caught() {
 }
 
 #[test]
+fn an_edited_output_that_is_dropped_is_caught() {
+    assert_eq!(caught(Flaw::EditsDropped), Promise::EditsAreKept);
+}
+
+#[test]
 fn a_panic_that_the_engine_catches_is_caught() {
     assert_eq!(caught(Flaw::DriverPanics), Promise::NoPanic);
 }

@@ -114,7 +114,7 @@ async fn life_of_a_run(store: &Arc<dyn Store>, ms: i64) {
         ..step(lease, loaded.run.last_seq)
     };
     assert_eq!(commit(store, &first).await, Committed::Now);
-    signal(store, lease.run, SignalKind::Approve { stage: stage("s1"), attempt: None }).await;
+    signal(store, lease.run, SignalKind::approve(stage("s1"), None)).await;
     assert_eq!(signals_of(store, lease).await.len(), 1);
     let found = store.load(&leases).await.expect("loads").remove(0);
     assert_eq!(found.last_attempts, [(stage("s1"), full_attempt(1, "x"))]);

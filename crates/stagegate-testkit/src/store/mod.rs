@@ -156,6 +156,7 @@ macro_rules! store_contract {
                 a_retry_makes_every_earlier_lease_stale
                 only_what_failed_can_be_retried
                 a_decision_needs_a_held_stage
+                an_edited_output_comes_back_byte_for_byte_and_has_a_weight
                 a_finished_run_takes_no_cancel_and_no_decision
                 signals_keep_to_their_tenant_and_owner
                 the_signals_of_many_runs_are_read_at_once

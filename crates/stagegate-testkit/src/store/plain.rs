@@ -84,6 +84,7 @@ fn passed(of: &str, ms: i64, output: Value) -> (StageDetail, EventKind) {
         origin,
         latency_ms: u64::try_from(ms - 11).expect("after its start"),
         totals,
+        decision: None,
     };
     (StageDetail { stage: record, checkpoint: Some(checkpoint), attempts: vec![attempt] }, event)
 }
@@ -314,7 +315,7 @@ pub async fn what_passed_at_once_is_not_held(subject: Subject) {
     let mut tale = Story::begin(store, 1).await;
     tale.advance(store).await;
     for (of, state) in [("s1", Some(StageState::Succeeded)), ("s2", Some(StageState::Running)), ("s9", None)] {
-        let answer = signal(store, tale.run.id, SignalKind::Approve { stage: stage(of), attempt: None }).await;
+        let answer = signal(store, tale.run.id, SignalKind::approve(stage(of), None)).await;
         assert_eq!(answer, Signalled::StageNotHeld(state), "{of}");
     }
 }

@@ -425,7 +425,13 @@ impl World {
             0 => SignalKind::Cancel,
             1 | 2 => SignalKind::Retry { deadline_at: at(self.now + 1_000) },
             3 => SignalKind::Reject { stage: of, reason: self.text(), attempt: None },
-            _ => SignalKind::Approve { stage: of, attempt: None },
+            4 => SignalKind::Approve {
+                stage: of,
+                attempt: Some(1),
+                comment: Some(self.text()),
+                output: Some(self.text().as_str().into()),
+            },
+            _ => SignalKind::approve(of, None),
         };
         let tenant = if self.rng.random_bool(0.9) { owner } else { self.tenant() };
         let signal = NewSignal { tenant, run, kind, by: self.rng.random_bool(0.5).then(|| self.text()) };

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use stagegate_core::{
-    Epoch, RunId, RunState, StageState, Store,
+    Epoch, Json, RunId, RunState, StageState, Store,
     store::{Commit, Committed, Lease, NewSignal, SignalKind, Signalled, StageRecord},
 };
 
@@ -18,7 +18,7 @@ use super::{
 const MINUTE: Duration = Duration::from_mins(1);
 
 fn approve(of: &str) -> SignalKind {
-    SignalKind::Approve { stage: stage(of), attempt: None }
+    SignalKind::approve(stage(of), None)
 }
 
 fn reject(of: &str) -> SignalKind {
@@ -270,6 +270,36 @@ pub async fn a_decision_needs_a_held_stage(subject: Subject) {
     commit(store, &consumed).await;
     assert_eq!(signal(store, run.id, approve("s2")).await, accepted);
     assert_eq!(signal(store, run.id, approve("s3")).await, pending);
+}
+
+/// The first edit of a held output is the one that is read, by an heir too, and a run's weight tells of it.
+pub async fn an_edited_output_comes_back_byte_for_byte_and_has_a_weight(subject: Subject) {
+    let store = &subject.store;
+    let (owner, heir) = (live_replica(store).await, live_replica(store).await);
+    let (run, lease) = submit_leased(store, 1, owner).await;
+    commit(store, &Commit { stages: hold(lease, 3, &["s2"]).stages, ..park(lease, 3, None) }).await;
+    let edit = |filler: usize| {
+        let text = format!(r#"{{ "n" : 123456789012345678901234567890, "t": "\u0000{}" }}"#, "x".repeat(filler));
+        SignalKind::Approve {
+            stage: stage("s2"),
+            attempt: Some(1),
+            comment: Some(NASTY.to_owned()),
+            output: Some(Json::from_text(&text).expect("JSON")),
+        }
+    };
+    let first = edit(100_000);
+    assert_eq!(signal(store, run.id, first.clone()).await, Signalled::Accepted { owner: None });
+    assert_eq!(signal(store, run.id, edit(1)).await, Signalled::StageNotHeld(Some(StageState::Held)));
+    let taken = claim_all(store, heir).await;
+    let weight = store.weigh(&taken).await.expect("weigh")[0].bytes;
+    let loaded = store.load(&taken).await.expect("load")[0].text_bytes();
+    assert!(weight >= loaded + 100_000, "{weight} of {loaded}");
+    let read = kinds(store, taken[0]).await;
+    let text = |kind: &SignalKind| match kind {
+        SignalKind::Approve { output: Some(output), comment, .. } => (output.as_str().to_owned(), comment.clone()),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((read.len(), text(&read[0])), (1, text(&first)));
 }
 
 /// It only takes a retry, and that only if it failed.

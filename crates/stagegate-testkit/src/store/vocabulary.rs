@@ -153,7 +153,7 @@ pub async fn an_unknown_signal_is_carried_until_it_is_consumed(subject: Subject)
     let store: &Arc<dyn Store> = &subject.store;
     let owner = live_replica(store).await;
     let (run, lease) = submit_leased(store, 1, owner).await;
-    let bodies = [r#"{"kind":"pause","until":1.50}"#, r#"{"kind":"approve","stage":"s1","output":{"b":1,"a":2}}"#];
+    let bodies = [r#"{"kind":"pause","until":1.50}"#, r#"{"kind":"approve","stage":"s1","outputs":{"b":1,"a":2}}"#];
     for body in bodies {
         let kind = SignalKind::read(body).expect("a signal");
         assert_eq!(kind, SignalKind::Unknown(body.into()));

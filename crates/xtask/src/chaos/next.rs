@@ -511,16 +511,19 @@ async fn shown(seen: &Seen<'_>, taken: RunId, slept: RunId) {
     seen.expect(expected.iter().all(is_listed), format!("the list shows {list}"));
 }
 
-/// An approval with an edited output, which this release does not know, is refused with a code, and changes nothing.
+/// An approval with a field that this release does not know is refused with a code, and changes nothing.
 async fn edited(seen: &Seen<'_>, held: &RunId) {
     let run = seen.once(&format!("/v1/runs/{held}"), |body| body["state"] == "waiting").await;
     seen.expect(run["state"] == "waiting", format!("the held run is {run}"));
     let path = format!("/v1/runs/{held}/stages/hold/approve");
-    let answer = seen.client.post("approve edited", &path, Some(&json!({ "output": "better" }))).await;
+    let answer = seen.client.post("approve of next", &path, Some(&json!({ "output_of_next": "better" }))).await;
     let is_refused = |answer: &super::client::Answer| {
         (400..500).contains(&answer.status) && answer.body["code"].is_string() && answer.body["detail"].is_string()
     };
-    seen.expect(answer.as_ref().is_some_and(is_refused), format!("an edited approval was answered with {answer:?}"));
+    seen.expect(
+        answer.as_ref().is_some_and(is_refused),
+        format!("an approval with an unknown field was answered with {answer:?}"),
+    );
     let run = seen.once(&format!("/v1/runs/{held}"), |body| body["state"] == "waiting").await;
     seen.expect(run["state"] == "waiting", format!("after a refused approval the held run is {run}"));
 }

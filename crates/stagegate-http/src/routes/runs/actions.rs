@@ -22,7 +22,7 @@ async fn act(context: Context<Operator>, id: RunId, action: Action, attempt: Opt
     let asked = match &action {
         Action::Cancel => "cancel",
         Action::Retry => "retry",
-        Action::Approve(_) => "approve",
+        Action::Approve(_) | Action::ApproveWith(_) => "approve",
         Action::Reject(..) => "reject",
     };
     tracing::info!(run_id = %id, asked, by = context.by.as_deref().unwrap_or("an open daemon's caller"), "an action on a run was asked for");
