@@ -30,7 +30,7 @@ use stagegate_core::{
 };
 use tokio::time::Instant;
 
-use crate::{context::Identity, fair::Permit, problem::Problem, serve::Peer, state::Shared};
+use crate::{context::Identity, fair::Permit, layers::is_probe, problem::Problem, serve::Peer, state::Shared};
 
 /// How long a look-up, found or not, is remembered: the longest time that a revoked key still works.
 pub const KEY_CACHE_TTL: Duration = Duration::from_secs(5);
@@ -246,39 +246,68 @@ fn refused(detail: &str) -> Problem {
         .header(WWW_AUTHENTICATE, "Bearer realm=\"stagegate\", error=\"invalid_token\"")
 }
 
+/// The most of a foreign host that is told, in characters.
+const HOST_SHOWN_CHARS: usize = 120;
+
 /// The guard of an open daemon: a web page that somebody on this machine visits must not reach it, neither under a
-/// name that was rebound to loopback (`Host`) nor by a form or a fetch from elsewhere (`Origin`).
+/// name that was rebound to loopback (`Host`) nor by a form or a fetch from elsewhere (`Origin`). Probes answer under every
+/// name: load balancers and container platforms call them by an address of their own.
 pub(crate) async fn guard_open(
     State(shared): State<Shared>,
     request: Request,
     next: Next,
 ) -> Result<Response, Problem> {
-    if shared.open {
+    if shared.open && !is_probe(request.uri().path()) {
+        let allowed = &shared.config.allowed_hosts;
         let host = request.headers().get(HOST).map(|value| value.to_str().unwrap_or_default());
         let host = request.uri().authority().map(http::uri::Authority::as_str).or(host).unwrap_or_default();
-        if !is_local(host) {
-            return Err(Problem::new(
-                Code::Forbidden,
-                "This daemon is open to this machine alone: call it as `localhost` or `127.0.0.1`.",
-            ));
+        if !is_local(host, allowed) {
+            return Err(foreign_host(host));
         }
         let reads = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
-        let foreign = |value: &http::HeaderValue| !value.to_str().is_ok_and(is_local_origin);
+        let foreign = |value: &http::HeaderValue| !value.to_str().is_ok_and(|origin| is_local_origin(origin, allowed));
         if !reads && request.headers().get(ORIGIN).is_some_and(foreign) {
-            return Err(Problem::new(Code::Forbidden, "Pages of other origins may not change anything here."));
+            return Err(Problem::new(
+                Code::Forbidden,
+                "Pages of other origins may not change anything here. If this page is yours, add its host to \
+                 `http.allowed_hosts`.",
+            ));
         }
     }
     Ok(next.run(request).await)
 }
 
-fn is_local_origin(origin: &str) -> bool {
-    origin.parse::<Uri>().ok().and_then(|uri| uri.authority().map(|a| is_local(a.as_str()))).unwrap_or(false)
+fn foreign_host(host: &str) -> Problem {
+    let name: String = host_of(host).unwrap_or_else(|| host.to_owned()).chars().take(HOST_SHOWN_CHARS).collect();
+    let detail = if name.is_empty() {
+        "The request names no `Host`. This daemon is open to this machine alone: call it as `localhost` or `127.0.0.1`."
+            .to_owned()
+    } else {
+        format!(
+            "The request's `Host` is `{name}`, and this daemon is open to this machine alone: call it as `localhost` or \
+             `127.0.0.1`, add \"{name}\" to `http.allowed_hosts`, or have it ask for keys (`http.auth = \"keys\"`)."
+        )
+    };
+    Problem::new(Code::Forbidden, detail)
 }
 
-fn is_local(authority: &str) -> bool {
-    let Ok(authority) = authority.parse::<http::uri::Authority>() else { return false };
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+fn is_local_origin(origin: &str, allowed: &[String]) -> bool {
+    let uri = origin.parse::<Uri>().ok();
+    uri.and_then(|uri| uri.authority().map(|a| is_local(a.as_str(), allowed))).unwrap_or(false)
+}
+
+/// The host without port and brackets.
+fn host_of(authority: &str) -> Option<String> {
+    let authority = authority.parse::<http::uri::Authority>().ok()?;
+    Some(authority.host().trim_start_matches('[').trim_end_matches(']').to_owned())
+}
+
+fn is_local(authority: &str, allowed: &[String]) -> bool {
+    let Some(host) = host_of(authority) else { return false };
+    let named = |name: &String| host_of(name).is_some_and(|name| name.eq_ignore_ascii_case(&host));
+    host.eq_ignore_ascii_case("localhost")
+        || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+        || allowed.iter().any(named)
 }
 
 #[cfg(test)]
@@ -329,13 +358,25 @@ mod tests {
     #[test]
     fn only_this_machine_is_local() {
         for local in ["localhost", "LOCALHOST:8080", "127.0.0.1:80", "[::1]:8080", "127.1.2.3"] {
-            assert!(is_local(local), "{local}");
+            assert!(is_local(local, &[]), "{local}");
         }
         for foreign in ["", "evil.example", "localhost.evil.example", "10.0.0.1:8080", "127.0.0.1.nip.io", "[::2]"] {
-            assert!(!is_local(foreign), "{foreign}");
+            assert!(!is_local(foreign, &[]), "{foreign}");
         }
-        assert!(is_local_origin("http://localhost:3000"));
-        assert!(!is_local_origin("null") && !is_local_origin("https://evil.example"));
+        assert!(is_local_origin("http://localhost:3000", &[]));
+        assert!(!is_local_origin("null", &[]) && !is_local_origin("https://evil.example", &[]));
+    }
+
+    #[test]
+    fn an_allowed_host_is_local_whatever_its_port_and_case() {
+        let allowed = ["nas.lan".to_owned(), "10.0.0.7".to_owned(), "[fd00::7]".to_owned()];
+        for local in ["nas.lan", "NAS.lan:8080", "10.0.0.7:80", "[fd00::7]:8080", "localhost"] {
+            assert!(is_local(local, &allowed), "{local}");
+        }
+        for foreign in ["", "x.nas.lan", "nas.lan.evil.example", "10.0.0.8"] {
+            assert!(!is_local(foreign, &allowed), "{foreign}");
+        }
+        assert!(is_local_origin("https://nas.lan", &allowed) && !is_local_origin("https://nas.lan.evil", &allowed));
     }
 
     #[test]

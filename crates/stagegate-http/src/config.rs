@@ -6,6 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use stagegate_core::pipeline::Span;
 
+use crate::base::BasePath;
+
 /// The listener, its limits, and who may call.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -16,6 +18,14 @@ pub struct HttpConfig {
     /// Who may call: `keys` (a valid API key), `open` (anybody, as the default tenant; loopback only), or `auto`:
     /// open for an embedded daemon on loopback, else keys.
     pub auth: AuthMode,
+    /// Where the API lies behind a proxy, as in `/stagegate`; empty for the root. Links, `Location`, `/docs` and the OpenAPI
+    /// document begin with it. Requests are taken with it and without it, so that the proxy may cut it off or not.
+    #[schemars(with = "String")]
+    pub base_path: BasePath,
+    /// Names, without a port, by which an open daemon may be called beside `localhost` and loopback addresses: of the
+    /// proxy in front, or of the container. Whoever can reach the daemon under such a name needs no key. A daemon that asks
+    /// for keys takes any name.
+    pub allowed_hosts: Vec<String>,
     /// The largest body, in bytes.
     pub body_max_bytes: usize,
     /// Bytes of bodies at once, from their first byte until their request is answered; a body that does not fit waits.
@@ -64,6 +74,8 @@ impl Default for HttpConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             auth: AuthMode::Auto,
+            base_path: BasePath::default(),
+            allowed_hosts: Vec::new(),
             body_max_bytes: 2 * 1024 * 1024,
             bodies_max_bytes: None,
             body_max_nodes: 1_500_000,

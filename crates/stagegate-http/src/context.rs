@@ -9,7 +9,7 @@ use http::request::Parts;
 use stagegate_core::{Code, KeyId, Store, TenantId, store::Role};
 use stagegate_engine::Engine;
 
-use crate::{layers::RequestId, problem::Problem, state::Shared};
+use crate::{base::BasePath, layers::RequestId, problem::Problem, state::Shared};
 
 /// Who calls. Put there by the authentication layer.
 #[derive(Debug, Clone)]
@@ -57,6 +57,11 @@ impl<R: Needs> Context<R> {
     /// The store, for reads.
     pub(crate) fn store(&self) -> &Arc<dyn Store> {
         self.engine.store()
+    }
+
+    /// Where the API lies for its callers.
+    pub(crate) fn base(&self) -> &BasePath {
+        &self.shared.config.base_path
     }
 
     /// The wall clock.

@@ -166,7 +166,8 @@ fn method_label(method: &Method) -> &'static str {
     }
 }
 
-fn is_probe(route: &str) -> bool {
+/// Whether this is the path of a probe.
+pub(crate) fn is_probe(route: &str) -> bool {
     matches!(route, "/healthz" | "/readyz" | "/health" | "/metrics")
 }
 

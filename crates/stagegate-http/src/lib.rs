@@ -3,12 +3,15 @@
 //!
 //! To add a route: one file in `routes/`, one line in `router.rs`, one test in `tests/it/`.
 
+mod accept;
 pub mod auth;
+pub mod base;
 mod body;
 pub mod config;
 mod context;
 mod cursor;
 mod etag;
+mod examples;
 mod extract;
 mod failures;
 mod fair;
@@ -21,6 +24,8 @@ mod serve;
 mod sse;
 mod state;
 mod streams;
+mod tidy;
+mod time;
 mod views;
 
 use std::{future::Future, net::SocketAddr};
@@ -98,7 +103,7 @@ pub async fn serve(
 
 /// The OpenAPI document, as a daemon that asks for keys publishes it.
 pub fn openapi_document() -> serde_json::Value {
-    openapi::document(&router::document(), false)
+    openapi::document(&router::document(), false, &base::BasePath::default())
 }
 
 #[cfg(test)]

@@ -13,12 +13,18 @@ use stagegate_core::{Code, Violation, error::nearest, pipeline::definition_schem
 use utoipa::{OpenApi as _, PartialSchema, ToSchema, openapi::RefOr};
 
 use crate::{
+    base::BasePath,
     etag::Tag,
+    examples,
+    layers::is_probe,
     problem::{PROBLEM_JSON, VIOLATIONS_MAX},
+    tidy::tidy,
 };
 
 /// The longest part of an unknown key that is told, in characters.
 const KEY_MAX_CHARS: usize = 80;
+/// What an operation says of a body that is not required.
+const MAY_BE_LEFT_OUT: &str = "May be left out.";
 /// The name of the definition's schema among the components.
 const DEFINITION: &str = "Definition";
 
@@ -30,6 +36,7 @@ const DEFINITION: &str = "Definition";
         description = "Runs staged LLM pipelines: each stage gated, checkpointed, cached, metered and resumable.\n\n\
             Errors are problem details (RFC 9457) with a stable `code`; every answer carries `x-request-id`. Lists are \
             paged by opaque cursors. `POST /v1/runs` takes an `Idempotency-Key`.",
+        contact(name = "Stagegate", url = "https://github.com/stagegate/stagegate"),
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
     tags(
@@ -85,8 +92,8 @@ struct Check {
 
 impl Document {
     /// From what the router collected. An open daemon asks for no key.
-    pub(crate) fn new(api: &utoipa::openapi::OpenApi, open: bool) -> Self {
-        let value = document(api, open);
+    pub(crate) fn new(api: &utoipa::openapi::OpenApi, open: bool, base: &BasePath) -> Self {
+        let value = document(api, open, base);
         let text = value.to_string();
         let tag = Tag::new(blake3::hash(text.as_bytes()).to_hex());
         Self { checks: checks(&value), json: text.into(), tag }
@@ -126,16 +133,20 @@ impl Document {
 }
 
 /// The whole document as JSON.
-pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool) -> Value {
+pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool, base: &BasePath) -> Value {
     // The document is made of maps, strings and numbers: it always serialises.
     let mut value = serde_json::to_value(api).unwrap_or_default();
+    value["servers"] = json!([{ "url": base.server(), "description": "This daemon" }]);
     add_definition(&mut value);
     close_branches(&mut value);
     take_null(&mut value);
-    value["components"]["securitySchemes"] = json!({
-        "bearer": { "type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer sg_…`" },
-        "apiKey": { "type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key" },
-    });
+    tidy(&mut value);
+    if !open {
+        value["components"]["securitySchemes"] = json!({
+            "bearer": { "type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer sg_…`" },
+            "apiKey": { "type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key" },
+        });
+    }
     if let Some(paths) = value.get_mut("paths").and_then(Value::as_object_mut) {
         for (path, item) in paths {
             for (_, operation) in item.as_object_mut().into_iter().flatten() {
@@ -145,16 +156,17 @@ pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool) -> Value {
             }
         }
     }
+    examples::add(&mut value);
     value
 }
 
 /// Adds what every operation of its kind may answer, and the problem's shape to each error.
 fn complete(path: &str, operation: &mut Value, open: bool) {
     let is_api = path.starts_with("/v1/");
-    let mut statuses: Vec<(u16, &str)> = vec![
-        (403, "The key's role is too low (SG0011), or an open daemon was called from elsewhere."),
-        (500, "A defect of ours (SG0008)."),
-    ];
+    let mut statuses: Vec<(u16, &str)> = vec![(500, "A defect of ours (SG0008).")];
+    if !is_probe(path) {
+        statuses.push((403, "The key's role is too low (SG0011), or an open daemon was called from elsewhere."));
+    }
     if is_api {
         statuses.extend([
             (400, "The request could not be read (SG0001, SG0206, SG0208)."),
@@ -170,7 +182,10 @@ fn complete(path: &str, operation: &mut Value, open: bool) {
     if is_api && path.contains('{') {
         statuses.push((404, "There is no such thing for this tenant (SG0201 to SG0204)."));
     }
-    if operation.get("requestBody").is_some() {
+    if let Some(body) = operation.get_mut("requestBody") {
+        if body["description"] == MAY_BE_LEFT_OUT {
+            body["required"] = false.into();
+        }
         statuses.extend([
             (413, "The body is too large (SG0003)."),
             (415, "The body is not of a type that this route takes (SG0002)."),
@@ -419,7 +434,7 @@ mod tests {
 
     #[test]
     fn every_json_body_is_held_against_its_schema() {
-        let document = Document::new(&crate::router::document(), false);
+        let document = Document::new(&crate::router::document(), false, &BasePath::default());
         let mut names: Vec<&str> = document.checks.keys().map(String::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["ApproveRequest", "InvalidateRequest", "PlanRequest", "RejectRequest", "SubmitRequest"]);
@@ -434,7 +449,7 @@ mod tests {
 
     #[test]
     fn each_scope_of_an_invalidation_says_what_it_takes() {
-        let document = Document::new(&crate::router::document(), false);
+        let document = Document::new(&crate::router::document(), false, &BasePath::default());
         let told = |value: Value| -> Vec<(Code, String)> {
             let mistakes = document.check("InvalidateRequest", &value);
             mistakes.into_iter().map(|m| (m.code, m.path)).collect()
@@ -470,7 +485,7 @@ mod tests {
 
     #[test]
     fn no_more_mistakes_are_told_than_anybody_reads() {
-        let document = Document::new(&crate::router::document(), false);
+        let document = Document::new(&crate::router::document(), false, &BasePath::default());
         let mut body: Map<String, Value> = (0..10_000).map(|n| (format!("key-{n}"), json!(n))).collect();
         body.insert("k".repeat(100_000), Value::Null);
         let mistakes = document.check("SubmitRequest", &Value::Object(body));
@@ -481,7 +496,7 @@ mod tests {
 
     #[test]
     fn a_whole_number_is_one_however_it_is_written() {
-        let document = Document::new(&crate::router::document(), false);
+        let document = Document::new(&crate::router::document(), false, &BasePath::default());
         let mut value = json!({ "pipeline": "p", "version": 3.0, "priority": -2.0, "input": { "x": 1.0 } });
         assert_eq!(document.check("SubmitRequest", &value), []);
         document.settle("SubmitRequest", &mut value);

@@ -10,7 +10,7 @@
 //! 4. **Catch panic**: a panic is a problem like any other (SG0008); it stands inside of 2 and 3 so that it has its id.
 //! 5. **Compression**: gzip; never of event streams.
 //! 6. **Guard of the listener**: one `Host`, and nothing but probes over a connection beyond the limit (SG0013).
-//! 7. **Guard of an open daemon**: `Host` and `Origin` must be of this machine.
+//! 7. **Guard of an open daemon**: `Host` and `Origin` must be of this machine or allowed; probes answer any.
 //!
 //! And around the API alone, so that probes answer under any load:
 //!
@@ -76,7 +76,8 @@ pub(crate) fn document() -> utoipa::openapi::OpenApi {
 
 /// The router with its layers.
 pub(crate) fn build(app: App, open: bool, shutdown: CancellationToken) -> Router {
-    let shared = Parts::new(app, open, Document::new(&document(), open), shutdown);
+    let base = app.config.base_path.clone();
+    let shared = Parts::new(app, open, Document::new(&document(), open, &base), shutdown);
     let api: Router<Shared> = api().into();
     let api = api
         .route_layer(middleware::from_fn_with_state(shared.clone(), layers::limit_load))
@@ -87,7 +88,7 @@ pub(crate) fn build(app: App, open: bool, shutdown: CancellationToken) -> Router
     Router::new()
         .merge(api)
         .merge(probes)
-        .merge(docs::ui())
+        .merge(docs::ui(&base))
         .layer(middleware::from_fn_with_state(shared.clone(), auth::guard_open))
         .layer(middleware::from_fn(layers::guard_listener))
         .layer(CompressionLayer::new())

@@ -13,7 +13,7 @@ use axum::{
 use futures::{FutureExt as _, Stream, StreamExt as _, future::BoxFuture, stream, stream::BoxStream};
 use http::{
     HeaderValue,
-    header::{CACHE_CONTROL, CONTENT_TYPE},
+    header::{CACHE_CONTROL, CONTENT_TYPE, VARY},
 };
 use stagegate_core::{Code, Error, Event, RunId, TenantId};
 use stagegate_engine::EventBatch;
@@ -38,10 +38,12 @@ const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 /// How often a stream asks whether its key may still be used: a revocation is obeyed within this and the time that a
 /// look-up is remembered.
 pub(crate) const KEY_CHECK_INTERVAL: Duration = KEY_CACHE_TTL;
-/// The first line of every stream: how long to wait before reconnecting.
-const OPENING: &str = "retry: 1000\n\n";
-const KEEP_ALIVE: &str = ": keep-alive\n\n";
-const END: &str = ": end of stream\n\n";
+/// The first line of every stream: how long to wait before reconnecting. Like the comments it stands without a blank line
+/// after it: some clients (httpx-sse, for one) make an empty event of a blank line that follows no data. So each of them
+/// begins the block of the event that comes next.
+const OPENING: &str = "retry: 1000\n";
+const KEEP_ALIVE: &str = ": keep-alive\n";
+const END: &str = ": end of stream\n";
 
 /// One open stream: a place and a gauge, given back when it is dropped.
 struct Slot {
@@ -98,6 +100,7 @@ pub(crate) fn respond(shared: &Shared, asked: Asked) -> Result<Response, Problem
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(VARY, HeaderValue::from_static("accept"));
     // Proxies that buffer would hold events back.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(response)

@@ -1,12 +1,13 @@
 //! What is shown: owns the shapes of answers. They follow the core's words; durations are in milliseconds, money in US
 //! dollars, times in RFC 3339.
 
+use crate::base::BasePath;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::Value;
 use stagegate_core::{
-    Attempt, Checkpoint, Failure, Json, ModelRef, Origin, Pipeline, PipelineName, RunId, RunState, StageId, StageState,
-    TenantId, Totals, Verdict,
+    Attempt, Checkpoint, Code, Decision, Event, EventKind, Failure, Json, ModelRef, Origin, Pipeline, PipelineName,
+    RunId, RunState, StageId, StageState, TenantId, Totals, Verdict,
     pipeline::{CacheMode, Labels},
     store::{PipelineVersion, RunRecord, StageRecord, Waiting},
 };
@@ -90,28 +91,30 @@ pub(crate) struct PipelineLinks {
 }
 
 impl PipelineLinks {
-    fn new(name: &PipelineName, version: u32) -> Self {
+    fn new(name: &PipelineName, version: u32, base: &BasePath) -> Self {
+        let pipeline = base.to(&format!("/v1/pipelines/{name}"));
         Self {
-            own: pipeline_version_path(name, version),
-            pipeline: format!("/v1/pipelines/{name}"),
-            versions: format!("/v1/pipelines/{name}/versions"),
-            runs: format!("/v1/runs?pipeline={name}"),
+            own: pipeline_version_path(base, name, version),
+            versions: format!("{pipeline}/versions"),
+            runs: base.to(&format!("/v1/runs?pipeline={name}")),
+            pipeline,
         }
     }
 }
 
 /// Where a version is read.
-pub(crate) fn pipeline_version_path(name: &PipelineName, version: u32) -> String {
-    format!("/v1/pipelines/{name}/versions/{version}")
+pub(crate) fn pipeline_version_path(base: &BasePath, name: &PipelineName, version: u32) -> String {
+    base.to(&format!("/v1/pipelines/{name}/versions/{version}"))
 }
 
-impl From<PipelineVersion> for PipelineSummary {
-    fn from(version: PipelineVersion) -> Self {
+impl PipelineSummary {
+    /// A version without its definition.
+    pub(crate) fn new(version: PipelineVersion, base: &BasePath) -> Self {
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let ids = version.definition.get("stages").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let ids = ids.iter().filter_map(|stage| stage.get("id").and_then(Value::as_str));
         Self {
-            links: PipelineLinks::new(&version.name, version.version),
+            links: PipelineLinks::new(&version.name, version.version, base),
             description: version.definition.get("description").and_then(text),
             stages: ids.filter_map(|id| StageId::new(id).ok()).collect(),
             name: version.name,
@@ -123,10 +126,11 @@ impl From<PipelineVersion> for PipelineSummary {
     }
 }
 
-impl From<PipelineVersion> for PipelineView {
-    fn from(version: PipelineVersion) -> Self {
+impl PipelineView {
+    /// A version.
+    pub(crate) fn new(version: PipelineVersion, base: &BasePath) -> Self {
         Self {
-            links: PipelineLinks::new(&version.name, version.version),
+            links: PipelineLinks::new(&version.name, version.version, base),
             name: version.name,
             version: version.version,
             digest: version.digest,
@@ -218,20 +222,20 @@ pub(crate) struct RunLinks {
 }
 
 /// Where a run is read.
-pub(crate) fn run_path(id: RunId) -> String {
-    format!("/v1/runs/{id}")
+pub(crate) fn run_path(base: &BasePath, id: RunId) -> String {
+    base.to(&format!("/v1/runs/{id}"))
 }
 
 impl RunView {
     /// A run as it stands at `now`.
-    pub(crate) fn new(run: RunRecord, now: DateTime<Utc>) -> Self {
-        let own = run_path(run.id);
+    pub(crate) fn new(run: RunRecord, now: DateTime<Utc>, base: &BasePath) -> Self {
+        let own = run_path(base, run.id);
         Self {
             links: RunLinks {
                 events: format!("{own}/events"),
                 cancel: format!("{own}/cancel"),
                 retry: format!("{own}/retry"),
-                pipeline: pipeline_version_path(&run.pipeline, run.version),
+                pipeline: pipeline_version_path(base, &run.pipeline, run.version),
                 own,
             },
             duration_ms: millis_between(run.created_at, run.finished_at.unwrap_or(now)),
@@ -333,8 +337,14 @@ pub(crate) struct StageLinks {
 
 impl StageView {
     /// A stage as it stands at `now`.
-    pub(crate) fn new(run: RunId, stage: StageRecord, needs: Vec<StageId>, now: DateTime<Utc>) -> Self {
-        let own = format!("{}/stages/{}", run_path(run), stage.id);
+    pub(crate) fn new(
+        run: RunId,
+        stage: StageRecord,
+        needs: Vec<StageId>,
+        now: DateTime<Utc>,
+        base: &BasePath,
+    ) -> Self {
+        let own = format!("{}/stages/{}", run_path(base, run), stage.id);
         let duration = |from| millis_between(from, stage.finished_at.unwrap_or(now));
         Self {
             links: StageLinks { approve: format!("{own}/approve"), reject: format!("{own}/reject"), own },
@@ -370,6 +380,42 @@ pub(crate) struct StageDetailView {
     pub(crate) attempts: Vec<Attempt>,
     /// How many attempts have ended.
     pub(crate) attempts_total: u32,
+    /// What people decided about held outputs of the stage, in order.
+    pub(crate) decisions: Vec<DecisionView>,
+}
+
+/// What a person decided about a held output.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct DecisionView {
+    /// The attempt whose output was held.
+    attempt: u32,
+    /// `approved` or `rejected`.
+    verdict: Verdict,
+    /// Who decided: the key; null on an open daemon.
+    by: Option<String>,
+    /// Why, in the person's words.
+    comment: Option<String>,
+    /// Whether the person edited the output; the held one is with its attempt.
+    edited: bool,
+    /// When it took effect.
+    at: DateTime<Utc>,
+}
+
+impl DecisionView {
+    /// The decision that an event tells of, if it tells of one.
+    pub(crate) fn of_event(event: &Event) -> Option<Self> {
+        let (attempt, verdict, decision) = match &event.kind {
+            EventKind::StageSucceeded { attempt, verdict: Verdict::Approved, decision, .. } => {
+                (*attempt, Verdict::Approved, decision)
+            }
+            EventKind::StageFailed { attempt, failure, decision, .. } if failure.code == Code::Rejected => {
+                (*attempt, Verdict::Rejected, decision)
+            }
+            _ => return None,
+        };
+        let Decision { by, comment, edited } = decision.clone().unwrap_or_default();
+        Some(Self { attempt, verdict, by, comment, edited, at: event.at })
+    }
 }
 
 /// The ids of the stages that a stage needs.

@@ -16,6 +16,7 @@ use stagegate_core::Code;
 use utoipa_swagger_ui::{Config, serve};
 
 use crate::{
+    base::BasePath,
     etag::{REVALIDATE, Tag},
     problem::Problem,
     state::Shared,
@@ -26,6 +27,8 @@ const CSP: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsa
                    font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// Read the OpenAPI document
+///
+/// This document, as this daemon serves it: with its base path, and without keys where it asks for none.
 #[utoipa::path(
     get, path = "/openapi.json", tag = "probes", operation_id = "getOpenapi",
     responses(
@@ -41,9 +44,10 @@ pub(crate) async fn openapi_json(State(shared): State<Shared>, headers: HeaderMa
 }
 
 /// The pages of Swagger UI. They are no part of the API, and not in its document.
-pub(crate) fn ui() -> Router<Shared> {
+pub(crate) fn ui(base: &BasePath) -> Router<Shared> {
     // The validator's badge would call home.
-    let config = Arc::new(Config::from("/openapi.json").validator_url("none"));
+    let config = Arc::new(Config::from(base.to("/openapi.json")).validator_url("none"));
+    let (first, found) = (base.to("/docs/"), base.to("/docs/"));
     let index = {
         let config = config.clone();
         get(move || async move { page("index.html", config) })
@@ -51,8 +55,8 @@ pub(crate) fn ui() -> Router<Shared> {
     let file = get(move |Path(name): Path<String>| async move { page(&name, config) });
     Router::new()
         // Whoever opens the printed address in a browser.
-        .route("/", get(|| async { Redirect::temporary("/docs/") }))
-        .route("/docs", get(|| async { Redirect::permanent("/docs/") }))
+        .route("/", get(move || async move { Redirect::temporary(&found) }))
+        .route("/docs", get(move || async move { Redirect::permanent(&first) }))
         .route("/docs/", index)
         .route("/docs/{*file}", file)
 }

@@ -22,6 +22,8 @@ use tokio::runtime::Handle;
 use tokio_util::task::AbortOnDropHandle;
 use tower::ServiceExt as _;
 
+use crate::base::BasePath;
+
 use super::{
     activity::{Activity, Open},
     answer::Answer,
@@ -41,6 +43,8 @@ pub(crate) struct Dispatch {
     pub(crate) router: Router,
     /// Where requests of the API are handled; None for the connection's own runtime.
     pub(crate) handlers: Option<Handle>,
+    /// What a request's path may begin with.
+    pub(crate) base: BasePath,
 }
 
 /// Answers the requests of one connection.
@@ -68,6 +72,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let dispatch = Arc::clone(&self.dispatch);
         let is_reserved = self.is_reserved;
         let mut request = request.map(Body::new);
+        dispatch.base.strip(request.uri_mut());
         request.extensions_mut().insert(Peer::of(self.peer));
         if is_reserved {
             request.extensions_mut().insert(OnReservedPlace);

@@ -135,10 +135,10 @@ impl Server {
             .max_header_list_size(u32::try_from(head_max_bytes).unwrap_or(u32::MAX))
             .keep_alive_interval(H2_PING_INTERVAL)
             .keep_alive_timeout(H2_PING_TIMEOUT);
-        let there =
-            handlers.clone().map(|handle| (Arc::new(Dispatch { router: router.clone(), handlers: None }), handle));
+        let dispatch = Dispatch { router, handlers: None, base: config.base_path.clone() };
+        let there = handlers.clone().map(|handle| (Arc::new(dispatch.clone()), handle));
         Self {
-            here: Arc::new(Dispatch { router, handlers }),
+            here: Arc::new(Dispatch { handlers, ..dispatch }),
             there,
             http1,
             http2,

@@ -3,8 +3,11 @@
 mod access;
 mod app;
 mod bad_input;
+mod clients;
 mod conformance;
 mod connections;
+mod decisions;
+mod examples;
 mod openapi;
 mod pipelines;
 mod probes;

@@ -26,6 +26,7 @@ pub(crate) async fn list(
     let paging = Paging::new("pipelines", &context.tenant, "");
     let after: Option<PipelineName> = paging.read(query.cursor.as_deref())?;
     let found = context.store().pipelines(&context.tenant, after.as_ref(), query.limit + 1).await?;
-    let items: Vec<PipelineSummary> = found.into_iter().map(Into::into).collect();
+    let items: Vec<PipelineSummary> =
+        found.into_iter().map(|version| PipelineSummary::new(version, context.base())).collect();
     Ok(Json(Page::new(items, query.limit, |last| paging.cursor(&last.name))))
 }

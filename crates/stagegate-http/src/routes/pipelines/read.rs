@@ -36,7 +36,7 @@ pub(crate) async fn read(
     let found = context.store().pipeline(&context.tenant, &name, None).await?;
     let version = found.ok_or_else(|| not_found(&name, &context.tenant))?;
     let tag = Tag::new(format_args!("{}-{}", version.version, version.digest));
-    Ok(tag.answer(&headers, REVALIDATE, || Json(PipelineView::from(version)).into_response()))
+    Ok(tag.answer(&headers, REVALIDATE, || Json(PipelineView::new(version, context.base())).into_response()))
 }
 
 /// Says that there is no such pipeline, and how to see which there are.

@@ -8,7 +8,7 @@ use http::{StatusCode, header::LOCATION};
 
 use crate::{
     context::{Admin, Context},
-    extract::{DefinitionBundle, Source},
+    extract::Source,
     openapi::DefinitionDocument,
     problem::Problem,
     views::{PipelineView, pipeline_version_path},
@@ -20,12 +20,11 @@ use crate::{
 /// there. Needs the role `admin`.
 #[utoipa::path(
     post, path = "/v1/pipelines", tag = "pipelines", operation_id = "registerPipeline",
-    request_body(content(
-        (DefinitionDocument = "application/json"),
-        (String = "application/yaml"),
-        (String = "text/yaml"),
-        (DefinitionBundle = "application/vnd.stagegate.bundle+json"),
-    )),
+    request_body(
+        content = DefinitionDocument,
+        description = "A definition: JSON, or YAML with the type `application/yaml` or `text/yaml`; or, with the type \
+            `application/vnd.stagegate.bundle+json`, a definition and the files that it names: `{ definition, files }`.",
+    ),
     responses(
         (status = 201, description = "A new version.", body = PipelineView, headers(("Location" = String))),
         (status = 200, description = "The version with this content, which was there.", body = PipelineView),
@@ -35,7 +34,7 @@ use crate::{
 )]
 pub(crate) async fn register(context: Context<Admin>, Source(source): Source) -> Result<Response, Problem> {
     let (version, is_new) = context.engine.register(&context.tenant, &source).await?;
-    let location = pipeline_version_path(&version.name, version.version);
+    let location = pipeline_version_path(context.base(), &version.name, version.version);
     let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
-    Ok((status, [(LOCATION, location)], Json(PipelineView::from(version))).into_response())
+    Ok((status, [(LOCATION, location)], Json(PipelineView::new(version, context.base()))).into_response())
 }

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use crate::{
     context::{Context, Viewer},
-    extract::{DefinitionBundle, Source},
+    extract::Source,
     openapi::DefinitionDocument,
     problem::Problem,
 };
@@ -27,12 +27,11 @@ pub(crate) struct Validation {
 /// question: the answer is 200.
 #[utoipa::path(
     post, path = "/v1/pipelines/validate", tag = "pipelines", operation_id = "validatePipeline",
-    request_body(content(
-        (DefinitionDocument = "application/json"),
-        (String = "application/yaml"),
-        (String = "text/yaml"),
-        (DefinitionBundle = "application/vnd.stagegate.bundle+json"),
-    )),
+    request_body(
+        content = DefinitionDocument,
+        description = "A definition: JSON, or YAML with the type `application/yaml` or `text/yaml`; or, with the type \
+            `application/vnd.stagegate.bundle+json`, a definition and the files that it names: `{ definition, files }`.",
+    ),
     responses((status = 200, description = "What was found.", body = Validation))
 )]
 pub(crate) async fn validate(context: Context<Viewer>, Source(source): Source) -> Result<Json<Validation>, Problem> {

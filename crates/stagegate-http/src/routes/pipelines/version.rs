@@ -47,5 +47,5 @@ pub(crate) async fn version(
         });
     };
     let tag = Tag::new(format_args!("{number}-{}", found.digest));
-    Ok(tag.answer(&headers, IMMUTABLE, || Json(PipelineView::from(found)).into_response()))
+    Ok(tag.answer(&headers, IMMUTABLE, || Json(PipelineView::new(found, context.base())).into_response()))
 }

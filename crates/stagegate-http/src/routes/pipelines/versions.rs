@@ -33,6 +33,7 @@ pub(crate) async fn versions(
     if found.is_empty() && before.is_none() {
         return Err(not_found(&name, &context.tenant));
     }
-    let items: Vec<PipelineSummary> = found.into_iter().map(Into::into).collect();
+    let items: Vec<PipelineSummary> =
+        found.into_iter().map(|version| PipelineSummary::new(version, context.base())).collect();
     Ok(Json(Page::new(items, query.limit, |last| paging.cursor(last.version))))
 }

@@ -3,8 +3,8 @@
 
 use axum::{Json, http::StatusCode};
 use serde::Deserialize;
-use stagegate_core::{RunId, StageId};
-use stagegate_engine::Action;
+use stagegate_core::{Code, Json as Payload, RunId, StageId, Violation};
+use stagegate_engine::{Action, Approval};
 use utoipa::ToSchema;
 
 use crate::{
@@ -27,7 +27,7 @@ async fn act(context: Context<Operator>, id: RunId, action: Action, attempt: Opt
     };
     tracing::info!(run_id = %id, asked, by = context.by.as_deref().unwrap_or("an open daemon's caller"), "an action on a run was asked for");
     let run = context.engine.act_on(&context.tenant, id, action, attempt, context.by.clone()).await?;
-    Ok((StatusCode::ACCEPTED, Json(RunView::new(run, context.now()))))
+    Ok((StatusCode::ACCEPTED, Json(RunView::new(run, context.now(), context.base()))))
 }
 
 /// Cancel a run
@@ -62,7 +62,7 @@ pub(crate) async fn retry(context: Context<Operator>, Path(id): Path<String>) ->
     act(context, id, Action::Retry, None).await
 }
 
-/// Which held output is taken.
+/// Which held output is taken, and what the person says to it.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ApproveRequest {
@@ -70,18 +70,31 @@ pub(crate) struct ApproveRequest {
     #[serde(default)]
     #[schema(minimum = 1, maximum = 2_147_483_647)]
     attempt: Option<u32>,
+    /// Why, in your words. It stands in the run's events: put no secret into it.
+    #[serde(default)]
+    #[schema(min_length = 1, max_length = 2000, pattern = "^[^\\u0000]*$")]
+    comment: Option<String>,
+    /// Take this in place of the held output: text for a stage whose output is text, else JSON. It must have the stage's
+    /// format, fit its schema and pass the gate's deterministic checks; the judge is not asked. Left out (or null): the held
+    /// output as it is.
+    #[serde(default)]
+    #[schema(value_type = Option<Value>)]
+    output: Option<Payload>,
 }
 
 /// Approve a held output
 ///
-/// The output becomes the stage's checkpoint, and the run goes on. The body may be left out. Needs the role `operator`.
+/// The output becomes the stage's checkpoint, and the run goes on. With `output`, the one that you edited does; the held one
+/// stays with its attempt. The body may be left out. Needs the role `operator`.
 #[utoipa::path(
     post, path = "/v1/runs/{id}/stages/{stage}/approve", tag = "stages", operation_id = "approveStage",
     params(("id" = RunId, Path, description = "The run's id."), ("stage" = StageId, Path, description = "The stage's id.")),
     request_body(content = ApproveRequest, description = "May be left out."),
     responses(
         (status = 202, description = "It will go on.", body = RunView),
-        (status = 409, description = "The stage is not held, or another attempt of it is (SG0207)."),
+        (status = 409, description = "The stage is not held, or another attempt of it is (SG0207); or a replica of an older \
+            release would not understand the comment or the output (SG0213)."),
+        (status = 422, description = "The edited output does not fit the stage (SG0215)."),
     )
 )]
 pub(crate) async fn approve(
@@ -90,16 +103,27 @@ pub(crate) async fn approve(
     extract::JsonOrNothing(body): extract::JsonOrNothing<ApproveRequest>,
 ) -> Accepted {
     let (id, stage) = (run_id(&id)?, stage_id(&stage)?);
-    act(context, id, Action::Approve(stage), body.unwrap_or_default().attempt).await
+    let ApproveRequest { attempt, comment, output } = body.unwrap_or_default();
+    let action = match (comment, output) {
+        (None, None) => Action::Approve(stage),
+        (comment, output) => Action::ApproveWith(Box::new(Approval { stage, comment, output })),
+    };
+    act(context, id, action, attempt).await
 }
 
-/// Why a held output is not taken.
+/// Why a held output is not taken: `reason`, or `comment`, which means the same.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RejectRequest {
-    /// For the record, and for whoever mends it.
+    /// Why, for the record and for whoever mends it. It stands in the run's events: put no secret into it. This, or
+    /// `comment`.
+    #[serde(default)]
     #[schema(min_length = 1, max_length = 2000, pattern = "^[^\\u0000]*$")]
-    reason: String,
+    reason: Option<String>,
+    /// The same, by the name that it has in an approval. This, or `reason`.
+    #[serde(default)]
+    #[schema(min_length = 1, max_length = 2000, pattern = "^[^\\u0000]*$")]
+    comment: Option<String>,
     /// The attempt that is meant; refused where another one is held. Left out: whichever is held.
     #[serde(default)]
     #[schema(minimum = 1, maximum = 2_147_483_647)]
@@ -124,5 +148,17 @@ pub(crate) async fn reject(
     extract::Json(body): extract::Json<RejectRequest>,
 ) -> Accepted {
     let (id, stage) = (run_id(&id)?, stage_id(&stage)?);
-    act(context, id, Action::Reject(stage, body.reason), body.attempt).await
+    let reason = match (body.reason, body.comment) {
+        (Some(reason), None) | (None, Some(reason)) => reason,
+        (None, None) => {
+            let violation = Violation::new(Code::MissingKey, "reason", "say why: `reason` is required");
+            return Err(Problem::violations(Code::InvalidRequest, vec![violation]));
+        }
+        (Some(_), Some(_)) => {
+            let message = "`comment` means the same as `reason`: give one of them";
+            let violation = Violation::new(Code::WrongValue, "comment", message);
+            return Err(Problem::violations(Code::InvalidRequest, vec![violation]));
+        }
+    };
+    act(context, id, Action::Reject(stage, reason), body.attempt).await
 }

@@ -4,14 +4,16 @@ use axum::{
     Extension, Json,
     response::{IntoResponse, Response},
 };
-use http::{HeaderMap, StatusCode, header::ACCEPT};
+use http::{HeaderMap, StatusCode, header::VARY};
 use serde::Serialize;
 use stagegate_core::{Code, Event, RunId, Violation};
 use utoipa::ToSchema;
 
 use crate::{
+    accept,
     auth::Credential,
     context::{Context, Viewer},
+    cursor::Paging,
     extract::{Fields, FromQuery, Path, Query},
     problem::Problem,
     routes::{NUMBER_MAX, header_text, run_id, runs::not_found},
@@ -19,11 +21,18 @@ use crate::{
     sse,
 };
 
+/// An event stream.
+const STREAM: &str = "text/event-stream";
+/// The forms of the answer; the first for a caller who names none.
+const FORMS: [&str; 2] = ["application/json", STREAM];
+
 /// Where to begin.
 #[derive(Debug, utoipa::IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct EventsQuery {
-    /// Only events after this `seq`. The header `Last-Event-ID` stands above it.
+    /// The `next_cursor` of the page before. The header `Last-Event-ID` stands above it.
+    cursor: Option<String>,
+    /// Only events after this `seq`. This, or `cursor`; the header `Last-Event-ID` stands above it.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0, required = false)]
     after: u64,
     /// The most events in one answer; of JSON alone.
@@ -32,11 +41,17 @@ pub(crate) struct EventsQuery {
 }
 
 impl FromQuery for EventsQuery {
-    const NAMES: &'static [&'static str] = &["after", "limit"];
+    const NAMES: &'static [&'static str] = &["cursor", "after", "limit"];
 
     fn read(fields: &mut Fields) -> Self {
+        let cursor = fields.parsed::<String>("cursor").filter(|cursor| !cursor.is_empty());
+        let after = fields.number("after", 0, NUMBER_MAX);
+        if cursor.is_some() && after.is_some() {
+            fields.wrong("after", "a cursor tells where to go on: give `cursor` or `after`");
+        }
         Self {
-            after: fields.number("after", 0, NUMBER_MAX).unwrap_or(0),
+            cursor,
+            after: after.unwrap_or(0),
             limit: fields.number("limit", 1, 1_000).and_then(|limit| u32::try_from(limit).ok()).unwrap_or(100),
         }
     }
@@ -46,16 +61,22 @@ impl FromQuery for EventsQuery {
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct EventPage {
     /// In order, without gaps.
-    events: Vec<Event>,
-    /// Ask for the next ones with `after=` this.
-    next_after: u64,
+    items: Vec<Event>,
+    /// Give it back as `cursor` for the next ones; null when nothing more will come by itself.
+    next_cursor: Option<String>,
     /// True when nothing more will come by itself: the run is finished, and these were the last.
     finished: bool,
+    /// The same as `items`, by the name that they had before; not where you asked with a `cursor`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(deprecated)]
+    events: Option<Vec<Event>>,
+    /// The `seq` that `next_cursor` stands for.
+    next_after: u64,
 }
 
 /// Follow a run
 ///
-/// With `Accept: text/event-stream`, a stream: `id` is the event's `seq`, `event` its type, `data` its JSON. It ends
+/// If `Accept` prefers `text/event-stream`, a stream: `id` is the event's `seq`, `event` its type, `data` its JSON. It ends
 /// after `run.finished`; reconnect with `Last-Event-ID`, to any replica, and nothing is missed and nothing comes twice.
 /// A finished run that was read to its end is answered with 204, which tells an `EventSource` to stop. Otherwise the
 /// events come as JSON.
@@ -82,10 +103,12 @@ pub(crate) async fn events(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let id = run_id(&id)?;
-    let after = last_event_id(&headers)?.unwrap_or(query.after);
+    let paging = Paging::new("events", &context.tenant, &id.to_string());
+    let from_cursor = paging.read::<u64>(query.cursor.as_deref())?.filter(|seq| *seq <= NUMBER_MAX);
+    let after = last_event_id(&headers)?.or(from_cursor).unwrap_or(query.after);
     let run = context.store().run_record(&context.tenant, id).await?.ok_or_else(|| not_found(id))?;
     let has_all = run.state.is_terminal() && after >= run.last_seq;
-    if wants_stream(&headers) {
+    if FORMS[accept::preferred(&headers, &FORMS)] == STREAM {
         return if has_all {
             Ok(StatusCode::NO_CONTENT.into_response())
         } else {
@@ -95,18 +118,12 @@ pub(crate) async fn events(
             sse::respond(&context.shared, asked)
         };
     }
-    let events = context.store().events(&context.tenant, id, after, query.limit).await?;
-    let next_after = events.last().map_or(after, |event| event.seq);
+    let items = context.store().events(&context.tenant, id, after, query.limit).await?;
+    let next_after = items.last().map_or(after, |event| event.seq);
     let finished = run.state.is_terminal() && next_after >= run.last_seq;
-    Ok(Json(EventPage { events, next_after, finished }).into_response())
-}
-
-fn wants_stream(headers: &HeaderMap) -> bool {
-    headers
-        .get_all(ACCEPT)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .any(|accept| accept.split(',').any(|kind| kind.trim().split(';').next() == Some("text/event-stream")))
+    let next_cursor = (!finished).then(|| paging.cursor(next_after));
+    let events = query.cursor.is_none().then(|| items.clone());
+    Ok(([(VARY, "accept")], Json(EventPage { items, next_cursor, finished, events, next_after })).into_response())
 }
 
 fn last_event_id(headers: &HeaderMap) -> Result<Option<u64>, Problem> {

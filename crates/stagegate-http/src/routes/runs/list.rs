@@ -76,10 +76,9 @@ impl FromQuery for RunsQuery {
     }
 }
 
-/// RFC 3339. In a query a bare `+` means a space; it cannot be anything but the sign of an offset here.
+/// In a query a bare `+` means a space; it cannot be anything but the sign of an offset here.
 fn time(text: &str) -> Result<DateTime<Utc>, String> {
-    let time = DateTime::parse_from_rfc3339(&text.replace(' ', "+"));
-    time.map(|time| time.to_utc()).map_err(|_| "write a time as in `2026-11-05T13:00:00Z`".to_owned())
+    crate::time::parse(&text.replace(' ', "+"))
 }
 
 fn label_schema() -> Array {
@@ -115,6 +114,6 @@ pub(crate) async fn list(
     };
     let now = context.now();
     let found = context.store().runs(&query).await?;
-    let items = found.into_iter().map(|run| RunView::new(run, now)).collect();
+    let items = found.into_iter().map(|run| RunView::new(run, now, context.base())).collect();
     Ok(Json(Page::new(items, limit, |last: &RunView| paging.cursor(last.id))))
 }

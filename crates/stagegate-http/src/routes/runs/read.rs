@@ -68,11 +68,11 @@ async fn view(context: &Context<Viewer>, detail: RunDetail) -> Result<RunDetailV
     let now = context.now();
     let stages = pipeline.stages.iter().enumerate().map(|(index, stage)| {
         let row = rows.remove(&stage.id).unwrap_or_else(|| StageRecord::pending(stage.id.clone()));
-        StageView::new(run.id, row, needs_of(&pipeline, index), now)
+        StageView::new(run.id, row, needs_of(&pipeline, index), now, context.base())
     });
     let stages = stages.collect();
     Ok(RunDetailView {
-        run: RunView::new(run, now),
+        run: RunView::new(run, now, context.base()),
         waiting,
         stages,
         input,

@@ -1,15 +1,20 @@
 //! Reads a stage of a run.
 
 use axum::Json;
-use stagegate_core::{Code, RunId, StageId, store::StageRecord};
+use stagegate_core::{Code, RunId, StageId, Verdict, store::StageRecord};
 
 use crate::{
     context::{Context, Viewer},
     extract::Path,
     problem::Problem,
     routes::{run_id, runs::not_found, stage_id},
-    views::{StageDetailView, StageView, needs_of},
+    views::{DecisionView, StageDetailView, StageView, needs_of},
 };
+
+/// Events that are read at once to find decisions, and how often.
+const EVENTS_AT_ONCE: u32 = 1_000;
+/// See [`EVENTS_AT_ONCE`]: a run that waited out outages for days can have many.
+const EVENT_PAGES_MAX: usize = 20;
 
 /// Read a stage
 ///
@@ -44,6 +49,24 @@ pub(crate) async fn stage(
     }
     // They are counted from 1, without gaps.
     let attempts_total = attempts.last().map_or(0, |attempt| attempt.number);
-    let stage = StageView::new(id, row, needs_of(&pipeline, index), context.now());
-    Ok(Json(StageDetailView { stage, checkpoint, attempts, attempts_total }))
+    let was_held = attempts.iter().any(|attempt| attempt.verdict == Verdict::Held);
+    let decisions = if was_held { decisions(&context, id, &row.id).await? } else { Vec::new() };
+    let stage = StageView::new(id, row, needs_of(&pipeline, index), context.now(), context.base());
+    Ok(Json(StageDetailView { stage, checkpoint, attempts, attempts_total, decisions }))
+}
+
+/// What people decided about held outputs of a stage, as the run's events tell it.
+async fn decisions(context: &Context<Viewer>, run: RunId, of: &StageId) -> Result<Vec<DecisionView>, Problem> {
+    let (mut decisions, mut after) = (Vec::new(), 0);
+    for _ in 0..EVENT_PAGES_MAX {
+        let events = context.store().events(&context.tenant, run, after, EVENTS_AT_ONCE).await?;
+        let is_last = events.len() < EVENTS_AT_ONCE as usize;
+        after = events.last().map_or(after, |event| event.seq);
+        decisions
+            .extend(events.iter().filter(|event| event.kind.stage() == Some(of)).filter_map(DecisionView::of_event));
+        if is_last {
+            break;
+        }
+    }
+    Ok(decisions)
 }

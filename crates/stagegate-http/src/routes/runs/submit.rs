@@ -23,6 +23,7 @@ use crate::{
     extract,
     problem::Problem,
     routes::header_text,
+    time,
     views::{RunView, labels_schema, run_path},
 };
 
@@ -58,7 +59,7 @@ pub(crate) struct SubmitRequest {
     #[schema(schema_with = labels_schema)]
     labels: Labels,
     /// Before that it does not start; its deadline counts from there. At once where it is left out or past.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "time::optional")]
     start_at: Option<DateTime<Utc>>,
 }
 
@@ -108,8 +109,9 @@ pub(crate) async fn submit(
     let turn = context.shared.reads.wait_for(&context.tenant, 1);
     let (run, is_new) = context.engine.submit_in_turn(submit, turn).await?;
     tracing::info!(run_id = %run.id, pipeline = %run.pipeline, version = run.version, is_new, "run accepted");
-    let location = [(LOCATION, run_path(run.id))];
-    let mut response = (StatusCode::ACCEPTED, location, Json(RunView::new(run, context.now()))).into_response();
+    let base = context.base();
+    let location = [(LOCATION, run_path(base, run.id))];
+    let mut response = (StatusCode::ACCEPTED, location, Json(RunView::new(run, context.now(), base))).into_response();
     if !is_new {
         response.headers_mut().insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
     }
