@@ -402,6 +402,7 @@ mod tests {
             origin: Origin::Provider,
             latency_ms: 1_540,
             totals,
+            decision: None,
         }
     }
 
@@ -421,7 +422,14 @@ mod tests {
             started("design", 2),
             succeeded("design", 2, bought(1_000, 0.0021)),
             started("spec", 1),
-            EventKind::StageFailed { stage: id("spec"), attempt: 1, score: None, failure, totals: bought(88_000, 0.5) },
+            EventKind::StageFailed {
+                stage: id("spec"),
+                attempt: 1,
+                score: None,
+                failure,
+                totals: bought(88_000, 0.5),
+                decision: None,
+            },
             started("test-plan", 1),
         ];
         for (seq, kind) in (1_u32..).zip(kinds) {
