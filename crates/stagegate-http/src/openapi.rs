@@ -506,7 +506,7 @@ mod tests {
 
     #[test]
     fn null_means_left_out_for_each_key_of_a_body_that_may_be() {
-        let document = Document::new(&crate::router::document(), false);
+        let document = Document::new(&crate::router::document(), false, &BasePath::default());
         let public: Value = serde_json::from_slice(&document.json).expect("JSON");
         for (name, check) in &document.checks {
             for key in &check.optional {

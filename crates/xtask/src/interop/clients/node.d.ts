@@ -1,0 +1,2 @@
+// What client.ts uses of node.
+declare const process: { argv: string[] };
