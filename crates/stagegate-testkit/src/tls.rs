@@ -8,7 +8,8 @@ use rustls::{
     ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
 };
-use tokio_rustls::TlsAcceptor;
+
+pub use tokio_rustls::TlsAcceptor;
 
 /// The names that its servers have.
 const NAMES: [&str; 3] = ["localhost", "127.0.0.1", "::1"];

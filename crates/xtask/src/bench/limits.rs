@@ -67,7 +67,7 @@ pub(crate) struct Echo {
 
 impl Echo {
     pub(crate) async fn start() -> anyhow::Result<Self> {
-        let (child, port) = helper("bench-echo").await?;
+        let (child, port) = helper("bench-echo", []).await?;
         Ok(Self { address: SocketAddr::from(([127, 0, 0, 1], port)), _child: child })
     }
 

@@ -77,6 +77,9 @@ pub(crate) struct Bench {
     /// Finished runs of the cell `growth`; a tenth as many are queued
     #[arg(long, default_value_t = 1_000_000)]
     rows: usize,
+    /// Ask the provider over TLS instead of in the clear (both over HTTP/1.1)
+    #[arg(long, conflicts_with = "write_docs")]
+    tls: bool,
     /// Write what was measured into docs/benchmarks.md, in place of what is there of the same cells and stores
     #[arg(long)]
     write_docs: bool,
@@ -177,7 +180,7 @@ impl Bench {
         for cell in cells {
             for store in self.stores().into_iter().filter(|store| cell.is_for(*store)) {
                 say(&format!("{cell:?} on {}", store.name()));
-                let mut rig = Rig::start(store, &binary).await?;
+                let mut rig = Rig::start(store, &binary, self.tls).await?;
                 let report = measure(cell, &mut rig, &options).await?;
                 println!("\n{}\n{}", report.title(), report.table());
                 say(&format!("appended to {}", report.append(&machine)?.display()));

@@ -7,15 +7,18 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     net::SocketAddr,
+    path::PathBuf,
     process::{ExitCode, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
+use stagegate_testkit::tls::{TestAuthority, TlsAcceptor};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream},
     process::{Child, Command},
     sync::watch,
@@ -43,9 +46,16 @@ const DIGITS: usize = 10;
 /// Bytes of one run's record on the wire.
 const RECORD_BYTES: usize = 28;
 
+/// The first byte of a connection that wants TLS.
+const HANDSHAKE: u8 = 0x16;
+
 /// The provider's process (used by `bench` itself).
 #[derive(Debug, clap::Args)]
-pub(crate) struct BenchProvider {}
+pub(crate) struct BenchProvider {
+    /// Speak TLS, too, and write the authority's certificate into this file
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+}
 
 /// What is remembered of a run's calls.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -89,6 +99,12 @@ impl BenchProvider {
     /// Serves until standard input is closed. The first line of standard output is the port.
     pub(crate) async fn run(self) -> anyhow::Result<ExitCode> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        let mut tls = None;
+        if let Some(path) = &self.ca_file {
+            let authority = TestAuthority::new();
+            tokio::fs::write(path, authority.pem()).await?;
+            tls = Some(authority.acceptor(&["http/1.1"]));
+        }
         println!("{}", listener.local_addr()?.port());
         let provider = Arc::new(Provider {
             state: Mutex::default(),
@@ -100,9 +116,9 @@ impl BenchProvider {
         loop {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            let provider = Arc::clone(&provider);
+            let (provider, tls) = (Arc::clone(&provider), tls.clone());
             // A connection that breaks is its caller's affair: a daemon may have been killed.
-            tokio::spawn(async move { provider.serve(stream).await });
+            tokio::spawn(async move { provider.greet(stream, tls).await });
         }
     }
 }
@@ -138,7 +154,19 @@ impl Provider {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn serve(&self, mut stream: TcpStream) -> anyhow::Result<()> {
+    /// Finds out whether the connection is encrypted. What the measurement itself asks is not.
+    async fn greet(&self, stream: TcpStream, tls: Option<TlsAcceptor>) -> anyhow::Result<()> {
+        if let Some(tls) = tls {
+            let mut first = [0];
+            stream.peek(&mut first).await?;
+            if first == [HANDSHAKE] {
+                return self.serve(tls.accept(stream).await?).await;
+            }
+        }
+        self.serve(stream).await
+    }
+
+    async fn serve(&self, mut stream: impl AsyncRead + AsyncWrite + Unpin) -> anyhow::Result<()> {
         let mut buffer = Vec::with_capacity(4096);
         let mut out = Vec::with_capacity(2048);
         loop {
@@ -258,7 +286,7 @@ impl Provider {
     }
 
     /// Tells how many runs have had their last answer, as raw numbers, whenever it has changed.
-    async fn watch(&self, mut stream: TcpStream) -> anyhow::Result<()> {
+    async fn watch(&self, mut stream: impl AsyncWrite + Unpin) -> anyhow::Result<()> {
         let mut told = u64::MAX;
         let mut ticks = tokio::time::interval(WATCH_EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -279,17 +307,30 @@ pub(crate) struct ProviderProcess {
     _child: Child,
     pub(crate) address: SocketAddr,
     pub(crate) pid: u32,
+    /// The folder of its authority's certificate, where it speaks TLS.
+    authority: Option<tempfile::TempDir>,
 }
 
+/// The certificate's name in its folder.
+const CA_FILE: &str = "ca.pem";
+
 impl ProviderProcess {
-    pub(crate) async fn start() -> anyhow::Result<Self> {
-        let (child, port) = helper("bench-provider").await?;
+    pub(crate) async fn start(is_tls: bool) -> anyhow::Result<Self> {
+        let authority = if is_tls { Some(tempfile::tempdir()?) } else { None };
+        let ca_file = authority.as_ref().map(|folder| folder.path().join(CA_FILE));
+        let arguments = ca_file.iter().flat_map(|path| [OsStr::new("--ca-file"), path.as_os_str()]);
+        let (child, port) = helper("bench-provider", arguments).await?;
         let pid = child.id().context("the provider has ended")?;
-        Ok(Self { _child: child, address: SocketAddr::from(([127, 0, 0, 1], port)), pid })
+        Ok(Self { _child: child, address: SocketAddr::from(([127, 0, 0, 1], port)), pid, authority })
     }
 
     pub(crate) fn base_url(&self) -> String {
-        format!("http://{}/v1", self.address)
+        format!("{}://{}/v1", if self.authority.is_some() { "https" } else { "http" }, self.address)
+    }
+
+    /// The certificate of its authority, where it speaks TLS.
+    pub(crate) fn ca_file(&self) -> Option<PathBuf> {
+        self.authority.as_ref().map(|folder| folder.path().join(CA_FILE))
     }
 
     /// Forgets every run, and holds again what is to be held.
@@ -374,9 +415,13 @@ pub(super) fn end_with_parent() {
 }
 
 /// Starts a hidden command of our own as a process; it ends with us. Its first line is its port.
-pub(super) async fn helper(command: &str) -> anyhow::Result<(Child, u16)> {
+pub(super) async fn helper<'a>(
+    command: &str,
+    arguments: impl IntoIterator<Item = &'a OsStr>,
+) -> anyhow::Result<(Child, u16)> {
     let mut child = Command::new(std::env::current_exe()?)
         .arg(command)
+        .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)

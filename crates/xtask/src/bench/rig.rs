@@ -71,8 +71,9 @@ pub(crate) struct Rig {
 }
 
 impl Rig {
-    pub(crate) async fn start(store: Store, binary: &Path) -> anyhow::Result<Self> {
-        let provider = ProviderProcess::start().await?;
+    /// With a provider in the clear, or over TLS.
+    pub(crate) async fn start(store: Store, binary: &Path, is_tls: bool) -> anyhow::Result<Self> {
+        let provider = ProviderProcess::start(is_tls).await?;
         let (mut postgres, mut redis, mut redis_pid, mut postgres_pid) = (None, None, None, None);
         if store == Store::Postgres {
             let server = Arc::new(Postgres::seasoned().await?);
@@ -89,9 +90,15 @@ impl Rig {
 
     /// Which servers these are.
     pub(crate) fn servers(&self) -> &'static str {
-        match self.store {
-            Store::Postgres => "Postgres (fsync on) and Redis, both real, on this machine",
-            Store::Sqlite => "SQLite (WAL, synchronous=FULL), the cache in the same file",
+        match (self.store, self.provider.ca_file()) {
+            (Store::Postgres, None) => "Postgres (fsync on) and Redis, both real, on this machine",
+            (Store::Postgres, Some(_)) => {
+                "Postgres (fsync on) and Redis, both real, on this machine; the provider over TLS"
+            }
+            (Store::Sqlite, None) => "SQLite (WAL, synchronous=FULL), the cache in the same file",
+            (Store::Sqlite, Some(_)) => {
+                "SQLite (WAL, synchronous=FULL), the cache in the same file; the provider over TLS"
+            }
         }
     }
 
@@ -119,6 +126,10 @@ impl Rig {
             ("STAGEGATE_LLM__PROVIDERS__BENCH__MAX_CONCURRENCY", "30000".to_owned()),
             ("STAGEGATE_LOG__FILTER", "warn".to_owned()),
         ];
+        if let Some(path) = self.provider.ca_file() {
+            // Every release knows this variable.
+            environment.push(("SSL_CERT_FILE", path.display().to_string()));
+        }
         if let (Some(database), Some(redis)) = (&database, &self.redis) {
             environment.push(("DATABASE_URL", database.url().to_owned()));
             environment.push(("REDIS_URL", redis.url().to_owned()));
