@@ -33,7 +33,7 @@ use stagegate_core::{
 };
 use stagegate_llm::{
     CallContext, Llm, RedisConfig, RedisTier, Request,
-    config::{LlmConfig, Price, ProviderConfig, ProviderKind, SimConfig},
+    config::{LlmConfig, Price, ProviderConfig, ProviderKind},
     prices::Prices,
     provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest},
 };
@@ -174,11 +174,9 @@ fn config(vendor: SocketAddr) -> LlmConfig {
     let price = Price { input: 1.0, output: 2.0, cache_read: None, cache_write: None };
     config.prices.insert("local/quick".to_owned(), price);
     let local = ProviderConfig {
-        kind: ProviderKind::Openai,
         base_url: Some(format!("http://{vendor}/v1")),
-        api_key: None,
         max_concurrency: 256,
-        sim: SimConfig::default(),
+        ..ProviderConfig::new(ProviderKind::Openai)
     };
     config.providers.insert("local".to_owned(), local);
     config

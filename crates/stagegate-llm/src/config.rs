@@ -4,7 +4,9 @@ use std::{collections::BTreeMap, time::Duration};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use stagegate_core::{Code, Error, Secret, Violation, pipeline::Span};
+use stagegate_core::{Code, Secret, Violation, pipeline::Span};
+
+use crate::{prices::Prices, providers};
 
 /// Providers, prices, cache and breaker.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -46,8 +48,16 @@ impl Default for LlmConfig {
 }
 
 impl LlmConfig {
-    /// What types cannot say, of everything but the providers and the prices: every mistake at once.
-    pub(crate) fn check(&self) -> Result<(), Error> {
+    /// What types cannot say: every mistake at once, each at its key.
+    pub fn violations(&self) -> Vec<Violation> {
+        let mut violations = self.own_violations();
+        violations.extend(providers::violations(self));
+        violations.extend(Prices::new(self).err().into_iter().flat_map(|error| error.violations));
+        violations
+    }
+
+    /// The same of everything but the providers and the prices.
+    fn own_violations(&self) -> Vec<Violation> {
         let BreakerConfig { window_calls, min_calls, failure_rate, open_for: _, slow_call: _ } = &self.breaker;
         let mistakes = [
             (self.answer_max_bytes == 0, "answer_max_bytes", "no answer could ever be read", "write 1 or more"),
@@ -65,14 +75,13 @@ impl LlmConfig {
                 "write, for example, 0.5 for half of the calls",
             ),
         ];
-        let violations: Vec<_> = mistakes
+        mistakes
             .into_iter()
             .filter(|(wrong, ..)| *wrong)
             .map(|(_, key, message, mend)| {
                 Violation::new(Code::InvalidConfig, format!("llm.{key}"), message).mend(mend)
             })
-            .collect();
-        if violations.is_empty() { Ok(()) } else { Err(Error::violations(Code::InvalidConfig, violations)) }
+            .collect()
     }
 }
 
@@ -82,14 +91,21 @@ impl LlmConfig {
 pub struct ProviderConfig {
     /// Which protocol it speaks.
     pub kind: ProviderKind,
-    /// Where it listens; default: the vendor's own address. A local OpenAI-compatible server goes here, with the `/v1`
-    /// (or other path) that stands before `/chat/completions`; without any path, `/v1` is meant.
+    /// Where it listens; default: the vendor's own address. With or without the version and the endpoint's own path, with a
+    /// path before them, and with a query, which is sent along; docs/providers.md has an example for each vendor.
     #[serde(default)]
     pub base_url: Option<String>,
     /// Its key. Default: the vendor's usual environment variable (`OPENAI_API_KEY`, `ANTHROPIC_API_KEY`,
-    /// `GEMINI_API_KEY`). An OpenAI-compatible server with a base URL of its own needs none.
+    /// `GEMINI_API_KEY`). A server with a base URL of its own needs none.
     #[serde(default)]
     pub api_key: Option<Secret>,
+    /// The header that takes the key: `authorization` (as `Bearer KEY`), `x-api-key`, `api-key`, or any other one. Default: as
+    /// its protocol has it, and `api-key` at Azure.
+    #[serde(default)]
+    pub key_header: Option<String>,
+    /// Further headers of each call. In a variable's name, `_` stands for `-`.
+    #[serde(default)]
+    pub headers: BTreeMap<String, Secret>,
     /// Calls under way at once, at most. Further calls wait for their turn, tenant by tenant; the wait uses up neither an
     /// attempt nor `timeout`.
     #[serde(default = "default_max_concurrency")]
@@ -97,6 +113,21 @@ pub struct ProviderConfig {
     /// How the simulator behaves; for `kind = "sim"` only.
     #[serde(default)]
     pub sim: SimConfig,
+}
+
+impl ProviderConfig {
+    /// A provider of a kind, with nothing said beside that.
+    pub fn new(kind: ProviderKind) -> Self {
+        Self {
+            kind,
+            base_url: None,
+            api_key: None,
+            key_header: None,
+            headers: BTreeMap::new(),
+            max_concurrency: DEFAULT_MAX_CONCURRENCY,
+            sim: SimConfig::default(),
+        }
+    }
 }
 
 /// Calls under way at once to a provider whose configuration does not say otherwise.

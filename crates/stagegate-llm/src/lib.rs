@@ -152,7 +152,10 @@ impl Llm {
         metrics: Metrics,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, Error> {
-        config.check()?;
+        let violations = config.violations();
+        if !violations.is_empty() {
+            return Err(Error::violations(Code::InvalidConfig, violations));
+        }
         let providers = providers::build(config, client)?;
         Ok(Self::with_providers(providers, Prices::new(config)?, config, tier, metrics, clock))
     }

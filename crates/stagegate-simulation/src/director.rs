@@ -16,7 +16,7 @@ use stagegate_core::{
 use stagegate_engine::{Action, Approval, Engine, Submit, config::EngineConfig};
 use stagegate_llm::{
     Llm,
-    config::{BreakerConfig, LlmConfig, Price, ProviderConfig, ProviderKind, SimConfig},
+    config::{BreakerConfig, LlmConfig, Price, ProviderConfig, ProviderKind},
     prices::Prices,
     provider::Provider,
 };
@@ -351,11 +351,8 @@ fn llm_config(config: &LlmConfig, outage: Option<Outage>) -> LlmConfig {
     // No world lasts long enough to wait for an absurd wish again and again.
     config.retry_after_max = Span(Duration::from_secs(20));
     let sim = ProviderConfig {
-        kind: ProviderKind::Sim,
-        base_url: None,
-        api_key: None,
         max_concurrency: if outage.kind == Away::FewSlots { 1 } else { 64 },
-        sim: SimConfig::default(),
+        ..ProviderConfig::new(ProviderKind::Sim)
     };
     config.providers.insert("sim".to_owned(), sim);
     config

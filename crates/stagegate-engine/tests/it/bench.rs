@@ -13,7 +13,7 @@ use stagegate_core::{
 use stagegate_engine::{Engine, Submit, config::EngineConfig};
 use stagegate_llm::{
     Llm,
-    config::{LlmConfig, Price, ProviderConfig, ProviderKind, SimConfig},
+    config::{LlmConfig, Price, ProviderConfig, ProviderKind},
 };
 use stagegate_net::{Client, NetConfig};
 use stagegate_store_sqlite::SqliteStore;
@@ -58,13 +58,7 @@ pub(crate) fn llm_configured(
     tier: Arc<dyn CacheTier>,
     change: impl FnOnce(&mut LlmConfig),
 ) -> Arc<Llm> {
-    let fake = ProviderConfig {
-        kind: ProviderKind::Openai,
-        base_url: Some(base_url),
-        api_key: None,
-        max_concurrency: 64,
-        sim: SimConfig::default(),
-    };
+    let fake = ProviderConfig { base_url: Some(base_url), ..ProviderConfig::new(ProviderKind::Openai) };
     let price = Price { input: 1.0, output: 2.0, cache_read: None, cache_write: None };
     let mut config = LlmConfig {
         providers: BTreeMap::from([("fake".to_owned(), fake)]),

@@ -325,11 +325,8 @@ pub(crate) async fn new_key(
 
 fn llm_config(latency: Duration) -> LlmConfig {
     let sim = ProviderConfig {
-        kind: ProviderKind::Sim,
-        base_url: None,
-        api_key: None,
-        max_concurrency: 64,
         sim: SimConfig { latency: Span(latency), ..SimConfig::default() },
+        ..ProviderConfig::new(ProviderKind::Sim)
     };
     LlmConfig { providers: [("sim".to_owned(), sim)].into(), ..LlmConfig::default() }
 }

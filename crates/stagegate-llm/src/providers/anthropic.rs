@@ -1,6 +1,6 @@
 //! Anthropic's Messages: owns that protocol's request and response shapes.
 //!
-//! `POST {base_url}/v1/messages`. JSON by an object schema is asked for as the input of a tool that the model must use.
+//! `POST …/v1/messages`. JSON by an object schema is asked for as the input of a tool that the model must use.
 //! Some models refuse to be forced; the first such refusal (which costs nothing) is answered by asking again at once
 //! with the schema in the system prompt, and the model is remembered. The same words serve JSON that is no object.
 //! `seed` has no counterpart and is left out.
@@ -17,10 +17,9 @@ use async_trait::async_trait;
 use chrono::DateTime;
 use serde_json::{Value, json};
 use stagegate_core::{
-    Code, Usage, Violation,
+    Code, Usage,
     pipeline::{Effort, Message, OutputFormat, Params, Role},
 };
-use url::Url;
 
 use super::{
     Parts,
@@ -32,7 +31,6 @@ use crate::{
     provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest},
 };
 
-const VENDOR_BASE: &str = "https://api.anthropic.com";
 const API_VERSION: &str = "2023-06-01";
 
 /// The tool whose input is the answer.
@@ -46,7 +44,6 @@ const UNFORCED_MODELS_MAX: usize = 256;
 pub(super) struct Anthropic {
     name: String,
     endpoint: Endpoint,
-    url: Url,
     is_configured: bool,
     /// Models that refused to be forced to use a tool.
     unforced: RwLock<BTreeSet<String>>,
@@ -62,22 +59,11 @@ enum Asking {
 }
 
 impl Anthropic {
-    pub(super) fn new(parts: Parts) -> Result<Self, Violation> {
-        let Parts { name, client, base, key, answer_max_bytes } = parts;
-        let mut base = base.map_or_else(|| http::base_url(&name, VENDOR_BASE), Ok)?;
-        // `/v1` at the end is how other clients write it.
-        if base.path().trim_end_matches('/') == "/v1" {
-            base.set_path("/");
-        }
-        let key_header = key.as_ref().map(|key| http::key_header(&name, "", key)).transpose()?;
-        let mut endpoint = Endpoint::new(client, base, key, answer_max_bytes)
-            .header("anthropic-version", HeaderValue::from_static(API_VERSION));
-        let is_configured = key_header.is_some();
-        if let Some(key_header) = key_header {
-            endpoint = endpoint.header("x-api-key", key_header);
-        }
-        let url = endpoint.url(&["v1", "messages"]);
-        Ok(Self { name, endpoint, url, is_configured, unforced: RwLock::default() })
+    pub(super) fn new(parts: Parts) -> Self {
+        let is_configured = parts.is_configured();
+        let Parts { name, endpoint, .. } = parts;
+        let endpoint = endpoint.header("anthropic-version", HeaderValue::from_static(API_VERSION));
+        Self { name, endpoint, is_configured, unforced: RwLock::default() }
     }
 
     fn asking(&self, request: &ProviderRequest<'_>) -> Asking {
@@ -100,7 +86,7 @@ impl Anthropic {
     }
 
     async fn ask(&self, request: &ProviderRequest<'_>, asking: Asking) -> Result<Answer, ProviderError> {
-        let exchange = self.endpoint.post(self.url.clone(), &body(request, asking)).await?;
+        let exchange = self.endpoint.post(self.endpoint.url(request.model), &body(request, asking)).await?;
         if exchange.status.is_success() {
             self.read(&exchange)
         } else {

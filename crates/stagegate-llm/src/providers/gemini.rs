@@ -1,6 +1,6 @@
 //! Google's Gemini: owns the shapes of its `generateContent`.
 //!
-//! `POST {base_url}/v1beta/models/{model}:generateContent`. The key goes into a header, never into the address, which
+//! `POST …/models/{model}:generateContent`. The key goes into a header, never into the address, which
 //! proxies and logs keep.
 
 use std::time::Duration;
@@ -9,7 +9,7 @@ use ::http::StatusCode;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use stagegate_core::{
-    Code, Usage, Violation,
+    Code, Usage,
     pipeline::{Effort, Message, OutputFormat, Params, Role},
 };
 
@@ -20,8 +20,6 @@ use super::{
 };
 use crate::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
 
-const VENDOR_BASE: &str = "https://generativelanguage.googleapis.com";
-
 /// Gemini.
 #[derive(Debug)]
 pub(super) struct Gemini {
@@ -31,20 +29,10 @@ pub(super) struct Gemini {
 }
 
 impl Gemini {
-    pub(super) fn new(parts: Parts) -> Result<Self, Violation> {
-        let Parts { name, client, base, key, answer_max_bytes } = parts;
-        let mut base = base.map_or_else(|| http::base_url(&name, VENDOR_BASE), Ok)?;
-        // `/v1beta` at the end is how other clients write it.
-        if base.path().trim_end_matches('/') == "/v1beta" {
-            base.set_path("/");
-        }
-        let key_header = key.as_ref().map(|key| http::key_header(&name, "", key)).transpose()?;
-        let mut endpoint = Endpoint::new(client, base, key, answer_max_bytes);
-        let is_configured = key_header.is_some();
-        if let Some(key_header) = key_header {
-            endpoint = endpoint.header("x-goog-api-key", key_header);
-        }
-        Ok(Self { name, endpoint, is_configured })
+    pub(super) fn new(parts: Parts) -> Self {
+        let is_configured = parts.is_configured();
+        let Parts { name, endpoint, .. } = parts;
+        Self { name, endpoint, is_configured }
     }
 
     fn read(&self, exchange: &Exchange) -> Result<Answer, ProviderError> {
@@ -138,7 +126,7 @@ impl Provider for Gemini {
             return Err(http::without_user(&self.name));
         }
         let model = request.model.strip_prefix("models/").unwrap_or(request.model);
-        let url = self.endpoint.url(&["v1beta", "models", &format!("{model}:generateContent")]);
+        let url = self.endpoint.url(model);
         let exchange = self.endpoint.post(url, &body(&request)).await?;
         if exchange.status.is_success() {
             self.read(&exchange)

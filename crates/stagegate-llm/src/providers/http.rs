@@ -1,7 +1,7 @@
 //! What the providers over HTTP share: owns one exchange (send, read within a bound, name what went wrong on the way)
 //! and the making of errors. Knows no vendor's body.
 
-use std::{fmt::Write, time::Duration};
+use std::{borrow::Cow, fmt::Write, time::Duration};
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -11,11 +11,11 @@ use http::{
 };
 use serde::Serialize;
 use serde_json::Value;
-use stagegate_core::{Clock, Code, Secret, SystemClock, Usage, Violation};
+use stagegate_core::{Clock, Code, Secret, SystemClock, Usage};
 use stagegate_net::{Answer, Bounds, Client, Failure, Outgoing, Stage, Trusted};
 use url::Url;
 
-use super::retry_after;
+use super::{address::Place, plan::Plan, retry_after};
 use crate::provider::{Limits, ProviderError};
 
 /// The longest part of a provider's own message that is passed on, in characters.
@@ -28,9 +28,9 @@ const ERROR_BODY_MAX_BYTES: usize = 64 * 1024;
 #[derive(Debug)]
 pub(super) struct Endpoint {
     client: Client,
-    base: Url,
+    place: Place,
     headers: HeaderMap,
-    key: Option<Secret>,
+    secrets: Vec<Secret>,
     answer_max_bytes: usize,
 }
 
@@ -43,10 +43,11 @@ pub(super) struct Exchange {
 }
 
 impl Endpoint {
-    /// `base` is what comes before the vendor's own paths.
-    pub(super) fn new(client: Client, base: Url, key: Option<Secret>, answer_max_bytes: usize) -> Self {
-        let headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
-        Self { client, base, headers, key, answer_max_bytes }
+    /// With the headers of the plan on every request.
+    pub(super) fn new(client: Client, plan: &Plan, answer_max_bytes: usize) -> Self {
+        let mut headers = HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static("application/json"))]);
+        headers.extend(plan.headers.iter().chain(&plan.key).cloned());
+        Self { client, place: plan.place.clone(), headers, secrets: plan.secrets.clone(), answer_max_bytes }
     }
 
     /// The same with a header on every request.
@@ -55,14 +56,9 @@ impl Endpoint {
         self
     }
 
-    /// The address below the base, each segment encoded.
-    pub(super) fn url(&self, segments: &[&str]) -> Url {
-        let mut url = self.base.clone();
-        // `base_url` made sure that it is an http address, which has a path.
-        if let Ok(mut path) = url.path_segments_mut() {
-            path.pop_if_empty().extend(segments);
-        }
-        url
+    /// The address of calls of this model.
+    pub(super) fn url(&self, model: &str) -> Url {
+        self.place.url(model)
     }
 
     /// Sends the body and reads the answer within the bound.
@@ -84,7 +80,7 @@ impl Endpoint {
 
     /// What broke on the way.
     fn failed(&self, failure: &Failure) -> ProviderError {
-        let host = self.base.host_str().unwrap_or("the provider");
+        let host = self.place.base().host_str().unwrap_or("the provider");
         let over = failure.proxy.as_ref().map(|proxy| format!(" over the proxy {proxy}")).unwrap_or_default();
         let what = match &failure.stage {
             Stage::Refused(why) => return error(Code::ProviderRejected, why.to_string()),
@@ -105,10 +101,7 @@ impl Endpoint {
 
     /// A provider's own words, fit to be passed on: bounded, on one line, without the key.
     pub(super) fn clean(&self, text: &str) -> String {
-        let text = match &self.key {
-            Some(key) => without_key_in(text, key.expose()),
-            _ => text.to_owned(),
-        };
+        let text = self.secrets.iter().fold(Cow::Borrowed(text), |text, secret| without_key_in(text, secret.expose()));
         let mut clean = String::new();
         for word in text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty()) {
             let separator = if clean.is_empty() { "" } else { " " };
@@ -212,13 +205,13 @@ const KEY_MIN_BYTES: usize = 8;
 const KEY_SURE_BYTES: usize = 16;
 
 /// The text without the key, wherever it stands as a token of its own.
-fn without_key_in(text: &str, key: &str) -> String {
-    if key.len() < KEY_MIN_BYTES {
-        return text.to_owned();
+fn without_key_in<'a>(text: Cow<'a, str>, key: &str) -> Cow<'a, str> {
+    if key.len() < KEY_MIN_BYTES || !text.contains(key) {
+        return text;
     }
     let is_inside = |c: char| c.is_alphanumeric() || c == '_';
     let mut clean = String::with_capacity(text.len());
-    let mut rest = text;
+    let mut rest = text.as_ref();
     while let Some(at) = rest.find(key) {
         let (before, after) = (&rest[..at], &rest[at + key.len()..]);
         clean.push_str(before);
@@ -227,7 +220,7 @@ fn without_key_in(text: &str, key: &str) -> String {
         rest = after;
     }
     clean.push_str(rest);
-    clean
+    Cow::Owned(clean)
 }
 
 /// The same error with the provider's words.
@@ -286,39 +279,6 @@ pub(super) fn without_user(name: &str) -> ProviderError {
     error(Code::ProviderRejected, format!("{name}: {message}"))
 }
 
-/// A header that carries a key. It is marked as sensitive, so that nothing prints it.
-pub(super) fn key_header(name: &str, prefix: &str, key: &Secret) -> Result<HeaderValue, Violation> {
-    let mut value = HeaderValue::from_str(&format!("{prefix}{}", key.expose())).map_err(|_| {
-        Violation::new(
-            Code::InvalidConfig,
-            format!("llm.providers.{name}.api_key"),
-            "the key holds characters that no HTTP header can carry",
-        )
-        .mend("give the key alone, on one line")
-    })?;
-    value.set_sensitive(true);
-    Ok(value)
-}
-
-/// Checks an address of one's own.
-pub(super) fn base_url(name: &str, text: &str) -> Result<Url, Violation> {
-    let wrong = |what: &str, mend: &str| {
-        Violation::new(Code::InvalidConfig, format!("llm.providers.{name}.base_url"), what.to_owned()).mend(mend)
-    };
-    let example = "write an address such as `http://localhost:11434/v1`";
-    let url = Url::parse(text.trim()).map_err(|_| wrong("it is no absolute URL", example))?;
-    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
-        return Err(wrong("it is no http or https address", example));
-    }
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(wrong("it holds credentials", "give the key as `api_key`"));
-    }
-    if url.query().is_some() || url.fragment().is_some() {
-        return Err(wrong("it holds a query or a fragment", "end it before `?` or `#`"));
-    }
-    Ok(url)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -331,7 +291,7 @@ mod tests {
             ("sk-12345678", "(sk-12345678,sk-12345678)", "([redacted],[redacted])"),
             ("production", "productions of production", "productions of [redacted]"),
         ] {
-            assert_eq!(without_key_in(text, key), clean);
+            assert_eq!(without_key_in(Cow::Borrowed(text), key), clean);
         }
     }
 }

@@ -3,21 +3,23 @@
 
 #![expect(clippy::result_large_err, reason = "an error carries usage and limits, and ends a call that took seconds")]
 
+mod address;
 mod anthropic;
 mod gemini;
 mod http;
 mod openai;
+mod plan;
 pub mod retry_after;
 pub mod sim;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use stagegate_core::{Code, Error, Secret, Violation};
+use stagegate_core::{Code, Error, Violation};
 use stagegate_net::Client;
-use url::Url;
 
+use self::{http::Endpoint, plan::Plan};
 use crate::{
-    config::{LlmConfig, ProviderConfig, ProviderKind, SimConfig},
+    config::{LlmConfig, ProviderConfig, ProviderKind},
     provider::Provider,
 };
 
@@ -32,15 +34,17 @@ pub fn build(config: &LlmConfig, client: &Client) -> Result<BTreeMap<String, Arc
     let implicit = IMPLICIT
         .into_iter()
         .filter(|kind| !config.providers.contains_key(kind.as_str()))
-        .map(|kind| (kind.as_str().to_owned(), defaults(kind)));
+        .map(|kind| (kind.as_str().to_owned(), ProviderConfig::new(kind)));
     let configured = config.providers.iter().map(|(name, provider)| (name.clone(), provider.clone()));
     let mut providers: BTreeMap<String, Arc<dyn Provider>> = BTreeMap::new();
     let mut violations = Vec::new();
     for (name, provider) in implicit.chain(configured) {
-        let client = client.for_exchanges(provider.max_concurrency)?;
-        match of_kind(&name, &provider, config.answer_max_bytes, &client) {
-            Ok(built) => {
-                providers.insert(name, built);
+        match Plan::of(&name, &provider) {
+            Ok(plan) => {
+                let client = client.for_exchanges(provider.max_concurrency)?;
+                let endpoint = Endpoint::new(client, &plan, config.answer_max_bytes);
+                let has_key = plan.key.is_some();
+                providers.insert(name.clone(), of_kind(Parts { name, endpoint, has_key, plan }, &provider));
             }
             Err(found) => violations.extend(found),
         }
@@ -48,71 +52,34 @@ pub fn build(config: &LlmConfig, client: &Client) -> Result<BTreeMap<String, Arc
     if violations.is_empty() { Ok(providers) } else { Err(Error::violations(Code::InvalidConfig, violations)) }
 }
 
-fn defaults(kind: ProviderKind) -> ProviderConfig {
-    ProviderConfig { kind, base_url: None, api_key: None, max_concurrency: 64, sim: SimConfig::default() }
+/// Every mistake in what is said of the providers.
+pub(crate) fn violations(config: &LlmConfig) -> Vec<Violation> {
+    config.providers.iter().filter_map(|(name, provider)| Plan::of(name, provider).err()).flatten().collect()
 }
 
 /// What every provider over HTTP is built from.
 pub(crate) struct Parts {
     /// Its name in the configuration.
     name: String,
-    client: Client,
-    /// An address of its own, checked.
-    base: Option<Url>,
-    /// Without blanks around it; never empty.
-    key: Option<Secret>,
-    answer_max_bytes: usize,
+    /// Where it listens, and how it is asked.
+    endpoint: Endpoint,
+    has_key: bool,
+    plan: Plan,
+}
+
+impl Parts {
+    /// Whether calls can succeed: it has a key, or may need none.
+    fn is_configured(&self) -> bool {
+        self.has_key || !self.plan.place.needs_key
+    }
 }
 
 /// The registry: one line a kind.
-fn of_kind(
-    name: &str,
-    config: &ProviderConfig,
-    answer_max_bytes: usize,
-    client: &Client,
-) -> Result<Arc<dyn Provider>, Vec<Violation>> {
-    let mut violations = check(name, config);
-    let base = match config.base_url.as_deref().map(|text| http::base_url(name, text)).transpose() {
-        Ok(base) => base,
-        Err(violation) => {
-            violations.push(violation);
-            None
-        }
-    };
-    if !violations.is_empty() {
-        return Err(violations);
+fn of_kind(parts: Parts, config: &ProviderConfig) -> Arc<dyn Provider> {
+    match config.kind {
+        ProviderKind::Openai => Arc::new(openai::OpenAi::new(parts)),
+        ProviderKind::Anthropic => Arc::new(anthropic::Anthropic::new(parts)),
+        ProviderKind::Gemini => Arc::new(gemini::Gemini::new(parts)),
+        ProviderKind::Sim => Arc::new(sim::Sim::new(&config.sim)),
     }
-    // Keys come from files and shells, often with a line break at their end.
-    let key = config.api_key.as_ref().map(|key| key.expose().trim()).filter(|key| !key.is_empty());
-    let key = key.map(|key| Secret::from(key.to_owned()));
-    let parts = Parts { name: name.to_owned(), client: client.clone(), base, key, answer_max_bytes };
-    let built: Result<Arc<dyn Provider>, Violation> = match config.kind {
-        ProviderKind::Openai => openai::OpenAi::new(parts).map(|p| Arc::new(p) as _),
-        ProviderKind::Anthropic => anthropic::Anthropic::new(parts).map(|p| Arc::new(p) as _),
-        ProviderKind::Gemini => gemini::Gemini::new(parts).map(|p| Arc::new(p) as _),
-        ProviderKind::Sim => Ok(Arc::new(sim::Sim::new(&config.sim))),
-    };
-    built.map_err(|violation| vec![violation])
-}
-
-fn check(name: &str, config: &ProviderConfig) -> Vec<Violation> {
-    let at = |key: &str| format!("llm.providers.{name}.{key}");
-    let mut violations = Vec::new();
-    if config.max_concurrency == 0 {
-        violations.push(
-            Violation::new(Code::InvalidConfig, at("max_concurrency"), "no call could ever be made")
-                .mend("write 1 or more"),
-        );
-    }
-    for (key, rate) in
-        [("fault_rate", config.sim.fault_rate), ("first_attempt_fail_rate", config.sim.first_attempt_fail_rate)]
-    {
-        if !(0.0..=1.0).contains(&rate) {
-            violations.push(
-                Violation::new(Code::InvalidConfig, at(&format!("sim.{key}")), "a share is a number from 0 to 1")
-                    .mend("write, for example, 0.1 for one call in ten"),
-            );
-        }
-    }
-    violations
 }

@@ -1,7 +1,6 @@
 //! OpenAI's chat completions, and every server that is compatible with them (local ones, gateways, other vendors): owns that protocol's request and response shapes.
 //!
-//! `POST {base_url}/chat/completions`. The base URL is what an OpenAI client is given: it ends in `/v1` as a rule, and
-//! one without any path gets `/v1`. OpenAI itself is told `max_completion_tokens`, which its reasoning models demand;
+//! `POST …/chat/completions` ([`super::address`] has the rest of the address). OpenAI itself is told `max_completion_tokens`, which its reasoning models demand;
 //! every other address is told `max_tokens`, which compatible servers have known for longer.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -15,10 +14,9 @@ use serde::{
 };
 use serde_json::Value;
 use stagegate_core::{
-    Code, Usage, Violation,
+    Code, Usage,
     pipeline::{Message, OutputFormat, Role},
 };
-use url::Url;
 
 use super::{
     Parts,
@@ -27,35 +25,20 @@ use super::{
 };
 use crate::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
 
-const VENDOR_BASE: &str = "https://api.openai.com/v1";
-const VENDOR_HOST: &str = "api.openai.com";
-
 /// A chat completions server.
 #[derive(Debug)]
 pub(super) struct OpenAi {
     name: String,
     endpoint: Endpoint,
-    url: Url,
     is_vendor: bool,
     is_configured: bool,
 }
 
 impl OpenAi {
-    pub(super) fn new(parts: Parts) -> Result<Self, Violation> {
-        let Parts { name, client, base, key, answer_max_bytes } = parts;
-        let mut base = base.map_or_else(|| http::base_url(&name, VENDOR_BASE), Ok)?;
-        if base.path() == "/" {
-            base.set_path("/v1");
-        }
-        let is_vendor = base.host_str() == Some(VENDOR_HOST);
-        let is_configured = key.is_some() || !is_vendor;
-        let authorization = key.as_ref().map(|key| http::key_header(&name, "Bearer ", key)).transpose()?;
-        let mut endpoint = Endpoint::new(client, base, key, answer_max_bytes);
-        if let Some(authorization) = authorization {
-            endpoint = endpoint.header("authorization", authorization);
-        }
-        let url = endpoint.url(&["chat", "completions"]);
-        Ok(Self { name, endpoint, url, is_vendor, is_configured })
+    pub(super) fn new(parts: Parts) -> Self {
+        let is_configured = parts.is_configured();
+        let Parts { name, endpoint, plan, .. } = parts;
+        Self { name, endpoint, is_vendor: plan.place.is_openai, is_configured }
     }
 
     fn body<'a>(&self, request: &ProviderRequest<'a>) -> Body<'a> {
@@ -174,7 +157,7 @@ impl Provider for OpenAi {
         if !self.is_configured {
             return Err(http::without_key(&self.name, "OPENAI_API_KEY"));
         }
-        let exchange = self.endpoint.post(self.url.clone(), &self.body(&request)).await?;
+        let exchange = self.endpoint.post(self.endpoint.url(request.model), &self.body(&request)).await?;
         if exchange.status.is_success() {
             self.read(&exchange)
         } else {

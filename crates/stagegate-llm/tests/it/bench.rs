@@ -20,7 +20,7 @@ use stagegate_core::{
 };
 use stagegate_llm::{
     CallContext, Llm, Reply, Request,
-    config::{LlmConfig, Price, ProviderConfig, ProviderKind, SimConfig},
+    config::{LlmConfig, Price, ProviderConfig, ProviderKind},
     prices::Prices,
     provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest},
 };
@@ -89,11 +89,8 @@ impl Bench {
         let mut config = config();
         for name in ["one", "two"] {
             let provider = ProviderConfig {
-                kind: ProviderKind::Openai,
                 base_url: Some(vendor.openai_base_url()),
-                api_key: None,
-                max_concurrency: 64,
-                sim: SimConfig::default(),
+                ..ProviderConfig::new(ProviderKind::Openai)
             };
             config.providers.insert(name.to_owned(), provider);
         }

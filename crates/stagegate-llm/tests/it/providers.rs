@@ -4,6 +4,7 @@ mod anthropic;
 mod faults;
 mod gemini;
 mod openai;
+mod page;
 mod registry;
 mod sim;
 
@@ -15,7 +16,7 @@ use stagegate_core::{
     pipeline::{Message, OutputFormat, Params, Role},
 };
 use stagegate_llm::{
-    config::{LlmConfig, ProviderConfig, ProviderKind, SimConfig},
+    config::{LlmConfig, ProviderConfig, ProviderKind},
     provider::{Answer, Provider, ProviderError, ProviderRequest},
     providers,
 };
@@ -26,7 +27,7 @@ use stagegate_testkit::{FakeProvider, provider::Call};
 pub(crate) const KEY: &str = "sk-test-0123456789-do-not-print";
 
 pub(crate) fn config(kind: ProviderKind) -> ProviderConfig {
-    ProviderConfig { kind, base_url: None, api_key: None, max_concurrency: 8, sim: SimConfig::default() }
+    ProviderConfig { max_concurrency: 8, ..ProviderConfig::new(kind) }
 }
 
 /// The headers of an answer, and the wait that they ask for.

@@ -124,11 +124,8 @@ impl Demo {
 /// The simulator, at a pace that can be watched.
 fn simulator() -> ProviderConfig {
     ProviderConfig {
-        kind: ProviderKind::Sim,
-        base_url: None,
-        api_key: None,
-        max_concurrency: 64,
         sim: SimConfig { latency: Span(Duration::from_millis(350)), ..SimConfig::default() },
+        ..ProviderConfig::new(ProviderKind::Sim)
     }
 }
 

@@ -81,7 +81,12 @@ fn node(root: &Value, schema: &Value, default: &Value, required: bool) -> Node {
         return Node::Table { doc, keys: table(root, target, properties, default) };
     }
     if target["additionalProperties"].is_object() {
-        let value = Box::new(node(root, &target["additionalProperties"], &Value::Null, true));
+        let mut value = Box::new(node(root, &target["additionalProperties"], &Value::Null, true));
+        // What is said of the map holds for its values, where these are plain.
+        if let Node::Leaf(leaf) = value.as_mut() {
+            leaf.doc.clone_from(&doc);
+            leaf.required = false;
+        }
         return Node::Map { doc, value };
     }
     let secret = target["writeOnly"] == true || schema["writeOnly"] == true;
@@ -139,6 +144,11 @@ impl Node {
         }
     }
 
+    /// Whether its names are the user's, each with a plain value: headers.
+    pub(crate) fn is_map_of_values(&self) -> bool {
+        matches!(self, Self::Map { value, .. } if matches!(**value, Self::Leaf(_)))
+    }
+
     /// Every key with a value below, with its path; `<name>` stands for what the user makes up.
     pub(crate) fn leaves(&self) -> Vec<(Vec<String>, &Leaf)> {
         fn walk<'a>(node: &'a Node, path: &mut Vec<String>, into: &mut Vec<(Vec<String>, &'a Leaf)>) {
@@ -166,6 +176,20 @@ pub(crate) fn dotted(path: &[String]) -> String {
     };
     let quoted = |part: &String| if bare(part) { part.clone() } else { format!("\"{part}\"") };
     path.iter().map(quoted).collect::<Vec<_>>().join(".")
+}
+
+/// The parts of a path that [`dotted`] wrote.
+pub(crate) fn undotted(text: &str) -> Vec<String> {
+    let (mut parts, mut last, mut is_quoted) = (Vec::new(), String::new(), false);
+    for c in text.chars() {
+        match c {
+            '"' => is_quoted = !is_quoted,
+            '.' if !is_quoted => parts.push(std::mem::take(&mut last)),
+            c => last.push(c),
+        }
+    }
+    parts.push(last);
+    parts
 }
 
 /// The variable that sets a key.

@@ -263,7 +263,9 @@ impl FileWalk<'_> {
             (_, Value::Object(table)) => {
                 for (key, value) in table {
                     path.push(key.clone());
-                    match node.child(key) {
+                    // Any name is a name of such a map, but a secret may be given by file there, too.
+                    let is_by_file = node.is_map_of_values() && key.ends_with("_file");
+                    match node.child(key).filter(|_| !is_by_file) {
                         Some(below) => self.visit(below, value, path),
                         None => self.unknown(node, key, value, table, path),
                     }
@@ -398,15 +400,23 @@ pub(crate) fn environment(tree: &Node, environment: &Environment, mistakes: &mut
         if is_not_ours(name) {
             continue;
         }
-        let path: Vec<String> = rest.split("__").map(str::to_lowercase).collect();
+        let mut path: Vec<String> = rest.split("__").map(str::to_lowercase).collect();
+        let parent = path.split_last().and_then(|(_, parent)| descend(tree, parent));
+        let is_map_of_values = parent.is_some_and(Node::is_map_of_values);
+        if let Some(last) = path.last_mut().filter(|_| is_map_of_values) {
+            let (name, by_file) = last.strip_suffix("_file").map_or((last.as_str(), ""), |name| (name, "_file"));
+            // Headers have hyphens, which shells do not take in names.
+            *last = format!("{}{by_file}", name.replace('_', "-"));
+        }
         let base = path.last().and_then(|last| last.strip_suffix("_file")).map(|base| {
             let mut path = path.clone();
             path.pop();
             path.push(base.to_owned());
             path
         });
+        let is_by_file = is_map_of_values && base.is_some();
         match (descend(tree, &path), base.as_ref().and_then(|path| descend(tree, path))) {
-            (Some(Node::Leaf(leaf)), _) => {
+            (Some(Node::Leaf(leaf)), _) if !is_by_file => {
                 variable(leaf, name, path, environment, &mut own, mistakes);
             }
             (_, Some(Node::Leaf(leaf))) if leaf.secret => {

@@ -185,24 +185,15 @@ fn sanity(config: &Config, merged: &Merged, mistakes: &mut Vec<Violation>) {
     );
     refuse(&["http", "json_max_depth"], config.http.json_max_depth == 0, "must be at least 1");
     refuse(&["http", "max_connections"], config.http.max_connections == 0, "must be at least 1");
-    let breaker = &config.llm.breaker;
-    refuse(
-        &["llm", "breaker", "failure_rate"],
-        !(0.0..=1.0).contains(&breaker.failure_rate),
-        "must be between 0 and 1",
-    );
-    for (name, provider) in &config.llm.providers {
-        refuse(&["llm", "providers", name, "max_concurrency"], provider.max_concurrency == 0, "must be at least 1");
-        for (key, rate) in
-            [("fault_rate", provider.sim.fault_rate), ("first_attempt_fail_rate", provider.sim.first_attempt_fail_rate)]
-        {
-            let path = ["llm", "providers", name, "sim", key];
-            refuse(&path, !(0.0..=1.0).contains(&rate), "must be between 0 and 1");
-        }
+    // Sections that check themselves; where a value came from is known here alone.
+    for violation in config.llm.violations().into_iter().chain(config.net.violations()) {
+        let path = keys::undotted(&violation.path);
+        let place = layers::place(&origin_of(merged, &path), &violation.path);
+        mistakes.push(Violation { path: place, ..violation });
     }
 }
 
-/// Where the value at a path came from.
+/// Where the value at a path came from; of a section, where its first value came from.
 fn origin_of(merged: &Merged, path: &[String]) -> String {
     let mut here = merged;
     for part in path {
@@ -211,7 +202,7 @@ fn origin_of(merged: &Merged, path: &[String]) -> String {
             _ => break,
         }
     }
-    here.origin().unwrap_or(DEFAULT).to_owned()
+    first_origin(here)
 }
 
 /// Takes out the value at the path, or at the longest part of it that is there. Returns that part and its origin.

@@ -83,7 +83,8 @@ pub(crate) fn example() -> String {
             for line in wrap(&meaning(leaf), 114) {
                 let _ = writeln!(text, "#   {line}");
             }
-            let _ = writeln!(text, "# {key} = {}", sample(key, leaf));
+            let shown = if key == "<name>" { "x-team" } else { key.as_str() };
+            let _ = writeln!(text, "# {shown} = {}", sample(key, leaf));
         }
     });
     text
@@ -108,6 +109,9 @@ fn sample(key: &str, leaf: &Leaf) -> String {
         ("database_url", _) => "\"postgres://stagegate:password@localhost:5432/stagegate\"".to_owned(),
         ("url", _) => "\"redis://localhost:6379\"".to_owned(),
         ("data_dir", _) => "\"/var/lib/stagegate\"".to_owned(),
+        ("key_header", _) => "\"authorization\"".to_owned(),
+        ("http_proxy" | "https_proxy" | "proxy", _) => "\"http://proxy.example:3128\"".to_owned(),
+        ("ca_file", _) => "\"/etc/stagegate/ca.pem\"".to_owned(),
         ("base_url", _) => "\"http://localhost:11434/v1\"".to_owned(),
         ("drain_delay", _) => "\"5s\"".to_owned(),
         ("payloads", Kind::Text(_)) => "\"30d\"".to_owned(),
@@ -149,11 +153,15 @@ fn section<'a>(node: &'a Node, path: &mut Vec<String>, visit: &mut impl FnMut(&[
     let (doc, keys) = match node {
         Node::Table { doc, keys } => (doc, keys),
         Node::Map { doc, value } => {
-            path.push("<name>".to_owned());
-            if let Node::Table { keys, .. } = value.as_ref() {
-                table(doc, keys, path, visit);
+            match value.as_ref() {
+                Node::Table { keys, .. } => {
+                    path.push("<name>".to_owned());
+                    table(doc, keys, path, visit);
+                    path.pop();
+                }
+                Node::Leaf(leaf) => visit(path, doc, &[("<name>".to_owned(), leaf)]),
+                Node::Map { .. } => {}
             }
-            path.pop();
             return;
         }
         Node::Leaf(_) => return,

@@ -191,6 +191,121 @@ fn values_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn the_variables_of_proxies_are_known_in_both_cases() {
+    let place = place();
+    let secret = |secret: &Option<Secret>| secret.as_ref().map(|secret| secret.expose().to_owned());
+    let net = |variables: &[(&str, &str)]| {
+        load(&Flags::default(), &environment(place.path(), variables)).expect("valid").config.net
+    };
+    let lower = net(&[
+        ("http_proxy", "http://a"),
+        ("https_proxy", "http://b"),
+        ("all_proxy", "http://c"),
+        ("no_proxy", "d, e"),
+    ]);
+    assert_eq!(secret(&lower.http_proxy).as_deref(), Some("http://a"));
+    assert_eq!(secret(&lower.https_proxy).as_deref(), Some("http://b"));
+    assert_eq!(
+        (secret(&lower.proxy).as_deref(), lower.no_proxy),
+        (Some("http://c"), vec!["d".to_owned(), "e".to_owned()])
+    );
+    let upper = net(&[("http_proxy", "http://a"), ("HTTP_PROXY", "http://b"), ("NO_PROXY", "*"), ("HTTPS_PROXY", "")]);
+    assert_eq!((secret(&upper.http_proxy).as_deref(), upper.no_proxy), (Some("http://b"), vec!["*".to_owned()]));
+    assert!(upper.https_proxy.is_none());
+    let ours = net(&[("HTTP_PROXY", "http://a"), ("STAGEGATE_NET__HTTP_PROXY", "http://b")]);
+    assert_eq!(secret(&ours.http_proxy).as_deref(), Some("http://b"));
+}
+
+#[test]
+fn a_proxy_that_cannot_be_used_is_refused_by_its_variable_and_not_shown() {
+    let place = place();
+    let variables = [("HTTPS_PROXY", "ftp://user:hunter2@proxy"), ("HTTP_PROXY", "http://proxy"), ("NO_PROXY", "a*b")];
+    let found = mistakes(load(&Flags::default(), &environment(place.path(), &variables)));
+    let places: Vec<_> = found.iter().map(|(at, _, _)| at.as_str()).collect();
+    assert_eq!(places, ["HTTPS_PROXY", "NO_PROXY"]);
+    assert!(!format!("{found:?}").contains("hunter2"), "{found:?}");
+    let good = [("HTTPS_PROXY", "http://user:hunter2@proxy")];
+    let loaded = load(&Flags::default(), &environment(place.path(), &good)).expect("valid");
+    assert!(!format!("{}{}{:?}", show::toml(&loaded), show::json(&loaded), loaded.config).contains("hunter2"));
+}
+
+#[test]
+fn a_providers_name_that_no_model_can_hold_is_refused_where_it_is_written() {
+    let file = with_file(
+        "[llm.providers.MyProv]\nkind = 'openai'\nbase_url = 'http://x'\n[llm.providers.\"my.prov\"]\nkind = 'openai'\nbase_url = 'http://x'\n",
+    );
+    let variables =
+        [("STAGEGATE_LLM__PROVIDERS__A.B__KIND", "openai"), ("STAGEGATE_LLM__PROVIDERS__GOOD__KIND", "openai")];
+    let found = mistakes(load(&Flags::default(), &environment(file.path(), &variables)));
+    let shown = file.path().join("stagegate.toml").display().to_string();
+    let expected = [
+        (format!("{shown}: llm.providers.MyProv"), "myprov"),
+        ("STAGEGATE_LLM__PROVIDERS__A.B__KIND".to_owned(), "a-b"),
+        (format!("{shown}: llm.providers.\"my.prov\""), "my-prov"),
+    ];
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for ((place, message, mend), (expected, near)) in found.iter().zip(&expected) {
+        assert_eq!(place, expected);
+        assert!(message.contains("not a valid provider name"), "{message}");
+        assert_eq!(mend.as_deref(), Some(format!("write `{near}`").as_str()));
+    }
+}
+
+#[test]
+fn an_address_that_cannot_be_joined_is_refused_before_any_start() {
+    let place = place();
+    let variables = [
+        ("STAGEGATE_LLM__PROVIDERS__LOCAL__KIND", "openai"),
+        ("STAGEGATE_LLM__PROVIDERS__LOCAL__BASE_URL", "localhost:8000"),
+    ];
+    let found = mistakes(load(&Flags::default(), &environment(place.path(), &variables)));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].0, "STAGEGATE_LLM__PROVIDERS__LOCAL__BASE_URL");
+    assert_eq!(found[0].2.as_deref(), Some("write `http://localhost:8000`"));
+}
+
+#[test]
+fn headers_are_given_in_the_file_by_variables_and_by_files_and_never_shown() {
+    let text = "[llm.providers.local]\nkind = 'openai'\nbase_url = 'http://x'\nheaders = { X-Title = 'hunter2', x-key_file = 'key' }\n";
+    let place = with_file(text);
+    fs::write(place.path().join("key"), "hunter2-of-a-file\n").expect("writable");
+    let by_file = place.path().join("key").display().to_string();
+    let variables = [
+        ("STAGEGATE_LLM__PROVIDERS__LOCAL__HEADERS__HTTP_REFERER", "hunter2-of-a-variable"),
+        ("STAGEGATE_LLM__PROVIDERS__LOCAL__HEADERS__X_TEAM_KEY_FILE", by_file.as_str()),
+    ];
+    let loaded = load(&Flags::default(), &environment(place.path(), &variables)).expect("valid");
+    let headers: Vec<_> = loaded.config.llm.providers["local"]
+        .headers
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.expose()))
+        .collect();
+    assert_eq!(
+        headers,
+        [
+            ("X-Title", "hunter2"),
+            ("http-referer", "hunter2-of-a-variable"),
+            ("x-key", "hunter2-of-a-file"),
+            ("x-team-key", "hunter2-of-a-file")
+        ]
+    );
+    let shown = format!("{}{}{:?}", show::toml(&loaded), show::json(&loaded), loaded.config);
+    assert!(!shown.contains("hunter2") && shown.contains("http-referer"), "{shown}");
+    let reserved = with_file(&text.replace("X-Title", "Host"));
+    fs::write(reserved.path().join("key"), "x").expect("writable");
+    let found = mistakes(load(&Flags::default(), &environment(reserved.path(), &[])));
+    assert!(found[0].0.ends_with("llm.providers.local.headers.Host"), "{found:?}");
+}
+
+#[test]
+fn a_path_that_is_written_with_points_is_read_again() {
+    for path in [&["llm", "providers", "my.prov", "base_url"][..], &["net", "proxy"], &["llm"]] {
+        let path: Vec<String> = path.iter().map(|part| (*part).to_owned()).collect();
+        assert_eq!(keys::undotted(&keys::dotted(&path)), path);
+    }
+}
+
+#[test]
 fn models_with_points_and_slashes_can_be_priced() {
     let place = with_file("[llm.prices.\"local/llama-3.1\"]\ninput = 1\noutput = 2.5\n");
     let loaded = load(&Flags::default(), &environment(place.path(), &[])).expect("valid");
