@@ -94,7 +94,8 @@ fn a_broken_file_is_told_with_its_line() {
     assert!(found[0].0.starts_with("--config: ") && found[0].1 == "no such file", "{found:?}");
     fs::write(place.path().join("latin.toml"), [b'#', 0xe9]).expect("writable");
     flags.config = Some("latin.toml".into());
-    assert_eq!(mistakes(load(&flags, &environment(place.path(), &[])))[0].1, "the file is not UTF-8 text");
+    let found = mistakes(load(&flags, &environment(place.path(), &[])));
+    assert!(found[0].1.starts_with("it is not UTF-8 text"), "{found:?}");
 }
 
 #[test]
