@@ -157,7 +157,7 @@ impl Direct {
             return Ok(Some(Self::Network(network, port)));
         }
         let bare = name.strip_prefix('*').unwrap_or(name).trim_matches('.');
-        if let Some(network) = octets(bare.strip_suffix(".*").unwrap_or(bare), bare.ends_with(".*")) {
+        if let Some(network) = octets(bare) {
             return Ok(Some(Self::Network(network, port)));
         }
         // As the names in addresses are: lower case, and the letters of other languages encoded.
@@ -200,15 +200,19 @@ fn network(text: &str) -> Option<IpNet> {
     text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 
-/// `10.*` and `192.168.*`, as some tools write networks.
-fn octets(text: &str, is_cut: bool) -> Option<IpNet> {
-    let parts: Vec<u8> = text.split('.').map(|part| part.parse().ok()).collect::<Option<_>>()?;
-    if !is_cut || parts.is_empty() || parts.len() > 3 {
+/// `10.*`, `192.168.*.*` and `169.254/16`, as some systems write networks.
+fn octets(text: &str) -> Option<IpNet> {
+    let (head, length) = match text.split_once('/') {
+        Some((head, length)) => (head, Some(length.parse().ok()?)),
+        None => (text.trim_end_matches(".*"), None),
+    };
+    let parts: Vec<u8> = head.split('.').map(|part| part.parse().ok()).collect::<Option<_>>()?;
+    if head == text || parts.len() > 3 {
         return None;
     }
     let mut whole = [0; 4];
     whole[..parts.len()].copy_from_slice(&parts);
-    let length = u8::try_from(parts.len() * 8).ok()?;
+    let length = length.or_else(|| u8::try_from(parts.len() * 8).ok())?;
     IpNet::new(IpAddr::from(whole), length).ok()
 }
 
@@ -255,6 +259,8 @@ mod tests {
             ("10.0.0.0/8", &["http://10.255.1.2:8000"], &["http://11.0.0.1", "http://ten.example"]),
             ("10.*", &["http://10.255.1.2:8000"], &["http://11.0.0.1"]),
             ("192.168.*", &["http://192.168.7.2"], &["http://192.169.0.1"]),
+            ("10.*.*.*", &["http://10.255.1.2:8000"], &["http://11.0.0.1"]),
+            ("169.254/16", &["http://169.254.169.254"], &["http://169.255.0.1"]),
             ("::1", &["http://[::1]", "http://[0:0:0:0:0:0:0:1]:9"], &["http://[::2]"]),
             ("[::1]", &["http://[::1]"], &["http://[::2]"]),
             ("[::1]:8080", &["http://[::1]:8080"], &["http://[::1]"]),
