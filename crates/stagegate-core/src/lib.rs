@@ -4,6 +4,7 @@
 //! randomness are arguments. So everything here can be tested as a function.
 
 pub mod access;
+pub mod answer;
 pub mod cache;
 pub mod capability;
 pub mod clock;
@@ -17,6 +18,7 @@ pub mod ids;
 pub mod json;
 pub mod pipeline;
 pub mod run;
+pub mod score;
 pub mod secret;
 pub mod store;
 pub mod text;

@@ -338,7 +338,7 @@ fn waiting(until: Option<DateTime<Utc>>, reason: Option<&str>) -> String {
 }
 
 fn score(score: Option<f64>) -> String {
-    score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2}"))
+    score.map_or_else(|| "-".to_owned(), stagegate_core::score::short)
 }
 
 fn joined(stages: &[StageId]) -> String {

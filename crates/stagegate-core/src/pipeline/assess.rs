@@ -13,7 +13,12 @@ use super::{
     path::{Path, cut},
     schema,
 };
-use crate::{Assessment, Code, Evaluator, Violation, evaluation, json::Size};
+use crate::{
+    Assessment, Code, Evaluator, Violation,
+    answer::{self, Unread},
+    evaluation,
+    json::Size,
+};
 
 /// The version of these rules; a verdict is stored with it.
 const RULES_VERSION: u32 = 1;
@@ -58,8 +63,8 @@ impl Check {
 }
 
 impl Pipeline {
-    /// Reads an answer as the stage's output: text as it is; JSON parsed (a fenced code block around it is taken
-    /// off). An answer that is no JSON is told by the assessment that says so.
+    /// Reads an answer as the stage's output: text as it is; JSON parsed, with what stands around it taken off. An answer
+    /// that is no JSON is told by the assessment that says so.
     #[expect(clippy::result_large_err, reason = "it is kept with the attempt, not passed on")]
     pub fn read_output(&self, stage: usize, content: &str) -> Result<Value, Assessment> {
         if evaluation::pay(content.len() as u64).is_err() {
@@ -68,17 +73,15 @@ impl Pipeline {
         match self.stages[stage].output {
             OutputFormat::Text => Ok(Value::String(content.to_owned())),
             OutputFormat::Json { .. } => {
-                let text = unfenced(content);
-                let not_json = |error: serde_json::Error| {
-                    let reason = format!("the answer is not JSON ({error}); answer with the JSON value alone");
-                    assessment("json", false, reason, None)
-                };
-                let nodes = Size::of_text(text).map_err(not_json)?.nodes;
+                let unread = |why: Unread| assessment("json", false, why.to_string(), None);
+                let text = answer::find(content).map_err(unread)?;
+                let not_json = |error| unread(Unread::NotJson(error));
+                let nodes = Size::of_text(&text).map_err(not_json)?.nodes;
                 if nodes > OUTPUT_NODES_MAX {
                     let reason = format!("the answer holds {nodes} values, at most {OUTPUT_NODES_MAX} are allowed");
                     return Err(assessment("json", false, reason, None));
                 }
-                serde_json::from_str(text).map_err(not_json)
+                serde_json::from_str(&text).map_err(not_json)
             }
         }
     }
@@ -282,14 +285,4 @@ fn assess_schema(validator: &Schema, output: &Value) -> Assessment {
         reasons.push("and more".to_owned());
     }
     assessment("schema", false, reason, Some(format!("does not fit the schema: {}", reasons.join("; "))))
-}
-
-/// The inside of a fenced code block that is the whole answer, or else the answer; models like to wrap JSON in one.
-pub fn unfenced(content: &str) -> &str {
-    let content = content.trim();
-    let inside = content.strip_prefix("```").and_then(|rest| rest.strip_suffix("```"));
-    match inside.and_then(|inside| inside.split_once('\n')) {
-        Some((language, body)) if !language.contains(['{', '[', '"']) => body.trim(),
-        _ => content,
-    }
 }

@@ -25,7 +25,6 @@ use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 
-pub use assess::unfenced;
 pub use definition::{
     Backoff, Budget, Cache, CacheMode, Check, Concurrency, Defaults, Definition, Effort, Gate, InvalidSpan, Judge,
     Labels, MessageTemplate, Messages, MessagesFrom, ModelChain, OnExhausted, OnFail, OnPass, Output, OutputSchema,

@@ -6,10 +6,11 @@ use std::sync::{Arc, LazyLock};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use stagegate_core::{
-    Assessment, CallPurpose, Code, Evaluator, Json,
+    Assessment, CallPurpose, Code, Evaluator, Json, answer,
     decide::{FailureKind, Tried},
     evaluation,
-    pipeline::{Cache, Judge, JudgeTexts, Message, ModelWork, OutputFormat, Part, Role, Scale, Work, unfenced},
+    pipeline::{Cache, Judge, JudgeTexts, Message, ModelWork, OutputFormat, Part, Role, Scale, Work},
+    score,
 };
 use stagegate_llm::{CallError, Request};
 
@@ -185,9 +186,7 @@ fn told(scale: Scale, score: f64, threshold: f64) -> String {
     if scale == Scale::PassFail {
         return format!("said {}", if score >= threshold { "pass" } else { "fail" });
     }
-    let rounded = |digits: usize| (format!("{score:.digits$}"), format!("{threshold:.digits$}"));
-    let is_clear = |(shown, needed): &(String, String)| score >= threshold || shown != needed;
-    let (shown, needed) = (2..17).map(rounded).find(is_clear).unwrap_or_else(|| rounded(17));
+    let (shown, needed) = score::against(score, threshold);
     match scale {
         Scale::OneToFive => format!("gave {shown}, {needed} is needed (of 1 to 5)"),
         _ => format!("gave {shown}, {needed} is needed"),
@@ -228,10 +227,7 @@ pub(crate) fn request(judge: &Judge, work: &Work, texts: JudgeTexts, output: &Js
 
 /// The score and the reason.
 fn read(scale: Scale, content: &str) -> Option<(f64, String)> {
-    let content = unfenced(content);
-    let start = content.find('{')?;
-    let end = content.rfind('}')?;
-    let Answer { score, verdict, reason } = serde_json::from_str(content.get(start..=end)?).ok()?;
+    let Answer { score, verdict, reason } = serde_json::from_str(&answer::find_loosely(content).ok()?).ok()?;
     let score = match (scale, verdict) {
         (Scale::PassFail, Some(Word::Pass)) => 1.0,
         (Scale::PassFail, Some(Word::Fail)) => 0.0,
@@ -258,7 +254,14 @@ mod tests {
     #[test]
     fn only_a_score_and_a_reason_make_a_verdict() {
         let unit = |content| read(Scale::Unit, content);
-        assert!(unit("```json\n{\"score\": 0.9, \"reason\": \"fine\"}\n```").is_some());
+        for good in [
+            "```json\n{\"score\": 0.9, \"reason\": \"fine\"}\n```",
+            "\u{feff}<think>{\"score\": 0}?</think>Here: {\"score\": 0.9, \"reason\": \"fine\", \"sure\": NaN}.",
+            "{\"score\": 0.9, \"reason\": \"fine \\ud83d\", \"tokens\": 123456789012345678901234567890}",
+        ] {
+            assert!(unit(good).is_some(), "{good}");
+        }
+        assert!(unit("{\"score\": NaN, \"reason\": \"\"}").is_none());
         for bad in ["", "great!", "{\"score\": 7, \"reason\": \"\"}", "{\"score\": 0.5}", "}{", "{\"reason\": \"\"}"] {
             assert!(unit(bad).is_none(), "{bad}");
         }
@@ -273,9 +276,9 @@ mod tests {
 
     #[test]
     fn a_score_is_shown_with_the_digits_that_decide() {
-        assert_eq!(told(Scale::Unit, 0.2, 0.7), "gave 0.20, 0.70 is needed");
-        assert_eq!(told(Scale::Unit, 0.699_96, 0.7), "gave 0.69996, 0.70000 is needed");
-        assert_eq!(told(Scale::OneToFive, 3.0, 4.0), "gave 3.00, 4.00 is needed (of 1 to 5)");
+        assert_eq!(told(Scale::Unit, 0.2, 0.7), "gave 0.2, 0.7 is needed");
+        assert_eq!(told(Scale::Unit, 0.699_96, 0.7), "gave 0.6999…, 0.7 is needed");
+        assert_eq!(told(Scale::OneToFive, 3.0, 4.0), "gave 3, 4 is needed (of 1 to 5)");
         assert_eq!(told(Scale::PassFail, 0.0, 1.0), "said fail");
     }
 }

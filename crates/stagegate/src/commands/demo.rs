@@ -284,7 +284,7 @@ async fn retried_stages(client: &Client, told: &Told) -> Result<String, Error> {
         let attempts = detail["attempts"].as_array().map(Vec::as_slice).unwrap_or_default();
         let score = |attempt: &Value| {
             let scores = attempt["assessments"].as_array().into_iter().flatten().filter_map(|a| a["score"].as_f64());
-            scores.min_by(f64::total_cmp).map_or_else(|| "-".to_owned(), |score| format!("{score:.2}"))
+            scores.min_by(f64::total_cmp).map_or_else(|| "-".to_owned(), stagegate_core::score::short)
         };
         let scores = attempts.iter().map(score).collect::<Vec<_>>().join(" → ");
         let _ = writeln!(

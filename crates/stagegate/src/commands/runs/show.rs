@@ -120,7 +120,7 @@ fn row(stage: &Value) -> Row {
             .filter(|attempt| *attempt > 0)
             .map_or_else(|| "-".to_owned(), |n| n.to_string())
             .into(),
-        stage["score"].as_f64().map_or_else(|| "-".to_owned(), |score| format!("{score:.2}")).into(),
+        stage["score"].as_f64().map_or_else(|| "-".to_owned(), stagegate_core::score::short).into(),
         tokens.into(),
         cost(&stage["totals"]).into(),
         stage["duration_ms"].as_u64().map_or_else(|| "-".to_owned(), |ms| time(Duration::from_millis(ms))).into(),
