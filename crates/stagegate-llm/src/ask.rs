@@ -448,8 +448,12 @@ mod tests {
     fn a_chain_waits_for_the_outage_that_passes_first() {
         let model = ModelRef::new("sim/a").expect("a model");
         let mut cut = failed(Code::ProviderMalformed, FailureKind::Unusable);
-        let partial =
-            Partial { content: "half an ans".to_owned(), model: model.clone(), message: "it was cut".to_owned() };
+        let partial = Partial {
+            content: "half an ans".to_owned(),
+            model: model.clone(),
+            message: "it was cut".to_owned(),
+            is_too_long: true,
+        };
         cut.partial = Some(partial.clone());
         let mut failures = vec![
             (&model, outage(Code::ProviderRateLimited, Some(30))),

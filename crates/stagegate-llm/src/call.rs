@@ -6,10 +6,10 @@
 use std::{collections::BTreeMap, fmt::Write, sync::Arc, time::Duration};
 
 use stagegate_core::{
-    CallPurpose, Clock, Code, LedgerEntry, ModelRef, Origin, Usage, Usd,
+    CallPurpose, Clock, Code, LedgerEntry, ModelRef, Origin, Usage, Usd, answer,
     cache::{CacheKey, CacheTier},
     decide::FailureKind,
-    pipeline::{Message, OutputFormat, Params, unfenced},
+    pipeline::{Message, OutputFormat, Params},
 };
 use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
@@ -384,31 +384,16 @@ impl Caller {
         });
         let usage = believed(model, usage);
         let paid = self.price(model, usage, latency);
-        let flaw = match finish {
-            Finish::Length => {
-                let limit = job.params.max_output_tokens.map_or("the provider's own".to_owned(), |n| n.to_string());
-                let cut = format!("the answer was cut at the token limit (max_output_tokens = {limit})");
-                if content.trim().is_empty() {
-                    // Nobody can be told to be briefer: the same request would end the same way, and be paid again.
-                    let message = format!("{cut} before a word was said: raise `params.max_output_tokens`");
-                    Some((Code::ProviderMalformed, message, FailureKind::Final))
-                } else {
-                    Some((Code::ProviderMalformed, cut, FailureKind::Unusable))
-                }
-            }
-            Finish::Refused => {
-                let message = "the model refused, or the provider filtered the prompt or the answer".to_owned();
-                Some((Code::ProviderRefused, message, FailureKind::Final))
-            }
-            Finish::Stop if content.trim().is_empty() => {
-                Some((Code::ProviderMalformed, "the answer was empty".to_owned(), FailureKind::Unusable))
-            }
-            Finish::Stop => None,
-        };
+        let flaw = flaw(job, &finish, content.trim().is_empty(), &usage);
         self.log(model, flaw.as_ref().map(|(code, ..)| *code), &paid);
         let Some((code, message, kind)) = flaw else { return Ok(Bought { content, paid }) };
-        let was_cut = finish == Finish::Length && !content.trim().is_empty();
-        let partial = was_cut.then(|| Partial { content, model: model.clone(), message: message.clone() });
+        let is_partial = matches!(finish, Finish::Length | Finish::Paused | Finish::Other(_));
+        let partial = (is_partial && !content.trim().is_empty()).then(|| Partial {
+            content,
+            model: model.clone(),
+            message: message.clone(),
+            is_too_long: finish == Finish::Length,
+        });
         Err(Failed { partial, paid: Some(paid), ..Failed::unasked(code, message, kind) })
     }
 
@@ -455,6 +440,61 @@ impl Caller {
             "model call"
         );
     }
+}
+
+/// What keeps an answer from being used, and whether another try may help. One that asked the same and ended the same way
+/// would be paid for again.
+fn flaw(job: &Job, finish: &Finish, is_empty: bool, usage: &Usage) -> Option<(Code, String, FailureKind)> {
+    let key = match job.purpose {
+        CallPurpose::Judge => "gate.judge.params.max_output_tokens",
+        _ => "params.max_output_tokens",
+    };
+    let limit = || job.params.max_output_tokens.map_or("the provider's own".to_owned(), |n| n.to_string());
+    let (message, kind) = match finish {
+        Finish::Length if is_empty && usage.reasoning_tokens > 0 => {
+            let (limit, reasoning) = (limit(), usage.reasoning_tokens);
+            let message = format!(
+                "the model used up max_output_tokens = {limit} while reasoning ({reasoning} tokens), before a word was \
+                 said: raise `{key}`"
+            );
+            (message, FailureKind::Final)
+        }
+        Finish::Length => {
+            let cut = format!("the answer was cut at the token limit (max_output_tokens = {})", limit());
+            match job.purpose {
+                // Nobody can be told to be briefer.
+                _ if is_empty => (format!("{cut} before a word was said: raise `{key}`"), FailureKind::Final),
+                CallPurpose::Judge => (format!("{cut}: raise `{key}`"), FailureKind::Unusable),
+                _ => (cut, FailureKind::Unusable),
+            }
+        }
+        Finish::Refused => {
+            let message = "the model refused, or the provider filtered the prompt or the answer".to_owned();
+            return Some((Code::ProviderRefused, message, FailureKind::Final));
+        }
+        Finish::ContextFull => {
+            let message = "prompt and answer filled the model's context before the answer was whole: shorten the prompt, \
+                           or name a model with a larger context";
+            (message.to_owned(), FailureKind::Final)
+        }
+        Finish::Silent => {
+            let message = "the model reasoned, and then ended without an answer: ask for less reasoning, or word the \
+                           prompt otherwise";
+            (message.to_owned(), FailureKind::Final)
+        }
+        Finish::Paused => (
+            "the provider paused its turn (`pause_turn`) before the answer was whole".to_owned(),
+            FailureKind::Unusable,
+        ),
+        Finish::Other(reason) => {
+            let message = format!("the answer ended for a reason that is not known as an end (`{reason}`)");
+            (message, FailureKind::Unusable)
+        }
+        Finish::Stop if is_empty && usage.reasoning_tokens > 0 => return flaw(job, &Finish::Silent, is_empty, usage),
+        Finish::Stop if is_empty => ("the answer was empty".to_owned(), FailureKind::Unusable),
+        Finish::Stop => return None,
+    };
+    Some((Code::ProviderMalformed, message, kind))
 }
 
 /// Where an answer to this may lie.
@@ -538,6 +578,7 @@ fn kind_of(error: &ProviderError) -> FailureKind {
 /// Whether an error says that no answer came for a reason that may pass.
 fn is_outage(error: &ProviderError) -> bool {
     error.retryable
+        && !error.answered
         && matches!(
             error.code,
             Code::ProviderUnreachable | Code::ProviderFailed | Code::ProviderTimeout | Code::ProviderRateLimited
@@ -560,7 +601,7 @@ fn is_illness(error: &ProviderError) -> bool {
 fn is_well_formed(format: &OutputFormat, content: &str) -> bool {
     match format {
         OutputFormat::Text => !content.trim().is_empty(),
-        OutputFormat::Json { .. } => serde_json::from_str::<serde::de::IgnoredAny>(unfenced(content)).is_ok(),
+        OutputFormat::Json { .. } => answer::find(content).is_ok(),
     }
 }
 
@@ -594,9 +635,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn json_may_come_in_a_fence() {
+    fn json_may_come_with_words_around() {
         let json = OutputFormat::Json { schema: None };
-        for good in ["{}", " [1]\n", "```json\n{\"a\": 1}\n```", "```\n1\n```\n", "\"text\""] {
+        for good in ["{}", " [1]\n", "```json\n{\"a\": 1}\n```", "```\n1\n```\n", "\"text\"", "Sure: {\"a\": 1}"] {
             assert!(is_well_formed(&json, good), "{good}");
         }
         for bad in ["", "{", "{} {}", "Sure: {}", "```json\n{\n```", "``````", "```json```"] {

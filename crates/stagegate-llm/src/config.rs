@@ -110,6 +110,9 @@ pub struct ProviderConfig {
     /// attempt nor `timeout`.
     #[serde(default = "default_max_concurrency")]
     pub max_concurrency: usize,
+    /// What its server knows of its protocol. Default: found out, model by model, from what it refuses.
+    #[serde(default)]
+    pub dialect: DialectConfig,
     /// How the simulator behaves; for `kind = "sim"` only.
     #[serde(default)]
     pub sim: SimConfig,
@@ -125,9 +128,93 @@ impl ProviderConfig {
             key_header: None,
             headers: BTreeMap::new(),
             max_concurrency: DEFAULT_MAX_CONCURRENCY,
+            dialect: DialectConfig::default(),
             sim: SimConfig::default(),
         }
     }
+}
+
+/// What a server knows of its protocol. What is `auto` is found out: where a server refuses a request and names what it does
+/// not know, the request is mended and sent again in the same call, and the finding is remembered for that model until the
+/// process ends. `/health` tells it. What is set here holds for all models of the provider, and is never changed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DialectConfig {
+    /// How the longest answer is called; for `kind = "openai"` only.
+    pub limit: LimitKey,
+    /// How JSON is asked for.
+    pub json: JsonForm,
+    /// Who says the system messages.
+    pub system: SystemRole,
+    /// The messages must hold the word "json" where JSON is asked for as an object. `false`: only where a server says so.
+    pub say_json: bool,
+    /// Parameters that are never sent. With `stop`, answers are cut at its texts here.
+    pub leave_out: Vec<Sampling>,
+}
+
+/// How the longest answer is called.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LimitKey {
+    /// `max_completion_tokens` at OpenAI itself, else `max_tokens`, until a server says otherwise.
+    #[default]
+    Auto,
+    /// `max_tokens`.
+    MaxTokens,
+    /// `max_completion_tokens`.
+    MaxCompletionTokens,
+}
+
+/// How JSON is asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum JsonForm {
+    /// By its schema, until a server says that it does not know that.
+    #[default]
+    Auto,
+    /// By its schema: `response_format: json_schema`, a forced tool (Anthropic), `responseJsonSchema` (Gemini).
+    Schema,
+    /// As any object, with the schema in the messages: `response_format: json_object`, `responseMimeType` (Gemini).
+    Object,
+    /// In the messages alone.
+    Words,
+}
+
+/// Who says the system messages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SystemRole {
+    /// The system, until a server says that it does not know that role.
+    #[default]
+    Auto,
+    /// The system.
+    System,
+    /// The developer; for `kind = "openai"` only.
+    Developer,
+    /// The user, at the beginning of what the user says.
+    User,
+}
+
+/// A parameter that not every model takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Sampling {
+    /// `params.temperature`.
+    Temperature,
+    /// `params.top_p`.
+    TopP,
+    /// `params.seed`.
+    Seed,
+    /// `params.stop`.
+    Stop,
+    /// `params.frequency_penalty`.
+    FrequencyPenalty,
+    /// `params.presence_penalty`.
+    PresencePenalty,
+    /// `params.logit_bias`.
+    LogitBias,
+    /// `params.reasoning`.
+    Reasoning,
 }
 
 /// Calls under way at once to a provider whose configuration does not say otherwise.

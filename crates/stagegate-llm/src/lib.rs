@@ -35,7 +35,13 @@ use stagegate_net::Client;
 use stagegate_telemetry::Metrics;
 use tokio::time::Instant;
 
-use self::{call::Caller, config::LlmConfig, prices::Prices, provider::Provider, purse::Purse};
+use self::{
+    call::Caller,
+    config::{DialectConfig, LlmConfig},
+    prices::Prices,
+    provider::Provider,
+    purse::Purse,
+};
 
 pub use self::{
     cache::redis::{RedisConfig, RedisTier},
@@ -128,6 +134,8 @@ pub struct Partial {
     pub model: ModelRef,
     /// Why it ended, in a sentence.
     pub message: String,
+    /// Whether a shorter answer would have been whole.
+    pub is_too_long: bool,
 }
 
 /// The model layer. Shared by every run; cheap to clone.
@@ -274,6 +282,7 @@ impl Llm {
                 open_breakers: self.caller.doors.open_of(name),
                 remaining: (remaining != (None, None)).then_some(remaining),
                 quota_exhausted: seen.quota_exhausted,
+                dialects: served.provider.dialects(),
             }
         });
         LlmHealth { shared_cache, providers: providers.collect() }
@@ -319,4 +328,6 @@ pub struct ProviderHealth {
     pub remaining: Option<(Option<u64>, Option<u64>)>,
     /// Set while the provider says that the account has no quota left.
     pub quota_exhausted: bool,
+    /// What was found out about the dialects of its models, by model.
+    pub dialects: Vec<(String, DialectConfig)>,
 }

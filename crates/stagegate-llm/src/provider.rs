@@ -9,6 +9,8 @@ use stagegate_core::{
     pipeline::{Message, OutputFormat, Params},
 };
 
+use crate::config::DialectConfig;
+
 /// One request to one model of one provider.
 #[derive(Debug, Clone, Copy)]
 pub struct ProviderRequest<'a> {
@@ -37,8 +39,8 @@ pub struct Answer {
     pub limits: Limits,
 }
 
-/// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why an answer ended. Only one that was complete is a whole answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Finish {
     /// It was complete.
     Stop,
@@ -46,6 +48,28 @@ pub enum Finish {
     Length,
     /// It was filtered, or the model refused.
     Refused,
+    /// Prompt and answer together filled what the model can hold.
+    ContextFull,
+    /// The model reasoned, and then ended without a word.
+    Silent,
+    /// The server broke off a long turn, and would go on if it were asked to.
+    Paused,
+    /// For a reason that is not known: the provider's name of it. Made by [`Finish::other`].
+    Other(Box<str>),
+}
+
+/// The longest name of a reason that is passed on, in characters.
+const REASON_MAX_CHARS: usize = 48;
+
+impl Finish {
+    /// A reason that is not known. What does not look like a name is not passed on: it might quote.
+    pub fn other(name: &str) -> Self {
+        let is_name = |name: &str| {
+            let is_part = |c: char| c.is_ascii_alphanumeric() || "_-.:".contains(c);
+            !name.is_empty() && name.len() <= REASON_MAX_CHARS && name.chars().all(is_part)
+        };
+        Self::Other(if is_name(name) { name.into() } else { "an unknown reason".into() })
+    }
 }
 
 /// What is left of a provider's limits.
@@ -76,8 +100,8 @@ pub struct ProviderError {
     /// True where the request was sent, and what the provider made of it is not known: it may have charged for it.
     /// Vendors charge for nothing that they refuse or fail at, so that an error that was heard is no such case.
     pub unheard: bool,
-    /// True where an answer of the vendor's shape came that cannot be used. Prompts can bring that about, so that it is no
-    /// sign that the model is ill.
+    /// True where an answer of the vendor's shape came that cannot be used, or an error that does not say what it is.
+    /// Prompts can bring that about, so that it is no sign that the model is ill, and no outage that is waited out.
     pub answered: bool,
     /// What is left of the provider's limits, where it told.
     pub limits: Limits,
@@ -103,5 +127,10 @@ pub trait Provider: Send + Sync + std::fmt::Debug {
     /// The models that it serves, where it is known to serve no others.
     fn models(&self) -> Option<&'static [&'static str]> {
         None
+    }
+
+    /// What was found out about the dialects of its models, by model.
+    fn dialects(&self) -> Vec<(String, DialectConfig)> {
+        Vec::new()
     }
 }

@@ -16,6 +16,7 @@
 //! rule the answer is an echo that minimally fits the JSON Schema which the request asks for: a judge's `score` is
 //! [`FakeProvider::set_judge_score`]'s.
 
+pub mod dialects;
 mod shape;
 
 use std::{

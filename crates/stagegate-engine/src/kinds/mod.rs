@@ -210,7 +210,7 @@ fn failed_render(failure: Failure) -> Stopped {
 /// An answer that came but was cut: an output that is measured as incomplete, so that the critique can say so. Where
 /// another model of the chain may answer later, that is waited for as well.
 fn incomplete(partial: Partial, error: CallError) -> AttemptResult {
-    let Partial { content, model, message } = partial;
+    let Partial { content, model, message, is_too_long } = partial;
     let output = content.as_str().into();
     let assessments = vec![Assessment {
         evaluator: Evaluator::Check,
@@ -219,7 +219,7 @@ fn incomplete(partial: Partial, error: CallError) -> AttemptResult {
         passed: false,
         score: 0.0,
         threshold: 1.0,
-        reason: format!("{message}; give the whole answer in fewer words"),
+        reason: format!("{message}; give the whole answer{}", if is_too_long { " in fewer words" } else { "" }),
         detail: None,
         model: None,
         scale: None,

@@ -366,7 +366,7 @@ async fn a_judge_has_its_own_prompt_scale_and_parameters() {
         bench.engine.store().stage(&TenantId::default(), detail.run.id, &draft).await.expect("read").expect("there");
     let judged = stage.attempts[0].assessments[0].clone();
     assert_eq!((judged.score, judged.threshold, judged.scale.as_deref()), (3.0, 4.0, Some("1..5")));
-    assert!(judged.reason.contains("gave 3.00, 4.00 is needed (of 1 to 5)"), "{}", judged.reason);
+    assert!(judged.reason.contains("gave 3, 4 is needed (of 1 to 5)"), "{}", judged.reason);
     assert_eq!(stage.attempts[0].score(), Some(0.5), "in [0, 1] for charts");
 }
 

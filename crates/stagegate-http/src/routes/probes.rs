@@ -12,7 +12,10 @@ use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use serde::Serialize;
 use stagegate_core::{Code, ReplicaId, StoreError};
 use stagegate_engine::memory::Budget;
-use stagegate_llm::{LlmHealth, ProviderHealth};
+use stagegate_llm::{
+    LlmHealth, ProviderHealth,
+    config::{DialectConfig, JsonForm, LimitKey, Sampling, SystemRole},
+};
 use tokio::{
     sync::Mutex,
     time::{Instant, timeout},
@@ -27,6 +30,9 @@ const READINESS_TTL: Duration = Duration::from_secs(1);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(800);
 /// How old the queue's gauges may be.
 const QUEUE_TTL: Duration = Duration::from_secs(5);
+
+/// So many models' dialects are told of each provider.
+const DIALECTS_MAX: usize = 64;
 
 /// What the probes remember.
 #[derive(Default)]
@@ -239,6 +245,36 @@ struct Provider {
     tokens_remaining: Option<u64>,
     /// The provider says that the account has no quota left.
     quota_exhausted: bool,
+    /// What was found out about the dialects of its models; the first ones where there are many.
+    dialects: Vec<Dialect>,
+}
+
+/// How a model wants to be asked. Each key is one of `llm.providers.<name>.dialect`; what is `auto` is as usual.
+#[derive(Debug, Serialize, ToSchema)]
+struct Dialect {
+    /// The model.
+    model: String,
+    /// `auto`, `max_tokens` or `max_completion_tokens`.
+    #[schema(value_type = String)]
+    limit: LimitKey,
+    /// `auto`, `schema`, `object` or `words`.
+    #[schema(value_type = String)]
+    json: JsonForm,
+    /// `auto`, `system`, `developer` or `user`.
+    #[schema(value_type = String)]
+    system: SystemRole,
+    /// Its server demands the word "json" in the messages.
+    say_json: bool,
+    /// Parameters that it does not take, by their names in `params`: `temperature`, `stop` …
+    #[schema(value_type = Vec<String>)]
+    leave_out: Vec<Sampling>,
+}
+
+impl From<(String, DialectConfig)> for Dialect {
+    fn from((model, dialect): (String, DialectConfig)) -> Self {
+        let DialectConfig { limit, json, system, say_json, leave_out } = dialect;
+        Self { model, limit, json, system, say_json, leave_out }
+    }
 }
 
 impl From<ProviderHealth> for Provider {
@@ -252,6 +288,7 @@ impl From<ProviderHealth> for Provider {
             requests_remaining,
             tokens_remaining,
             quota_exhausted: health.quota_exhausted,
+            dialects: health.dialects.into_iter().take(DIALECTS_MAX).map(Into::into).collect(),
         }
     }
 }

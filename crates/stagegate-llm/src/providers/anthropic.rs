@@ -1,16 +1,10 @@
 //! Anthropic's Messages: owns that protocol's request and response shapes.
 //!
 //! `POST …/v1/messages`. JSON by an object schema is asked for as the input of a tool that the model must use.
-//! Some models refuse to be forced; the first such refusal (which costs nothing) is answered by asking again at once
-//! with the schema in the system prompt, and the model is remembered. The same words serve JSON that is no object.
-//! `seed` has no counterpart and is left out.
+//! Some models refuse to be forced: then the schema stands in the system prompt ([`super::dialect`]). The same words serve
+//! JSON that is no object. `seed` has no counterpart and is left out.
 
-use std::{
-    collections::BTreeSet,
-    fmt::Write,
-    sync::{PoisonError, RwLock},
-    time::Duration,
-};
+use std::time::Duration;
 
 use ::http::{HeaderValue, StatusCode};
 use async_trait::async_trait;
@@ -23,10 +17,13 @@ use stagegate_core::{
 
 use super::{
     Parts,
+    dialect::{self, Dialect, Dialects, Sent},
     http::{self, Endpoint, Exchange, malformed, paid, retryable},
     retry_after,
+    words::{self, Told},
 };
 use crate::{
+    config::{DialectConfig, JsonForm, Sampling, SystemRole},
     prices::DEFAULT_MAX_OUTPUT_TOKENS,
     provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest},
 };
@@ -36,83 +33,50 @@ const API_VERSION: &str = "2023-06-01";
 /// The tool whose input is the answer.
 const ANSWER_TOOL: &str = "answer";
 
-/// How many models are remembered as not to be forced; past that the refusal is met again.
-const UNFORCED_MODELS_MAX: usize = 256;
-
 /// Anthropic, or a server that speaks its protocol.
 #[derive(Debug)]
 pub(super) struct Anthropic {
     name: String,
     endpoint: Endpoint,
     is_configured: bool,
-    /// Models that refused to be forced to use a tool.
-    unforced: RwLock<BTreeSet<String>>,
-}
-
-/// How JSON is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Asking {
-    /// As a tool's input.
-    Tool,
-    /// In words.
-    Words,
+    dialects: Dialects,
 }
 
 impl Anthropic {
     pub(super) fn new(parts: Parts) -> Self {
         let is_configured = parts.is_configured();
-        let Parts { name, endpoint, .. } = parts;
+        let Parts { name, endpoint, dialect, .. } = parts;
         let endpoint = endpoint.header("anthropic-version", HeaderValue::from_static(API_VERSION));
-        Self { name, endpoint, is_configured, unforced: RwLock::default() }
-    }
-
-    fn asking(&self, request: &ProviderRequest<'_>) -> Asking {
-        let unforced = self.unforced.read().unwrap_or_else(PoisonError::into_inner);
-        match request.format {
-            OutputFormat::Json { schema: Some(schema) }
-                if fits_a_tool(schema) && !unforced.contains(request.model) && thinking(request.params).is_none() =>
-            {
-                Asking::Tool
-            }
-            _ => Asking::Words,
-        }
-    }
-
-    fn remember_unforced(&self, model: &str) {
-        let mut unforced = self.unforced.write().unwrap_or_else(PoisonError::into_inner);
-        if unforced.len() < UNFORCED_MODELS_MAX {
-            unforced.insert(model.to_owned());
-        }
-    }
-
-    async fn ask(&self, request: &ProviderRequest<'_>, asking: Asking) -> Result<Answer, ProviderError> {
-        let exchange = self.endpoint.post(self.endpoint.url(request.model), &body(request, asking)).await?;
-        if exchange.status.is_success() {
-            self.read(&exchange)
-        } else {
-            Err(self.error(&exchange, &exchange.error_json()))
-        }
+        Self { name, endpoint, is_configured, dialects: Dialects::new(dialect) }
     }
 
     fn read(&self, exchange: &Exchange) -> Result<Answer, ProviderError> {
         let answer = self.endpoint.json(exchange)?;
-        if answer["type"] == "error" || answer.get("error").is_some_and(Value::is_object) {
+        if words::is_error(&answer) || (answer["content"].is_null() && Told::of(&answer).words().is_some()) {
             return Err(self.error(exchange, &answer));
         }
         let usage = usage(&answer);
         let Some(blocks) = answer["content"].as_array() else {
             return Err(paid(malformed("the answer has no `content`"), usage));
         };
-        let finish = match answer["stop_reason"].as_str() {
-            // A paused turn is not a whole answer either.
-            Some("max_tokens" | "model_context_window_exceeded" | "pause_turn") => Finish::Length,
-            Some("refusal") => Finish::Refused,
-            _ => Finish::Stop,
-        };
         let tool = blocks.iter().find(|block| block["type"] == "tool_use" && block["name"] == ANSWER_TOOL);
         let content = match tool {
             Some(tool) => tool["input"].to_string(),
-            None => blocks.iter().filter(|b| b["type"] == "text").filter_map(|b| b["text"].as_str()).collect(),
+            None => {
+                blocks.iter().filter(|b| b["type"] == "text").filter_map(|b| b["text"].as_str()).collect::<String>()
+            }
+        };
+        let is_blank = content.trim().is_empty();
+        let thinks = || blocks.iter().any(|b| b["type"] == "thinking" || b["type"] == "redacted_thinking");
+        let finish = match answer["stop_reason"].as_str() {
+            Some("tool_use") if is_blank => Finish::other("tool_use"),
+            None | Some("end_turn" | "stop_sequence" | "tool_use") if is_blank && thinks() => Finish::Silent,
+            None | Some("end_turn" | "stop_sequence" | "tool_use") => Finish::Stop,
+            Some("max_tokens") => Finish::Length,
+            Some("model_context_window_exceeded") => Finish::ContextFull,
+            Some("pause_turn") => Finish::Paused,
+            Some("refusal") => Finish::Refused,
+            Some(reason) => Finish::other(reason),
         };
         Ok(Answer { content, finish, usage, limits: limits(exchange) })
     }
@@ -133,8 +97,9 @@ impl Anthropic {
             _ if exchange.status == StatusCode::OK => (Code::ProviderFailed, true),
             _ => http::by_status(exchange.status),
         };
-        let words = (!words.is_empty()).then(|| self.endpoint.clean(words));
-        let mut error = http::refused(code, &self.name, exchange, words);
+        let is_known = exchange.status != StatusCode::OK || code != Code::ProviderFailed || told["type"] != Value::Null;
+        let mut error = self.endpoint.refused(code, &self.name, exchange, &Told::of_body(&exchange.body));
+        error.answered = !is_known;
         error.limits = limits(exchange);
         if may_pass {
             error.retry_after = exchange.retry_after();
@@ -156,13 +121,25 @@ impl Provider for Anthropic {
         if said(request.messages).next().is_none_or(|first| first.role != Role::User) {
             return Err(http::without_user(&self.name));
         }
-        let asking = self.asking(&request);
-        match self.ask(&request, asking).await {
-            Err(error) if asking == Asking::Tool && is_refusal_of_force(&error) => {
-                self.remember_unforced(request.model);
-                self.ask(&request, Asking::Words).await
+        let url = self.endpoint.url(request.model);
+        let mut talk = self.dialects.talk(request.model);
+        loop {
+            let body = body(&request, &talk.dialect);
+            let exchange = self.endpoint.post(url.clone(), &body).await.map_err(|error| http::at(error, &url))?;
+            let read = if exchange.status.is_success() {
+                self.read(&exchange)
+            } else {
+                Err(self.error(&exchange, &exchange.error_json()))
+            };
+            let error = match read {
+                Ok(answer) => return Ok(talk.done(&self.name, request.params, answer)),
+                Err(error) => error,
+            };
+            let sent = sent(&request, &talk.dialect);
+            let told = Told::of_body(&exchange.body);
+            if error.usage.is_some() || !talk.mend(exchange.status.as_u16(), &told, request.params, &sent) {
+                return Err(http::at(error, &url));
             }
-            result => result,
         }
     }
 
@@ -196,11 +173,28 @@ impl Provider for Anthropic {
     fn is_configured(&self) -> bool {
         self.is_configured
     }
+
+    fn dialects(&self) -> Vec<(String, DialectConfig)> {
+        self.dialects.found()
+    }
 }
 
-/// `tool_choice: type "tool" and "any" are not supported for this model.`, or its older kin about thinking.
-fn is_refusal_of_force(error: &ProviderError) -> bool {
-    error.code == Code::ProviderRejected && error.detail.as_ref().is_some_and(|words| words.contains("tool_choice"))
+/// The schema of the tool that the model must use, where JSON is asked for so.
+fn tool_schema<'a>(request: &ProviderRequest<'a>, dialect: &Dialect) -> Option<&'a Value> {
+    let OutputFormat::Json { schema } = request.format else { return None };
+    let is_by_schema = matches!(dialect.json, JsonForm::Auto | JsonForm::Schema);
+    // A model that thinks may not be forced.
+    let thinks = dialect::kept(dialect, Sampling::Reasoning, thinking(request.params)).is_some();
+    schema.as_deref().filter(|schema| is_by_schema && !thinks && fits_a_tool(schema))
+}
+
+/// What of the request could be said otherwise.
+fn sent(request: &ProviderRequest<'_>, dialect: &Dialect) -> Sent {
+    Sent {
+        limit: None,
+        json: tool_schema(request, dialect).map(|_| JsonForm::Schema),
+        system: (!system(request, dialect).is_empty()).then_some(dialect.system),
+    }
 }
 
 /// A tool's input is an object, and its schema may not be a union at the top.
@@ -208,35 +202,37 @@ fn fits_a_tool(schema: &Value) -> bool {
     schema["type"] == "object" && ["anyOf", "oneOf", "allOf", "$ref"].into_iter().all(|key| schema.get(key).is_none())
 }
 
-fn body(request: &ProviderRequest<'_>, asking: Asking) -> Value {
+fn body(request: &ProviderRequest<'_>, dialect: &Dialect) -> Value {
     let params = request.params;
+    let system = system(request, dialect);
+    let is_by_user = dialect.system == SystemRole::User;
     let mut body = json!({
         "model": request.model,
         "max_tokens": params.max_output_tokens.unwrap_or(DEFAULT_MAX_OUTPUT_TOKENS),
-        "messages": messages(request.messages),
+        "messages": messages(request.messages, if is_by_user { &system } else { "" }),
     });
-    let system = system(request, asking);
-    if !system.is_empty() {
+    if !system.is_empty() && !is_by_user {
         body["system"] = json!(system);
     }
-    let thinking = thinking(params);
+    let thinking = dialect::kept(dialect, Sampling::Reasoning, thinking(params));
     if let Some(budget) = thinking {
         body["thinking"] = json!({ "type": "enabled", "budget_tokens": budget });
     }
-    if let Some(temperature) = params.temperature {
+    if let Some(temperature) = dialect::kept(dialect, Sampling::Temperature, params.temperature) {
         body["temperature"] = json!(temperature);
     }
-    if let Some(top_p) = params.top_p {
+    if let Some(top_p) = dialect::kept(dialect, Sampling::TopP, params.top_p) {
         body["top_p"] = json!(top_p);
     }
-    if !params.stop.is_empty() {
-        body["stop_sequences"] = json!(params.stop);
+    let stop = dialect::kept_stop(dialect, params);
+    if !stop.is_empty() {
+        body["stop_sequences"] = json!(stop);
     }
-    if let (Asking::Tool, OutputFormat::Json { schema: Some(schema) }) = (asking, request.format) {
+    if let Some(schema) = tool_schema(request, dialect) {
         body["tools"] = json!([{
             "name": ANSWER_TOOL,
             "description": "Gives the answer. Its input is the whole answer.",
-            "input_schema": schema.as_ref(),
+            "input_schema": schema,
         }]);
         body["tool_choice"] = json!({ "type": "tool", "name": ANSWER_TOOL, "disable_parallel_tool_use": true });
     }
@@ -263,17 +259,14 @@ fn thinking(params: &Params) -> Option<u32> {
 }
 
 /// The system messages, wherever they stood, and what is asked in words.
-fn system(request: &ProviderRequest<'_>, asking: Asking) -> String {
+fn system(request: &ProviderRequest<'_>, dialect: &Dialect) -> String {
     let systems = request.messages.iter().filter(|message| message.role == Role::System);
     let mut system = systems.map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n\n");
-    if let (Asking::Words, OutputFormat::Json { schema }) = (asking, request.format) {
+    if let (None, OutputFormat::Json { schema }) = (tool_schema(request, dialect), request.format) {
         if !system.is_empty() {
             system.push_str("\n\n");
         }
-        system.push_str("Answer with one JSON value and nothing else: no introduction, no code fence.");
-        if let Some(schema) = schema {
-            let _ = write!(system, " It must fit this JSON Schema:\n{schema}");
-        }
+        system.push_str(&dialect::in_words(schema.as_deref()));
     }
     system
 }
@@ -283,9 +276,13 @@ fn said(messages: &[Message]) -> impl Iterator<Item = &Message> {
     messages.iter().filter(|message| message.role != Role::System && !message.content.trim().is_empty())
 }
 
-/// Roles must alternate: neighbours of one role become one message, empty ones are left out.
-fn messages(messages: &[Message]) -> Vec<Value> {
+/// Roles must alternate: neighbours of one role become one message, empty ones are left out. `first` is what the user says
+/// before all of it.
+fn messages(messages: &[Message], first: &str) -> Vec<Value> {
     let mut merged: Vec<(&str, String)> = Vec::new();
+    if !first.is_empty() {
+        merged.push(("user", first.to_owned()));
+    }
     for message in said(messages) {
         let role = if message.role == Role::Assistant { "assistant" } else { "user" };
         match merged.last_mut() {
@@ -306,10 +303,10 @@ fn messages(messages: &[Message]) -> Vec<Value> {
 /// Anthropic's input tokens leave out what was read from and written to its cache; its output includes the thinking.
 fn usage(answer: &Value) -> Option<Usage> {
     let told = answer.get("usage").filter(|usage| usage.is_object())?;
-    let count = |name: &str| told[name].as_u64().unwrap_or(0);
+    let count = |name: &str| http::tokens(&told[name]).unwrap_or(0);
     let output = count("output_tokens");
-    let thinking = told.pointer("/output_tokens_details/thinking_tokens").and_then(Value::as_u64).unwrap_or(0);
-    told["input_tokens"].as_u64().map(|input| Usage {
+    let thinking = told.pointer("/output_tokens_details/thinking_tokens").and_then(http::tokens).unwrap_or(0);
+    http::tokens(&told["input_tokens"]).map(|input| Usage {
         input_tokens: input,
         cache_read_tokens: count("cache_read_input_tokens"),
         cache_write_tokens: count("cache_creation_input_tokens"),

@@ -15,10 +15,15 @@ use stagegate_core::{
 
 use super::{
     Parts,
+    dialect::{self, Dialect, Dialects, Sent},
     http::{self, Endpoint, Exchange, error, malformed, paid, retryable, unusable},
     retry_after,
+    words::{self, Told},
 };
-use crate::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
+use crate::{
+    config::{DialectConfig, JsonForm, Sampling, SystemRole},
+    provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest},
+};
 
 /// Gemini.
 #[derive(Debug)]
@@ -26,18 +31,20 @@ pub(super) struct Gemini {
     name: String,
     endpoint: Endpoint,
     is_configured: bool,
+    dialects: Dialects,
 }
 
 impl Gemini {
     pub(super) fn new(parts: Parts) -> Self {
         let is_configured = parts.is_configured();
-        let Parts { name, endpoint, .. } = parts;
-        Self { name, endpoint, is_configured }
+        let Parts { name, endpoint, dialect, .. } = parts;
+        Self { name, endpoint, is_configured, dialects: Dialects::new(dialect) }
     }
 
     fn read(&self, exchange: &Exchange) -> Result<Answer, ProviderError> {
         let answer = self.endpoint.json(exchange)?;
-        if answer.get("error").is_some_and(Value::is_object) {
+        let is_answer = ["candidates", "promptFeedback"].iter().any(|key| answer.get(key).is_some());
+        if words::is_error(&answer) || (!is_answer && Told::of(&answer).words().is_some()) {
             return Err(self.error(exchange, &answer));
         }
         let usage = usage(&answer);
@@ -56,33 +63,24 @@ impl Gemini {
                 usage,
             ));
         };
-        let finish = match candidate["finishReason"].as_str() {
-            Some("MAX_TOKENS") => Finish::Length,
-            None | Some("STOP" | "FINISH_REASON_UNSPECIFIED") => Finish::Stop,
-            Some(
-                "SAFETY"
-                | "RECITATION"
-                | "LANGUAGE"
-                | "BLOCKLIST"
-                | "PROHIBITED_CONTENT"
-                | "SPII"
-                | "IMAGE_SAFETY"
-                | "IMAGE_PROHIBITED_CONTENT"
-                | "IMAGE_RECITATION",
-            ) => Finish::Refused,
-            Some(other) => {
-                let other = self.endpoint.clean(other);
-                let unknown = unusable("the answer ended for a reason that is not known");
-                return Err(paid(http::quoting(unknown, format!("the answer ended with `{other}`")), usage));
-            }
-        };
+        let finish = finish(candidate["finishReason"].as_str());
         let parts = candidate.pointer("/content/parts").and_then(Value::as_array);
-        if parts.is_none() && finish == Finish::Stop {
-            return Err(paid(unusable("the answer's candidate has no parts"), usage));
-        }
-        let thought = |part: &Value| part["thought"] == true;
-        let texts = parts.into_iter().flatten().filter(|part| !thought(part)).filter_map(|part| part["text"].as_str());
-        Ok(Answer { content: texts.collect(), finish, usage, limits: Limits::default() })
+        let is_thought = |part: &&Value| part["thought"] == true;
+        let texts =
+            parts.into_iter().flatten().filter(|part| !is_thought(part)).filter_map(|part| part["text"].as_str());
+        let content: String = texts.collect();
+        let thinks = || {
+            parts.into_iter().flatten().any(|part| is_thought(&part))
+                || usage.is_some_and(|usage| usage.reasoning_tokens > 0)
+        };
+        let finish = match finish {
+            Finish::Stop if content.trim().is_empty() && thinks() => Finish::Silent,
+            Finish::Stop if parts.is_none() => {
+                return Err(paid(unusable("the answer's candidate has no parts"), usage));
+            }
+            finish => finish,
+        };
+        Ok(Answer { content, finish, usage, limits: Limits::default() })
     }
 
     /// From `{ "error": { code, status, message, details } }`, which may stand in a list.
@@ -106,8 +104,9 @@ impl Gemini {
             _ if exchange.status == StatusCode::OK => (Code::ProviderFailed, true),
             _ => http::by_status(exchange.status),
         };
-        let words = (!words.is_empty()).then(|| self.endpoint.clean(words));
-        let error = http::refused(code, &self.name, exchange, words);
+        let is_known = exchange.status != StatusCode::OK || told["status"] != Value::Null;
+        let refused = self.endpoint.refused(code, &self.name, exchange, &Told::of_body(&exchange.body));
+        let error = ProviderError { answered: !is_known, ..refused };
         if may_pass {
             let retry_after = exchange.retry_after().or_else(|| details().find_map(retry_delay));
             return retryable(ProviderError { retry_after, ..error });
@@ -127,11 +126,24 @@ impl Provider for Gemini {
         }
         let model = request.model.strip_prefix("models/").unwrap_or(request.model);
         let url = self.endpoint.url(model);
-        let exchange = self.endpoint.post(url, &body(&request)).await?;
-        if exchange.status.is_success() {
-            self.read(&exchange)
-        } else {
-            Err(self.error(&exchange, &exchange.error_json()))
+        let mut talk = self.dialects.talk(request.model);
+        loop {
+            let body = body(&request, &talk.dialect);
+            let exchange = self.endpoint.post(url.clone(), &body).await.map_err(|error| http::at(error, &url))?;
+            let read = if exchange.status.is_success() {
+                self.read(&exchange)
+            } else {
+                Err(self.error(&exchange, &exchange.error_json()))
+            };
+            let error = match read {
+                Ok(answer) => return Ok(talk.done(&self.name, request.params, answer)),
+                Err(error) => error,
+            };
+            let sent = sent(&request, &talk.dialect);
+            let told = Told::of_body(&exchange.body);
+            if error.usage.is_some() || !talk.mend(exchange.status.as_u16(), &told, request.params, &sent) {
+                return Err(http::at(error, &url));
+            }
         }
     }
 
@@ -149,16 +161,65 @@ impl Provider for Gemini {
     fn is_configured(&self) -> bool {
         self.is_configured
     }
+
+    fn dialects(&self) -> Vec<(String, DialectConfig)> {
+        self.dialects.found()
+    }
 }
 
-fn body(request: &ProviderRequest<'_>) -> Value {
+/// Why a candidate ended.
+fn finish(reason: Option<&str>) -> Finish {
+    match reason {
+        None | Some("STOP" | "FINISH_REASON_UNSPECIFIED") => Finish::Stop,
+        Some("MAX_TOKENS") => Finish::Length,
+        Some(
+            "SAFETY"
+            | "RECITATION"
+            | "LANGUAGE"
+            | "BLOCKLIST"
+            | "PROHIBITED_CONTENT"
+            | "SPII"
+            | "IMAGE_SAFETY"
+            | "IMAGE_PROHIBITED_CONTENT"
+            | "IMAGE_RECITATION",
+        ) => Finish::Refused,
+        Some(reason) => Finish::other(reason),
+    }
+}
+
+/// What of the request could be said otherwise.
+fn sent(request: &ProviderRequest<'_>, dialect: &Dialect) -> Sent {
+    let has_system = request.messages.iter().any(|message| message.role == Role::System);
+    Sent {
+        limit: None,
+        json: match (request.format, dialect.json) {
+            (OutputFormat::Text, _) => None,
+            (OutputFormat::Json { schema: None }, JsonForm::Auto | JsonForm::Schema) => Some(JsonForm::Object),
+            (_, form) => Some(form),
+        },
+        system: has_system.then_some(dialect.system),
+    }
+}
+
+fn body(request: &ProviderRequest<'_>, dialect: &Dialect) -> Value {
     let systems = request.messages.iter().filter(|message| message.role == Role::System);
-    let system = systems.map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n\n");
-    let mut body = json!({ "contents": contents(request.messages) });
+    let mut system = systems.map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n\n");
+    let addition = dialect::addition(request, dialect).unwrap_or_default();
+    let is_by_user = dialect.system == SystemRole::User || system.is_empty();
+    let [first, last] = if is_by_user {
+        [std::mem::take(&mut system), addition]
+    } else {
+        if !addition.is_empty() {
+            system.push_str("\n\n");
+            system.push_str(&addition);
+        }
+        [String::new(), String::new()]
+    };
+    let mut body = json!({ "contents": contents(request.messages, &first, &last) });
     if !system.is_empty() {
         body["systemInstruction"] = json!({ "parts": [{ "text": system }] });
     }
-    let config = generation_config(request);
+    let config = generation_config(request, dialect);
     if config.as_object().is_some_and(|config| !config.is_empty()) {
         body["generationConfig"] = config;
     }
@@ -176,47 +237,65 @@ fn body(request: &ProviderRequest<'_>) -> Value {
     body
 }
 
-fn contents(messages: &[Message]) -> Vec<Value> {
-    messages
+/// What is said by user and model. `first` and `last` are what the user says before all of it and after.
+fn contents(messages: &[Message], first: &str, last: &str) -> Vec<Value> {
+    let mut said: Vec<(&str, Vec<&str>)> = messages
         .iter()
         .filter(|message| message.role != Role::System)
-        .map(|message| {
-            let role = if message.role == Role::Assistant { "model" } else { "user" };
-            json!({ "role": role, "parts": [{ "text": message.content }] })
-        })
-        .collect()
+        .map(|message| (if message.role == Role::Assistant { "model" } else { "user" }, vec![message.content.as_str()]))
+        .collect();
+    if !first.is_empty() {
+        match said.first_mut().filter(|(role, _)| *role == "user") {
+            Some((_, texts)) => texts.insert(0, first),
+            None => said.insert(0, ("user", vec![first])),
+        }
+    }
+    if !last.is_empty() {
+        match said.last_mut().filter(|(role, _)| *role == "user") {
+            Some((_, texts)) => texts.push(last),
+            None => said.push(("user", vec![last])),
+        }
+    }
+    let written = said.iter().map(|(role, texts)| {
+        let parts: Vec<Value> = texts.iter().map(|text| json!({ "text": text })).collect();
+        json!({ "role": role, "parts": parts })
+    });
+    written.collect()
 }
 
-fn generation_config(request: &ProviderRequest<'_>) -> Value {
+fn generation_config(request: &ProviderRequest<'_>, dialect: &Dialect) -> Value {
     let params = request.params;
     let mut config = json!({});
-    if let Some(temperature) = params.temperature {
+    if let Some(temperature) = dialect::kept(dialect, Sampling::Temperature, params.temperature) {
         config["temperature"] = json!(temperature);
     }
-    if let Some(top_p) = params.top_p {
+    if let Some(top_p) = dialect::kept(dialect, Sampling::TopP, params.top_p) {
         config["topP"] = json!(top_p);
     }
     if let Some(limit) = params.max_output_tokens {
         config["maxOutputTokens"] = json!(limit);
     }
-    if let Some(seed) = params.seed {
+    if let Some(seed) = dialect::kept(dialect, Sampling::Seed, params.seed) {
         config["seed"] = json!(seed);
     }
-    if !params.stop.is_empty() {
-        config["stopSequences"] = json!(params.stop);
+    let stop = dialect::kept_stop(dialect, params);
+    if !stop.is_empty() {
+        config["stopSequences"] = json!(stop);
     }
-    if let Some(penalty) = params.frequency_penalty {
+    if let Some(penalty) = dialect::kept(dialect, Sampling::FrequencyPenalty, params.frequency_penalty) {
         config["frequencyPenalty"] = json!(penalty);
     }
-    if let Some(penalty) = params.presence_penalty {
+    if let Some(penalty) = dialect::kept(dialect, Sampling::PresencePenalty, params.presence_penalty) {
         config["presencePenalty"] = json!(penalty);
     }
-    if let Some(reasoning) = params.reasoning {
+    if let Some(reasoning) = dialect::kept(dialect, Sampling::Reasoning, params.reasoning) {
         config["thinkingConfig"] = json!({ "thinkingBudget": thinking_budget(reasoning.effort) });
     }
-    if let OutputFormat::Json { schema } = request.format {
+    if let OutputFormat::Json { schema } = request.format
+        && dialect.json != JsonForm::Words
+    {
         config["responseMimeType"] = json!("application/json");
-        if let Some(schema) = schema {
+        if let Some(schema) = schema.as_ref().filter(|_| dialect.json != JsonForm::Object) {
             config["responseJsonSchema"] = schema.as_ref().clone();
         }
     }
@@ -238,14 +317,14 @@ fn thinking_budget(effort: Effort) -> u32 {
 /// output.
 fn usage(answer: &Value) -> Option<Usage> {
     let told = answer.get("usageMetadata").filter(|usage| usage.is_object())?;
-    let count = |name: &str| told[name].as_u64().unwrap_or(0);
-    let prompt = told["promptTokenCount"].as_u64()?;
+    let count = |name: &str| http::tokens(&told[name]).unwrap_or(0);
+    let prompt = http::tokens(&told["promptTokenCount"])?;
     let cached = count("cachedContentTokenCount").min(prompt);
     let thoughts = count("thoughtsTokenCount");
     Some(Usage {
         input_tokens: prompt - cached,
         cache_read_tokens: cached,
-        output_tokens: count("candidatesTokenCount") + thoughts,
+        output_tokens: count("candidatesTokenCount").saturating_add(thoughts),
         reasoning_tokens: thoughts,
         ..Usage::default()
     })

@@ -11,11 +11,16 @@ use http::{
 };
 use serde::Serialize;
 use serde_json::Value;
-use stagegate_core::{Clock, Code, Secret, SystemClock, Usage};
+use stagegate_core::{Clock, Code, Secret, SystemClock, Usage, answer};
 use stagegate_net::{Answer, Bounds, Client, Failure, Outgoing, Stage, Trusted};
 use url::Url;
 
-use super::{address::Place, plan::Plan, retry_after};
+use super::{
+    address::Place,
+    plan::Plan,
+    retry_after,
+    words::{self, Told},
+};
 use crate::provider::{Limits, ProviderError};
 
 /// The longest part of a provider's own message that is passed on, in characters.
@@ -116,13 +121,36 @@ impl Endpoint {
 
     /// The body of a 200 as JSON.
     pub(super) fn json(&self, exchange: &Exchange) -> Result<Value, ProviderError> {
-        serde_json::from_slice(&exchange.body).map_err(|_| {
-            let kind = exchange.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-            let kind = self.clean(kind.unwrap_or("no content type"));
+        answer::body(&exchange.body).ok_or_else(|| {
+            let kind = exchange.text(CONTENT_TYPE.as_str()).unwrap_or("no content type");
+            let said = Told::of_body(&exchange.body).words().map_or_else(String::new, |words| format!(": {words}"));
             let message = format!("answered {} with something that is no JSON", exchange.status.as_u16());
-            quoting(malformed(message), format!("answered with {kind} that is no JSON"))
+            quoting(malformed(message), self.clean(&format!("answered with {kind} that is no JSON{said}")))
         })
     }
+
+    /// A refusal of a provider, with its words where it had some. They may echo the prompt. A vendor refuses with an error
+    /// object of its own, and charges nothing; what a gateway answers in its place does not tell what the model charges.
+    pub(super) fn refused(&self, code: Code, name: &str, exchange: &Exchange, told: &Told) -> ProviderError {
+        let unheard = is_of_gateway(exchange.status) && !exchange.has_vendor_error();
+        let mut message = exchange.wordless();
+        if code == Code::ProviderRejected && told.is_about_context() {
+            message.push_str(": the prompt does not fit the model's context");
+        }
+        let refused = ProviderError { unheard, ..error(code, message) };
+        match told.words() {
+            Some(words) => quoting(refused, format!("{name}: {}", self.clean(&words))),
+            None => refused,
+        }
+    }
+}
+
+/// The same error with the place that was asked: host, port and path, without the query.
+pub(super) fn at(error: ProviderError, url: &Url) -> ProviderError {
+    let host = url.host_str().unwrap_or("the provider");
+    let port = url.port_or_known_default().map_or_else(String::new, |port| format!(":{port}"));
+    let message = format!("{} (POST {host}{port}{})", error.message, url.path());
+    ProviderError { message, ..error }
 }
 
 impl Exchange {
@@ -138,13 +166,14 @@ impl Exchange {
 
     /// The body of an error as JSON, null where it is none.
     pub(super) fn error_json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or(Value::Null)
+        answer::body(&self.body).unwrap_or(Value::Null)
     }
 
-    /// Whether the body is an error as vendors write it: an `error` that is an object.
+    /// Whether the body is an error as vendors write it: an object that says so.
     fn has_vendor_error(&self) -> bool {
         let body = self.error_json();
-        body.pointer("/0/error").unwrap_or(&body["error"]).is_object()
+        let told = body.pointer("/0/error").unwrap_or(&body["error"]);
+        told.is_object() || (told.is_null() && words::is_error(&body))
     }
 
     /// When it was answered, for dates that must be compared with something.
@@ -181,6 +210,13 @@ pub(super) fn by_status(status: StatusCode) -> (Code, bool) {
         429 => (Code::ProviderRateLimited, true),
         _ => (Code::ProviderRejected, false),
     }
+}
+
+/// A number of tokens. Some servers write it as a fraction; one at the end of the range is one that is capped later.
+pub(super) fn tokens(told: &Value) -> Option<u64> {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "float casts saturate")]
+    let whole = |number: f64| (number >= 0.0).then_some(number as u64);
+    told.as_u64().or_else(|| told.as_f64().and_then(whole))
 }
 
 /// An error that will not go away by itself.
@@ -233,17 +269,6 @@ pub(super) fn quoting(error: ProviderError, words: String) -> ProviderError {
 /// server took the request.
 fn is_of_gateway(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 499 | 502 | 504 | 520..=524)
-}
-
-/// A refusal of a provider, with its words where it had some. They may echo the prompt. A vendor refuses with an error
-/// object of its own, and charges nothing; what a gateway answers in its place does not tell what the model charges.
-pub(super) fn refused(code: Code, name: &str, exchange: &Exchange, words: Option<String>) -> ProviderError {
-    let unheard = is_of_gateway(exchange.status) && !exchange.has_vendor_error();
-    let refused = ProviderError { unheard, ..error(code, format!("{name}: {}", exchange.wordless())) };
-    match words {
-        Some(words) => quoting(refused, format!("{name}: {words}")),
-        None => refused,
-    }
 }
 
 /// The same error as one that may.

@@ -5,12 +5,14 @@
 
 mod address;
 mod anthropic;
+mod dialect;
 mod gemini;
 mod http;
 mod openai;
 mod plan;
 pub mod retry_after;
 pub mod sim;
+mod words;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -19,7 +21,7 @@ use stagegate_net::Client;
 
 use self::{http::Endpoint, plan::Plan};
 use crate::{
-    config::{LlmConfig, ProviderConfig, ProviderKind},
+    config::{DialectConfig, LlmConfig, ProviderConfig, ProviderKind},
     provider::Provider,
 };
 
@@ -43,8 +45,8 @@ pub fn build(config: &LlmConfig, client: &Client) -> Result<BTreeMap<String, Arc
             Ok(plan) => {
                 let client = client.for_exchanges(provider.max_concurrency)?;
                 let endpoint = Endpoint::new(client, &plan, config.answer_max_bytes);
-                let has_key = plan.key.is_some();
-                providers.insert(name.clone(), of_kind(Parts { name, endpoint, has_key, plan }, &provider));
+                let (has_key, dialect) = (plan.key.is_some(), provider.dialect.clone());
+                providers.insert(name.clone(), of_kind(Parts { name, endpoint, has_key, plan, dialect }, &provider));
             }
             Err(found) => violations.extend(found),
         }
@@ -65,6 +67,7 @@ pub(crate) struct Parts {
     endpoint: Endpoint,
     has_key: bool,
     plan: Plan,
+    dialect: DialectConfig,
 }
 
 impl Parts {

@@ -3,27 +3,28 @@
 //! `POST …/chat/completions` ([`super::address`] has the rest of the address). OpenAI itself is told `max_completion_tokens`, which its reasoning models demand;
 //! every other address is told `max_tokens`, which compatible servers have known for longer.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, time::Duration};
 
 use ::http::StatusCode;
 use async_trait::async_trait;
-use serde::{
-    Deserialize, Serialize, Serializer,
-    de::IgnoredAny,
-    ser::{SerializeMap as _, SerializeSeq as _},
-};
+use serde::{Deserialize, Serialize, Serializer, de::IgnoredAny, ser::SerializeMap as _};
 use serde_json::Value;
 use stagegate_core::{
     Code, Usage,
-    pipeline::{Message, OutputFormat, Role},
+    pipeline::{OutputFormat, Role},
 };
 
 use super::{
     Parts,
+    dialect::{self, Dialect, Dialects, Sent},
     http::{self, Endpoint, Exchange, malformed, paid, retryable, unusable},
     retry_after,
+    words::{self, Told},
 };
-use crate::provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest};
+use crate::{
+    config::{DialectConfig, JsonForm, LimitKey, Sampling, SystemRole},
+    provider::{Answer, Finish, Limits, Provider, ProviderError, ProviderRequest},
+};
 
 /// A chat completions server.
 #[derive(Debug)]
@@ -32,36 +33,66 @@ pub(super) struct OpenAi {
     endpoint: Endpoint,
     is_vendor: bool,
     is_configured: bool,
+    dialects: Dialects,
 }
 
 impl OpenAi {
     pub(super) fn new(parts: Parts) -> Self {
         let is_configured = parts.is_configured();
-        let Parts { name, endpoint, plan, .. } = parts;
-        Self { name, endpoint, is_vendor: plan.place.is_openai, is_configured }
+        let Parts { name, endpoint, plan, dialect, .. } = parts;
+        Self { name, endpoint, is_vendor: plan.place.is_openai, is_configured, dialects: Dialects::new(dialect) }
     }
 
-    fn body<'a>(&self, request: &ProviderRequest<'a>) -> Body<'a> {
+    fn body<'a>(&self, request: &ProviderRequest<'a>, dialect: &Dialect) -> Body<'a> {
         let params = request.params;
         let limit = params.max_output_tokens;
+        let is_new = self.limit_key(dialect) == LimitKey::MaxCompletionTokens;
         Body {
             model: request.model,
-            messages: Messages(request.messages),
-            max_completion_tokens: limit.filter(|_| self.is_vendor),
-            max_tokens: limit.filter(|_| !self.is_vendor),
-            temperature: params.temperature,
-            top_p: params.top_p,
-            seed: params.seed,
-            stop: &params.stop,
-            frequency_penalty: params.frequency_penalty,
-            presence_penalty: params.presence_penalty,
-            logit_bias: &params.logit_bias,
-            reasoning_effort: params.reasoning.map(|reasoning| reasoning.effort.as_str()),
+            messages: messages(request, dialect),
+            max_completion_tokens: limit.filter(|_| is_new),
+            max_tokens: limit.filter(|_| !is_new),
+            temperature: dialect::kept(dialect, Sampling::Temperature, params.temperature),
+            top_p: dialect::kept(dialect, Sampling::TopP, params.top_p),
+            seed: dialect::kept(dialect, Sampling::Seed, params.seed),
+            stop: dialect::kept_stop(dialect, params),
+            frequency_penalty: dialect::kept(dialect, Sampling::FrequencyPenalty, params.frequency_penalty),
+            presence_penalty: dialect::kept(dialect, Sampling::PresencePenalty, params.presence_penalty),
+            logit_bias: dialect::kept(
+                dialect,
+                Sampling::LogitBias,
+                Some(&params.logit_bias).filter(|bias| !bias.is_empty()),
+            ),
+            reasoning_effort: dialect::kept(dialect, Sampling::Reasoning, params.reasoning)
+                .map(|reasoning| reasoning.effort.as_str()),
             extra: &params.extra,
-            response_format: match request.format {
-                OutputFormat::Text => None,
-                OutputFormat::Json { schema } => Some(ResponseFormat(schema.as_deref())),
+            response_format: match (request.format, dialect.json) {
+                (OutputFormat::Text, _) | (_, JsonForm::Words) => None,
+                (_, JsonForm::Object) => Some(ResponseFormat(None)),
+                (OutputFormat::Json { schema }, _) => Some(ResponseFormat(schema.as_deref())),
             },
+        }
+    }
+
+    fn limit_key(&self, dialect: &Dialect) -> LimitKey {
+        match dialect.limit {
+            LimitKey::Auto if self.is_vendor => LimitKey::MaxCompletionTokens,
+            LimitKey::Auto => LimitKey::MaxTokens,
+            set => set,
+        }
+    }
+
+    /// What of the request could be said otherwise.
+    fn sent(&self, request: &ProviderRequest<'_>, dialect: &Dialect) -> Sent {
+        let has_system = request.messages.iter().any(|message| message.role == Role::System);
+        Sent {
+            limit: request.params.max_output_tokens.map(|_| self.limit_key(dialect)),
+            json: match (request.format, dialect.json) {
+                (OutputFormat::Text, _) => None,
+                (OutputFormat::Json { schema: None }, JsonForm::Auto | JsonForm::Schema) => Some(JsonForm::Object),
+                (_, form) => Some(form),
+            },
+            system: has_system.then_some(dialect.system),
         }
     }
 
@@ -77,68 +108,60 @@ impl OpenAi {
     /// Reads an answer of whatever shape.
     fn read_any(&self, exchange: &Exchange) -> Result<Answer, ProviderError> {
         let answer = self.endpoint.json(exchange)?;
-        if answer.get("error").is_some_and(|error| !error.is_null()) {
-            return Err(self.error(exchange, &answer));
+        let choice = &answer["choices"][0];
+        if words::is_error(&answer) || (choice.is_null() && Told::of(&answer).words().is_some()) {
+            return Err(self.error(exchange, &Told::of(&answer)));
         }
         let usage = usage(&answer);
-        let choice = &answer["choices"][0];
-        if choice.get("error").is_some_and(|error| !error.is_null()) {
-            return Err(paid(self.error(exchange, choice), usage));
+        if words::is_error(choice) {
+            return Err(paid(self.error(exchange, &Told::of(choice)), usage));
         }
-        let message = &choice["message"];
-        if !message.is_object() {
+        let (message, reason) = (&choice["message"], &choice["finish_reason"]);
+        // Servers of plain completions have a text in the message's place.
+        let content = content(&message["content"]).or_else(|| content(&choice["text"]));
+        if content.is_none() && !message.is_object() && reason.is_null() {
             return Err(paid(malformed("the answer has no `choices[0].message`"), usage));
         }
-        let finish = match choice["finish_reason"].as_str() {
-            Some("length" | "model_length") => Finish::Length,
-            Some("content_filter") => Finish::Refused,
-            // How compatible servers say that they broke off; what came until then is no whole answer.
-            Some(other @ ("error" | "abort" | "cancelled" | "insufficient_system_resource")) => {
-                return Err(paid(malformed(format!("{}: the answer broke off (`{other}`)", self.name)), usage));
+        let finish = match finish(reason) {
+            Ok(finish) => finish,
+            // What came until then is no whole answer.
+            Err(broken) => {
+                let message = format!("{}: the answer broke off (`{broken}`)", self.name);
+                let error = if broken == "time_limit" { unusable(message) } else { malformed(message) };
+                return Err(paid(error, usage));
             }
-            Some("time_limit") => {
-                return Err(paid(unusable(format!("{}: the answer broke off (`time_limit`)", self.name)), usage));
-            }
-            // Others have words of their own for a natural end, or none.
-            _ => Finish::Stop,
         };
         let limits = limits(exchange);
         if let Some(refusal) = message["refusal"].as_str().filter(|refusal| !refusal.is_empty()) {
             return Ok(Answer { content: refusal.to_owned(), finish: Finish::Refused, usage, limits });
         }
-        match (content(&message["content"]), finish) {
-            (Some(content), _) => Ok(Answer { content, finish, usage, limits }),
-            // Reasoning may use up the limit before a word is said, and a filter may leave nothing.
-            (None, Finish::Length | Finish::Refused) => Ok(Answer { content: String::new(), finish, usage, limits }),
-            (None, Finish::Stop) => Err(paid(unusable("the answer's message has no content"), usage)),
-        }
+        let is_blank = content.as_deref().is_none_or(|content| content.trim().is_empty());
+        let reasoned = || {
+            let says = |key: &str| message[key].as_str().is_some_and(|thoughts| !thoughts.trim().is_empty());
+            ["reasoning_content", "reasoning", "thinking"].into_iter().any(says)
+                || usage.is_some_and(|usage| usage.reasoning_tokens > 0)
+        };
+        let finish = match finish {
+            Finish::Stop if is_blank && message["tool_calls"][0].is_object() => Finish::other("tool_calls"),
+            Finish::Stop if is_blank && reasoned() => Finish::Silent,
+            // It answered, and asks for a tool beside it.
+            Finish::Other(reason) if !is_blank && matches!(&*reason, "tool_calls" | "function_call") => Finish::Stop,
+            Finish::Stop if content.is_none() => {
+                let what = if message.is_object() { "message has no content" } else { "choice has no message" };
+                let retryable = message.is_object();
+                return Err(paid(ProviderError { retryable, ..unusable(format!("the answer's {what}")) }, usage));
+            }
+            finish => finish,
+        };
+        Ok(Answer { content: content.unwrap_or_default(), finish, usage, limits })
     }
 
-    /// From `{ "error": { message, type, code } }`; some servers write a text instead of the object.
-    fn error(&self, exchange: &Exchange, body: &Value) -> ProviderError {
-        let told = &body["error"];
-        let (kind, code) = (told["type"].as_str().unwrap_or_default(), told["code"].as_str().unwrap_or_default());
+    fn error(&self, exchange: &Exchange, told: &Told) -> ProviderError {
         let status = status_of(exchange.status, told);
-        let says = |word: &str| code == word || kind == word;
-        let (code, may_pass) =
-            if ["insufficient_quota", "billing_hard_limit_reached", "billing_not_active"].into_iter().any(says) {
-                (Code::ProviderQuota, false)
-            } else if says("model_not_found") {
-                (Code::ProviderModel, false)
-            } else if says("context_length_exceeded") {
-                (Code::ProviderRejected, false)
-            } else if ["content_filter", "content_policy_violation"].into_iter().any(says) {
-                (Code::ProviderRefused, false)
-            } else if says("invalid_api_key") {
-                (Code::ProviderAuth, false)
-            } else if says("rate_limit_exceeded") {
-                (Code::ProviderRateLimited, true)
-            } else {
-                http::by_status(status)
-            };
-        let words = told["message"].as_str().or_else(|| told.as_str()).or_else(|| body["message"].as_str());
-        let words = words.map(|words| self.endpoint.clean(words));
-        let mut error = http::refused(code, &self.name, exchange, words);
+        let kind = KINDS.iter().find(|(words, ..)| told.says(words)).map(|(_, code, may_pass)| (*code, *may_pass));
+        let (code, may_pass) = kind.or_else(|| status.map(http::by_status)).unwrap_or((Code::ProviderFailed, true));
+        let mut error = self.endpoint.refused(code, &self.name, exchange, told);
+        error.answered = kind.is_none() && status.is_none();
         error.limits = limits(exchange);
         if may_pass {
             error.retry_after = exchange.retry_after();
@@ -151,17 +174,75 @@ impl OpenAi {
     }
 }
 
+/// What servers call an error in words, where that says more than the status: what it means, and whether it may pass.
+const KINDS: [(&[&str], Code, bool); 6] = [
+    (
+        &[
+            "insufficient_quota",
+            "billing_hard_limit_reached",
+            "billing_not_active",
+            "credit_balance_exhausted",
+            "exceeded_current_quota_error",
+        ],
+        Code::ProviderQuota,
+        false,
+    ),
+    (&["model_not_found"], Code::ProviderModel, false),
+    (&["context_length_exceeded", "exceed_context_size_error"], Code::ProviderRejected, false),
+    (&["content_filter", "content_policy_violation"], Code::ProviderRefused, false),
+    (&["invalid_api_key"], Code::ProviderAuth, false),
+    (&["rate_limit_exceeded"], Code::ProviderRateLimited, true),
+];
+
+/// Why a choice ended, by the words of OpenAI and of servers that are compatible with it; an error where it broke off.
+fn finish(reason: &Value) -> Result<Finish, String> {
+    let Some(reason) = reason.as_str() else { return Ok(Finish::Stop) };
+    let finish = match reason.to_ascii_lowercase().as_str() {
+        "" | "stop" | "eos" | "eos_token" | "end_turn" | "stop_sequence" | "stop_token" | "end" | "complete"
+        | "completed" | "finished" | "done" | "success" => Finish::Stop,
+        "length" | "max_tokens" | "max_output_tokens" => Finish::Length,
+        "content_filter" | "safety" | "refusal" | "blocked" | "sensitive" => Finish::Refused,
+        "model_length"
+        | "context_length"
+        | "context_length_exceeded"
+        | "context_window_exceeded"
+        | "model_context_window_exceeded" => Finish::ContextFull,
+        "pause_turn" => Finish::Paused,
+        broken
+        @ ("error" | "abort" | "cancelled" | "insufficient_system_resource" | "network_error" | "time_limit") => {
+            return Err(broken.to_owned());
+        }
+        _ => Finish::other(reason),
+    };
+    Ok(finish)
+}
+
 #[async_trait]
 impl Provider for OpenAi {
     async fn call(&self, request: ProviderRequest<'_>) -> Result<Answer, ProviderError> {
         if !self.is_configured {
             return Err(http::without_key(&self.name, "OPENAI_API_KEY"));
         }
-        let exchange = self.endpoint.post(self.endpoint.url(request.model), &self.body(&request)).await?;
-        if exchange.status.is_success() {
-            self.read(&exchange)
-        } else {
-            Err(self.error(&exchange, &exchange.error_json()))
+        let url = self.endpoint.url(request.model);
+        let mut talk = self.dialects.talk(request.model);
+        loop {
+            let body = self.body(&request, &talk.dialect);
+            let exchange = self.endpoint.post(url.clone(), &body).await.map_err(|error| http::at(error, &url))?;
+            let read = if exchange.status.is_success() {
+                self.read(&exchange)
+            } else {
+                Err(self.error(&exchange, &Told::of_body(&exchange.body)))
+            };
+            let error = match read {
+                Ok(answer) => return Ok(talk.done(&self.name, request.params, answer)),
+                Err(error) => error,
+            };
+            let told = Told::of_body(&exchange.body);
+            let status = status_of(exchange.status, &told).map_or(exchange.status.as_u16(), |status| status.as_u16());
+            let sent = self.sent(&request, &talk.dialect);
+            if error.usage.is_some() || !talk.mend(status, &told, request.params, &sent) {
+                return Err(http::at(error, &url));
+            }
         }
     }
 
@@ -172,13 +253,17 @@ impl Provider for OpenAi {
     fn is_configured(&self) -> bool {
         self.is_configured
     }
+
+    fn dialects(&self) -> Vec<(String, DialectConfig)> {
+        self.dialects.found()
+    }
 }
 
 /// A request's body. It borrows what it says, so that a prompt is written once: into the bytes that are sent.
 #[derive(Serialize)]
 struct Body<'a> {
     model: &'a str,
-    messages: Messages<'a>,
+    messages: Vec<Spoken<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_completion_tokens: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -195,8 +280,8 @@ struct Body<'a> {
     frequency_penalty: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     presence_penalty: Option<f64>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    logit_bias: &'a BTreeMap<String, f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logit_bias: Option<&'a BTreeMap<String, f64>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_effort: Option<&'static str>,
     /// Its keys are none of the others: those are refused where a definition is registered.
@@ -206,26 +291,49 @@ struct Body<'a> {
     response_format: Option<ResponseFormat<'a>>,
 }
 
-struct Messages<'a>(&'a [Message]);
+/// A message. What the dialect adds to it is the only part that is not borrowed.
+#[derive(Serialize)]
+struct Spoken<'a> {
+    role: &'static str,
+    content: Cow<'a, str>,
+}
 
-impl Serialize for Messages<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        #[derive(Serialize)]
-        struct Said<'a> {
-            role: &'static str,
-            content: &'a str,
+fn messages<'a>(request: &ProviderRequest<'a>, dialect: &Dialect) -> Vec<Spoken<'a>> {
+    let system = match dialect.system {
+        SystemRole::Auto | SystemRole::System => "system",
+        SystemRole::Developer => "developer",
+        SystemRole::User => "user",
+    };
+    let mut said: Vec<Spoken<'a>> = Vec::with_capacity(request.messages.len());
+    for message in request.messages {
+        let role = match message.role {
+            Role::System => system,
+            Role::User => "user",
+            Role::Assistant => "assistant",
+        };
+        // Servers that know no system mostly demand that user and assistant take turns.
+        match said.last_mut().filter(|last| system == "user" && last.role == role) {
+            Some(last) => join(&mut last.content, &message.content),
+            None => said.push(Spoken { role, content: Cow::Borrowed(&message.content) }),
         }
-        let mut list = serializer.serialize_seq(Some(self.0.len()))?;
-        for message in self.0 {
-            let role = match message.role {
-                Role::System => "system",
-                Role::User => "user",
-                Role::Assistant => "assistant",
-            };
-            list.serialize_element(&Said { role, content: &message.content })?;
-        }
-        list.end()
     }
+    if let Some(addition) = dialect::addition(request, dialect) {
+        let by_system = said.iter().position(|said| said.role == system && system != "user");
+        let at = by_system.or_else(|| said.iter().rposition(|said| said.role == "user"));
+        match at.and_then(|at| said.get_mut(at)) {
+            Some(said) => join(&mut said.content, &addition),
+            None => said.push(Spoken { role: "user", content: Cow::Owned(addition) }),
+        }
+    }
+    said
+}
+
+fn join(text: &mut Cow<'_, str>, more: &str) {
+    let text = text.to_mut();
+    if !text.is_empty() {
+        text.push_str("\n\n");
+    }
+    text.push_str(more);
 }
 
 /// JSON, with a schema where there is one.
@@ -307,7 +415,8 @@ impl Plain {
     fn whole(self) -> Option<(String, Usage)> {
         let Self { error, choices: (choice,), usage } = self;
         let Choice { error: inner, finish_reason: Ended::Stop, message } = choice;
-        let is_plain = error.is_none() && inner.is_none() && message.refusal.is_none();
+        let says = !message.content.trim().is_empty();
+        let is_plain = error.is_none() && inner.is_none() && message.refusal.is_none() && says;
         is_plain.then(|| (message.content, usage.usage()))
     }
 }
@@ -336,29 +445,34 @@ fn content(content: &Value) -> Option<String> {
     }
 }
 
-/// The status that an error means: its own, or, inside a 200, the one that it names; a failure where it names none.
-fn status_of(status: StatusCode, told: &Value) -> StatusCode {
+/// The status that an error means: its own, or, inside a 200, the one that it names or that its kind stands for. None where
+/// it says neither: nothing tells that it is an outage, so that it is not waited out like one.
+fn status_of(status: StatusCode, told: &Told) -> Option<StatusCode> {
     if !status.is_success() {
-        return status;
+        return Some(status);
     }
-    let named = told["code"].as_u64().or_else(|| told["status"].as_u64()).and_then(|code| u16::try_from(code).ok());
-    let named = named.and_then(|code| StatusCode::from_u16(code).ok());
-    let by_type = match told["type"].as_str() {
-        Some("invalid_request_error") => StatusCode::BAD_REQUEST,
-        Some("authentication_error") => StatusCode::UNAUTHORIZED,
-        Some("tokens" | "requests") => StatusCode::TOO_MANY_REQUESTS,
-        _ => StatusCode::BAD_GATEWAY,
-    };
-    named.filter(|code| code.is_client_error() || code.is_server_error()).unwrap_or(by_type)
+    told.status.and_then(|code| StatusCode::from_u16(code).ok()).or(match told.kind.as_str() {
+        "invalid_request_error" | "BadRequestError" => Some(StatusCode::BAD_REQUEST),
+        "authentication_error" => Some(StatusCode::UNAUTHORIZED),
+        "not_found_error" | "NotFoundError" => Some(StatusCode::NOT_FOUND),
+        "tokens" | "requests" | "rate_limit_error" => Some(StatusCode::TOO_MANY_REQUESTS),
+        "server_error" | "internal_error" | "InternalServerError" | "api_error" => {
+            Some(StatusCode::INTERNAL_SERVER_ERROR)
+        }
+        "overloaded_error" | "engine_overloaded_error" | "service_unavailable" | "timeout_error" => {
+            Some(StatusCode::SERVICE_UNAVAILABLE)
+        }
+        _ => None,
+    })
 }
 
 /// The usage of an answer, as far as it is told.
 fn usage(answer: &Value) -> Option<Usage> {
     let told = answer.get("usage").filter(|usage| usage.is_object())?;
-    let detail = |path: &str| told.pointer(path).and_then(Value::as_u64);
+    let detail = |path: &str| told.pointer(path).and_then(http::tokens);
     let tokens = Tokens {
-        prompt: told["prompt_tokens"].as_u64()?,
-        completion: told["completion_tokens"].as_u64().unwrap_or(0),
+        prompt: http::tokens(&told["prompt_tokens"])?,
+        completion: http::tokens(&told["completion_tokens"]).unwrap_or(0),
         prompt_tokens_details: Some(PromptDetails { cached_tokens: detail("/prompt_tokens_details/cached_tokens") }),
         completion_tokens_details: Some(CompletionDetails {
             reasoning_tokens: detail("/completion_tokens_details/reasoning_tokens"),

@@ -3,6 +3,7 @@
 mod bench;
 mod breaker;
 mod cache;
+mod ends;
 mod hint;
 mod llm;
 mod providers;

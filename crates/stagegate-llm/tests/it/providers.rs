@@ -1,12 +1,14 @@
 //! Providers: recorded-shape conversations over a real socket, and every way in which one can go wrong.
 
 mod anthropic;
+mod dialects;
 mod faults;
 mod gemini;
 mod openai;
 mod page;
 mod registry;
 mod sim;
+mod words;
 
 use std::sync::Arc;
 

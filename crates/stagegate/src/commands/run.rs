@@ -147,6 +147,9 @@ impl Run {
                 Rest::Ended(ended) => {
                     let (state, totals, failure) = *ended;
                     tell_end(run, state, &totals, failure.as_ref(), started.elapsed());
+                    if let Some(detail) = detail_of(daemon, &self.tenant, run, failure.as_ref()).await {
+                        output::note(&format!("  {}", stagegate_telemetry::text::visible(&detail)));
+                    }
                     break exit_code(state);
                 }
                 Rest::Held(stages) => {
@@ -348,6 +351,18 @@ fn whole(detail: &RunDetail, stages: &[&str]) -> Value {
         "stages": stages.iter().map(row).collect::<Vec<_>>(),
         "output": output.as_ref().map(stagegate_core::Json::parse),
     })
+}
+
+/// What an attempt's failure says beyond the run's, which quotes nothing: the provider's own words, for example. They are for
+/// who may read the prompt, as the person at this terminal may.
+async fn detail_of(
+    daemon: &Daemon,
+    tenant: &TenantId,
+    run: RunId,
+    failure: Option<&stagegate_core::Failure>,
+) -> Option<String> {
+    let stage = daemon.store.stage(tenant, run, failure?.stage.as_ref()?).await.ok()??;
+    stage.attempts.into_iter().next_back()?.failure?.detail
 }
 
 /// The exit code of a run that is held.

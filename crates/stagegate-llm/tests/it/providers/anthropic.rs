@@ -176,8 +176,11 @@ async fn each_end_is_told_apart() {
         (json!("end_turn"), Finish::Stop),
         (json!("stop_sequence"), Finish::Stop),
         (json!("max_tokens"), Finish::Length),
-        (json!("model_context_window_exceeded"), Finish::Length),
-        (json!("pause_turn"), Finish::Length),
+        (json!("model_context_window_exceeded"), Finish::ContextFull),
+        (json!("pause_turn"), Finish::Paused),
+        (json!("tool_use"), Finish::Stop),
+        (json!("something_new"), Finish::other("something_new")),
+        (json!("words that may quote"), Finish::other("")),
         (json!("refusal"), Finish::Refused),
         (Value::Null, Finish::Stop),
     ] {

@@ -145,12 +145,22 @@ async fn each_end_is_told_apart() {
     let provider = at(&fake, ProviderKind::Openai);
     let refusal = json!({ "role": "assistant", "content": null, "refusal": "I can't help with that." });
     let message = |content: Value| json!({ "role": "assistant", "content": content });
+    let thoughtful = json!({ "role": "assistant", "content": null, "reasoning_content": "Spain …" });
     for (message, finish_reason, content, finish) in [
         (message(json!("Mad")), "length", "Mad", Finish::Length),
         (message(Value::Null), "length", "", Finish::Length),
         (message(json!("")), "content_filter", "", Finish::Refused),
         (refusal, "stop", "I can't help with that.", Finish::Refused),
-        (message(json!("")), "stop", "", Finish::Stop),
+        (message(json!("")), "stop", "", Finish::Silent),
+        (thoughtful, "stop", "", Finish::Silent),
+        (Value::Null, "length", "", Finish::Length),
+        (Value::Null, "content_filter", "", Finish::Refused),
+        (message(json!("Madrid.")), "EOS", "Madrid.", Finish::Stop),
+        (message(json!("Mad")), "model_length", "Mad", Finish::ContextFull),
+        (message(json!("Mad")), "pause_turn", "Mad", Finish::Paused),
+        (message(json!("Mad")), "something_new", "Mad", Finish::other("something_new")),
+        (message(json!("Madrid.")), "tool_calls", "Madrid.", Finish::Stop),
+        (message(Value::Null), "tool_calls", "", Finish::other("tool_calls")),
         (
             message(json!([{ "type": "text", "text": "Mad" }, { "type": "text", "text": "rid" }])),
             "stop",
@@ -182,6 +192,7 @@ async fn an_answer_that_is_not_of_the_shape_is_malformed_and_worth_another_try()
     let provider = at(&fake, ProviderKind::Openai);
     let mut no_content = recorded();
     no_content["choices"][0]["message"]["content"] = Value::Null;
+    no_content["usage"]["completion_tokens_details"]["reasoning_tokens"] = json!(0);
     let no_content = no_content.to_string();
     for body in ["", "{", "<html>", "[]", "null", "{}", r#"{"choices":[]}"#, r#"{"choices":[{}]}"#, &no_content] {
         fake.on(any()).once(Reply::raw(body));
@@ -267,7 +278,7 @@ async fn each_error_has_its_code_and_only_what_may_pass_is_retryable() {
         fake.on(any()).once(Reply::status(status, body.clone()).header("location", "http://127.0.0.1:1/"));
         let error = Ask::user("Hi").of(&provider).await.expect_err("an error");
         assert_eq!((error.code, error.retryable), (code, retryable), "{status} {body}");
-        assert!(error.message.starts_with("vendor: "), "{}", error.message);
+        assert!(error.message.starts_with(&format!("answered {status} ")) || status == 302, "{}", error.message);
     }
     assert_eq!(fake.call_count(), 20, "no redirect was followed and nothing was retried here");
 }
