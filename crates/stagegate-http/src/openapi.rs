@@ -164,6 +164,9 @@ pub(crate) fn document(api: &utoipa::openapi::OpenApi, open: bool, base: &BasePa
 fn complete(path: &str, operation: &mut Value, open: bool) {
     let is_api = path.starts_with("/v1/");
     let mut statuses: Vec<(u16, &str)> = vec![(500, "A defect of ours (SG0008).")];
+    if !is_api {
+        statuses.push((400, "The head of the request could not be read (SG0001)."));
+    }
     if !is_probe(path) {
         statuses.push((403, "The key's role is too low (SG0011), or an open daemon was called from elsewhere."));
     }

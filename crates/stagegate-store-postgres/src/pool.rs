@@ -186,7 +186,8 @@ impl Pool {
     /// Brings the gauges up to date.
     pub(crate) fn observe(&self) {
         let stats = self.stats();
-        for (state, value) in [("in_use", stats.in_use), ("idle", stats.idle), ("max", stats.max)] {
+        self.metrics.pool_connections_max.set(i64::from(stats.max));
+        for (state, value) in [("in_use", stats.in_use), ("idle", stats.idle)] {
             self.metrics.pool_connections.with_label_values(&[state]).set(i64::from(value));
         }
     }

@@ -121,7 +121,8 @@ impl Db {
             .idle_timeout(None)
             .max_lifetime(None)
             .connect_lazy_with(options.clone().pragma("query_only", "ON"));
-        for (state, connections) in [("max", READERS + WRITERS), ("idle", READERS + WRITERS), ("in_use", 0)] {
+        metrics.pool_connections_max.set(i64::from(READERS + WRITERS));
+        for (state, connections) in [("idle", READERS + WRITERS), ("in_use", 0)] {
             metrics.pool_connections.with_label_values(&[state]).set(i64::from(connections));
         }
         let writers = Mutex::new(Writers { runs: Some(writer), ..Writers::default() });

@@ -8,6 +8,8 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+#[cfg(target_os = "linux")]
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     CounterVec, Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
@@ -58,7 +60,12 @@ macro_rules! catalogue {
                     let $field = make!($kind, $name, help, [$($label),*] $($buckets)?).expect("a valid literal");
                     registry.register(Box::new($field.clone())).expect("a unique literal");
                 )*
-                Self { registry, $($field,)* }
+                // What the process itself takes, by the names that every Prometheus client has for it. Linux tells it.
+                #[cfg(target_os = "linux")]
+                registry.register(Box::new(ProcessCollector::for_self())).expect("unique names");
+                let metrics = Self { registry, $($field,)* };
+                metrics.begin();
+                metrics
             }
 
             /// Name, type, labels and help of each metric, for the documentation.
@@ -156,8 +163,10 @@ catalogue! {
     /// Runs from which retention removed the payloads, or the whole (`payloads`, `run`), by this replica.
     retention_removed: IntCounterVec = "stagegate_retention_removed_total" ["what"];
 
-    /// Database connections, by state: `in_use`, `idle`, `max`.
+    /// Database connections that are open, by state: `in_use`, `idle`.
     pool_connections: IntGaugeVec = "stagegate_db_pool_connections" ["state"];
+    /// Database connections that may be open at once.
+    pool_connections_max: IntGauge = "stagegate_db_pool_connections_max" [];
     /// Tasks that wait for a database connection.
     pool_waiters: IntGauge = "stagegate_db_pool_waiters" [];
     /// Seconds waited for a database connection.
@@ -173,7 +182,50 @@ impl Default for Metrics {
     }
 }
 
+/// The values of a closed set of labels, as they stand in a series.
+type Labels = &'static [&'static str];
+
+/// Verdicts that an attempt can end with.
+const VERDICTS: Labels = &["passed", "retry", "held", "accepted", "failed", "errored"];
+/// States that a run can end in.
+const ENDS: Labels = &["succeeded", "failed", "cancelled", "expired"];
+
 impl Metrics {
+    /// Begins every series whose labels are known, at nought: a rate needs a first value, and an alert on what never happened
+    /// must see that it did not. Labels of models, routes and statuses are met when they come.
+    fn begin(&self) {
+        let counters: [(&IntCounterVec, &[Labels]); 10] = [
+            (&self.runs_finished, &[ENDS]),
+            (&self.evaluations, &[&["done", "refused", "late", "panicked", "abandoned"]]),
+            (&self.stages_ended, &[&["succeeded", "failed", "held"]]),
+            (&self.assessments, &[&["check", "judge"], &["true", "false"]]),
+            (&self.gate_verdicts, &[VERDICTS]),
+            (&self.cache_lookups, &[&["local", "shared"], &["hit", "miss", "stale", "error"]]),
+            (&self.cache_writes, &[&["local", "shared"], &["ok", "error"]]),
+            (&self.cache_evictions, &[&["gate", "invalidate"]]),
+            (&self.retention_removed, &[&["payloads", "run"]]),
+            (&self.errors, &[]),
+        ];
+        for (counter, sets) in counters {
+            each(sets, |labels| drop(counter.with_label_values(labels)));
+        }
+        for code in Code::ALL {
+            self.errors.with_label_values(&[code.as_str()]);
+        }
+        for (histogram, values) in [
+            (&self.run_duration, ENDS),
+            (&self.stage_duration, VERDICTS),
+            (&self.quality_score, &["check", "judge"][..]),
+        ] {
+            each(&[values], |labels| drop(histogram.with_label_values(labels)));
+        }
+        let gauges: [(&IntGaugeVec, Labels); 2] =
+            [(&self.queue_runs, &["queued", "running", "waiting"]), (&self.pool_connections, &["in_use", "idle"])];
+        for (gauge, values) in gauges {
+            each(&[values], |labels| drop(gauge.with_label_values(labels)));
+        }
+    }
+
     /// A stored row cannot be read, and the others are: it is counted each time and told once.
     pub fn unreadable(&self, error: &StoreError) {
         const TOLD_MAX: usize = 1_000;
@@ -190,6 +242,15 @@ impl Metrics {
         let mut text = Vec::with_capacity(16 * 1024);
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         String::from_utf8(text).map_err(|error| prometheus::Error::Msg(error.to_string()))
+    }
+}
+
+/// Each combination of the values of one or two labels.
+fn each(sets: &[Labels], mut begin: impl FnMut(&[&str])) {
+    match sets {
+        [only] => only.iter().for_each(|value| begin(&[*value])),
+        [first, second] => first.iter().for_each(|one| second.iter().for_each(|other| begin(&[*one, *other]))),
+        _ => {}
     }
 }
 

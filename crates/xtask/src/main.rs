@@ -5,6 +5,7 @@ mod bench;
 mod chaos;
 mod coverage;
 mod daemon;
+mod interop;
 mod quantile;
 mod schemathesis;
 mod simulate;
@@ -33,6 +34,8 @@ enum Command {
     Simulate(simulate::Simulate),
     /// Fuzz the built daemon by its own OpenAPI document
     Schemathesis(schemathesis::Schemathesis),
+    /// Hold the built daemon to clients, linters and proxies that others wrote
+    Interop(interop::Interop),
     /// Break the built daemon in every way that can be staged, under load, and reconcile
     Chaos(chaos::Chaos),
     /// Run the previous binary and this one side by side while the schema is migrated, under load, and reconcile
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
             Command::BenchEcho(command) => command.run().await,
             Command::Simulate(command) => command.run().await,
             Command::Schemathesis(command) => command.run().await,
+            Command::Interop(command) => Box::pin(command.run()).await,
             Command::Chaos(command) => Box::pin(command.run()).await,
             Command::Upgrade(command) => Box::pin(command.run()).await,
         }

@@ -44,6 +44,44 @@ fn what_is_rendered_reads_as_the_text_format() {
     assert!(text.contains("stagegate_db_pool_wait_seconds_count 2\n"));
 }
 
+/// Those without labels, and those whose labels' values are known.
+#[test]
+fn closed_series_are_there_from_the_first_scrape() {
+    let text = Metrics::new().render().expect("text");
+    let open = ["provider", "model", "method", "route", "status", "version"];
+    for (name, _, labels, _) in Metrics::CATALOGUE {
+        let is_open = labels.iter().any(|label| open.contains(label));
+        assert_eq!(text.contains(&format!("# TYPE {name} ")), !is_open, "{name}");
+    }
+    for series in [
+        "stagegate_runs_finished_total{state=\"expired\"} 0",
+        "stagegate_errors_total{code=\"SG0409\"} 0",
+        "stagegate_assessments_total{evaluator=\"judge\",passed=\"false\"} 0",
+        "stagegate_cache_lookups_total{outcome=\"stale\",tier=\"shared\"} 0",
+        "stagegate_stage_attempt_duration_seconds_count{verdict=\"held\"} 0",
+    ] {
+        assert!(text.contains(&format!("{series}\n")), "{series} in {text}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_process_is_told_by_the_usual_names() {
+    let text = Metrics::new().render().expect("text");
+    for name in ["cpu_seconds_total", "open_fds", "max_fds", "resident_memory_bytes", "start_time_seconds", "threads"] {
+        assert!(text.contains(&format!("\nprocess_{name} ")), "{name} in {text}");
+    }
+}
+
+/// A sum over a metric counts each thing once: the values of a label exclude each other.
+#[test]
+fn no_label_has_a_value_that_stands_for_all_others() {
+    let text = Metrics::new().render().expect("text");
+    for value in ["all", "total", "any", "max", "sum"] {
+        assert!(!text.contains(&format!("=\"{value}\"")), "{value} in {text}");
+    }
+}
+
 #[test]
 fn buckets_only_ever_grow() {
     let metrics = Metrics::new();
@@ -76,7 +114,10 @@ fn the_documentation_lists_the_catalogue() {
          What `GET /metrics` answers, in the Prometheus text format. The catalogue is `crates/stagegate-telemetry/src/metrics.rs`;\n\
          this page is written from it: `UPDATE_DOCS=1 cargo test -p stagegate-telemetry --test it documentation`.\n\n\
          Units are seconds, US dollars and plain counts. No label has values that a caller can make up: routes are templates,\n\
-         models are those that the configuration or a registered pipeline names, and tenants are never a label.\n\n\
+         models are those that the configuration or a registered pipeline names, and tenants are never a label. Where the values\n\
+         of its labels are known, a series is there from the first scrape, at 0; models, routes and statuses come with their first\n\
+         call. The values of a label exclude each other, so that a `sum()` counts each thing once. On Linux `process_*` (CPU,\n\
+         memory, open files, threads, start time) is there under its usual names.\n\n\
          | metric | type | labels | what it tells |\n| --- | --- | --- | --- |\n",
     );
     for (name, kind, labels, help) in Metrics::CATALOGUE {

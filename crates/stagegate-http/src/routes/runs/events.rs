@@ -32,7 +32,7 @@ const FORMS: [&str; 2] = ["application/json", STREAM];
 pub(crate) struct EventsQuery {
     /// The `next_cursor` of the page before. The header `Last-Event-ID` stands above it.
     cursor: Option<String>,
-    /// Only events after this `seq`. This, or `cursor`; the header `Last-Event-ID` stands above it.
+    /// Only events after this `seq`. A `cursor` and the header `Last-Event-ID` stand above it.
     #[param(minimum = 0, maximum = 9_007_199_254_740_991_u64, default = 0, required = false)]
     after: u64,
     /// The most events in one answer; of JSON alone.
@@ -46,9 +46,6 @@ impl FromQuery for EventsQuery {
     fn read(fields: &mut Fields) -> Self {
         let cursor = fields.parsed::<String>("cursor").filter(|cursor| !cursor.is_empty());
         let after = fields.number("after", 0, NUMBER_MAX);
-        if cursor.is_some() && after.is_some() {
-            fields.wrong("after", "a cursor tells where to go on: give `cursor` or `after`");
-        }
         Self {
             cursor,
             after: after.unwrap_or(0),
