@@ -259,7 +259,7 @@ impl CacheTier for RedisTier {
     }
 
     async fn ping(&self) -> Result<(), CacheError> {
-        self.ask(&redis::cmd("PING")).await.map(drop)
+        self.lines.ask_for_a_probe(Question::Command(&redis::cmd("PING"))).await.map(drop)
     }
 
     fn kind(&self) -> &'static str {

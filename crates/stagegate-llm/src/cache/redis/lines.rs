@@ -2,8 +2,11 @@
 //!
 //! A line is one connection that everybody shares: what is asked at the same time goes out in one write and comes back
 //! in one read, and nobody pays for a test of the connection first. A line that fails or does not answer in time is
-//! given up by whoever notices, and the next one who asks makes a new one. The pool makes them and bounds how many
+//! given up by the caller that notices, and the next caller makes a new one. The pool makes them and bounds how many
 //! there are and how long making one may take; a line stays checked out of it for as long as it lives.
+//!
+//! A connection is read and written on the runtime that made it. Probes run on a runtime of their own, and so have a line
+//! of their own: over it they are answered while the other runtime is busy, and no other caller's commands cross threads.
 
 use std::{
     sync::{
@@ -29,6 +32,7 @@ const LINES_MAX: usize = 64;
 pub(super) struct Lines {
     pool: Pool,
     shared: Box<[Line]>,
+    probes: Line,
     next: AtomicUsize,
     response_timeout: Duration,
 }
@@ -72,7 +76,7 @@ impl Lines {
         })?;
         let count = config.max_connections.clamp(1, LINES_MAX);
         let pool = Pool::builder(manager)
-            .max_size(count)
+            .max_size(count + 1)
             .wait_timeout(Some(config.response_timeout.0))
             .create_timeout(Some(config.connect_timeout.0))
             .recycle_timeout(Some(config.response_timeout.0))
@@ -80,18 +84,28 @@ impl Lines {
             .build()
             .map_err(|error| invalid(format!("the Redis pool: {error}")))?;
         let shared = (0..count).map(|_| Line::default()).collect();
-        Ok(Self { pool, shared, next: AtomicUsize::new(0), response_timeout: config.response_timeout.0 })
+        let (probes, next) = (Line::default(), AtomicUsize::new(0));
+        Ok(Self { pool, shared, probes, next, response_timeout: config.response_timeout.0 })
     }
 
     /// How many are open.
     pub(super) fn open(&self) -> usize {
-        self.shared.iter().filter(|line| line.current().is_some()).count()
+        self.shared.iter().chain([&self.probes]).filter(|line| line.current().is_some()).count()
     }
 
     /// Asks over one of them, within the time that an answer may take. What broke with its connection is asked once
     /// more over a new one: an idle connection may have been closed by the server or by something between.
     pub(super) async fn ask(&self, question: Question<'_>) -> Result<Value, CacheError> {
         let line = &self.shared[self.next.fetch_add(1, Ordering::Relaxed) % self.shared.len()];
+        self.ask_over(line, question).await
+    }
+
+    /// The same over the probes' line.
+    pub(super) async fn ask_for_a_probe(&self, question: Question<'_>) -> Result<Value, CacheError> {
+        self.ask_over(&self.probes, question).await
+    }
+
+    async fn ask_over(&self, line: &Line, question: Question<'_>) -> Result<Value, CacheError> {
         let mut is_fresh = false;
         loop {
             let connection = if let Some(connection) = line.current() {
