@@ -9,6 +9,9 @@ const MAX_BYTES: usize = 200;
 /// What our own paths begin with. A base path that began so could not be told from them.
 const OWN: [&str; 8] = ["v1", "docs", "healthz", "readyz", "health", "metrics", "openapi.json", "console"];
 
+/// Where the metrics are, for scrapers that reach the daemon without a proxy.
+const METRICS: &str = "/metrics";
+
 /// A path like `/stagegate`, without a slash at its end; empty for the root.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -25,13 +28,20 @@ impl BasePath {
         if self.0.is_empty() { "/" } else { &self.0 }
     }
 
+    /// A path without the base path, where it begins with it. Metrics are served at the root alone: a proxy that cuts the base
+    /// path off and refuses `/metrics` would else let the path with two of them through.
+    pub(crate) fn below<'a>(&self, path: &'a str) -> Option<&'a str> {
+        let rest = path.strip_prefix(self.0.as_str()).filter(|_| !self.0.is_empty())?;
+        match rest {
+            "" => Some("/"),
+            METRICS => None,
+            _ => rest.starts_with('/').then_some(rest),
+        }
+    }
+
     /// A request's target without the base path, where it begins with it.
     pub(crate) fn strip(&self, uri: &mut Uri) {
-        let Some(rest) = uri.path().strip_prefix(self.0.as_str()).filter(|_| !self.0.is_empty()) else { return };
-        if !rest.is_empty() && !rest.starts_with('/') {
-            return;
-        }
-        let path = if rest.is_empty() { "/" } else { rest };
+        let Some(path) = self.below(uri.path()) else { return };
         let target = uri.query().map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"));
         let mut parts = uri.clone().into_parts();
         parts.path_and_query = PathAndQuery::try_from(target).ok();
@@ -105,6 +115,7 @@ mod tests {
             ("/gate?x=1", "/?x=1"),
             ("/gateway/v1", "/gateway/v1"),
             ("/gate/gate/v1", "/gate/v1"),
+            ("/gate/metrics", "/gate/metrics"),
             ("http://host:1/gate/healthz", "http://host:1/healthz"),
         ] {
             assert_eq!(stripped(from), to, "{from}");

@@ -41,6 +41,9 @@ const HTTP2_PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// what is beyond their limit waits without a word.
 const STREAMS_PER_CONNECTION: usize = 64;
 
+/// Exchanges on one connection of HTTP/2 from which the others share the work: some servers allow fewer than a hundred.
+const STREAMS_BEFORE_SPREADING: usize = 16;
+
 /// Connections of HTTP/2 to one server, at most.
 const LANES_MAX: usize = 32;
 
@@ -174,7 +177,8 @@ impl Client {
     /// A client of the same configuration for so many exchanges at once with one server: over HTTP/2, it makes as many
     /// connections as they need.
     pub fn for_exchanges(&self, exchanges_max: usize) -> Result<Self, Error> {
-        let count = exchanges_max.div_ceil(STREAMS_PER_CONNECTION).clamp(1, LANES_MAX);
+        let least = if exchanges_max > STREAMS_BEFORE_SPREADING { 2 } else { 1 };
+        let count = exchanges_max.div_ceil(STREAMS_PER_CONNECTION).clamp(least, LANES_MAX);
         let others = (1..count).map(|_| self.setup.lane()).collect::<Result<Vec<_>, _>>()?;
         let lanes = Lanes { first: self.setup.lane()?, others };
         Ok(Self { setup: Arc::clone(&self.setup), lanes: Arc::new(lanes) })
@@ -204,14 +208,12 @@ impl Client {
         Arc::clone(&self.setup)
     }
 
-    /// The first lane that has room, so that few calls share one connection; where none has, the least busy one.
+    /// The first lane with few calls, so that few calls share one connection; where none has few, the least busy one.
     fn lane(&self) -> &Lane {
         let Lanes { first, others } = &*self.lanes;
-        if others.is_empty() || first.busy() < STREAMS_PER_CONNECTION {
-            return first;
-        }
-        let free = others.iter().find(|lane| lane.busy() < STREAMS_PER_CONNECTION);
-        free.or_else(|| others.iter().min_by_key(|lane| lane.busy())).unwrap_or(first)
+        let lanes = std::iter::once(first).chain(others);
+        let quiet = lanes.clone().find(|lane| lane.busy() < STREAMS_BEFORE_SPREADING);
+        quiet.or_else(|| lanes.min_by_key(|lane| lane.busy())).unwrap_or(first)
     }
 }
 

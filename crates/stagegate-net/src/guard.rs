@@ -89,12 +89,11 @@ impl Guard {
     }
 
     fn judge(&self, ip: IpAddr) -> Result<(), Class> {
-        let is_allowed = |ip: IpAddr| self.allowed.iter().any(|network| network.contains(&ip));
-        match Class::of(ip) {
-            Class::Public => Ok(()),
-            _ if is_allowed(ip) || is_allowed(ip.to_canonical()) => Ok(()),
-            class => Err(class),
-        }
+        let class = Class::of(ip);
+        // A metadata service hands out credentials: it is allowed by its very address, never with its network.
+        let is_enough = |network: &IpNet| class != Class::Metadata || network.prefix_len() == network.max_prefix_len();
+        let is_allowed = |ip: IpAddr| self.allowed.iter().any(|network| network.contains(&ip) && is_enough(network));
+        if class == Class::Public || is_allowed(ip) || is_allowed(ip.to_canonical()) { Ok(()) } else { Err(class) }
     }
 }
 

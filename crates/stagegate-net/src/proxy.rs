@@ -82,19 +82,28 @@ impl Proxies {
         let both = parse("proxy", &config.proxy);
         let http = parse("http_proxy", &config.http_proxy).or_else(|| both.clone());
         let https = parse("https_proxy", &config.https_proxy).or(both);
-        let mut direct = Vec::new();
+        let (mut direct, mut unknown) = (Vec::new(), Vec::new());
         for entry in config.no_proxy.iter().flat_map(|entry| entry.split([',', ' ', '\t', '\n', '\r'])) {
             match Direct::parse(entry.trim()) {
                 Ok(parsed) => direct.extend(parsed),
-                // Where there is no proxy, the entry means nothing, and a variable of the shell is no reason not to start.
-                Err(_) if http.is_none() && https.is_none() => {}
-                Err(what) => violations.push(
-                    Violation::new(Code::InvalidConfig, "net.no_proxy", what)
-                        .mend("write `*`, a host, `.example.com`, an IP address or a network such as `10.0.0.0/8`"),
-                ),
+                // The shell's variable is written for many programs, each of which passes over what it does not know. Not to
+                // understand an entry sends more over the proxy, never less.
+                Err(what) => unknown.push(what),
             }
         }
-        if violations.is_empty() { Ok(Self { http, https, direct }) } else { Err(violations) }
+        if !violations.is_empty() {
+            return Err(violations);
+        }
+        let proxies = Self { http, https, direct };
+        if !proxies.is_empty() {
+            for what in unknown {
+                tracing::warn!(
+                    "net.no_proxy: {what}, and is passed over: write `*`, a host, `.example.com`, an IP address or a \
+                     network such as `10.0.0.0/8`"
+                );
+            }
+        }
+        Ok(proxies)
     }
 
     /// Whether any address has a proxy before it.
@@ -261,6 +270,9 @@ mod tests {
             ("192.168.*", &["http://192.168.7.2"], &["http://192.169.0.1"]),
             ("10.*.*.*", &["http://10.255.1.2:8000"], &["http://11.0.0.1"]),
             ("169.254/16", &["http://169.254.169.254"], &["http://169.255.0.1"]),
+            ("10.0.*.*", &["http://10.0.7.2"], &["http://10.1.0.1"]),
+            ("*.local, 169.254/16", &["http://a.local", "http://169.254.1.2"], &["http://169.255.0.1"]),
+            ("<local>, fe80::1%en0, http://a.example, b.example", &["http://b.example"], &["http://a.example"]),
             ("::1", &["http://[::1]", "http://[0:0:0:0:0:0:0:1]:9"], &["http://[::2]"]),
             ("[::1]", &["http://[::1]"], &["http://[::2]"]),
             ("[::1]:8080", &["http://[::1]:8080"], &["http://[::1]"]),
@@ -282,14 +294,10 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_can_cover_nothing_is_refused_where_there_is_a_proxy() {
-        for entry in ["exa*mple.com", "10.0.0.0/99", "a.example:port", "a.example:0", "http://a.example"] {
-            let violations = Proxies::of(&config(&[entry])).expect_err("refused");
-            assert_eq!(violations.len(), 1, "{entry}");
-            assert_eq!(violations[0].path, "net.no_proxy");
-            assert!(violations[0].message.contains(entry) && violations[0].mend.is_some());
-            let without = NetConfig { no_proxy: vec![entry.to_owned()], ..NetConfig::default() };
-            assert!(Proxies::of(&without).expect("it means nothing").is_empty());
+    fn an_entry_that_is_not_understood_covers_nothing_and_stops_nothing() {
+        for entry in ["exa*mple.com", "10.0.0.0/99", "10/99", "a.example:port", "a.example:0", "http://a.example"] {
+            assert!(Direct::parse(entry).is_err(), "{entry}");
+            assert!(!is_direct(entry, "http://a.example"), "{entry}");
         }
     }
 

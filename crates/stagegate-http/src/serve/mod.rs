@@ -8,20 +8,29 @@ mod dispatch;
 mod places;
 mod socket;
 
-use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use axum::Router;
 use http::Method;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    io::ReadBuf,
     net::{TcpListener, TcpStream},
     runtime::Handle,
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::config::HttpConfig;
+use crate::{base::BasePath, config::HttpConfig};
 use activity::{Activity, Due, Limits};
 use answer::Executor;
 use dispatch::{Dispatch, Service};
@@ -51,6 +60,8 @@ const RESERVED_LIMIT: Duration = Duration::from_secs(2);
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(5);
 /// What a connection's task may hold; there is one for each event stream.
 const CONNECTION_MAX_BYTES: usize = 1792;
+/// How much of a request line is looked at: a base path of the longest kind, and a probe's path.
+const LINE_MAX_BYTES: usize = 256;
 /// The smallest buffer that hyper takes for a head.
 const HEAD_MIN_BYTES: usize = 8 * 1024;
 
@@ -156,7 +167,7 @@ impl Server {
         let Accepted { stream, peer, place, shutdown } = &accepted;
         let limits = self.limits.at(place);
         let begun = tokio::select! {
-            begun = timeout(limits.head, First::of(stream)) => begun,
+            begun = timeout(limits.head, First::of(stream, &self.here.base)) => begun,
             () = place.given_away() => return,
             () = shutdown.cancelled() => return,
         };
@@ -280,7 +291,7 @@ impl First {
     ///
     /// Nothing is taken of what can be told by a look: hyper's buffer for a connection would grow to twice its size over a
     /// first read of a few bytes.
-    async fn of(stream: &TcpStream) -> io::Result<Self> {
+    async fn of(stream: &TcpStream, base: &BasePath) -> io::Result<Self> {
         let mut first = Vec::new();
         while first.len() < H2_PREFACE.len() {
             let expected = &H2_PREFACE[first.len()..];
@@ -290,7 +301,7 @@ impl First {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             if !expected.starts_with(&seen[..length]) {
-                let probe = first.is_empty() && begins_with_a_probe(&seen[..length]);
+                let probe = first.is_empty() && poll_fn(|context| looks_like_a_probe(stream, base, context)).await?;
                 return Ok(if probe { Self::Probe } else { Self::Http1(first) });
             }
             // It is there, so that this waits for nothing.
@@ -309,13 +320,24 @@ impl First {
     }
 }
 
+/// Whether what has come begins with a probe. The look takes nothing away, and its buffer is no part of the connection's
+/// task.
+fn looks_like_a_probe(stream: &TcpStream, base: &BasePath, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
+    let mut seen = [0; LINE_MAX_BYTES];
+    let mut seen = ReadBuf::new(&mut seen);
+    ready!(stream.poll_peek(context, &mut seen))?;
+    Poll::Ready(Ok(begins_with_a_probe(seen.filled(), base)))
+}
+
 /// Whether a request line is that of a probe, as far as one look shows it. Probes are small, and come in one piece.
-fn begins_with_a_probe(line: &[u8]) -> bool {
-    let mut words = line.split(|byte| *byte == b' ');
-    let (Some(method), Some(target), Some(_)) = (words.next(), words.next(), words.next()) else { return false };
-    let path = target.split(|byte| *byte == b'?').next().unwrap_or_default();
-    let (Ok(method), Ok(path)) = (Method::from_bytes(method), std::str::from_utf8(path)) else { return false };
-    dispatch::is_probe(&method, path)
+fn begins_with_a_probe(line: &[u8], base: &BasePath) -> bool {
+    let mut words = line.splitn(2, |byte| *byte == b' ');
+    let (Some(method), Some(target)) = (words.next(), words.next()) else { return false };
+    let Some(end) = target.iter().position(|byte| b" ?".contains(byte)) else { return false };
+    let (Ok(method), Ok(path)) = (Method::from_bytes(method), std::str::from_utf8(&target[..end])) else {
+        return false;
+    };
+    dispatch::is_probe(&method, base.below(path).unwrap_or(path))
 }
 
 #[cfg(test)]
@@ -324,13 +346,18 @@ mod tests {
 
     #[test]
     fn a_connection_that_begins_with_a_probe_is_known_by_its_first_line() {
-        for probe in ["GET /healthz HTTP/1.1", "HEAD /readyz HTTP", "GET /metrics H", "GET /readyz?a=1 HT"] {
-            assert!(begins_with_a_probe(probe.as_bytes()), "{probe}");
+        let (root, gate) = (BasePath::default(), BasePath::try_from("/gate".to_owned()).expect("a base path"));
+        for probe in ["GET /healthz HTTP/1.1", "HEAD /readyz HTTP", "GET /metrics ", "GET /readyz?verbose=true&of=eve"]
+        {
+            assert!(begins_with_a_probe(probe.as_bytes(), &root), "{probe}");
+            assert!(begins_with_a_probe(probe.as_bytes(), &gate), "{probe}: without the base path");
         }
+        assert!(begins_with_a_probe(b"GET /gate/readyz HTTP/1.1", &gate));
         for other in
             ["GET /healthz", "POST /healthz HTTP/1.1", "GET /healthzz HTTP/1.1", "GET /v1/runs HTTP/1.1", "", " "]
         {
-            assert!(!begins_with_a_probe(other.as_bytes()), "{other}");
+            assert!(!begins_with_a_probe(other.as_bytes(), &root), "{other}");
         }
+        assert!(!begins_with_a_probe(b"GET /gate/readyz HTTP/1.1", &root));
     }
 }
