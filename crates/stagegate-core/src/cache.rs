@@ -11,6 +11,7 @@ use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::{ModelRef, PipelineName, StageId, TenantId};
 
@@ -63,6 +64,15 @@ pub struct CacheLookup {
     pub entry: Option<(Vec<u8>, u64)>,
 }
 
+/// How much is kept of a tenant, what is stale by a purge of all of it left out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct CacheUsage {
+    /// Answers.
+    pub entries: u64,
+    /// What they take, roughly.
+    pub bytes: u64,
+}
+
 /// Why the tier could not answer. The caller goes on without it.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("the shared cache is unavailable: {0}")]
@@ -89,6 +99,12 @@ pub trait CacheTier: Send + Sync + fmt::Debug + 'static {
 
     /// Makes everything in a scope stale, in O(1). Returns the new generation.
     async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<u64, CacheError>;
+
+    /// How much it keeps of a tenant; None where only a walk over everything would tell.
+    async fn usage(&self, tenant: &TenantId) -> Result<Option<CacheUsage>, CacheError> {
+        let _ = tenant;
+        Ok(None)
+    }
 
     /// Answers if the tier does.
     async fn ping(&self) -> Result<(), CacheError>;

@@ -222,8 +222,12 @@ impl Engine {
     /// [`Code::InvalidDefinition`].
     pub async fn validate(&self, tenant: &TenantId, source: impl Into<Bundle>) -> Result<Pipeline, Error> {
         let (bundle, llm) = (source.into(), Arc::clone(&self.shared.llm));
-        let parse = move || Pipeline::parse_bundle(&bundle, &*llm);
-        let read = self.shared.evaluations.evaluate_large(tenant, 0, parse).await?;
+        let read = move || {
+            let pipeline = Pipeline::parse_bundle(&bundle, &*llm)?;
+            let unanswerable = llm.unanswerable(&pipeline);
+            if unanswerable.is_empty() { Ok(pipeline) } else { Err(unanswerable) }
+        };
+        let read = self.shared.evaluations.evaluate_large(tenant, 0, read).await?;
         read.map_err(|violations| Error::violations(Code::InvalidDefinition, violations))
     }
 

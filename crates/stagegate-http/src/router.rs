@@ -54,6 +54,7 @@ fn api() -> OpenApiRouter<Shared> {
         .routes(routes!(runs::actions::approve))
         .routes(routes!(runs::actions::reject))
         .routes(routes!(plan::plan))
+        .routes(routes!(cache::read))
         .routes(routes!(cache::invalidate))
         .routes(routes!(replicas::replicas))
         .routes(routes!(replicas::queue))

@@ -25,11 +25,12 @@ mod turns;
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use stagegate_core::{
-    CallPurpose, Clock, Code, Error, LedgerEntry, ModelRef, PipelineName, RunId, StageId, TenantId, Usage, Usd,
-    cache::{CacheKey, CacheScope, CacheTier},
+    CallPurpose, Clock, Code, Error, LedgerEntry, ModelRef, Pipeline, PipelineName, RunId, StageId, TenantId, Usage,
+    Usd, Violation,
+    cache::{CacheKey, CacheScope, CacheTier, CacheUsage},
     decide::{FailureKind, Tried},
     error::nearest,
-    pipeline::{CacheMode, Message, Models, OutputFormat, Params},
+    pipeline::{CacheMode, Message, Models, OutputFormat, Params, Work},
 };
 use stagegate_net::Client;
 use stagegate_telemetry::Metrics;
@@ -267,6 +268,32 @@ impl Llm {
     /// Makes every answer in a scope stale. [`Code::CacheUnavailable`] where the shared cache could not be told.
     pub async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<(), Error> {
         self.caller.cache.invalidate(tenant, scope).await
+    }
+
+    /// How many answers are kept of a tenant: in this process, and in the shared cache with its kind; None for what is not
+    /// there or cannot be counted.
+    pub async fn cache_usage(&self, tenant: &TenantId) -> (CacheUsage, Option<(&'static str, Option<CacheUsage>)>) {
+        self.caller.cache.usage(tenant).await
+    }
+
+    /// The stages of a pipeline whose output the simulator would have to make and cannot: it found no value that fits.
+    pub fn unanswerable(&self, pipeline: &Pipeline) -> Vec<Violation> {
+        let is_simulated = |model: &ModelRef| {
+            self.caller.providers.get(model.provider()).is_some_and(|served| served.provider.kind() == "sim")
+        };
+        let asked = pipeline.stages.iter().filter(|stage| match &stage.work {
+            Work::Model(work) => work.models.iter().any(is_simulated),
+            Work::Transform => false,
+        });
+        let ids = pipeline.definition["stages"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let unmet = asked.filter(|stage| !providers::sim::can_answer(&stage.output)).map(|stage| {
+            let at = ids.iter().position(|defined| defined["id"] == stage.id.as_str()).unwrap_or_default();
+            let place = format!("stages[{at}].output.schema");
+            let message = "the simulator found no value that fits this schema";
+            let mend = "use a real model for this stage, or ask for less in the schema";
+            Violation::new(Code::InvalidSchema, place, message).mend(mend)
+        });
+        unmet.collect()
     }
 
     /// The providers and the shared cache, for `/readyz` and `/health`.

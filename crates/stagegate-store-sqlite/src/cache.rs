@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use sqlx::SqliteConnection;
 use stagegate_core::{
     StoreError, StoreResult, TenantId,
-    cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
+    cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier, CacheUsage},
 };
 use tokio::sync::oneshot;
 
@@ -97,6 +97,13 @@ pub(crate) const OLDEST: &str =
 
 // cache-evict
 pub(crate) const EVICT: &str = "DELETE FROM cache_entries WHERE tenant = ?1 AND key = ?2";
+
+// cache-usage: what is alive and not stale as a whole. The bytes stand before the entries, so that these are not read.
+pub(crate) const USAGE: &str = concat!(
+    "SELECT count(*), coalesce(sum(bytes), 0) FROM cache_entries WHERE tenant = ?1 AND expires_at > ",
+    now_ms!(),
+    " AND generation >= coalesce((SELECT floor FROM cache_floors WHERE tenant = ?1 AND scope = ?2), 0)"
+);
 
 /// An entry on its way to the file.
 #[derive(Debug)]
@@ -274,6 +281,13 @@ impl SqliteCache {
         Ok(u64::try_from(generation).unwrap_or(0))
     }
 
+    async fn count(&self, tenant: &TenantId) -> StoreResult<CacheUsage> {
+        let query = sqlx::query_as(USAGE).bind(tenant.as_str()).bind(CacheScope::Tenant.to_string());
+        let (entries, bytes): (i64, i64) = query.fetch_one(self.db.read().await?.conn()).await.sql()?;
+        let unsigned = |stored: i64| u64::try_from(stored).unwrap_or(0);
+        Ok(CacheUsage { entries: unsigned(entries), bytes: unsigned(bytes) })
+    }
+
     async fn remove(&self, tenant: &TenantId, key: CacheKey) -> StoreResult<()> {
         let mut tx = self.db.write(Lane::Cache).await?;
         sqlx::query(EVICT).bind(tenant.as_str()).bind(key.0.as_slice()).execute(tx.conn()).await.sql()?;
@@ -347,6 +361,10 @@ impl CacheTier for SqliteCache {
 
     async fn invalidate(&self, tenant: &TenantId, scope: &CacheScope) -> Result<u64, CacheError> {
         self.advance(tenant, scope).await.map_err(|error| unavailable(&error))
+    }
+
+    async fn usage(&self, tenant: &TenantId) -> Result<Option<CacheUsage>, CacheError> {
+        self.count(tenant).await.map(Some).map_err(|error| unavailable(&error))
     }
 
     async fn ping(&self) -> Result<(), CacheError> {

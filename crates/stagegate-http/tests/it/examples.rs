@@ -166,6 +166,7 @@ impl Recorder {
     async fn others(&mut self) {
         self.post("invalidateCache", "/v1/cache/invalidate", json!({ "scope": "pipeline", "pipeline": "summary" }))
             .await;
+        self.get("getCache", "/v1/cache").await;
         for (operation, path) in [
             ("getHealthz", "/healthz"),
             ("getReadyz", "/readyz"),

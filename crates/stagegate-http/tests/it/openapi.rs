@@ -40,6 +40,7 @@ async fn every_documented_operation_is_routed_and_no_other() {
             "GET /metrics",
             "GET /openapi.json",
             "GET /readyz",
+            "GET /v1/cache",
             "GET /v1/pipelines",
             "GET /v1/pipelines/{name}",
             "GET /v1/pipelines/{name}/versions",

@@ -140,6 +140,13 @@ impl Floors {
         Standing { generation: lookup.generation, floor: lookup.floor.max(own), shared: true }
     }
 
+    /// The generation that a purge of the whole tenant left as the lowest that counts, as far as this process knows.
+    pub(crate) fn of_tenant(&self, tenant: &TenantId) -> u64 {
+        let state = self.lock();
+        let own = state.tenants.get(tenant).and_then(|tenant| tenant.own.get(&CacheScope::Tenant));
+        own.map_or(0, |(floor, _)| *floor)
+    }
+
     /// Notes an invalidation: under the generation that the tier gave it, or, without a tier, under the next one.
     pub(crate) fn invalidate(&self, tenant: &TenantId, scope: &CacheScope, generation: Option<u64>) {
         let mut state = self.lock();

@@ -10,7 +10,10 @@ use std::{
 };
 
 use moka::{Expiry, policy::EvictionPolicy, sync::Cache};
-use stagegate_core::{TenantId, cache::CacheKey};
+use stagegate_core::{
+    TenantId,
+    cache::{CacheKey, CacheUsage},
+};
 
 use super::entry::Entry;
 
@@ -92,6 +95,18 @@ impl Local {
 
     pub(crate) fn remove(&self, tenant: &TenantId, key: CacheKey) {
         self.0.invalidate(&(tenant.clone(), key));
+    }
+
+    /// What is kept of a tenant from this generation on. Looks at the entries of all tenants.
+    pub(crate) fn usage(&self, tenant: &TenantId, floor: u64) -> CacheUsage {
+        let mut usage = CacheUsage::default();
+        for (key, held) in &self.0 {
+            if key.0 == *tenant && held.generation >= floor {
+                usage.entries += 1;
+                usage.bytes += held.entry.content.len() as u64;
+            }
+        }
+        usage
     }
 
     pub(crate) fn clear(&self) {

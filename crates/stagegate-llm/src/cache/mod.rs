@@ -17,7 +17,7 @@ use std::{
 
 use stagegate_core::{
     Clock, Code, Error, Origin, TenantId,
-    cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier},
+    cache::{CacheError, CacheKey, CacheLookup, CacheScope, CacheTier, CacheUsage},
     pipeline::Span,
 };
 use tokio::time::{Instant, timeout};
@@ -307,6 +307,14 @@ impl AnswerCache {
         self.floors.invalidate(tenant, scope, generation);
         self.meter.cache_eviction("invalidate");
         Ok(())
+    }
+
+    /// How much is kept of a tenant here, and in the tier; of that None where it does not tell.
+    pub(crate) async fn usage(&self, tenant: &TenantId) -> (CacheUsage, Option<(&'static str, Option<CacheUsage>)>) {
+        let local = self.local.usage(tenant, self.floors.of_tenant(tenant));
+        let Some(tier) = &self.tier else { return (local, None) };
+        let told = tier.attempt(tier.tier.usage(tenant)).await;
+        (local, Some((tier.tier.kind(), told.and_then(Result::ok).flatten())))
     }
 
     /// The tier's kind, and how long a ping took or why it failed.

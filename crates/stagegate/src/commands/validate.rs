@@ -75,7 +75,9 @@ fn check(file: &str, models: &Served) -> Result<Pipeline, Vec<Violation>> {
         let message = error.detail.strip_prefix(&format!("{file}: ")).unwrap_or(&error.detail);
         vec![Violation::new(Code::Syntax, "", message)]
     })?;
-    Pipeline::parse_bundle(&bundle, models)
+    let pipeline = Pipeline::parse_bundle(&bundle, models)?;
+    let unanswerable = if models.any { Vec::new() } else { models.llm.unanswerable(&pipeline) };
+    if unanswerable.is_empty() { Ok(pipeline) } else { Err(unanswerable) }
 }
 
 fn as_text(file: &str, result: &Result<Pipeline, Vec<Violation>>) -> String {

@@ -102,6 +102,6 @@ async fn the_tour_of_the_api_runs_as_it_stands() {
     assert_eq!(code, 0, "{stdout}\n{stderr}");
     let told: Vec<&str> = stderr.split_whitespace().collect();
     let expected =
-        "201 200 202 202 200 200 200 200 200 200 200 409 409 409 409 409 204 200 200 200 200 200 200 200 200";
+        "201 200 202 202 200 200 200 200 200 200 200 409 409 409 409 409 409 204 200 200 200 200 200 200 200 200 200";
     assert_eq!(told.join(" "), expected, "{stdout}");
 }

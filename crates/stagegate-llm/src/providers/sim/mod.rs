@@ -16,11 +16,16 @@
 //! `score` or `verdict`, and `reason`) is answered with a low score where the judged text is a simulated first draft, else with a high one.
 //! Text answers begin with a line that says that they are simulated; in JSON, every string that the schema leaves
 //! free begins with `[simulated]`. (A schema without any free string leaves no place to say it.)
+//!
+//! An answer keeps to `max_output_tokens`: it is a shorter one, not one that is cut; only where no answer that fits the
+//! schema is so short is it cut, as a model's would be. A schema that no value was found for is told when the pipeline is
+//! registered ([`can_answer`]), and as an error otherwise. docs/simulator.md tells all of this to users.
 
 mod dice;
 mod faults;
 mod json;
 mod prose;
+mod schema;
 
 use std::{
     collections::HashMap,
@@ -31,11 +36,12 @@ use std::{
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use stagegate_core::{
-    Usage,
+    Code, Usage,
     pipeline::{OutputFormat, Role},
 };
 
 use self::{dice::Dice, faults::Fault, prose::Prose};
+use super::http::error;
 use crate::{
     config::SimConfig,
     prices::{count_tokens_typical, text_tokens_typical},
@@ -59,6 +65,13 @@ pub const DRAFT_MARK: &str = "Draft 1 (simulated first draft)";
 
 /// Stands at the start of every free string of a JSON answer.
 pub const MARK: &str = "[simulated]";
+
+/// What is told where no value was found that fits the schema.
+pub const UNANSWERABLE: &str = "the simulator found no value that fits the output's schema; use a real model for this stage, \
+    or ask for less in the schema";
+
+/// How many characters a token has, as [`text_tokens_typical`] counts.
+const CHARS_PER_TOKEN: usize = 4;
 
 /// The score of a simulated first draft.
 const DRAFT_SCORE: f64 = 0.55;
@@ -118,11 +131,11 @@ impl Sim {
     }
 
     /// A good or a weak answer to what was asked. The same for the same question, always.
-    fn answer(&self, request: &ProviderRequest<'_>, question: [u8; 32]) -> Answer {
+    fn answer(&self, request: &ProviderRequest<'_>, question: [u8; 32]) -> Result<Answer, ProviderError> {
         let mut dice = Dice::new(self.config.seed, "answer", question, 0);
         let content = match judged_schema(request) {
             Some(schema) => verdict(request, schema, &mut dice),
-            None => self.content(request, &mut dice),
+            None => self.content(request, &mut dice)?,
         };
         let usage = Usage {
             input_tokens: count_tokens_typical(request.messages),
@@ -130,20 +143,25 @@ impl Sim {
             ..Usage::default()
         };
         let whole = Answer { content, finish: Finish::Stop, usage: Some(usage), limits: Limits::default() };
-        bounded(whole, request)
+        Ok(bounded(whole, request))
     }
 
-    fn content(&self, request: &ProviderRequest<'_>, dice: &mut Dice) -> String {
+    fn content(&self, request: &ProviderRequest<'_>, dice: &mut Dice) -> Result<String, ProviderError> {
         let critique = critique(request);
         let is_draft = critique.is_none() && self.starts_weak(request);
         let prose = Prose::from_request(request);
+        let chars_max = chars_max(request);
         match request.format {
-            OutputFormat::Text => prose.document(self.config.seed, is_draft, critique, dice),
+            OutputFormat::Text => {
+                let document = prose.document(self.config.seed, is_draft, critique, dice);
+                Ok(chars_max.map_or_else(|| document.clone(), |most| prose.shortened(&document, most)))
+            }
             OutputFormat::Json { schema } => {
                 let any = json!({});
                 let mark = if is_draft { format!("{MARK} {DRAFT_MARK}: ") } else { format!("{MARK} ") };
                 let schema = schema.as_deref().unwrap_or(&any);
-                json::instance(schema, &prose, &mark, dice).to_string()
+                let value = json::instance(schema, &prose, &mark, dice, chars_max);
+                value.map(|value| value.to_string()).ok_or_else(|| error(Code::ProviderRejected, UNANSWERABLE))
             }
         }
     }
@@ -166,7 +184,7 @@ impl Provider for Sim {
         if !latency.is_zero() {
             tokio::time::sleep(latency).await;
         }
-        let answer = self.answer(&request, question);
+        let answer = self.answer(&request, question)?;
         match fault {
             None => Ok(answer),
             Some(Fault::Hang) => {
@@ -199,7 +217,8 @@ fn verdict(request: &ProviderRequest<'_>, schema: &Value, dice: &mut Dice) -> St
     } else {
         (good, "Every point of the rubric is met, and each statement can be traced to the material.")
     };
-    let mut verdict = json::instance(schema, &Prose::from_request(request), &format!("{MARK} "), dice);
+    let prose = Prose::from_request(request);
+    let mut verdict = json::instance(schema, &prose, &format!("{MARK} "), dice, None).unwrap_or_else(|| json!({}));
     if schema["properties"].get("verdict").is_some() {
         verdict["verdict"] = json!(if is_draft { "fail" } else { "pass" });
     } else if schema["properties"]["score"]["type"] == "integer" {
@@ -237,6 +256,20 @@ fn critique<'a>(request: &ProviderRequest<'a>) -> Option<&'a str> {
     users.map(|message| message.content.as_str()).find(|text| text.starts_with(CRITIQUE_GREETING))
 }
 
+/// Whether an answer of this format can be simulated.
+pub fn can_answer(format: &OutputFormat) -> bool {
+    match format {
+        OutputFormat::Text | OutputFormat::Json { schema: None } => true,
+        OutputFormat::Json { schema: Some(schema) } => json::can_be_met(schema),
+    }
+}
+
+/// How long an answer may be, in characters: as the tokens of the simulator are counted.
+fn chars_max(request: &ProviderRequest<'_>) -> Option<usize> {
+    let tokens = usize::try_from(request.params.max_output_tokens?).unwrap_or(usize::MAX);
+    Some(tokens.saturating_mul(CHARS_PER_TOKEN))
+}
+
 /// Cut at the first stop text and at the limit on tokens, as a real model would be.
 fn bounded(mut answer: Answer, request: &ProviderRequest<'_>) -> Answer {
     let stops = request.params.stop.iter().filter(|stop| !stop.is_empty());
@@ -245,7 +278,7 @@ fn bounded(mut answer: Answer, request: &ProviderRequest<'_>) -> Answer {
     }
     let limit = u64::from(request.params.max_output_tokens.unwrap_or(u32::MAX));
     if text_tokens_typical(&answer.content) > limit {
-        let chars = usize::try_from(limit).unwrap_or(usize::MAX).saturating_mul(4);
+        let chars = usize::try_from(limit).unwrap_or(usize::MAX).saturating_mul(CHARS_PER_TOKEN);
         answer.content = answer.content.chars().take(chars).collect();
         answer.finish = Finish::Length;
     }

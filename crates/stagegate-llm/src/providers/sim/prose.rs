@@ -151,6 +151,37 @@ impl Prose {
         Self { kind, title, sentences }
     }
 
+    /// Where there is no prompt.
+    pub(super) fn spare() -> Self {
+        let sentences = SPARE.iter().map(|spare| (*spare).to_owned()).collect();
+        Self { kind: Kind::General, title: "Simulated answer".to_owned(), sentences }
+    }
+
+    /// A document in so many characters: its first lines, or where there is no room for these a few words.
+    pub(super) fn shortened(&self, document: &str, chars_max: usize) -> String {
+        let mut kept = String::new();
+        let mut chars = 0;
+        let mut said = 0;
+        for line in document.split_inclusive('\n') {
+            chars += line.chars().count();
+            if chars > chars_max {
+                break;
+            }
+            kept.push_str(line);
+            said += usize::from(!line.trim().is_empty() && !line.starts_with(['#', '[']));
+        }
+        if said > 0 {
+            return kept.trim_end().to_owned() + "\n";
+        }
+        let words = format!("[simulated] {}.", capitalised(self.sentence(0)));
+        if words.chars().count() <= chars_max {
+            return words;
+        }
+        let cut: String = words.chars().take(chars_max).collect();
+        let whole = cut.rsplit_once(' ').map_or(cut.as_str(), |(whole, _)| whole);
+        whole.trim_end_matches(|c: char| !c.is_alphanumeric() && c != ']').to_owned()
+    }
+
     /// How many sentences there are; never none.
     pub(super) fn len(&self) -> usize {
         self.sentences.len()

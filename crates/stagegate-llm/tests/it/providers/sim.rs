@@ -197,9 +197,13 @@ async fn the_share_of_weak_first_drafts_is_as_configured() {
 async fn limits_on_tokens_and_stop_texts_are_kept() {
     let provider = sim(|_| {});
     let mut ask = brief();
-    ask.params.max_output_tokens = Some(20);
-    let cut = answer(&provider, &ask).await;
-    assert_eq!((cut.finish, cut.usage.expect("usage").output_tokens), (Finish::Length, 20));
+    for limit in [1, 4, 16, 20, 64, 200, 10_000] {
+        ask.params.max_output_tokens = Some(limit);
+        let short = answer(&provider, &ask).await;
+        let tokens = short.usage.expect("usage").output_tokens;
+        assert!(short.finish == Finish::Stop && (1..=u64::from(limit)).contains(&tokens), "{limit}: {}", short.content);
+        assert_eq!(limit >= 4, short.content.starts_with("[simulated"), "{limit}: {}", short.content);
+    }
     ask.params.max_output_tokens = None;
     ask.params.stop = vec!["## ".to_owned()];
     let stopped = answer(&provider, &ask).await;
@@ -350,5 +354,134 @@ async fn schemas_with_references_unions_and_unique_items_are_met() {
         let value: Value =
             serde_json::from_str(&answer(&provider, &brief().json(Some(schema.clone()))).await.content).expect("JSON");
         assert!(jsonschema::is_valid(&schema, &value), "{schema} {value}");
+    }
+}
+
+/// What a schema's words allow, in as few tokens as were asked for.
+#[tokio::test]
+async fn a_json_answer_is_a_shorter_one_where_few_tokens_are_allowed() {
+    let provider = sim(|_| {});
+    let label =
+        json!({ "type": "object", "required": ["label"], "properties": { "label": { "enum": ["yes", "no"] } } });
+    for (schema, least) in [(requirements_schema(), 200), (label, 6), (json!({}), 1)] {
+        for limit in [least, 2 * least, 4_000] {
+            let mut ask = brief().json(Some(schema.clone()));
+            ask.params.max_output_tokens = Some(limit);
+            let short = answer(&provider, &ask).await;
+            let value: Value = serde_json::from_str(&short.content).expect("whole JSON");
+            assert!(jsonschema::is_valid(&schema, &value), "{value}");
+            assert_eq!(short.finish, Finish::Stop, "{limit}: {value}");
+            assert!(short.usage.expect("usage").output_tokens <= u64::from(limit), "{limit}: {value}");
+        }
+    }
+    // No answer that fits is so short: it is cut, as a model's would be.
+    let mut ask = brief().json(Some(json!({ "type": "string", "minLength": 400 })));
+    ask.params.max_output_tokens = Some(5);
+    assert_eq!(answer(&provider, &ask).await.finish, Finish::Length);
+}
+
+/// One of each keyword that validation takes.
+fn keywords() -> Vec<Value> {
+    vec![
+        json!({ "type": "object", "properties": { "a": { "type": "string" }, "b": { "type": "integer" } }, "required": ["a"], "not": { "required": ["b"] } }),
+        json!({ "not": { "type": "object" } }),
+        json!({ "enum": ["a", "b"], "not": { "const": "a" } }),
+        json!({ "type": ["string", "null"], "not": { "type": "string" } }),
+        json!({ "type": "object", "required": ["kind"], "properties": { "kind": { "enum": ["x", "z"] }, "x": { "type": "integer" }, "y": { "type": "string" } },
+            "if": { "properties": { "kind": { "const": "x" } } }, "then": { "required": ["x"] }, "else": { "required": ["y"] } }),
+        json!({ "type": "object", "dependentRequired": { "a": ["b"] }, "properties": { "a": {}, "b": { "type": "integer" } }, "required": ["a"] }),
+        json!({ "type": "object", "dependentSchemas": { "a": { "properties": { "c": { "const": 1 } }, "required": ["c"] } },
+            "properties": { "a": { "type": "boolean" } }, "required": ["a"] }),
+        json!({ "type": "array", "contains": { "const": "x" }, "items": { "type": "string" }, "minContains": 2, "maxContains": 2 }),
+        json!({ "type": "array", "contains": { "type": "integer", "minimum": 100 } }),
+        json!({ "type": "object", "patternProperties": { "^n_[a-z]+$": { "type": "integer" } }, "additionalProperties": false, "minProperties": 2 }),
+        json!({ "type": "object", "propertyNames": { "pattern": "^[a-z]{3,9}$" }, "minProperties": 2 }),
+        json!({ "type": "object", "maxProperties": 1, "properties": { "a": { "type": "string" }, "b": { "type": "string" } } }),
+        json!({ "oneOf": [{ "type": "integer", "multipleOf": 3 }, { "type": "integer", "multipleOf": 5 }] }),
+        json!({ "type": "object", "properties": { "a": { "type": "string" }, "b": { "type": "string" } },
+            "oneOf": [{ "required": ["a"] }, { "required": ["b"] }] }),
+        json!({ "type": "string", "pattern": "^[a-z]+$", "minLength": 20, "maxLength": 25 }),
+        json!({ "type": "string", "pattern": "[0-9]", "minLength": 50 }),
+        json!({ "type": "number", "multipleOf": 0.01, "minimum": 0.1, "maximum": 0.2 }),
+        json!({ "type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.000_000_1 }),
+        json!({ "type": "integer", "multipleOf": 1.5, "minimum": 1 }),
+        json!({ "type": "object", "required": ["a"],
+            "allOf": [{ "properties": { "a": { "minimum": 3 } } }, { "properties": { "a": { "type": "integer", "maximum": 4 } } }] }),
+        json!({ "$defs": { "x": { "$anchor": "thing", "type": "string" } }, "type": "array", "items": { "$ref": "#thing" }, "minItems": 1 }),
+        json!({ "type": "array", "uniqueItems": true, "minItems": 6, "items": { "type": "string" } }),
+        json!({ "type": "array", "uniqueItems": true, "minItems": 2, "items": { "type": "boolean" } }),
+        json!({ "type": "object", "unevaluatedProperties": false, "allOf": [{ "properties": { "a": { "type": "string" } } }], "required": ["a"] }),
+        json!({ "type": "array", "prefixItems": [{ "const": 1 }], "unevaluatedItems": false }),
+        json!({ "$schema": "http://json-schema.org/draft-07/schema#", "type": "array", "items": [{ "const": 1 }, { "type": "string" }],
+            "additionalItems": false, "minItems": 2 }),
+        json!({ "type": "object", "required": ["a"], "properties": { "a": { "anyOf": [{ "type": "string", "maxLength": 3 }, { "type": "integer" }] } } }),
+        json!({ "type": "string", "enum": ["low", "high"], "minLength": 4 }),
+        json!({ "type": "string", "contentMediaType": "application/json" }),
+    ]
+}
+
+#[tokio::test]
+async fn every_keyword_that_validation_takes_is_served() {
+    for schema in keywords() {
+        for seed in 0..5 {
+            let provider = sim(|config| config.seed = seed);
+            let content = answer(&provider, &brief().json(Some(schema.clone()))).await.content;
+            let value: Value = serde_json::from_str(&content).expect("JSON");
+            assert!(jsonschema::is_valid(&schema, &value), "{schema} {value}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_schema_that_nothing_fits_is_told_and_never_answered() {
+    use stagegate_core::pipeline::OutputFormat;
+    use stagegate_llm::providers::sim::can_answer;
+    for schema in [
+        json!(false),
+        json!({ "not": {} }),
+        json!({ "enum": ["a"], "not": { "const": "a" } }),
+        json!({ "type": "string", "minLength": 5, "maxLength": 3 }),
+        json!({ "allOf": [{ "type": "string" }, { "type": "integer" }] }),
+    ] {
+        let format = OutputFormat::Json { schema: Some(std::sync::Arc::new(schema.clone())) };
+        assert!(!can_answer(&format), "{schema}");
+        let error = brief().json(Some(schema.clone())).of(&sim(|_| {})).await.expect_err("nothing fits");
+        assert!(error.code == Code::ProviderRejected && !error.retryable, "{schema}: {}", error.message);
+    }
+    for schema in keywords() {
+        let format = OutputFormat::Json { schema: Some(std::sync::Arc::new(schema.clone())) };
+        assert!(can_answer(&format), "{schema}");
+    }
+}
+
+/// Keywords that no construction follows, in each other.
+fn hard_schema() -> impl Strategy<Value = Value> {
+    let keyword = (0..keywords().len()).prop_map(|at| keywords()[at].clone());
+    let leaf = prop_oneof![schema(), keyword];
+    (leaf.clone(), leaf.clone(), leaf, 0..6).prop_map(|(one, two, three, how)| match how {
+        0 => json!({ "allOf": [one, { "not": two }] }),
+        1 => json!({ "oneOf": [one, two, three] }),
+        2 => json!({ "if": one, "then": two, "else": three }),
+        3 => json!({ "type": "array", "items": one, "contains": two, "uniqueItems": true }),
+        4 => json!({ "type": "object", "patternProperties": { "^a": one }, "properties": { "ab": two }, "required": ["ab"],
+            "dependentSchemas": { "ab": { "properties": { "c": three } } } }),
+        _ => json!({ "anyOf": [one, two], "not": three }),
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_answer_fits_its_schema_or_is_refused(schema in hard_schema(), seed in any::<u64>()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let provider = sim(|config| config.seed = seed);
+        match runtime.block_on(brief().json(Some(schema.clone())).of(&provider)) {
+            Ok(answer) => {
+                let value: Value = serde_json::from_str(&answer.content).expect("JSON");
+                prop_assert!(jsonschema::is_valid(&schema, &value), "schema {schema}\nanswer {value}");
+            }
+            Err(error) => prop_assert_eq!(error.code, Code::ProviderRejected),
+        }
     }
 }
