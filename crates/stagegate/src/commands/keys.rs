@@ -161,18 +161,26 @@ impl List {
             output::note("there are no keys; make one with `stagegate keys create --name …`");
             return Ok(0);
         }
-        let row = |key: &ApiKey| {
-            let role = key.role.as_str().to_owned();
-            let made = key.created_at.format("%Y-%m-%d").to_string();
-            Row::new([key.id.to_string(), key.tenant.to_string(), role, key.name.clone(), made, state(key, now)])
-        };
-        let mut table = Table::new(COLUMNS);
-        for key in &keys {
-            table.push(row(key));
-        }
-        output::result(&table.text(output::stdout_width()))?;
+        output::result(&table(&keys, now).text(output::stdout_width()))?;
         Ok(0)
     }
+}
+
+fn table(keys: &[ApiKey], now: DateTime<Utc>) -> Table {
+    let mut table = Table::new(COLUMNS);
+    for key in keys {
+        let role = key.role.as_str().to_owned();
+        let made = key.created_at.format("%Y-%m-%d").to_string();
+        table.push(Row::new([
+            key.id.to_string(),
+            key.tenant.to_string(),
+            role,
+            key.name.clone(),
+            made,
+            state(key, now),
+        ]));
+    }
+    table
 }
 
 impl Revoke {
@@ -204,5 +212,34 @@ fn state(key: &ApiKey, now: DateTime<Utc>) -> String {
         (Some(at), _) => format!("revoked {}", at.format("%Y-%m-%d")),
         (None, Some(at)) if at <= now => format!("expired {}", at.format("%Y-%m-%d")),
         (None, at) => format!("valid {}", until(at)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_fit_80_and_120_columns_and_are_whole_when_piped() {
+        let now = DateTime::from_timestamp(1_795_000_000, 0).expect("in range");
+        let key = |n: u128, name: &str, expires_at, revoked_at| ApiKey {
+            id: KeyId(uuid::Uuid::from_u128(n)),
+            tenant: TenantId::default(),
+            role: Role::Operator,
+            name: name.to_owned(),
+            created_at: now - TimeDelta::days(30),
+            expires_at,
+            revoked_at,
+            failure: None,
+        };
+        let keys = [
+            key(1, "ci", Some(now + TimeDelta::days(60)), None),
+            key(2, "the console of the night shift", None, None),
+            key(3, "old", None, Some(now)),
+        ];
+        for width in [Some(80), Some(120), None] {
+            let name = width.map_or_else(|| "piped".to_owned(), |width: usize| width.to_string());
+            insta::assert_snapshot!(format!("keys_{name}"), table(&keys, now).text(width));
+        }
     }
 }

@@ -164,3 +164,47 @@ fn row(stage: &PlannedStage) -> Row {
     let id = stage.id.as_str().to_owned();
     Row::new([id, outcome.to_owned(), model, tokens(stage.input_tokens), tokens(stage.output_tokens), cost, saved])
 }
+
+#[cfg(test)]
+mod tests {
+    use stagegate_core::{ModelRef, PipelineName, Usd};
+
+    use super::*;
+
+    #[test]
+    fn a_plan_fits_80_and_120_columns_and_is_whole_when_piped() {
+        let stage = |name: &str, outcome, cost: Option<f64>| PlannedStage {
+            id: StageId::new(name).expect("valid"),
+            needs: Vec::new(),
+            model: ModelRef::new("openai/gpt-5-mini").ok(),
+            outcome,
+            input_tokens: 12_345,
+            output_tokens: 800,
+            cost_usd: cost.map(Usd::from_dollars),
+            saved_usd: Usd::from_dollars(0.0021),
+            worst_case_usd: Usd::from_dollars(0.01),
+        };
+        let plan = Planned {
+            pipeline: PipelineName::new("brief-to-spec").expect("valid"),
+            stages: vec![
+                stage("requirements", PlannedOutcome::Hit, None),
+                stage("design", PlannedOutcome::Buy, Some(0.0123)),
+                stage("a-stage-with-a-long-name", PlannedOutcome::Buy, None),
+                stage("spec", PlannedOutcome::Free, None),
+            ],
+            cost_usd: Usd::from_dollars(0.0123),
+            saved_usd: Usd::from_dollars(0.0021),
+            worst_case_usd: Usd::from_dollars(0.9),
+            budget_usd: Some(Usd::from_dollars(0.5)),
+            tokens: 26_290,
+            critical_path: ["requirements", "design", "a-stage-with-a-long-name", "spec"]
+                .map(|name| StageId::new(name).expect("valid"))
+                .to_vec(),
+        };
+        for width in [Some(80), Some(120), None] {
+            let name = width.map_or_else(|| "piped".to_owned(), |width: usize| width.to_string());
+            let text = anstream::adapter::strip_str(&as_text(&plan, width)).to_string();
+            insta::assert_snapshot!(format!("plan_{name}"), text);
+        }
+    }
+}
