@@ -94,6 +94,9 @@ fn each_schema(value: &mut Value) {
                 map.get_mut(key).map(spell_out);
             }
             open(map);
+            if map.contains_key("properties") {
+                name_required(map);
+            }
             if map.get("minimum").is_some_and(Value::is_number) && map.contains_key("exclusiveMinimum") {
                 map.shift_remove("minimum"); // The other one says more; Redocly wants one.
             }
@@ -101,6 +104,19 @@ fn each_schema(value: &mut Value) {
         }
         Value::Array(items) => items.iter_mut().for_each(each_schema),
         _ => {}
+    }
+}
+
+/// A branch that does no more than ask for keys names them; Redocly wants each required key defined beside.
+fn name_required(schema: &mut Map<String, Value>) {
+    for key in ["anyOf", "oneOf", "allOf"] {
+        for branch in schema.get_mut(key).and_then(Value::as_array_mut).into_iter().flatten() {
+            let Some(branch) = branch.as_object_mut().filter(|branch| branch.len() == 1) else { continue };
+            let Some(required) = branch.get("required").and_then(Value::as_array) else { continue };
+            let named: Map<String, Value> =
+                required.iter().filter_map(Value::as_str).map(|key| (key.to_owned(), json!({}))).collect();
+            branch.insert("properties".to_owned(), named.into());
+        }
     }
 }
 
