@@ -7,6 +7,8 @@
 use anstyle::Style;
 use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
 
+use stagegate_telemetry::text::visible;
+
 use crate::output::paint;
 
 /// Between two columns.
@@ -39,7 +41,7 @@ impl Column {
     }
 }
 
-/// A cell: one line in one style.
+/// A cell: one line in one style. What a terminal would obey is shown instead.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Cell {
     text: String,
@@ -49,13 +51,13 @@ pub(crate) struct Cell {
 impl Cell {
     /// A text in a style.
     pub(crate) fn styled(style: Style, text: impl Into<String>) -> Self {
-        Self { text: text.into(), style }
+        Self { text: visible(&text.into()).into_owned(), style }
     }
 }
 
 impl<T: Into<String>> From<T> for Cell {
     fn from(text: T) -> Self {
-        Self { text: text.into(), style: Style::new() }
+        Self::styled(Style::new(), text)
     }
 }
 
@@ -283,6 +285,18 @@ mod tests {
         table.push(Row::new(["design"]).with_note("The answer names the points and carries none of them out."));
         let lines = table.lines(Some(40));
         assert!(lines.len() > 3 && lines[2..].iter().all(|line| line.starts_with("    ")), "{lines:#?}");
+    }
+
+    #[test]
+    fn no_cell_and_no_note_drives_the_terminal() {
+        let mut table = Table::new([Column::left("name", KEPT), Column::left("state", KEPT)]);
+        let cells = [Cell::from("\u{1b}[2J"), Cell::styled(Style::new().bold(), "\u{9b}2J")];
+        table.push(Row::new(cells).with_note("\u{1b}]52;c;eA==\u{7}"));
+        for width in [None, Some(80)] {
+            let lines = table.lines(width);
+            assert!(lines[1].starts_with("\\u{1b}[2J") && lines[1].contains("\\u{9b}2J"), "{lines:#?}");
+            assert!(lines[2].contains("\\u{1b}]52"), "{lines:#?}");
+        }
     }
 
     #[test]

@@ -36,8 +36,7 @@ pub(crate) fn paint(style: Style, text: &str) -> String {
 /// Writes a result to stdout. A reader that went away is no error.
 pub(crate) fn result(text: &str) -> Result<(), Error> {
     let mut stdout = anstream::stdout();
-    // What a model wrote is for a program as it is; a person's terminal is shown what it must not obey. Only our own styles begin
-    // with an escape: JSON writes that of others in letters.
+    // What a model wrote is for a program as it is; a person's terminal is shown what it must not obey.
     let shown = if std::io::stdout().is_terminal() { Cow::Owned(shown(text)) } else { Cow::Borrowed(text) };
     match stdout.write_all(shown.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
@@ -47,14 +46,26 @@ pub(crate) fn result(text: &str) -> Result<(), Error> {
     }
 }
 
+/// A text whose only escape sequences are styles: any other one, and every other control, is shown instead of sent.
 fn shown(text: &str) -> String {
-    let styles = text.split('\u{1b}').map(visible);
-    styles.collect::<Vec<_>>().join("\u{1b}")
+    let mut parts = text.split('\u{1b}');
+    let mut out = visible(parts.next().unwrap_or_default()).into_owned();
+    for part in parts {
+        let rest = part.strip_prefix('[').map(|rest| rest.trim_start_matches(|c: char| c.is_ascii_digit() || c == ';'));
+        match rest.and_then(|rest| rest.strip_prefix('m')) {
+            Some(rest) => {
+                let (style, _) = part.split_at(part.len() - rest.len());
+                let _ = write!(out, "\u{1b}{style}{}", visible(rest));
+            }
+            None => out.push_str(&visible(&format!("\u{1b}{part}"))),
+        }
+    }
+    out
 }
 
 /// Writes a line to stderr, as well as it goes.
 pub(crate) fn note(text: &str) {
-    let _ = writeln!(anstream::stderr(), "{text}");
+    let _ = writeln!(anstream::stderr(), "{}", shown(text));
 }
 
 /// Whether a person looks at stderr.
@@ -135,17 +146,18 @@ fn violation_line(code: Code, violation: &Violation) -> String {
     }
     text.push_str(&visible(&violation.message));
     if let Some(mend) = &violation.mend {
-        let _ = write!(text, " ({mend})");
+        let _ = write!(text, " ({})", visible(mend));
     }
     text
 }
 
 /// A mistake in a file, as compilers tell it: `file:line:col: SGnnnn path: message (mend)`.
 pub(crate) fn located(file: &str, violation: &Violation) -> String {
-    match (violation.line, violation.column) {
+    let text = match (violation.line, violation.column) {
         (Some(_), Some(_)) => format!("{file}:{violation}"),
         _ => format!("{file}: {violation}"),
-    }
+    };
+    visible(&text).into_owned()
 }
 
 /// The exit code of an error: 2 for a mistake in what was given, else 1.
@@ -241,6 +253,29 @@ mod tests {
         }
         for code in [Code::DatabaseUnreachable, Code::SchemaBehind, Code::Internal] {
             assert_eq!(exit_code(code), 1, "{code}");
+        }
+    }
+
+    #[test]
+    fn a_terminal_is_sent_styles_alone_whatever_a_text_holds() {
+        for (text, seen) in [
+            ("\u{1b}]52;c;cm0gLXJm\u{7}", "\\u{1b}]52;c;cm0gLXJm\\u{7}"),
+            ("a\u{1b}[2Jb", "a\\u{1b}[2Jb"),
+            ("\u{1b}", "\\u{1b}"),
+            ("\u{1b}[1;31mred\u{1b}[0m", "\u{1b}[1;31mred\u{1b}[0m"),
+            ("\u{1b}[m\u{1b}[?25l\u{9b}2J", "\u{1b}[m\\u{1b}[?25l\\u{9b}2J"),
+            ("\u{1b}\u{1b}[0m", "\\u{1b}\u{1b}[0m"),
+        ] {
+            assert_eq!(shown(text), seen, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_mistake_obeys_nothing_wherever_its_file_put_the_escape() {
+        let escape = "\u{1b}[2J";
+        let violation = Violation::new(Code::UnknownKey, escape, escape).mend(escape);
+        for line in [located(escape, &violation), violation_line(Code::UnknownKey, &violation)] {
+            assert!(!line.contains('\u{1b}') && line.matches("\\u{1b}[2J").count() >= 3, "{line}");
         }
     }
 

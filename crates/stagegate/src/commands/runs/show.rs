@@ -4,6 +4,7 @@ use std::{fmt::Write as _, time::Duration};
 
 use serde_json::Value;
 use stagegate_core::{Error, RunId, Totals};
+use stagegate_telemetry::text::visible;
 
 use super::{Remote, list::style};
 use crate::{
@@ -76,8 +77,8 @@ pub(super) fn cost(totals: &Value) -> String {
 
 /// A run for people.
 pub(super) fn shown(run: &Value, width: Option<usize>) -> String {
-    let text = |key: &str| run[key].as_str().unwrap_or_default();
-    let standing = text("state");
+    let text = |key: &str| visible(run[key].as_str().unwrap_or_default());
+    let standing = &*text("state");
     let took = time(Duration::from_millis(run["duration_ms"].as_u64().unwrap_or_default()));
     let mut out = format!("{} {}\n", paint(DIM, "run     "), text("id"));
     let _ = writeln!(out, "{} {} v{}", paint(DIM, "pipeline"), text("pipeline"), run["version"]);
@@ -101,7 +102,7 @@ pub(super) fn shown(run: &Value, width: Option<usize>) -> String {
     if !run["output"].is_null() {
         let output = run["output"].as_str().map_or_else(|| format!("{:#}", run["output"]), str::to_owned);
         let _ = writeln!(out, "\n{}", paint(STRONG, "output"));
-        for line in wrap(&output, width) {
+        for line in wrap(&visible(&output.replace("\r\n", "\n")), width) {
             let _ = writeln!(out, "{line}");
         }
     }
@@ -147,7 +148,7 @@ fn write_failure(out: &mut String, failure: &Value, width: Option<usize>) {
 
 fn write_wrapped(out: &mut String, label: &str, text: &str, width: Option<usize>) {
     const LABEL: usize = 9;
-    let lines = wrap(text, width.map(|width| width.saturating_sub(LABEL)));
+    let lines = wrap(&visible(text), width.map(|width| width.saturating_sub(LABEL)));
     for (at, line) in lines.iter().enumerate() {
         let _ = if at == 0 { writeln!(out, "{label} {line}") } else { writeln!(out, "{}{line}", " ".repeat(LABEL)) };
     }
@@ -158,6 +159,22 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn nothing_of_a_run_drives_the_terminal() {
+        let evil = "\u{1b}]52;c;cm0=\u{7}\u{1b}[2J\u{9b}2J";
+        let run = json!({
+            "id": evil, "pipeline": evil, "version": 1, "state": evil, "waiting": { "reason": evil },
+            "failure": { "code": evil, "message": evil, "stage": evil }, "output": format!("one\r\n{evil}"),
+            "stages": [{ "id": evil, "state": evil, "failure": { "code": evil, "message": evil } }],
+        });
+        for width in [Some(80), None] {
+            let text = shown(&run, width);
+            let foreign = |c: &char| stagegate_telemetry::text::is_unsafe(*c) && *c != '\n';
+            let left: Vec<_> = anstream::adapter::strip_str(&text).to_string().chars().filter(foreign).collect();
+            assert!(left.is_empty() && !text.contains("\u{1b}]") && !text.contains("\u{1b}[2J"), "{left:?} {text:?}");
+        }
+    }
 
     #[test]
     fn a_run_fits_80_and_120_columns_and_is_whole_when_piped() {
