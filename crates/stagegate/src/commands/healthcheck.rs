@@ -31,8 +31,9 @@ impl Healthcheck {
             Some(url) => url.trim_end_matches('/').to_owned(),
             None => format!("http://{}", reachable(global.load()?.config.http.listen)),
         };
+        let shown = without_userinfo(&url);
         if url::Url::parse(&url).is_err() {
-            let message = format!("--url: `{url}` is no URL; write http://HOST:PORT");
+            let message = format!("--url: `{shown}` is no URL; write http://HOST:PORT");
             return Err(Error::new(Code::InvalidRequest, message));
         }
         let timeout = Duration::from_secs(self.timeout.clamp(1, 60));
@@ -41,8 +42,19 @@ impl Healthcheck {
         if status.is_success() {
             return Ok(0);
         }
-        output::note(&format!("{url} is not ready: {status}"));
+        output::note(&format!("{shown} is not ready: {status}"));
         Ok(1)
+    }
+}
+
+/// An address as it may be told: without the user and the password that it may hold, however wrong the rest is.
+pub(crate) fn without_userinfo(address: &str) -> String {
+    let start = address.find("://").map_or(0, |at| at + 3);
+    let (scheme, rest) = address.split_at(start);
+    // Of an address that cannot be read, a slash may be part of the password.
+    match rest.rsplit_once('@') {
+        Some((_, host)) => format!("{scheme}…@{host}"),
+        None => address.to_owned(),
     }
 }
 
@@ -61,6 +73,19 @@ pub(crate) fn reachable(listen: SocketAddr) -> SocketAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_password_in_an_address_is_never_told() {
+        for (address, shown) in [
+            ("http://me:secret@host:80/x", "http://…@host:80/x"),
+            ("me:secret@host", "…@host"),
+            ("http://me:sec/r@et@host", "http://…@host"),
+            ("http://secret@", "http://…@"),
+            ("http://host:80", "http://host:80"),
+        ] {
+            assert_eq!(without_userinfo(address), shown);
+        }
+    }
 
     #[test]
     fn a_listener_on_every_address_is_asked_on_loopback() {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use stagegate_core::{Code, Error, Secret};
 use url::Url;
 
-use super::healthcheck::reachable;
+use super::healthcheck::{reachable, without_userinfo};
 use crate::{
     cli::Global,
     client::{Client, is_of_this_machine},
@@ -70,6 +70,7 @@ impl Remote {
         let base = match self.named(&environment) {
             Some((server, place)) => address(&server).map_err(|reason| {
                 let mend = "write http://HOST:PORT, HOST:PORT, or a port on this machine";
+                let server = without_userinfo(&server);
                 Error::new(Code::InvalidRequest, format!("{place}: `{server}` {reason}; {mend}"))
             })?,
             None => format!("http://{}", reachable(global.load()?.config.http.listen)),
