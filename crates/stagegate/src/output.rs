@@ -128,6 +128,9 @@ pub(crate) fn error(error: &Error) {
     for violation in &error.violations {
         let _ = write!(text, "\n  {}", violation_line(error.code, violation));
     }
+    if let Some(wait) = error.retry_after.filter(|wait| !wait.is_zero()) {
+        let _ = write!(text, "\n  try again in {} s", wait.as_secs().max(1));
+    }
     let _ = write!(text, "\n{}", paint(DIM, &format!("  see `stagegate explain {}`", error.code)));
     note_wrapped(&text);
 }
@@ -160,11 +163,14 @@ pub(crate) fn located(file: &str, violation: &Violation) -> String {
     visible(&text).into_owned()
 }
 
-/// The exit code of an error: 2 for a mistake in what was given, else 1.
+/// The exit code of an error: 2 for a mistake in what was given, else 1. What is only too early or too much is no mistake:
+/// the same can be right later.
 pub(crate) fn exit_code(code: Code) -> u8 {
     let text = code.as_str();
     let given = text.starts_with("SG01") || text.starts_with("SG02");
-    u8::from(true) + u8::from(given || matches!(code, Code::InvalidRequest | Code::InvalidConfig | Code::OpenListener))
+    let given = given || matches!(code, Code::InvalidRequest | Code::InvalidConfig | Code::OpenListener);
+    let is_early = matches!(code.status(), 429 | 503) || matches!(code, Code::OlderReplica | Code::QuotaReached);
+    if given && !is_early { 2 } else { 1 }
 }
 
 /// Dollars with enough digits to tell small costs apart.
@@ -251,7 +257,8 @@ mod tests {
         for code in [Code::InvalidDefinition, Code::InvalidInput, Code::InvalidConfig, Code::OpenListener] {
             assert_eq!(exit_code(code), 2, "{code}");
         }
-        for code in [Code::DatabaseUnreachable, Code::SchemaBehind, Code::Internal] {
+        let early = [Code::QueueFull, Code::OlderReplica, Code::QuotaReached, Code::Unavailable, Code::Overloaded];
+        for code in early.into_iter().chain([Code::DatabaseUnreachable, Code::SchemaBehind, Code::Internal]) {
             assert_eq!(exit_code(code), 1, "{code}");
         }
     }
