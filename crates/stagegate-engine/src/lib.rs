@@ -55,6 +55,8 @@ use memory::Memory;
 use pipelines::Pipelines;
 use shared::Shared;
 
+/// How often a definition is put before versions that others register meanwhile.
+const REVERTS_MAX: u32 = 5;
 /// How long the store may take to note what is handed back, and the farewell, at the end of a drain.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -194,6 +196,36 @@ impl Engine {
         tenant: &TenantId,
         source: impl Into<Bundle>,
     ) -> Result<(PipelineVersion, bool), Error> {
+        let new = self.new_version(tenant, source).await?;
+        self.keep_version(&new).await
+    }
+
+    /// The same, so that the definition is the newest version afterwards: where it is an older one, it comes back under a number
+    /// of its own. The flag tells whether the version is new.
+    pub async fn register_as_newest(
+        &self,
+        tenant: &TenantId,
+        source: impl Into<Bundle>,
+    ) -> Result<(PipelineVersion, bool), Error> {
+        let mut new = self.new_version(tenant, source).await?;
+        let content = new.digest;
+        for _ in 0..REVERTS_MAX {
+            let (version, is_new) = self.keep_version(&new).await?;
+            if is_new {
+                return Ok((version, true));
+            }
+            match self.shared.store.pipeline(tenant, &new.name, None).await? {
+                Some(newest) if newest.version == version.version => return Ok((version, false)),
+                Some(newest) if newest.definition == new.definition => return Ok((newest, false)),
+                Some(newest) => new.digest = pipelines::reverted_digest(content, newest.version),
+                None => {}
+            }
+        }
+        Err(Error::new(Code::Unavailable, format!("`{}` gets other versions all the time; try again", new.name)))
+    }
+
+    /// What a definition is registered as, where every live replica can read it.
+    async fn new_version(&self, tenant: &TenantId, source: impl Into<Bundle>) -> Result<NewVersion, Error> {
         let pipeline = self.validate(tenant, source).await?;
         if let Some(what) = pipelines::unreadable(&pipeline, |capability| self.shared.common(capability)) {
             let what = if what.contains('`') { what } else { format!("`{what}`") };
@@ -203,15 +235,18 @@ impl Engine {
             );
             return Err(Error::new(Code::Unavailable, detail));
         }
-        let new = NewVersion {
+        Ok(NewVersion {
             tenant: tenant.clone(),
             name: pipeline.name,
             digest: pipeline.digest,
             definition: pipeline.definition,
             now: self.shared.clock.now(),
             quota: self.shared.config.limits_of(tenant).pipeline_quota(),
-        };
-        match self.shared.store.register(&new).await? {
+        })
+    }
+
+    async fn keep_version(&self, new: &NewVersion) -> Result<(PipelineVersion, bool), Error> {
+        match self.shared.store.register(new).await? {
             Registered::New(version) => Ok((version, true)),
             Registered::Known(version) => Ok((version, false)),
             Registered::Full { pipelines, versions } => Err(pipelines::full(new.quota, pipelines, versions)),

@@ -151,6 +151,14 @@ pub(crate) fn unreadable(pipeline: &Pipeline, common: impl Fn(Capability) -> boo
     newest.or_else(|| newer().filter(|_| !common(Capability::OpenVocabulary)))
 }
 
+/// The digest of a definition that comes back after the version `replaced`. A content is one version for each digest; replicas
+/// that bring it back at the same time must still make one version together.
+pub(crate) fn reverted_digest(content: [u8; 32], replaced: u32) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&content).update(&replaced.to_be_bytes());
+    *hasher.finalize().as_bytes()
+}
+
 /// The refusal of a version for which a tenant's quota has no room.
 pub(crate) fn full(quota: PipelineQuota, pipelines: u64, versions: u64) -> Error {
     let (count, what, max, key) = if versions >= u64::from(quota.versions) {

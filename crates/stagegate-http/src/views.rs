@@ -45,7 +45,7 @@ pub(crate) struct PipelineSummary {
     pub(crate) version: u32,
     /// What it is for.
     description: Option<String>,
-    /// BLAKE3 of the canonical definition, hex. The same content has the same digest.
+    /// BLAKE3 of the canonical definition, hex. A version that brings an older content back has a digest of its own.
     digest: String,
     /// When it was registered.
     created_at: DateTime<Utc>,
@@ -66,7 +66,7 @@ pub(crate) struct PipelineView {
     /// Counted from 1 per name.
     #[schema(minimum = 1)]
     version: u32,
-    /// BLAKE3 of the canonical definition, hex. The same content has the same digest.
+    /// BLAKE3 of the canonical definition, hex. A version that brings an older content back has a digest of its own.
     digest: String,
     /// When it was registered.
     created_at: DateTime<Utc>,

@@ -51,6 +51,10 @@ pub(crate) fn bundle(path: &str) -> Result<Bundle, Error> {
         if !file.starts_with(&root) {
             return Err(refused(&name, "it leads out of the directory of the definition"));
         }
+        // Reading a pipe could wait for ever, and a device could be without an end.
+        if !file.metadata().map_err(told)?.is_file() {
+            return Err(refused(&name, "it is no regular file, but a directory, a pipe or a device"));
+        }
         let text = read(&file.display().to_string())?;
         bytes += text.len();
         if bytes > FILES_MAX_BYTES {

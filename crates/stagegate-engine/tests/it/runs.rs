@@ -47,6 +47,28 @@ async fn an_input_that_does_not_fit_is_refused_and_nothing_is_kept() {
 }
 
 #[tokio::test]
+async fn a_definition_that_is_put_first_again_is_the_newest_under_one_new_number() {
+    let bench = Bench::start().await;
+    let tenant = TenantId::default();
+    let (old, new) = (canonical(), canonical().replace("stage-one", "stage-uno"));
+    let put = async |source: &str| {
+        let (version, is_new) = bench.engine.register_as_newest(&tenant, source).await.expect("valid");
+        (version.version, is_new)
+    };
+    assert_eq!((put(&old).await, put(&old).await), ((1, true), (1, false)));
+    assert_eq!(put(&new).await, (2, true));
+    // As replicas do that read the same directory.
+    assert_eq!(tokio::join!(put(&old), put(&old), put(&old)).1.0, 3);
+    assert_eq!((put(&old).await, put(&new).await, put(&old).await), ((3, false), (4, true), (5, true)));
+    let (pipeline, newest) =
+        bench.engine.pipeline(&tenant, &"canonical".parse().expect("a name"), None).await.expect("there");
+    let (first, _) = bench.engine.pipeline(&tenant, &pipeline.name, Some(1)).await.expect("there");
+    assert!(newest == 5 && pipeline.definition == first.definition);
+    let (version, is_new) = bench.engine.register(&tenant, &old).await.expect("valid");
+    assert_eq!((version.version, is_new), (1, false), "the API's registrations know it as ever");
+}
+
+#[tokio::test]
 async fn a_failed_call_is_retried_and_seen() {
     let bench = Bench::start().await;
     bench.provider.on(contains("stage-two")).once(Reply::status(503, "{}")).respond(Reply::echo());

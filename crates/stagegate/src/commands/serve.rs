@@ -33,8 +33,9 @@ second signal leaves at once. SIGTERM first serves on for http.drain_delay, not 
 anything to a closed door. SIGHUP is ignored: the daemon outlives the terminal that it was started from.
 
 --pipelines registers every .yaml, .yml and .json file directly in the directory before the daemon is ready; mistakes \
-are told all at once, and it does not start. Later changes are registered within seconds. A file that is broken by then \
-is told in the log and leaves the version before it in force; a file that is removed changes nothing.
+are told all at once, and it does not start. Later changes are registered once nothing of them has changed for two \
+seconds; an older text that comes back is in force again, as a new version. A file that is broken by then is told in the \
+log and leaves the version before it in force; a file that is removed changes nothing.
 
 Exit codes: 0 drained, 1 failed, 2 a mistake in the configuration or in a pipeline.";
 
@@ -87,13 +88,23 @@ impl Serve {
         };
         let watching = match self.pipelines {
             None => None,
-            Some(path) => match watched(&daemon, path, self.pipelines_tenant).await {
-                Ok(watching) => Some(watching),
-                Err(error) => {
-                    daemon.stop(Duration::ZERO).await;
-                    return Err(error);
+            Some(path) => {
+                let watching = tokio::select! {
+                    biased;
+                    code = signals.next() => {
+                        daemon.stop(Duration::ZERO).await;
+                        return Ok(u8::try_from(code).unwrap_or(1));
+                    }
+                    watching = watched(&daemon, path, self.pipelines_tenant) => watching,
+                };
+                match watching {
+                    Ok(watching) => Some(watching),
+                    Err(error) => {
+                        daemon.stop(Duration::ZERO).await;
+                        return Err(error);
+                    }
                 }
-            },
+            }
         };
         let served = serve(config, daemon, listener, &mut signals).await;
         if let Some(watching) = watching {
@@ -105,8 +116,7 @@ impl Serve {
 
 /// Registers what the directory holds, and then what changes in it.
 async fn watched(daemon: &Daemon, path: PathBuf, tenant: TenantId) -> Result<JoinHandle<()>, Error> {
-    let mut directory = PipelinesDir::new(path, tenant);
-    directory.register_all(&daemon.engine).await?;
+    let directory = PipelinesDir::new(path, tenant).register_all(&daemon.engine).await?;
     Ok(tokio::spawn(directory.watch(daemon.engine.clone())))
 }
 
