@@ -12,13 +12,15 @@ use stagegate_http::{
     auth::generate_key,
     config::{AuthMode, HttpConfig},
 };
+use stagegate_llm::config::ProviderKind;
+use stagegate_telemetry::Metrics;
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use crate::{
     client::Client,
     commands::serve::bind,
     config::Config,
-    daemon::{Daemon, Options},
+    daemon::{Daemon, Options, open_store},
 };
 
 /// How long what is under way may take to end.
@@ -39,11 +41,15 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Starts it on the data directory, for a tenant.
-    pub(crate) async fn start(config: &Config, tenant: &TenantId) -> Result<Self, Error> {
+    /// Starts it on the data directory, for a tenant and runs of these pipelines. It can call nothing but the simulator, and
+    /// refuses to start where it would take up other runs, which would fail without their models.
+    pub(crate) async fn start(config: &Config, tenant: &TenantId, own: &[&str]) -> Result<Self, Error> {
+        refuse_foreign_runs(config, own).await?;
+        let mut config = config.clone();
+        config.llm.providers.retain(|_, provider| provider.kind == ProviderKind::Sim);
         let listener = bind(SocketAddr::from(([127, 0, 0, 1], 0))).await?;
         let address = listener.local_addr().map_err(|error| Error::new(Code::Internal, error.to_string()))?;
-        let daemon = Daemon::start(config, Options { embedded: true, ..Options::default() }).await?;
+        let daemon = Daemon::start(&config, Options { embedded: true, ..Options::default() }).await?;
         let (key, secret) = make_key(&daemon, tenant).await?;
         let (stop, stopped) = oneshot::channel::<()>();
         // Other users of the machine reach loopback, too: it takes the key.
@@ -67,6 +73,30 @@ impl Guest {
         let _ = tokio::time::timeout(CLOSE_GRACE, server).await;
         daemon.store.close().await;
     }
+}
+
+/// Whatever runs in the data directory's database would be executed here.
+async fn refuse_foreign_runs(config: &Config, own: &[&str]) -> Result<(), Error> {
+    let options = Options { embedded: true, ..Options::default() };
+    let opened = open_store(config, options, &Metrics::new()).await?;
+    let backlog = opened.store.backlog(None).await;
+    opened.store.close().await;
+    let foreign = backlog?.into_iter().filter(|line| !own.contains(&line.pipeline.as_str()));
+    let foreign: Vec<String> = foreign
+        .filter(|line| line.queued + line.waiting + line.running > 0)
+        .map(|line| format!("`{}` of tenant `{}`", line.pipeline, line.tenant))
+        .collect();
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    let (shown, more) =
+        (foreign.iter().take(5).cloned().collect::<Vec<_>>().join(", "), foreign.len().saturating_sub(5));
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let message = format!(
+        "the data directory has unfinished runs of {shown}{more}, which this command must not take up: let `stagegate serve` \
+         finish or cancel them, or choose another directory with --data-dir"
+    );
+    Err(Error::new(Code::InvalidRequest, message))
 }
 
 async fn make_key(daemon: &Daemon, tenant: &TenantId) -> Result<(KeyId, Secret), Error> {

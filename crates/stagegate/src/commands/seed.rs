@@ -60,7 +60,7 @@ Examples:
   stagegate seed --output json | jq .states
 
 The runs end in every state: most succeed, some after a retry; others fail, are held for a person, or are cancelled. All \
-answers are simulated (models sim/…). The same seed again adds only what is missing. To remove them: stagegate runs \
+answers are simulated (models sim/…). A data directory with unfinished runs of other pipelines is refused. The same seed again adds only what is missing. To remove them: stagegate runs \
 list --label seed:1 --output json | jq -r '.[].id' | xargs stagegate runs delete.";
 
 /// Fill a tenant with simulated pipelines and runs.
@@ -138,7 +138,8 @@ impl Seed {
         }
         let mut loaded = global.load()?;
         let _guard = quiet_logs(&mut loaded)?;
-        let guest = Guest::start(&loaded.config, &self.tenant.clone().unwrap_or_default()).await?;
+        let own = PIPELINES.map(|(name, _)| name);
+        let guest = Guest::start(&loaded.config, &self.tenant.clone().unwrap_or_default(), &own).await?;
         let done = self.fill_until(&guest.client, &mut signals).await;
         guest.stop().await;
         done

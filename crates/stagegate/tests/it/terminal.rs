@@ -141,6 +141,38 @@ async fn a_directory_of_pipelines_is_registered_and_its_changes_are_and_a_broken
     // Mended, it counts again.
     place.write("pipelines/passes.yaml", &PASSES.replace("well", "best"));
     until_registered(&api, "/v1/pipelines/passes", 3).await;
+    // Reverted, the old text is in force.
+    let first = api.get("/v1/pipelines/passes/versions/1").await;
+    place.write("pipelines/passes.yaml", PASSES);
+    until_registered(&api, "/v1/pipelines/passes", 4).await;
+    assert_eq!(api.get("/v1/pipelines/passes").await["definition"], first["definition"]);
+    // A second file with the same pipeline is a mistake; alone, it is right.
+    place.write("pipelines/twin.yaml", &PASSES.replace("well", "twice"));
+    daemon.wait_for_line("`passes` is defined in");
+    assert_eq!(api.get("/v1/pipelines/passes").await["version"], 4);
+    std::fs::remove_file(place.path("pipelines/passes.yaml")).expect("there");
+    until_registered(&api, "/v1/pipelines/passes", 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_that_the_quota_has_no_room_for_stops_no_start() {
+    let place = Place::new();
+    place.write("stagegate.toml", "[engine.tenants.default]\nmax_versions = 1\n");
+    std::fs::create_dir(place.path("pipelines")).expect("writable");
+    place.write("pipelines/a.yaml", PASSES);
+    place.write("pipelines/b.yaml", HOLDS);
+    let mut daemon = place.serve(&["--pipelines", "pipelines"], &[]).await;
+    let told = |daemon: &mut crate::support::Daemon| {
+        daemon.log().iter().filter(|line| line.contains("is tried again")).count()
+    };
+    assert_eq!(told(&mut daemon), 1);
+    assert!(daemon.log().iter().any(|line| line.contains("SG0214") && line.contains("b.yaml")));
+    let api = Api::new(&daemon.base, None);
+    assert_eq!((api.status("/v1/pipelines/passes").await, api.status("/v1/pipelines/holds").await), (200, 404));
+    // Beside it, changes go on.
+    std::fs::remove_file(place.path("pipelines/b.yaml")).expect("there");
+    daemon.wait_for_line("the file is gone");
+    assert_eq!(told(&mut daemon), 1);
 }
 
 #[test]
@@ -198,6 +230,21 @@ fn a_seed_brings_runs_of_every_outcome_and_only_once() {
     for key in read(&keys).as_array().expect("a list") {
         assert!(key["state"].as_str().is_some_and(|state| state.starts_with("revoked")), "{key}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seed_takes_up_no_run_that_is_not_its_own() {
+    let place = Place::new();
+    let daemon = place.serve(&[], &[]).await;
+    let api = Api::new(&daemon.base, None);
+    api.register(HOLDS).await;
+    let run = api.submit("holds", json!({})).await;
+    api.follow(&run, 0, |event| event.kind.name() == "run.waiting").await;
+    assert_eq!(daemon.end("TERM").0, 0);
+    let (code, _, stderr) = place.run(&["seed", "--runs", "1"]);
+    assert!(code == 2 && stderr.contains("`holds` of tenant `default`") && stderr.contains("--data-dir"), "{stderr}");
+    let (code, _, stderr) = place.run(&["seed", "--runs", "1", "--data-dir", "other"]);
+    assert_eq!(code, 0, "{stderr}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
