@@ -17,6 +17,7 @@ use serde::{
     Deserialize,
     de::{DeserializeOwned, IgnoredAny},
 };
+use serde_json::value::RawValue;
 use stagegate_core::{
     Code, Violation,
     error::nearest,
@@ -89,9 +90,14 @@ impl FromRequest<Shared> for Source {
         if !yaml && !is_json(&kind) {
             return Err(wrong_type(&kind, "application/yaml, text/yaml or application/json"));
         }
+        let tenant = tenant_of(&request)?;
         let text = read_text(request, shared.config.body_max_bytes).await?;
-        let bundle = if yaml { None } else { bundle(&text)? };
-        Ok(Self(bundle.unwrap_or_else(|| Bundle { definition: text, files: BTreeMap::new() })))
+        if yaml || !is_bundle(&text) {
+            return Ok(Self(Bundle { definition: text, files: BTreeMap::new() }));
+        }
+        let parsed_bytes = measure(&text, shared.config.json_max_depth, shared.config.body_max_nodes)?;
+        let _room = shared.engine.memory().bodies.acquire_for(&tenant, parsed_bytes).await;
+        bundle(&text).map(Self)
     }
 }
 
@@ -101,7 +107,7 @@ impl FromRequest<Shared> for Source {
 pub(crate) struct DefinitionBundle {
     /// The definition: a JSON object, or YAML or JSON as one text.
     #[schema(value_type = Value)]
-    definition: serde_json::Value,
+    definition: Box<RawValue>,
     /// What its files hold, by the names that `prompt_file`, `system_file`, `rubric_file` and `schema_file` give them.
     #[serde(default)]
     files: BTreeMap<String, String>,
@@ -114,11 +120,13 @@ struct Probe {
     _definition: IgnoredAny,
 }
 
-/// The bundle that a JSON text is; None where it is a definition itself, or no JSON.
-fn bundle(text: &str) -> Result<Option<Bundle>, Problem> {
-    if serde_json::from_str::<Probe>(text).is_err() {
-        return Ok(None);
-    }
+fn is_bundle(text: &str) -> bool {
+    serde_json::from_str::<Probe>(text).is_ok()
+}
+
+/// The bundle that a JSON text is. The definition stays text, so that its keys and numbers are read where all definitions
+/// are: within their bounds, and with what is wrong told.
+fn bundle(text: &str) -> Result<Bundle, Problem> {
     let DefinitionBundle { definition, files } = serde_json::from_str(text).map_err(|error| {
         let mend = "send { \"definition\": …, \"files\": { \"name\": \"text\" } }";
         let violation = Violation::new(Code::WrongValue, "", error.to_string()).mend(mend);
@@ -131,13 +139,13 @@ fn bundle(text: &str) -> Result<Option<Bundle>, Problem> {
             vec![Violation::new(Code::WrongValue, "files", message)],
         ));
     }
-    let definition = match definition {
-        serde_json::Value::String(text) => text,
-        other => other.to_string(),
+    let definition = match serde_json::from_str::<String>(definition.get()) {
+        Ok(text) => text,
+        Err(_) => definition.get().to_owned(),
     };
     let plain = |name: String| name.strip_prefix("./").map_or_else(|| name.clone(), str::to_owned);
     let files = files.into_iter().map(|(name, text)| (plain(name), text)).collect();
-    Ok(Some(Bundle { definition, files }))
+    Ok(Bundle { definition, files })
 }
 
 fn is_json(kind: &str) -> bool {
@@ -361,6 +369,17 @@ mod tests {
         fn read(fields: &mut Fields) -> Self {
             Self { limit: fields.number("limit", 1, 9), tags: fields.many("tag", true, |t| Ok(t.to_owned())) }
         }
+    }
+
+    #[test]
+    fn a_bundles_definition_stays_as_it_was_written() {
+        let text =
+            r#"{"definition": {"name": "a", "name": "b", "n": 123456789012345678901234567890}, "files": {"./p": "x"}}"#;
+        let bundle = bundle(text).expect("valid");
+        assert_eq!(bundle.definition, r#"{"name": "a", "name": "b", "n": 123456789012345678901234567890}"#);
+        assert_eq!(bundle.files.get("p").map(String::as_str), Some("x"));
+        assert_eq!(super::bundle(r#"{"definition": "name: a"}"#).expect("valid").definition, "name: a");
+        assert!(is_bundle(text) && !is_bundle(r#"{"name": "a", "stages": []}"#));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::{
 /// The version of these rules; a verdict is stored with it.
 const RULES_VERSION: u32 = 1;
 /// The most values in an output, those inside of others included: a parsed value takes much more memory than its text.
-const OUTPUT_NODES_MAX: u64 = 1_000_000;
+pub(super) const OUTPUT_NODES_MAX: u64 = 1_000_000;
 /// How many violations of a schema a reason lists.
 const REASONS_MAX: usize = 5;
 /// How many violations of an input are listed.
@@ -191,9 +191,22 @@ impl Pipeline {
     }
 
     /// Fills in what an input leaves out and its schema has a `default` for, inside of the maps that are there. Says whether
-    /// it filled in anything. Defaults inside of lists, and behind `$ref` and branches, are not filled in.
+    /// it filled in anything. Defaults inside of lists, and behind `$ref` and branches, are not filled in. Where an input fits
+    /// as it is, and would not with the defaults, it is left as it is.
     pub fn fill_defaults(&self, input: &mut Value) -> bool {
-        self.definition.get("input").is_some_and(|schema| filled(schema, input))
+        let Some(schema) = self.definition.get("input") else { return false };
+        let made = filled(schema, input);
+        if made.is_empty() || self.check_input(input).is_ok() {
+            return !made.is_empty();
+        }
+        for path in made.iter().rev() {
+            remove(path, input);
+        }
+        if self.check_input(input).is_ok() {
+            return false;
+        }
+        filled(schema, input);
+        true
     }
 
     /// Every way in which an input does not fit, with paths below `input`.
@@ -233,21 +246,37 @@ impl Pipeline {
     }
 }
 
-/// See [`Pipeline::fill_defaults`].
-pub(super) fn filled(schema: &Value, value: &mut Value) -> bool {
+/// Fills in the defaults; returns where, in order.
+pub(super) fn filled(schema: &Value, value: &mut Value) -> Vec<Vec<String>> {
+    let mut made = Vec::new();
+    fill(schema, value, &mut Vec::new(), &mut made);
+    made
+}
+
+fn fill(schema: &Value, value: &mut Value, at: &mut Vec<String>, made: &mut Vec<Vec<String>>) {
     let (Some(properties), Some(map)) = (schema.get("properties").and_then(Value::as_object), value.as_object_mut())
     else {
-        return false;
+        return;
     };
-    let mut any = false;
     for (key, inner) in properties {
+        at.push(key.clone());
         if let Some(default) = inner.get("default").filter(|_| !map.contains_key(key)) {
             map.insert(key.clone(), default.clone());
-            any = true;
+            made.push(at.clone());
         }
-        any |= map.get_mut(key).is_some_and(|value| filled(inner, value));
+        if let Some(value) = map.get_mut(key) {
+            fill(inner, value, at, made);
+        }
+        at.pop();
     }
-    any
+}
+
+fn remove(path: &[String], value: &mut Value) {
+    let Some((last, maps)) = path.split_last() else { return };
+    let map = maps.iter().try_fold(value, |value, key| value.get_mut(key)).and_then(Value::as_object_mut);
+    if let Some(map) = map {
+        map.remove(last);
+    }
 }
 
 fn assess_schema(validator: &Schema, output: &Value) -> Assessment {

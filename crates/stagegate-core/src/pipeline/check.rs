@@ -18,7 +18,7 @@ use super::{
     path::{Path, Segment, cut, listed},
     pattern::{self, Pattern},
     schema, slips,
-    source::{MISTAKES_MAX, Source},
+    source::{DEPTH_MAX, MISTAKES_MAX, Source},
     template::{Flaw, Keys, Scope, Template},
 };
 use crate::{Code, Violation, error::nearest, evaluation};
@@ -26,7 +26,7 @@ use crate::{Code, Violation, error::nearest, evaluation};
 /// The longest message of a mistake, and the longest that says what to do about it.
 const MESSAGE_MAX_CHARS: usize = 2_000;
 /// The most stages.
-const STAGES_MAX: usize = 100;
+pub(super) const STAGES_MAX: usize = 100;
 /// The most regular expressions in a definition, those in its schemas included.
 const REGEXES_MAX: usize = 200;
 
@@ -334,25 +334,59 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
     compiled
 }
 
-/// A default of the input's schema that does not fit would fail each run that leaves its key out.
+/// A default of the input's schema that does not fit would fail each run that leaves its key out. Told is what is wrong only
+/// once the defaults are filled in, for an input that leaves out what it can and for one that has every map.
 fn check_defaults_fit(schema: &Value, validator: &Schema, report: &mut Report<'_>) {
-    let mut input = Value::Object(Map::new());
-    super::assess::filled(schema, &mut input);
-    let Ok(errors) = validator.errors(&input) else { return };
-    let mut wrong = Vec::new();
-    for error in errors.take(MISTAKES_MAX) {
-        let keys: Vec<String> =
-            Path::root().below(error.instance_path()).segments().iter().filter_map(key_of).collect();
-        let is_filled = !keys.is_empty() && !matches!(error.kind(), ValidationErrorKind::Required { .. });
-        if is_filled {
-            let path = keys.iter().fold(Path::root().key("input"), |path, key| path.key("properties").key(key));
-            wrong.push((path.key("default"), super::schema::sentence(&error)));
+    for mut input in [Value::Object(Map::new()), skeleton(schema, 0)] {
+        let before: HashSet<String> = flaws(validator, &input).into_iter().map(|(_, told, _)| told).collect();
+        super::assess::filled(schema, &mut input);
+        for (keys, told, sentence) in flaws(validator, &input) {
+            if before.contains(&told) {
+                continue;
+            }
+            let root = Path::root().key("input");
+            let (path, violation) = if keys.is_empty() {
+                let message = format!("with its defaults filled in, an input that leaves them out {sentence}");
+                (
+                    root,
+                    Violation::new(Code::InvalidSchema, "", message)
+                        .mend("remove defaults, or let the schema take them"),
+                )
+            } else {
+                let path = keys.iter().fold(root, |path, key| path.key("properties").key(key)).key("default");
+                let violation = Violation::new(Code::InvalidSchema, "", format!("the default {sentence}"));
+                (path, violation.mend("write a default that fits its schema"))
+            };
+            report.at_value(&path, violation);
         }
     }
-    for (path, sentence) in wrong {
-        let violation = Violation::new(Code::InvalidSchema, "", format!("the default {sentence}"));
-        report.at_value(&path, violation.mend("write a default that fits its schema"));
-    }
+}
+
+/// What is wrong with an input: where, as a whole, and as a sentence.
+fn flaws(validator: &Schema, input: &Value) -> Vec<(Vec<String>, String, String)> {
+    let Ok(errors) = validator.errors(input) else { return Vec::new() };
+    let flaw = |error: jsonschema::ValidationError<'_>| {
+        let place = Path::root().below(error.instance_path());
+        let keys = place.segments().iter().filter_map(key_of).collect();
+        let sentence = match error.kind() {
+            ValidationErrorKind::Required { property } => {
+                format!("lacks `{}`", cut(property.as_str().unwrap_or_default(), 80))
+            }
+            _ => schema::sentence(&error),
+        };
+        // By its place in the schema: its words may quote what was filled in.
+        (keys, format!("{place} {} {:?}", error.schema_path(), error.kind().keyword()), sentence)
+    };
+    errors.take(MISTAKES_MAX).map(flaw).collect()
+}
+
+/// An input that has every map that its schema describes, and nothing else.
+fn skeleton(schema: &Value, depth: usize) -> Value {
+    let properties = schema.get("properties").and_then(Value::as_object).into_iter().flatten();
+    let inner = properties.filter(|(_, inner)| {
+        depth < DEPTH_MAX && inner.get("properties").is_some_and(Value::is_object) && inner.get("default").is_none()
+    });
+    Value::Object(inner.map(|(key, inner)| (key.clone(), skeleton(inner, depth + 1))).collect())
 }
 
 fn key_of(segment: &Segment) -> Option<String> {
@@ -555,7 +589,8 @@ fn declared_keys(schema: Option<&Value>, with_defaults: bool) -> Option<Keys<'_>
     let is_filled =
         |key: &str| with_defaults && properties.get(key).is_some_and(|inner| inner.get("default").is_some());
     let keys: Keys<'_> = properties.keys().map(String::as_str).collect();
-    let keys = keys.optional(|key| !is_required(key) && !is_filled(key));
+    let keys =
+        keys.optional(|key| !is_required(key) && !is_filled(key)).filled(|key| !is_required(key) && is_filled(key));
     (!keys.is_empty()).then_some(keys)
 }
 

@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 
 use super::{
+    check::STAGES_MAX,
     path::{Path, cut},
-    source::{EXPANDED_MAX_BYTES, Source},
+    source::{EXPANDED_MAX_BYTES, NODES_MAX, Source},
 };
-use crate::{Code, Violation};
+use crate::{Code, Violation, evaluation};
 
 /// The longest name of a file, in bytes.
 const NAME_MAX_BYTES: usize = 255;
@@ -81,7 +82,8 @@ const JUDGE_KEYS: [(&str, &str); 3] = [("prompt_file", "prompt"), ("system_file"
 fn references(root: &Value) -> Vec<Reference> {
     let mut found = Vec::new();
     let stages = root.get("stages").and_then(Value::as_array).into_iter().flatten();
-    for (index, stage) in stages.enumerate() {
+    // A definition of more stages is refused, whatever they name.
+    for (index, stage) in stages.take(STAGES_MAX).enumerate() {
         let path = Path::root().key("stages").index(index);
         let mut each = |map: Option<&Value>, path: &Path, keys: &[(&'static str, &'static str)]| {
             let Some(map) = map.and_then(Value::as_object) else { return };
@@ -114,11 +116,16 @@ fn checked(name: &str) -> Result<&str, &'static str> {
 }
 
 /// Puts what the files hold in the place of the keys that name them. What cannot be is told; something stands there all the
-/// same, so that the rest of the definition can be looked at.
+/// same, so that the rest of the definition can be looked at. A file that is named often is put in its place as often: the
+/// definition that this makes has the bounds of one that is written out.
 pub(super) fn resolve(source: &mut Source, files: &BTreeMap<String, String>) -> Vec<Violation> {
     let mut mistakes = Vec::new();
-    let references = references(&source.value);
-    for Reference { map, key, target, name } in references {
+    let mut left = Left::beside(&source.value);
+    let mut schemas: BTreeMap<&str, Result<Value, String>> = BTreeMap::new();
+    for Reference { map, key, target, name } in references(&source.value) {
+        if !evaluation::is_wanted() {
+            break; // What was made so far is thrown away.
+        }
         let at = map.key(key);
         let mut tell = |source: &Source, code, message: String, mend: &str| {
             let mark = source.value_mark(&at);
@@ -133,7 +140,7 @@ pub(super) fn resolve(source: &mut Source, files: &BTreeMap<String, String>) -> 
                 None
             }
             Ok(name) => {
-                let content = files.get(name);
+                let content = files.get_key_value(name);
                 if content.is_none() {
                     let mend =
                         "check the path; over HTTP send `{ \"definition\": …, \"files\": { \"name\": \"text\" } }`";
@@ -144,24 +151,31 @@ pub(super) fn resolve(source: &mut Source, files: &BTreeMap<String, String>) -> 
             }
         };
         let value = match (target, content) {
-            ("schema", None) => Value::Bool(true),
-            (_, None) => Value::String(name.clone()),
-            // A literal block of YAML has these line ends too, whatever the document's were.
-            (target, Some(text)) if target != "schema" => Value::String(text.replace("\r\n", "\n")),
-            (_, Some(text)) => match Source::read(text) {
-                Ok((schema, wrong)) if wrong.is_empty() => schema.value,
-                Ok((_, wrong)) | Err(wrong) => {
-                    let why = wrong.first().map(|first| cut(&first.to_string(), 200)).unwrap_or_default();
-                    tell(
-                        source,
-                        Code::InvalidSchema,
-                        format!("the file `{shown}` is no schema: {why}"),
-                        "mend the file",
-                    );
-                    Value::Bool(true)
+            (_, None) => None,
+            ("schema", Some((name, text))) => match schemas.entry(name).or_insert_with(|| schema(text)) {
+                Ok(schema) => Some(left.take(schema).map(|()| schema.clone())),
+                Err(why) => {
+                    let message = format!("the file `{shown}` is no schema: {why}");
+                    tell(source, Code::InvalidSchema, message, "mend the file");
+                    None
                 }
             },
+            // A literal block of YAML has these line ends too, whatever the document's were.
+            (_, Some((_, text))) => {
+                Some(left.take_text(text.len()).map(|()| Value::String(text.replace("\r\n", "\n"))))
+            }
         };
+        if value == Some(None) && !std::mem::replace(&mut left.is_told, true) {
+            let message = format!(
+                "with what its files hold, each as often as it is named, the definition has more than {NODES_MAX} values \
+                 or {EXPANDED_MAX_BYTES} bytes"
+            );
+            tell(source, Code::DefinitionTooLarge, message, "name large files in fewer places");
+        }
+        let value = value.flatten().unwrap_or_else(|| match target {
+            "schema" => Value::Bool(true),
+            _ => Value::String(name.clone()),
+        });
         if let Some(entries) = map_at(&mut source.value, &map) {
             entries.remove(key);
             let is_taken = entries.get(target).is_some_and(|there| !there.is_null());
@@ -174,6 +188,52 @@ pub(super) fn resolve(source: &mut Source, files: &BTreeMap<String, String>) -> 
         source.rename(&map, key, target);
     }
     mistakes
+}
+
+/// A schema's file as a value, or what is wrong with it.
+fn schema(text: &str) -> Result<Value, String> {
+    match Source::read(text) {
+        Ok((schema, wrong)) if wrong.is_empty() => Ok(schema.value),
+        Ok((_, wrong)) | Err(wrong) => Err(wrong.first().map(|first| cut(&first.to_string(), 200)).unwrap_or_default()),
+    }
+}
+
+/// What may still be put into a definition.
+struct Left {
+    nodes: usize,
+    bytes: usize,
+    /// Whether it was told that there is not enough.
+    is_told: bool,
+}
+
+impl Left {
+    fn beside(value: &Value) -> Self {
+        let (nodes, bytes) = weight(value);
+        let (nodes, bytes) = (NODES_MAX.saturating_sub(nodes), EXPANDED_MAX_BYTES.saturating_sub(bytes));
+        Self { nodes, bytes, is_told: false }
+    }
+
+    fn take(&mut self, value: &Value) -> Option<()> {
+        let (nodes, bytes) = weight(value);
+        (self.nodes, self.bytes) = (self.nodes.checked_sub(nodes)?, self.bytes.checked_sub(bytes)?);
+        Some(())
+    }
+
+    fn take_text(&mut self, bytes: usize) -> Option<()> {
+        self.bytes = self.bytes.checked_sub(bytes)?;
+        Some(())
+    }
+}
+
+/// The values in a value, itself included, and the bytes of their texts.
+fn weight(value: &Value) -> (usize, usize) {
+    let sum = |(nodes, bytes), (more_nodes, more_bytes)| (nodes + more_nodes, bytes + more_bytes);
+    match value {
+        Value::String(text) => (1, text.len()),
+        Value::Array(items) => items.iter().map(weight).fold((1, 0), sum),
+        Value::Object(map) => map.iter().map(|(key, inner)| sum(weight(inner), (1, key.len()))).fold((1, 0), sum),
+        _ => (1, 0),
+    }
 }
 
 fn map_at<'v>(value: &'v mut Value, path: &Path) -> Option<&'v mut Map<String, Value>> {

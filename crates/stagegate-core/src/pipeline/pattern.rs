@@ -43,11 +43,20 @@ impl Pattern {
 
     /// Whether it may be looked for in this text; else, as the rest of a sentence, why not.
     pub(super) fn claim(&self, text: &str) -> Result<(), String> {
+        self.claim_if(text, || self.is_plain_in(text))
+    }
+
+    /// The same for all matches with their groups: where a pattern has some, they are found by walking all its places.
+    pub(super) fn claim_captures(&self, text: &str) -> Result<(), String> {
+        self.claim_if(text, || self.regex.captures_len() == 1 && self.is_plain_in(text))
+    }
+
+    fn claim_if(&self, text: &str, is_plain: impl FnOnce() -> bool) -> Result<(), String> {
         let price = self.places.saturating_mul(text.len() as u64);
         match evaluation::claim(price) {
             Ok(()) => Ok(()),
             Err(Unclaimed::Interrupted) => Err("the check was ended early".to_owned()),
-            Err(Unclaimed::TooDear(_)) if self.is_plain_in(text) => Ok(()),
+            Err(Unclaimed::TooDear(_)) if is_plain() => Ok(()),
             Err(Unclaimed::TooDear(times)) => Err(format!(
                 "could take about {times} times as long as an evaluation may, for a text of {} bytes: write an \
                  expression that repeats less, or check a shorter text",
@@ -169,6 +178,18 @@ mod tests {
         let why = claimed("^[01]*1[01]{3000}$", &bits, 1).expect_err("six seconds at worst");
         assert!(why.contains("200000 bytes") && why.contains("repeats less"), "{why}");
         assert_eq!(claimed("^[01]*1[01]{3000}$", &bits[..30_000], 1), Ok(()), "small enough");
+    }
+
+    #[test]
+    fn groups_are_found_at_the_full_price() {
+        let text = "ab ".repeat(1_000_000);
+        let claimed = |source: &str| {
+            let pattern = Pattern::compile(source).expect("valid");
+            whole(&Stop::default(), Duration::from_secs(1), || pattern.claim_captures(&text)).expect("finished")
+        };
+        assert!(claimed("(?:[ab]{1,200})").is_ok());
+        assert!(claimed("([ab]{1,200})").expect_err("walked place by place").contains("repeats less"));
+        assert!(claimed("(a)b").is_ok());
     }
 
     #[test]

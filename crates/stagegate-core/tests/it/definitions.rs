@@ -320,6 +320,84 @@ fn what_a_definitions_files_hold_becomes_a_part_of_it() {
 }
 
 #[test]
+fn files_that_are_named_often_make_no_definition_larger_than_one_may_be() {
+    let schema = format!("{{\"enum\": [{}0]}}", "0,".repeat(4_000));
+    let files = [("large.md".to_owned(), "x".repeat(1024 * 1024)), ("s.json".to_owned(), schema)];
+    let bundle = |stage: &str, count: usize| {
+        let stages: Vec<String> =
+            (0..count).map(|n| format!("{{\"id\":\"s{n}\",\"model\":\"sim/quick\",{stage}}}")).collect();
+        let definition = format!("{{\"name\":\"p\",\"stages\":[{}]}}", stages.join(","));
+        Bundle { definition, files: files.clone().into() }
+    };
+    for (stage, count) in [
+        (r#""prompt_file":"large.md""#, 100),
+        (r#""prompt_file":"large.md""#, 5_000),
+        (r#""prompt":"x","output":{"schema_file":"s.json"}"#, 90),
+    ] {
+        let found = Pipeline::parse_bundle(&bundle(stage, count), &Served).expect_err("too large");
+        assert!(found.len() <= 100 && found.iter().any(|v| v.code == Code::DefinitionTooLarge), "{stage}: {found:?}");
+        let bytes: usize = found.iter().map(|v| v.message.len()).sum();
+        assert!(bytes < 1024 * 1024, "{bytes}");
+    }
+    let few = Pipeline::parse_bundle(&bundle(r#""prompt":"x","output":{"schema_file":"s.json"}"#, 5), &Served);
+    assert!(few.is_ok(), "{few:?}");
+}
+
+#[test]
+fn defaults_that_do_not_fit_are_told_wherever_they_are_filled_in() {
+    let found = |input: &str| {
+        let text = format!("{{name: p, input: {input}, stages: [{{id: s, transform: x}}]}}");
+        Pipeline::parse(&text, &Served)
+            .map(|_| ())
+            .map_err(|found| found.into_iter().map(|v| v.path).collect::<Vec<_>>())
+    };
+    let at = |path: &str| Err(vec![path.to_owned()]);
+    assert_eq!(
+        found("{type: object, properties: {a: {type: string, default: null}}}"),
+        at("input.properties.a.default")
+    );
+    assert_eq!(
+        found("{type: object, properties: {m: {type: object, properties: {a: {type: string, default: 1}}}}}"),
+        at("input.properties.m.properties.a.default")
+    );
+    assert_eq!(
+        found("{type: object, properties: {m: {type: object, required: [k], default: {}}}}"),
+        at("input.properties.m.default")
+    );
+    assert_eq!(found("{type: object, maxProperties: 1, properties: {a: {default: 1}, b: {default: 1}}}"), at("input"));
+    assert_eq!(found("{type: object, required: [k], properties: {k: {type: string}, a: {default: 1}}}"), Ok(()));
+}
+
+#[test]
+fn what_relies_on_defaults_of_the_input_is_newer_than_the_release_before() {
+    let newest = |template: &str| {
+        let input = "{type: object, required: [r], properties: {a: {default: 1}, r: {default: 1}}}";
+        let text = format!("{{name: p, input: {input}, stages: [{{id: s, transform: \"{template}\"}}]}}");
+        Pipeline::parse(&text, &Served).expect("valid").newest().map(str::to_owned)
+    };
+    assert!(newest("{{ input.a }}").is_some_and(|what| what.contains("input.a")));
+    assert_eq!(
+        newest("{{ input.r }}{{ input.a | default(2) }}{% if input.a is defined %}{{ input.a }}{% endif %}"),
+        None
+    );
+}
+
+#[test]
+fn a_judges_prompt_asks_for_what_the_output_may_leave_out() {
+    let check = |prompt: &str, required: &str| {
+        let text = format!(
+            "{{name: p, stages: [{{id: s, model: sim/quick, prompt: x, output: {{schema: {{type: object, required: {required}, \
+             properties: {{a: {{type: string}}}}}}}}, gate: {{judge: {{prompt: \"{prompt}\"}}}}}}]}}"
+        );
+        Pipeline::parse(&text, &Served).map(|_| ())
+    };
+    let found = check("{{ output.a }}", "[]").expect_err("it may be missing");
+    assert!(found[0].message.contains("`output.a` may be left out"), "{found:?}");
+    assert_eq!(check("{{ output.a | default('-') }}", "[]"), Ok(()));
+    assert_eq!(check("{{ output.a }}", "[a]"), Ok(()));
+}
+
+#[test]
 fn every_mistake_is_told_at_once_in_the_order_of_the_text() {
     use Code::*;
     let text = "\

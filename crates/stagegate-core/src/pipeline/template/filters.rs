@@ -14,7 +14,11 @@ use super::{
 };
 use crate::{
     evaluation::{self, Interrupted},
-    pipeline::pattern::{self, Pattern},
+    json::Size,
+    pipeline::{
+        assess::OUTPUT_NODES_MAX,
+        pattern::{self, Pattern},
+    },
 };
 
 /// The filters of this file.
@@ -22,8 +26,6 @@ pub(super) const NAMES: &[&str] = &["batch", "format", "fromjson", "regex_replac
 
 /// The longest width or precision of a `format`, in digits.
 const WIDTH_MAX_DIGITS: usize = 3;
-/// What a parsed value takes at most for each byte of its text.
-const PARSED_FACTOR: usize = 8;
 /// What compiling a regular expression costs, and what each of its places adds.
 const COMPILE_BYTES: usize = 8 * 1024;
 const COMPILE_PLACE_BYTES: usize = 64;
@@ -31,6 +33,8 @@ const COMPILE_PLACE_BYTES: usize = 64;
 const SEARCH_BYTES: usize = 8;
 /// The same where the search has just begun.
 const SEARCH_UNITS: u64 = 16;
+/// The most places of a pattern that a search is taken to be at.
+const SEARCH_PLACES_MAX: u64 = 64;
 
 /// Adds them.
 pub(super) fn add(env: &mut Environment<'static>) {
@@ -122,12 +126,35 @@ fn batch(v: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     Ok(Value::from(batches))
 }
 
+/// What is wrong with a pattern of `format` that is too wide.
+pub(super) const TOO_WIDE: &str = "a width or a precision of `format` is a number of at most 3 digits";
+
+/// Whether a pattern of `format` has a width or a precision that is too large, or comes with the values.
+pub(super) fn is_too_wide(pattern: &str) -> bool {
+    let mut rest = pattern;
+    while let Some(at) = rest.find('%') {
+        rest = &rest[at + 1..];
+        if rest.starts_with('(') {
+            rest = rest.split_once(')').map_or("", |(_, after)| after);
+        }
+        let is_of_width = |c: char| c.is_ascii_digit() || "#- +.*".contains(c);
+        let end = rest.find(|c: char| !is_of_width(c)).unwrap_or(rest.len());
+        let (width, after) = rest.split_at(end);
+        let mut numbers = width.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.trim_start_matches('0'));
+        if width.contains('*') || numbers.any(|digits| digits.len() > WIDTH_MAX_DIGITS) {
+            return true;
+        }
+        // The conversion: a letter, or `%` for itself.
+        rest = after.strip_prefix('%').unwrap_or(after);
+    }
+    false
+}
+
 /// `'%s of %d' | format(a, b)`, as in Python. What is neither text nor number is inserted as JSON.
 fn format(state: &mut State<'_, '_>, v: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     let pattern = text(v)?;
-    let is_wide = pattern.split(|c: char| !c.is_ascii_digit()).any(|digits| digits.len() > WIDTH_MAX_DIGITS);
-    if is_wide || pattern.contains('*') {
-        return Err(failed("a width or a precision of `format` is a number of at most 3 digits"));
+    if is_too_wide(&pattern) {
+        return Err(failed(TOO_WIDE));
     }
     pay(pattern.matches('%').count().saturating_mul(1_000))?;
     let inserted = |value: Value| match value.kind() {
@@ -162,9 +189,17 @@ fn fromjson(v: &Value) -> Result<Value, Error> {
             failed(format!("`fromjson` reads a text, not a value of type {}", v.kind()))
         });
     };
-    pay(json.len().saturating_mul(PARSED_FACTOR))?;
-    let parsed: serde_json::Value = serde_json::from_str(json.trim_start_matches('\u{feff}'))
-        .map_err(|error| failed(format!("`fromjson` was given a text that is no JSON: {error}")))?;
+    let json = json.trim_start_matches('\u{feff}');
+    let no_json = |error| failed(format!("`fromjson` was given a text that is no JSON: {error}"));
+    pay(json.len())?;
+    let size = Size::of_text(json).map_err(no_json)?;
+    if size.nodes > OUTPUT_NODES_MAX {
+        let nodes = size.nodes;
+        return Err(failed(format!("`fromjson` was given {nodes} values, at most {OUTPUT_NODES_MAX} are allowed")));
+    }
+    // What it takes in memory, which can be much more than its text.
+    pay(usize::try_from(size.parsed_bytes).unwrap_or(usize::MAX))?;
+    let parsed: serde_json::Value = serde_json::from_str(json).map_err(no_json)?;
     Ok(data::view(&Arc::new(parsed)))
 }
 
@@ -182,17 +217,18 @@ fn regex_replace(v: &Value, args: Rest<ValueOrKwargs>) -> Result<String, Error> 
     pay(places.saturating_mul(COMPILE_PLACE_BYTES).saturating_add(COMPILE_BYTES))?;
     let pattern = Pattern::compile(&source).map_err(|error| failed(pattern::why_not(&source, &error).0))?;
     let replacement = replacement.as_ref().map(text).transpose()?.unwrap_or_default();
-    pattern.claim(&whole).map_err(|why| failed(format!("the pattern of `regex_replace` {why}")))?;
+    pattern.claim_captures(&whole).map_err(|why| failed(format!("the pattern of `regex_replace` {why}")))?;
     let most = match count(most.as_ref(), "count", 0)? {
         0 => usize::MAX,
         most => most,
     };
+    let search_places = (places as u64).clamp(1, SEARCH_PLACES_MAX);
     let (mut made, mut last) = (String::new(), 0);
     for found in pattern.captures(&whole).take(most) {
         let all = found.get_match();
         // A search may read on to the end, even where its match is short.
         let read = ((whole.len() - all.start()) / SEARCH_BYTES) as u64 + SEARCH_UNITS;
-        evaluation::pay(read).map_err(|_| failed(Interrupted::TOLD))?;
+        evaluation::pay(read.saturating_mul(search_places)).map_err(|_| failed(Interrupted::TOLD))?;
         pay(all.start() - last + replacement.len() + 32)?;
         made.push_str(&whole[last..all.start()]);
         expand(&replacement, &found, &mut made)?;

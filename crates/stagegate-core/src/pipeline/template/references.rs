@@ -30,12 +30,15 @@ pub(in crate::pipeline) struct Keys<'a> {
     known: HashSet<&'a str>,
     /// Those that may be left out.
     optional: HashSet<&'a str>,
+    /// Those that may be left out and are filled in.
+    filled: HashSet<&'a str>,
 }
 
 impl<'a> FromIterator<&'a str> for Keys<'a> {
     fn from_iter<I: IntoIterator<Item = &'a str>>(keys: I) -> Self {
         let in_order: Vec<&str> = keys.into_iter().collect();
-        Self { known: in_order.iter().copied().collect(), in_order, optional: HashSet::new() }
+        let known = in_order.iter().copied().collect();
+        Self { known, in_order, optional: HashSet::new(), filled: HashSet::new() }
     }
 }
 
@@ -48,6 +51,12 @@ impl<'a> Keys<'a> {
     /// The same, where these may be left out.
     pub(in crate::pipeline) fn optional(mut self, is_optional: impl Fn(&str) -> bool) -> Self {
         self.optional = self.in_order.iter().copied().filter(|key| is_optional(key)).collect();
+        self
+    }
+
+    /// The same, where these are filled in when they are left out.
+    pub(in crate::pipeline) fn filled(mut self, is_filled: impl Fn(&str) -> bool) -> Self {
+        self.filled = self.in_order.iter().copied().filter(|key| is_filled(key)).collect();
         self
     }
 
@@ -339,8 +348,14 @@ impl<'a> Walker<'a, '_> {
 
     /// What is new about a filter, and a pattern that it is given as it stands.
     fn filter(&mut self, node: &ast::Filter<'a>) {
-        if filters::NAMES.contains(&node.name) || (node.name == "join" && node.args.len() > 1) {
+        if filters::NAMES.contains(&node.name) || is_join_of_attributes(node) {
             self.is_newer(|| format!("the filter `{}`", node.name));
+        }
+        if node.name == "format"
+            && let Some(pattern @ Expr::Const(constant)) = &node.expr
+            && constant.value.as_str().is_some_and(filters::is_too_wide)
+        {
+            self.flaw(pattern.span(), filters::TOO_WIDE, "write the width into the pattern, such as `%10s`");
         }
         if node.name != "regex_replace" {
             return;
@@ -479,6 +494,7 @@ impl<'a> Walker<'a, '_> {
                 self.named.output = true;
                 if let Some(id) = self.scope.stage {
                     self.output_key(id, keys.first(), "output", span);
+                    self.optional_output_key(id, keys.first(), tolerated == 1, span);
                 }
             }
             name => self.unknown(name, span),
@@ -501,6 +517,11 @@ impl<'a> Walker<'a, '_> {
         self.flaw(span, format!("there is no `{name}`"), mend);
     }
 
+    fn is_proven(&self, map: &str, key: &str) -> bool {
+        let name = guards::name(map, [key]);
+        self.proven.contains(&name)
+    }
+
     /// Tells a key that may be left out, and is used as if it were always there.
     fn may_be_missing(&mut self, path: &str, written: &str, mend: &str, span: Span) {
         if self.scope.strict && !self.proven.iter().any(|proven| proven == path) {
@@ -517,6 +538,10 @@ impl<'a> Walker<'a, '_> {
             if known.optional.contains(key.as_str()) && !tolerant {
                 let mend = format!("add `{key}` to the `required` of the input, or a `default` to its schema");
                 self.may_be_missing(&guards::name("input", [key.as_str()]), &written("input", key), &mend, span);
+            }
+            // The release before this one fills in nothing.
+            if known.filled.contains(key.as_str()) && !tolerant && !self.is_proven("input", key) {
+                self.is_newer(|| format!("`{}` with the default of the input's schema", written("input", key)));
             }
             return;
         }
@@ -539,6 +564,17 @@ impl<'a> Walker<'a, '_> {
         };
         let (id, key) = (cut(id, 80), cut(key, 80));
         self.flaw(span, format!("the schema of the output of stage `{id}` declares no `{key}`"), mend);
+    }
+
+    /// Tells a key of the output under judgement that may be left out, and is used as if it were always there.
+    fn optional_output_key(&mut self, id: &str, key: Option<&Option<String>>, tolerant: bool, span: Span) {
+        if let Some(Some(key)) = key
+            && !tolerant
+            && self.scope.outputs.get(id).is_some_and(|known| known.optional.contains(key.as_str()))
+        {
+            let mend = format!("add `{key}` to the `required` of the output's schema");
+            self.may_be_missing(&guards::name("output", [key.as_str()]), &written("output", key), &mend, span);
+        }
     }
 
     fn stage(&mut self, keys: &[Option<String>], tolerant: bool, span: Span) {
@@ -591,6 +627,11 @@ impl<'a> Walker<'a, '_> {
             self.may_be_missing(&path, &written(&stage_output(id), key), &mend, span);
         }
     }
+}
+
+/// Whether a `join` has more than the text between the items, by position, by name or in a way that does not show it.
+fn is_join_of_attributes(node: &ast::Filter<'_>) -> bool {
+    node.name == "join" && !matches!(node.args.as_slice(), [] | [CallArg::Pos(_)])
 }
 
 /// The name that an expression begins with.

@@ -138,8 +138,8 @@ fn methods_and_filters_are_those_that_people_know() {
         "'a'.upper(1, 2)",
         "'a'.split(sep=',')",
         "[1] | batch(0)",
-        "'%9999d' | format(1)",
-        "'%*d' | format(9, 1)",
+        "('%9999d' ~ '') | format(1)",
+        "('%*d' ~ '') | format(9, 1)",
         "'{' | fromjson",
         "'a' | truncate(lenght=3)",
         "'a' | regex_replace(input.brief ~ '(', '')",
@@ -238,9 +238,44 @@ fn a_key_that_may_be_left_out_needs_a_default_or_a_condition() {
 fn what_the_release_before_cannot_render_is_known() {
     let newest = |text: &str| Template::text(text, &open()).expect("valid").newest().map(str::to_owned);
     assert_eq!(newest("{{ input.brief | upper | join(', ') }}{{ 1 if true else 2 }}"), None);
-    for new in ["{{ 'a'.upper() }}", "{{ 'a' | truncate }}", "{{ 1 if true }}", "{{ [] | join('', attribute='a') }}"] {
+    for new in [
+        "{{ 'a'.upper() }}",
+        "{{ 'a' | truncate }}",
+        "{{ 1 if true }}",
+        "{{ [] | join('', attribute='a') }}",
+        "{{ [] | join(d=', ') }}",
+        "{{ [] | join(*input.list) }}",
+    ] {
         assert!(newest(new).is_some(), "{new}");
     }
+}
+
+#[test]
+fn a_format_is_refused_for_its_widths_alone() {
+    let shown = |text: &str| render(text).expect(text);
+    assert_eq!(
+        shown("{{ '2026*: %s of %05.1f at 100%% 20261129' | format('a', 2.25) }}"),
+        "2026*: a of 002.2 at 100% 20261129"
+    );
+    assert_eq!(shown("{{ '%(year2026)s' | format(year2026='x') }}"), "x");
+    for bad in ["%1000s", "%.1000f", "%*d", "%-+1000d", "%(a)1000s"] {
+        assert!(render(&format!("{{{{ ('' ~ '{bad}') | format(1, 2, a=3) }}}}")).is_err(), "{bad}");
+        let flaws = Template::text(&format!("{{{{ '{bad}' | format(1) }}}}"), &open()).expect_err(bad);
+        assert!(flaws[0].message.contains("at most 3 digits"), "{flaws:?}");
+    }
+}
+
+#[test]
+fn what_a_text_of_json_makes_is_paid_for() {
+    let parse = |text: &str| {
+        let template = Template::text("{{ input.json | fromjson | length }}", &open()).expect("valid");
+        let input = Arc::new(json!({ "json": text }));
+        template.render(&Vars { run_id: "r", input: &input, stage: &|_| None, output: None })
+    };
+    assert_eq!(parse("[1, 2]").as_deref(), Ok("2"));
+    let maps = format!("[{}{{}}]", "{\"a\":{}},".repeat(400_000));
+    let why = parse(&maps).expect_err("small as a text, large as values");
+    assert!(why.contains("bytes of data") || why.contains("values"), "{why}");
 }
 
 #[test]
