@@ -179,10 +179,11 @@ pub struct Assessment {
 impl Assessment {
     /// The score as a part of the way from the lowest to the highest of its scale: in [0, 1].
     pub fn quality(&self) -> f64 {
-        match self.scale.as_deref() {
+        let quality = match self.scale.as_deref() {
             Some("1..5") => (self.score - 1.0) / 4.0,
             _ => self.score,
-        }
+        };
+        quality.clamp(0.0, 1.0)
     }
 }
 

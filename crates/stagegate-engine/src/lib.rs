@@ -554,7 +554,9 @@ fn why_in_vain(record: &RunRecord, pipeline: &Pipeline) -> Option<String> {
         return None;
     }
     let failure = record.failure.as_ref()?;
-    let is_rendering = failure.code == Code::TemplateFailed && failure.message.contains(NOT_RENDERED);
+    // A judge whose own texts cannot be made fails no output any more.
+    let is_of_judge = ["the rubric of ", "the judge's "].iter().any(|what| failure.message.starts_with(what));
+    let is_rendering = failure.code == Code::TemplateFailed && failure.message.contains(NOT_RENDERED) && !is_of_judge;
     if is_rendering {
         let message = &failure.message;
         return Some(format!("{message}; register a version that is mended, or submit another input"));

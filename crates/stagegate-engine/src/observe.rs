@@ -29,10 +29,12 @@ struct Ended {
 impl Ended {
     fn of(attempt: &Attempt) -> Self {
         let measured = |assessment: &Assessment| (assessment.evaluator, assessment.passed, assessment.quality());
+        // A judge that failed at its own task measured nothing.
+        let assessments = attempt.assessments.iter().filter(|assessment| assessment.judge_failure.is_none());
         Self {
             verdict: attempt.verdict,
             seconds: (attempt.finished_at - attempt.started_at).as_seconds_f64(),
-            assessments: attempt.assessments.iter().map(measured).collect(),
+            assessments: assessments.map(measured).collect(),
             failure: attempt.failure.as_ref().map(|failure| failure.code),
         }
     }

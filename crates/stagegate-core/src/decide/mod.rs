@@ -119,8 +119,8 @@ pub enum AttemptResult {
         message: String,
         /// The same with what may quote payloads, where there is more to tell.
         detail: Option<String>,
-        /// Whether it may fare better if it is asked again.
-        again: bool,
+        /// Whether it may fare better if it is asked again, and what bounds that.
+        kind: FailureKind,
     },
     /// One model of the chain gave an answer that was cut, another may answer later: the answer is kept and judged as
     /// what it is, and the wait is kept as well.

@@ -64,14 +64,21 @@ impl Run {
                 let judged = Judged { output, usable, model, origin, totals, next_at: now };
                 self.on_output(stage, Attempt { assessments, ..ended }, judged, now);
             }
-            AttemptResult::Unjudged { output, assessments, model, origin, code, message, detail, again } => {
-                if again && self.attempts_left(stage) && self.failure.is_none() {
-                    let id = self.stages[stage].record.id.clone();
-                    let failure = Failure { detail, ..Failure::new(code, message).of_stage(id) };
-                    let public = failure.public();
-                    let next_at = self.after_unusable(stage, now, jitter);
+            AttemptResult::Unjudged { output, assessments, model, origin, code, message, detail, kind } => {
+                let id = self.stages[stage].record.id.clone();
+                let failure = Failure { detail, ..Failure::new(code, message).of_stage(id) };
+                let public = failure.public();
+                let again = match kind {
+                    _ if self.failure.is_some() => None,
+                    FailureKind::Outage { told } => {
+                        self.after_outage(stage, &public, told, Tried::default(), now, jitter)
+                    }
+                    FailureKind::Unusable if self.attempts_left(stage) => self.after_unusable(stage, now, jitter),
+                    FailureKind::Unusable | FailureKind::Final => None,
+                };
+                if again.is_some() {
                     let ended = Attempt { assessments, failure: Some(failure), ..ended };
-                    return self.on_failed_attempt(stage, ended, public, next_at, totals, now);
+                    return self.on_failed_attempt(stage, ended, public, again, totals, now);
                 }
                 self.forget_outage(stage);
                 let judged = Judged { output, usable: true, model, origin, totals, next_at: now };
@@ -571,6 +578,11 @@ fn verdict(stage: &Stage, gate_failed: bool, usable: bool, may_retry: bool) -> V
             OnPass::Hold => Verdict::Held,
         };
     }
+    // Where a person decides on each output, none is accepted without one.
+    let accepted = match stage.gate.on_pass {
+        OnPass::Pass => Verdict::Accepted,
+        OnPass::Hold => Verdict::Held,
+    };
     // What does not even have the stage's form would break its successors: nobody can wave it through.
     let on_fail = if usable { stage.gate.on_fail } else { OnFail::Retry };
     match on_fail {
@@ -579,10 +591,10 @@ fn verdict(stage: &Stage, gate_failed: bool, usable: bool, may_retry: bool) -> V
         OnFail::Retry => match stage.gate.on_exhausted {
             OnExhausted::Fail => Verdict::Failed,
             OnExhausted::Hold => Verdict::Held,
-            OnExhausted::Accept => Verdict::Accepted,
+            OnExhausted::Accept => accepted,
         },
         OnFail::Hold => Verdict::Held,
-        OnFail::Accept => Verdict::Accepted,
+        OnFail::Accept => accepted,
         OnFail::Fail => Verdict::Failed,
     }
 }
@@ -593,10 +605,9 @@ const HELD_ALWAYS: &str = "the gate holds every output for a person (`on_pass: h
 /// What becomes of an output that could not be judged. It may be good, so that it is never failed for it: where a failed
 /// gate would fail the stage, a person decides.
 fn unjudged_verdict(stage: &Stage) -> Verdict {
-    match (stage.gate.on_fail, stage.gate.on_exhausted) {
-        (OnFail::Accept, _) | (OnFail::Retry, OnExhausted::Accept) => Verdict::Accepted,
-        _ => Verdict::Held,
-    }
+    let is_accepted = stage.gate.on_fail == OnFail::Accept
+        || (stage.gate.on_fail == OnFail::Retry && stage.gate.on_exhausted == OnExhausted::Accept);
+    if is_accepted && stage.gate.on_pass == OnPass::Pass { Verdict::Accepted } else { Verdict::Held }
 }
 
 /// What failed, in one bounded sentence that quotes nothing.

@@ -334,7 +334,8 @@ pub struct Gate {
     /// An LLM that scores the output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub judge: Option<Judge>,
-    /// What to do when it passes: `pass` (the default), or `hold` for a person who approves each output.
+    /// What to do when it passes: `pass` (the default), or `hold` for a person who approves each output. With `hold`, an
+    /// `accept` below holds as well.
     #[serde(default, skip_serializing_if = "OnPass::is_default")]
     pub on_pass: OnPass,
     /// What to do when it fails.
@@ -405,7 +406,8 @@ pub struct Judge {
     /// The judging model, or a fallback chain. Default: the stage's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelChain>,
-    /// The judge's own parameters; the stage's are not used. Default: `max_output_tokens: 8192`, with room for reasoning.
+    /// The judge's own parameters; the stage's are not used. Default: `max_output_tokens: 8192`, with room for reasoning; for
+    /// a judge that has only `rubric`, `threshold` and `model`: 1024, and 8192 once that has cut its answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub params: Option<Params>,
 }
@@ -418,14 +420,33 @@ impl Judge {
 
     /// Its parameters, with what is left out.
     pub fn params(&self) -> Params {
+        let max = if self.is_plain() { PLAIN_JUDGE_MAX_OUTPUT_TOKENS } else { JUDGE_MAX_OUTPUT_TOKENS };
+        self.params_within(max)
+    }
+
+    /// The same with room for an answer that these have cut. None where they have that room, or the definition says how
+    /// long a verdict may be.
+    pub fn params_with_room(&self) -> Option<Params> {
+        self.is_plain().then(|| self.params_within(JUDGE_MAX_OUTPUT_TOKENS))
+    }
+
+    fn params_within(&self, max_output_tokens: u32) -> Params {
         let mut params = self.params.clone().unwrap_or_default();
-        params.max_output_tokens.get_or_insert(JUDGE_MAX_OUTPUT_TOKENS);
+        params.max_output_tokens.get_or_insert(max_output_tokens);
         params
+    }
+
+    /// Whether it has only keys that every release knows. Its first request is the one that these releases make, so that
+    /// they share its cached verdicts.
+    fn is_plain(&self) -> bool {
+        self.prompt.is_none() && self.system.is_none() && self.scale == Scale::Unit && self.params.is_none()
     }
 }
 
 /// The longest verdict where a definition does not say, in tokens: a few lines, and room to reason before them.
 const JUDGE_MAX_OUTPUT_TOKENS: u32 = 8_192;
+/// The same at first, for a judge that has no newer key.
+const PLAIN_JUDGE_MAX_OUTPUT_TOKENS: u32 = 1_024;
 
 /// What a judge scores on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]

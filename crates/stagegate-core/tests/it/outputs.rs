@@ -298,6 +298,49 @@ fn defaults_of_the_inputs_schema_are_filled_in() {
 }
 
 #[test]
+fn an_input_that_fits_as_it_is_is_taken_though_a_default_does_not_fit() {
+    let stored = |input: Value| {
+        let definition = json!({ "name": "p", "input": input, "stages": [{ "id": "s", "transform": "x" }] });
+        Pipeline::from_stored(definition).expect("stored")
+    };
+    let null = stored(
+        json!({ "type": "object", "properties": { "z": { "type": "string" }, "a": { "type": "string", "default": null } } }),
+    );
+    let mut input = json!({ "z": "1" });
+    assert!(!null.fill_defaults(&mut input));
+    assert_eq!((&input, null.check_input(&input)), (&json!({ "z": "1" }), Ok(())));
+    let either = stored(json!({ "type": "object", "oneOf": [{ "required": ["a"] }, { "required": ["b"] }],
+        "properties": { "a": { "default": 1 }, "b": {} } }));
+    for (mut input, filled) in [(json!({ "b": 1 }), false), (json!({}), true)] {
+        assert_eq!(either.fill_defaults(&mut input), filled);
+        assert_eq!(either.check_input(&input), Ok(()));
+    }
+    let nested = stored(json!({ "type": "object", "properties": { "m": { "type": "object", "properties":
+        { "n": { "default": {}, "properties": { "k": { "default": 1 } } }, "b": { "default": 2, "type": "null" } } } } }));
+    let mut input = json!({ "m": { "x": 1 } });
+    assert!(!nested.fill_defaults(&mut input));
+    assert_eq!(input, json!({ "m": { "x": 1 } }));
+}
+
+#[test]
+fn a_judge_without_newer_keys_asks_as_every_release_does() {
+    let judge = |judge: &str| {
+        let text = format!("{{name: p, stages: [{{id: b, model: sim/quick, prompt: x, gate: {{judge: {judge}}}}}]}}");
+        valid(&text).stages[0].gate.judge.clone().expect("a judge")
+    };
+    let limits = |judge: stagegate_core::pipeline::Judge| {
+        (judge.params().max_output_tokens, judge.params_with_room().and_then(|params| params.max_output_tokens))
+    };
+    assert_eq!(limits(judge("{rubric: r, threshold: 0.5}")), (Some(1_024), Some(8_192)));
+    for newer in
+        ["{rubric: r, scale: 1..5}", "{prompt: '{{ output }}'}", "{rubric: r, system: s}", "{rubric: r, params: {}}"]
+    {
+        assert_eq!(limits(judge(newer)), (Some(8_192), None), "{newer}");
+    }
+    assert_eq!(limits(judge("{rubric: r, params: {max_output_tokens: 9}}")), (Some(9), None));
+}
+
+#[test]
 fn a_judges_own_prompt_sees_what_it_judges() {
     let pipeline = valid(
         "{name: p, stages: [{id: a, transform: x}, {id: b, needs: [a], model: sim/quick, prompt: x, gate: {judge: {scale: 1..5, \

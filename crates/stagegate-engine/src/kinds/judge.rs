@@ -6,13 +6,13 @@ use std::sync::{Arc, LazyLock};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use stagegate_core::{
-    Assessment, CallPurpose, Code, Evaluator, Json, answer,
-    decide::{FailureKind, Tried},
+    Assessment, CallPurpose, Code, Evaluator, Failure, Json, answer,
+    decide::{AttemptResult, FailureKind, Tried},
     evaluation,
     pipeline::{Cache, Judge, JudgeTexts, Message, ModelWork, OutputFormat, Part, Role, Scale, Work},
     score,
 };
-use stagegate_llm::{CallError, Request};
+use stagegate_llm::{CallContext, CallError, Reply, Request};
 
 use super::{AttemptContext, Stopped, failed_call, failed_render};
 
@@ -68,17 +68,10 @@ static TWO: LazyLock<Arc<Value>> =
 #[derive(Deserialize)]
 struct Answer {
     #[serde(default)]
-    score: Option<f64>,
+    score: Option<Value>,
     #[serde(default)]
-    verdict: Option<Word>,
+    verdict: Option<Value>,
     reason: String,
-}
-
-#[derive(Deserialize, Clone, Copy)]
-#[serde(rename_all = "lowercase")]
-enum Word {
-    Pass,
-    Fail,
 }
 
 /// What came of judging.
@@ -91,8 +84,8 @@ pub(super) enum Judged {
         code: Code,
         message: String,
         detail: Option<String>,
-        /// Whether it may fare better if it is asked again.
-        again: bool,
+        /// Whether it may fare better if it is asked again, and what bounds that.
+        kind: FailureKind,
     },
 }
 
@@ -112,10 +105,21 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
                 pipeline.render_judge(index, seen, &output)
             },
         )
-        .await?;
-    let Some(texts) = texts.map_err(failed_render)? else { return Ok(None) };
+        .await;
+    let texts = match texts {
+        Ok(Ok(Some(texts))) => texts,
+        Ok(Ok(None)) => return Ok(None),
+        // What a judge is asked with may be made of the output, and of what the output leaves out.
+        Ok(Err(Failure { code, message, detail, .. })) | Err(AttemptResult::Failed { code, message, detail, .. })
+            if code != Code::Draining =>
+        {
+            return Ok(Some(without_verdict(judge, code, &message, detail, FailureKind::Final)));
+        }
+        Ok(Err(failure)) => return Err(failed_render(failure)),
+        Err(stopped) => return Err(stopped),
+    };
     let (request, cache) = request(judge, &stage.work, texts, output);
-    let reply = match context.complete(&context.call_context(&cache), &request).await {
+    let reply = match ask(context, judge, &context.call_context(&cache), request).await {
         Ok(reply) => reply,
         Err(error) => return failed(judge, error).map(Some),
     };
@@ -123,7 +127,7 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
         // Asked again, it may find the words.
         context.llm.evict(&context.tenant, reply.key).await;
         let message = "its answer was not a verdict with a reason".to_owned();
-        return Ok(Some(without_verdict(judge, Code::ProviderMalformed, &message, None, true)));
+        return Ok(Some(without_verdict(judge, Code::ProviderMalformed, &message, None, FailureKind::Unusable)));
     };
     let threshold = judge.threshold();
     Ok(Some(Judged::Told(Assessment {
@@ -136,6 +140,34 @@ pub(super) async fn judge(context: &AttemptContext, output: &Json) -> Result<Opt
         ..assessment(judge)
     })))
 }
+
+/// Asks the judge; once more, with room to reason, where its answer was cut at a limit that the definition does not set.
+async fn ask(
+    context: &AttemptContext,
+    judge: &Judge,
+    call: &CallContext,
+    request: Request,
+) -> Result<Reply, CallError> {
+    let error = match context.complete(call, &request).await {
+        Err(error) if was_cut(&error) => error,
+        result => return result,
+    };
+    let Some(params) = judge.params_with_room() else { return Err(error) };
+    match context.complete(call, &Request { params, ..request }).await {
+        // The run can go on, without that.
+        Err(refused) if refused.code == Code::BudgetExhausted => Err(error),
+        result => result,
+    }
+}
+
+/// Whether an answer ended at its limit, and no model of the chain may answer later.
+fn was_cut(error: &CallError) -> bool {
+    let messages = error.partial.iter().map(|partial| &partial.message).chain([&error.message]);
+    messages.into_iter().any(|message| message.contains(ADVICE)) && !matches!(error.kind, FailureKind::Outage { .. })
+}
+
+/// What the model layer advises for an answer that was cut.
+const ADVICE: &str = "raise `gate.judge.params.max_output_tokens`";
 
 fn assessment(judge: &Judge) -> Assessment {
     Assessment {
@@ -154,31 +186,30 @@ fn assessment(judge: &Judge) -> Assessment {
     }
 }
 
-/// A call of the judge that brought no answer that can be used. An outage is waited out, and an exhausted budget ends the
-/// run; all else is the judge's own failure.
+/// A call of the judge that brought no answer that can be used. An exhausted budget ends the run; all else is the judge's
+/// own failure, of which an outage is waited out.
 #[expect(clippy::result_large_err, reason = "it ends an attempt that took seconds")]
-fn failed(judge: &Judge, mut error: CallError) -> Result<Judged, Stopped> {
-    // They are not the stage's own models, and their outage is waited out by time alone.
-    error.tried = Tried::default();
-    if matches!(error.kind, FailureKind::Outage { .. }) || error.code == Code::BudgetExhausted {
-        return Err(failed_call(error));
+fn failed(judge: &Judge, error: CallError) -> Result<Judged, Stopped> {
+    if error.code == Code::BudgetExhausted {
+        // They are not the stage's own models.
+        return Err(failed_call(CallError { tried: Tried::default(), ..error }));
     }
-    let advice = "raise `gate.judge.params.max_output_tokens`";
-    let message = match &error.partial {
-        Some(partial) => format!("{}: {advice}", partial.message),
-        None => error.message.replace("raise `params.max_output_tokens`", advice),
-    };
+    let message = error.partial.map_or(error.message, |partial| partial.message);
     // A permanent refusal (of the key, of the request) is the same if it is asked again.
-    let again = matches!(error.kind, FailureKind::Unusable)
-        || matches!(error.code, Code::ProviderMalformed | Code::ProviderRefused);
-    Ok(without_verdict(judge, error.code, &message, error.detail, again))
+    let kind = match error.kind {
+        FailureKind::Final if matches!(error.code, Code::ProviderMalformed | Code::ProviderRefused) => {
+            FailureKind::Unusable
+        }
+        kind => kind,
+    };
+    Ok(without_verdict(judge, error.code, &message, error.detail, kind))
 }
 
-fn without_verdict(judge: &Judge, code: Code, message: &str, detail: Option<String>, again: bool) -> Judged {
+fn without_verdict(judge: &Judge, code: Code, message: &str, detail: Option<String>, kind: FailureKind) -> Judged {
     let message = format!("the judge failed: {message}");
     let reason = format!("failed at its own task ({code}), so that the output was not judged: {message}");
     let assessment = Assessment { reason, judge_failure: Some(code), ..assessment(judge) };
-    Judged::Failed { assessment, code, message, detail, again }
+    Judged::Failed { assessment, code, message, detail, kind }
 }
 
 /// The verdict in numbers, with the digits that decide.
@@ -228,10 +259,12 @@ pub(crate) fn request(judge: &Judge, work: &Work, texts: JudgeTexts, output: &Js
 /// The score and the reason.
 fn read(scale: Scale, content: &str) -> Option<(f64, String)> {
     let Answer { score, verdict, reason } = serde_json::from_str(&answer::find_loosely(content).ok()?).ok()?;
-    let score = match (scale, verdict) {
-        (Scale::PassFail, Some(Word::Pass)) => 1.0,
-        (Scale::PassFail, Some(Word::Fail)) => 0.0,
-        _ => score?,
+    // A key that the scale has no use for says nothing, whatever it holds.
+    let word = verdict.as_ref().and_then(Value::as_str).unwrap_or_default().trim();
+    let score = match scale {
+        Scale::PassFail if word.eq_ignore_ascii_case("pass") => 1.0,
+        Scale::PassFail if word.eq_ignore_ascii_case("fail") => 0.0,
+        _ => score?.as_f64()?,
     };
     let (lowest, highest) = scale.range();
     (lowest..=highest).contains(&score).then_some((score, reason))
@@ -271,7 +304,10 @@ mod tests {
         let word = |word: &str| read(Scale::PassFail, &format!("{{\"verdict\": \"{word}\", \"reason\": \"r\"}}"));
         assert_eq!(word("pass").map(|(score, _)| score), Some(1.0));
         assert_eq!(word("fail").map(|(score, _)| score), Some(0.0));
+        assert_eq!(word("PASS").map(|(score, _)| score), Some(1.0));
         assert_eq!(word("maybe"), None);
+        let beside = unit("{\"score\": 0.9, \"verdict\": \"Excellent\", \"reason\": \"r\"}");
+        assert_eq!(beside, Some((0.9, "r".to_owned())), "a key of another scale is left alone");
     }
 
     #[test]

@@ -155,7 +155,7 @@ impl AttemptContext {
             match judge::judge(self, &output).await? {
                 None => {}
                 Some(Judged::Told(verdict)) => assessments.push(verdict),
-                Some(Judged::Failed { assessment, code, message, detail, again }) => {
+                Some(Judged::Failed { assessment, code, message, detail, kind }) => {
                     assessments.push(assessment);
                     return Ok(AttemptResult::Unjudged {
                         output,
@@ -165,7 +165,7 @@ impl AttemptContext {
                         code,
                         message,
                         detail,
-                        again,
+                        kind,
                     });
                 }
             }

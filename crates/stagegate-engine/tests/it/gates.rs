@@ -292,7 +292,13 @@ async fn a_judge_that_fails_is_asked_again_and_then_a_person_decides() {
         assert!(shown.contains("the judge failed") && shown.contains(told), "{told}: {shown}");
         let calls = bench.provider.calls();
         assert_eq!(calls.iter().filter(|call| call.prompt_text.contains("write x")).count(), 1, "{told}: bought once");
-        assert_eq!(bench.provider.calls_where(&judges()).len(), 2, "{told}: asked again");
+        let asked = bench.provider.calls_where(&judges());
+        let limits: Vec<_> = asked.iter().map(|call| call.body["max_tokens"].as_u64()).collect();
+        let was_cut = told.contains("max_output_tokens");
+        // An answer that is cut is asked for once more at once, with room to reason.
+        let expected =
+            if was_cut { vec![Some(1_024), Some(8_192), Some(1_024), Some(8_192)] } else { vec![Some(1_024); 2] };
+        assert_eq!(limits, expected, "{told}: asked again");
         let draft: stagegate_core::StageId = "draft".parse().expect("valid");
         let stage = bench.engine.store().stage(&TenantId::default(), run, &draft).await.expect("read").expect("there");
         let held = stage.attempts.last().expect("an attempt");
@@ -368,6 +374,75 @@ async fn a_judge_has_its_own_prompt_scale_and_parameters() {
     assert_eq!((judged.score, judged.threshold, judged.scale.as_deref()), (3.0, 4.0, Some("1..5")));
     assert!(judged.reason.contains("gave 3, 4 is needed (of 1 to 5)"), "{}", judged.reason);
     assert_eq!(stage.attempts[0].score(), Some(0.5), "in [0, 1] for charts");
+}
+
+#[tokio::test]
+async fn a_judge_that_reasons_past_its_first_limit_judges_with_more_room() {
+    use stagegate_testkit::provider::End;
+    let bench = Bench::start().await;
+    bench.provider.on(judges()).once(Reply::text("").end(End::Length)).respond(Reply::verdict(0.9, "fine"));
+    bench.provider.on(contains("write")).respond(Reply::text("a good one"));
+    let detail = bench.run(&gated(r#"{ "judge": { "rubric": "r" } }"#), json!({ "text": "x" })).await;
+    assert_state(&detail.run, RunState::Succeeded);
+    assert_eq!(detail.stages[0].attempt, 1);
+    // One that says how long a verdict may be is asked with that alone.
+    let bench = Bench::start().await;
+    bench.provider.on(judges()).respond(Reply::text("").end(End::Length));
+    let gate = r#"{ "judge": { "rubric": "r", "params": { "max_output_tokens": 50 } }, "on_fail": "accept" }"#;
+    let source = gated(gate).replace(r#""id": "draft","#, r#""id": "draft", "retry": { "max_attempts": 1 },"#);
+    assert_state(&bench.run(&source, json!({ "text": "x" })).await.run, RunState::Succeeded);
+    let limits: Vec<_> = bench.provider.calls_where(&judges()).iter().map(|c| c.body["max_tokens"].clone()).collect();
+    assert_eq!(limits, [json!(50)]);
+}
+
+/// The verdict on a draft whose judge fails for good.
+async fn verdict_without_judge(bench: &Bench, gate: &str, input: Value) -> (Verdict, String) {
+    let retry = r#""id": "draft", "retry": { "max_attempts": 1, "backoff": "1ms..1ms", "max_wait": "20ms" },"#;
+    let source = gated(gate).replace(r#""id": "draft","#, retry);
+    let run = bench.submit(&source, input).await;
+    let events = bench.until(run, "run.waiting").await;
+    let draft = "draft".parse().expect("valid");
+    let stage = bench.engine.store().stage(&TenantId::default(), run, &draft).await.expect("read").expect("there");
+    let held = stage.attempts.last().expect("an attempt");
+    assert_eq!(held.output.as_ref().map(Json::parse), Some(json!("a good one")), "the output is kept");
+    (held.verdict, format!("{events:?}"))
+}
+
+#[tokio::test]
+async fn an_output_whose_judge_cannot_be_asked_is_held_for_a_person() {
+    let bench = Bench::start().await;
+    bench.provider.on(contains("write")).respond(Reply::text("a good one"));
+    for (rubric, told) in [("{{ input.note.more }}", "the rubric of stage"), ("{{ input.blank }}", "it is blank")] {
+        let gate = json!({ "judge": { "rubric": rubric } }).to_string();
+        let (verdict, events) = verdict_without_judge(&bench, &gate, json!({ "text": "x", "blank": " " })).await;
+        assert_eq!(verdict, Verdict::Held);
+        assert!(events.contains("the judge failed") && events.contains(told), "{told}: {events}");
+    }
+}
+
+#[tokio::test]
+async fn an_output_is_held_once_its_judges_outage_lasted_too_long() {
+    let bench = Bench::start().await;
+    bench.provider.on(judges()).respond(Reply::status(503, "{}"));
+    bench.provider.on(contains("write")).respond(Reply::text("a good one"));
+    let gate = r#"{ "judge": { "rubric": "r" } }"#;
+    let (verdict, events) = verdict_without_judge(&bench, gate, json!({ "text": "x" })).await;
+    assert_eq!(verdict, Verdict::Held);
+    assert!(events.contains("the judge failed"), "{events}");
+}
+
+#[tokio::test]
+async fn a_gate_that_always_holds_accepts_nothing_without_a_person() {
+    let bench = Bench::start().await;
+    bench.provider.on(judges()).respond(Reply::text("{}"));
+    bench.provider.on(contains("write")).respond(Reply::text("a good one"));
+    for measure in [r#""judge": { "rubric": "r" }"#, r#""checks": [ { "min_chars": 99 } ]"#] {
+        for accept in [r#""on_fail": "accept""#, r#""on_exhausted": "accept""#] {
+            let gate = format!(r#"{{ {measure}, {accept}, "on_pass": "hold" }}"#);
+            let (verdict, _) = verdict_without_judge(&bench, &gate, json!({ "text": "x" })).await;
+            assert_eq!(verdict, Verdict::Held, "{gate}");
+        }
+    }
 }
 
 #[tokio::test]
