@@ -32,7 +32,8 @@ impl Healthcheck {
             None => format!("http://{}", reachable(global.load()?.config.http.listen)),
         };
         let shown = without_userinfo(&url);
-        if url::Url::parse(&url).is_err() {
+        // `me:secret@host` is a URL of the scheme `me`, and would be told whole by the client that refuses it.
+        if !url::Url::parse(&url).is_ok_and(|url| matches!(url.scheme(), "http" | "https")) {
             let message = format!("--url: `{shown}` is no URL; write http://HOST:PORT");
             return Err(Error::new(Code::InvalidRequest, message));
         }

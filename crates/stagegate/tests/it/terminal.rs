@@ -232,6 +232,17 @@ fn a_seed_brings_runs_of_every_outcome_and_only_once() {
     }
 }
 
+#[test]
+fn a_password_in_an_address_is_not_told_by_any_command() {
+    let place = Place::new();
+    for address in ["http://me:hunter2@127.0.0.1:1", "me:hunter2@127.0.0.1:1", "http://me:hunter2@"] {
+        for arguments in [["healthcheck", "--url", address].as_slice(), &["runs", "list", "--server", address]] {
+            let (code, stdout, stderr) = place.run(arguments);
+            assert!(code > 0 && !format!("{stdout}{stderr}").contains("hunter2"), "{arguments:?}: {stdout}{stderr}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_seed_takes_up_no_run_that_is_not_its_own() {
     let place = Place::new();
