@@ -124,7 +124,10 @@ impl Pipeline {
                 let value = history.value(vars).map_err(|cause| self.failure(stage, "conversation", &cause))?;
                 messages.extend(conversation(value).map_err(|cause| self.failure(stage, "conversation", &cause))?);
             }
-            if !messages.iter().any(|message| message.role == Role::User && !message.content.trim().is_empty()) {
+            // A stored definition may have instructions alone: it was registered when that was allowed.
+            let asks = compiled.history.is_some() || compiled.messages.iter().any(|(role, _)| *role == Role::User);
+            if asks && !messages.iter().any(|message| message.role == Role::User && !message.content.trim().is_empty())
+            {
                 return Err(self.failure(stage, "prompt", BLANK));
             }
             Ok(Rendered::Messages(messages))

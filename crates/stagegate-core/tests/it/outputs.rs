@@ -323,6 +323,17 @@ fn an_input_that_fits_as_it_is_is_taken_though_a_default_does_not_fit() {
 }
 
 #[test]
+fn a_stored_conversation_of_instructions_alone_goes_on_and_a_new_one_is_refused() {
+    let definition = json!({ "name": "p", "stages": [{ "id": "s", "model": "sim/quick",
+        "messages": [{ "role": "system", "content": "Say {{ input.w }}" }] }] });
+    let stored = Pipeline::from_stored(definition.clone()).expect("it was taken once");
+    let input = Arc::new(json!({ "w": "hi" }));
+    assert!(stored.render(0, &context(&input, &[None])).is_ok());
+    let found = Pipeline::parse(&definition.to_string(), &crate::Served).expect_err("nothing is asked");
+    assert!(found[0].message.contains("no message is the user's"), "{found:?}");
+}
+
+#[test]
 fn a_judge_without_newer_keys_asks_as_every_release_does() {
     let judge = |judge: &str| {
         let text = format!("{{name: p, stages: [{{id: b, model: sim/quick, prompt: x, gate: {{judge: {judge}}}}}]}}");
