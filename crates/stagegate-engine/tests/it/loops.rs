@@ -41,8 +41,8 @@ const AT_ONCE: usize = 20;
 /// A case that is not through by then hangs.
 const PATIENCE: Duration = Duration::from_secs(45);
 /// Calls that follow from what happens to the run alone: each of a dry run's comes again.
-const EXACT: [&str; 10] =
-    ["register", "pipeline", "submit", "weigh", "load", "signals", "signal", "commit", "release", "leave"];
+const EXACT: [&str; 11] =
+    ["register", "pipeline", "submit", "weigh", "load", "signals", "signal", "stage", "commit", "release", "leave"];
 /// Calls that come by the clock whatever happens, and how many of them are met: at the start and during the run.
 const TIMED: [(&str, usize); 3] = [("heartbeat", 2), ("claim", 2), ("owned", 1)];
 /// Calls of a watcher, of which at most so many are met. How many it needs is chance, so that a fault may find nothing
