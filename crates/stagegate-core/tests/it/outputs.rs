@@ -334,6 +334,20 @@ fn a_stored_conversation_of_instructions_alone_goes_on_and_a_new_one_is_refused(
 }
 
 #[test]
+fn a_quality_is_in_0_to_1_whatever_the_score_is() {
+    let pipeline = valid("{name: p, stages: [{id: s, transform: x, gate: {checks: [{min_chars: 1}]}}]}");
+    let input = Arc::new(json!({}));
+    let measured = pipeline.assess(0, &Arc::new(json!("x")), &context(&input, &[None]))[0].clone();
+    for (scale, score, expected) in
+        [(Some("1..5"), 3.0, 0.5), (Some("1..5"), 0.0, 0.0), (Some("1..5"), 9.0, 1.0), (None, -1.0, 0.0)]
+    {
+        let scale = scale.map(str::to_owned);
+        let quality = stagegate_core::Assessment { scale, score, ..measured.clone() }.quality();
+        assert!((quality - expected).abs() < 1e-9, "{score}: {quality}");
+    }
+}
+
+#[test]
 fn a_judge_without_newer_keys_asks_as_every_release_does() {
     let judge = |judge: &str| {
         let text = format!("{{name: p, stages: [{{id: b, model: sim/quick, prompt: x, gate: {{judge: {judge}}}}}]}}");

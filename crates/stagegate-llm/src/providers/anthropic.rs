@@ -118,7 +118,7 @@ impl Provider for Anthropic {
         if !self.is_configured {
             return Err(http::without_key(&self.name, "ANTHROPIC_API_KEY"));
         }
-        if said(request.messages).next().is_none_or(|first| first.role != Role::User) {
+        if said(request.messages).next().is_some_and(|first| first.role != Role::User) {
             return Err(http::without_user(&self.name));
         }
         let url = self.endpoint.url(request.model);
@@ -293,6 +293,9 @@ fn messages(messages: &[Message], first: &str) -> Vec<Value> {
             _ => merged.push((role, message.content.clone())),
         }
     }
+    if merged.is_empty() {
+        merged.push(("user", http::NOTHING_SAID.to_owned()));
+    }
     // Blanks at the end of a prefilled answer are refused.
     if let Some((_, text)) = merged.last_mut().filter(|(role, _)| *role == "assistant") {
         text.truncate(text.trim_end().len());
@@ -334,4 +337,16 @@ fn resets(exchange: &Exchange) -> Option<Duration> {
         (limits.requests_remaining, reset("anthropic-ratelimit-requests-reset")),
         (limits.tokens_remaining, reset("anthropic-ratelimit-tokens-reset")),
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_conversation_of_instructions_alone_is_begun_for_the_user() {
+        let instructions = Message { role: Role::System, content: "Say hi.".to_owned() };
+        let said = messages(&[instructions], "");
+        assert_eq!((said.len(), &said[0]["role"]), (1, &json!("user")));
+    }
 }

@@ -121,9 +121,6 @@ impl Provider for Gemini {
         if !self.is_configured {
             return Err(http::without_key(&self.name, "GEMINI_API_KEY"));
         }
-        if request.messages.iter().all(|message| message.role == Role::System) {
-            return Err(http::without_user(&self.name));
-        }
         let model = request.model.strip_prefix("models/").unwrap_or(request.model);
         let url = self.endpoint.url(model);
         let mut talk = self.dialects.talk(request.model);
@@ -250,6 +247,9 @@ fn contents(messages: &[Message], first: &str, last: &str) -> Vec<Value> {
             None => said.insert(0, ("user", vec![first])),
         }
     }
+    if said.is_empty() {
+        said.push(("user", vec![http::NOTHING_SAID]));
+    }
     if !last.is_empty() {
         match said.last_mut().filter(|(role, _)| *role == "user") {
             Some((_, texts)) => texts.push(last),
@@ -346,4 +346,16 @@ fn retry_delay(detail: &Value) -> Option<Duration> {
         return None;
     }
     detail["retryDelay"].as_str().and_then(retry_after::span)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_conversation_of_instructions_alone_is_begun_for_the_user() {
+        let instructions = Message { role: Role::System, content: "Say hi.".to_owned() };
+        let said = contents(&[instructions], "", "");
+        assert_eq!((said.len(), &said[0]["role"]), (1, &json!("user")));
+    }
 }

@@ -297,6 +297,10 @@ pub(super) fn without_key(name: &str, variable: &str) -> ProviderError {
     error(Code::ProviderAuth, format!("provider `{name}` has no key: set {variable} or `llm.providers.{name}.api_key`"))
 }
 
+/// What is said for the user of a conversation of instructions alone, which definitions may have that were registered when
+/// that was allowed.
+pub(super) const NOTHING_SAID: &str = "Begin.";
+
 /// What a provider answers that must be asked by a user first. Nothing is put in that place: the author did not write it.
 pub(super) fn without_user(name: &str) -> ProviderError {
     let message = "the conversation does not begin with a user's message, which this provider demands: begin `messages` \

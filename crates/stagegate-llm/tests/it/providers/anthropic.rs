@@ -96,14 +96,10 @@ async fn roles_alternate_and_the_user_begins() {
         message(Role::Assistant, "four\n"),
     ]);
     ask.of(&provider).await.expect("an answer");
-    for silent in
-        [vec![message(Role::System, "only rules")], vec![message(Role::Assistant, "Hi"), message(Role::User, "x")]]
-    {
-        ask.messages = silent;
-        let refused = ask.of(&provider).await.expect_err("nothing is put in the user's place");
-        assert_eq!((refused.code, refused.retryable), (Code::ProviderRejected, false));
-        assert!(refused.message.contains("begin `messages` with `role: user`"), "{refused}");
-    }
+    ask.messages = vec![message(Role::Assistant, "Hi"), message(Role::User, "x")];
+    let refused = ask.of(&provider).await.expect_err("nothing is put before what was said");
+    assert_eq!((refused.code, refused.retryable), (Code::ProviderRejected, false));
+    assert!(refused.message.contains("begin `messages` with `role: user`"), "{refused}");
 
     let calls = fake.calls();
     assert_eq!(
