@@ -361,15 +361,17 @@ async fn whoever_claims_to_have_seen_the_future_still_sees_the_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_answer_that_was_paid_before_its_attempt_timed_out_is_booked() {
+async fn an_answer_that_was_paid_before_its_judge_timed_out_is_booked_and_held() {
     let setup = Setup::start().await;
     setup.bench.provider.on(contains("Rubric:")).respond(Reply::hang());
     let source = canonical().replace("\"max_attempts\":3", "\"max_attempts\":1,\"max_wait\":\"1ms\"").replace(
         "\"id\":\"one\"",
         "\"id\":\"one\",\"timeout\":\"400ms\",\"gate\":{\"judge\":{\"rubric\":\"good\",\"threshold\":0.5}}",
     );
-    let detail = setup.bench.run(&source, json!({ "text": "hello" })).await;
-    assert_state(&detail.run, RunState::Failed);
+    let run = setup.bench.submit(&source, json!({ "text": "hello" })).await;
+    setup.bench.until(run, "run.waiting").await;
+    let detail = setup.bench.detail(run).await;
+    assert_state(&detail.run, RunState::Waiting);
     assert!(detail.run.totals.cost_usd.nanos() > 0, "{:?}", detail.run.totals);
 }
 
