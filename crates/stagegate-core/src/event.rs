@@ -131,7 +131,7 @@ impl<'de> Deserialize<'de> for Event {
 /// What a person said who decided about a held output. The output itself, edited or not, is in the checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Decision {
-    /// Who decided; absent where nobody had to say who they are.
+    /// Who decided; absent where the daemon asks for no keys.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub by: Option<String>,
     /// Why, in the person's words.

@@ -57,7 +57,7 @@ pub enum Refused {
     /// It is in the clear.
     #[error("the address must begin with https://")]
     InTheClear,
-    /// It is the address of something that is not public, as it stands.
+    /// The host is an IP address that is not public.
     #[error("the address leads to {0}, not to a public server")]
     NotPublic(Class),
     /// It resolves to something that is not public.

@@ -107,7 +107,7 @@ pub enum AttemptResult {
     Unjudged {
         /// The output.
         output: Json,
-        /// What was measured, the judge's failure last.
+        /// The assessments of the output, the judge's failure last.
         assessments: Vec<Assessment>,
         /// The model that answered.
         model: Option<ModelRef>,

@@ -306,7 +306,7 @@ pub(super) fn check(source: &Source, models: &dyn Models, report: &mut Report<'_
             strict,
         };
         if !evaluation::is_wanted() {
-            break; // What was compiled so far is thrown away.
+            break; // The caller drops the partial result.
         }
         check_kind(stage, report);
         check_models(stage, &draft, models, report);
@@ -362,7 +362,7 @@ fn check_defaults_fit(schema: &Value, validator: &Schema, report: &mut Report<'_
     }
 }
 
-/// What is wrong with an input: where, as a whole, and as a sentence.
+/// The mistakes in an input: the path of each, an identity that quotes no value, and a sentence.
 fn flaws(validator: &Schema, input: &Value) -> Vec<(Vec<String>, String, String)> {
     let Ok(errors) = validator.errors(input) else { return Vec::new() };
     let flaw = |error: jsonschema::ValidationError<'_>| {

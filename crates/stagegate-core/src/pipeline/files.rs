@@ -1,5 +1,5 @@
 //! Prompts and schemas that stand in files of their own: owns which keys name a file, and puts what the files hold in
-//! their place. Reads no file itself: whoever has them hands them over.
+//! their place. Reads no file itself: its caller passes their contents.
 
 use std::collections::BTreeMap;
 
@@ -124,7 +124,7 @@ pub(super) fn resolve(source: &mut Source, files: &BTreeMap<String, String>) -> 
     let mut schemas: BTreeMap<&str, Result<Value, String>> = BTreeMap::new();
     for Reference { map, key, target, name } in references(&source.value) {
         if !evaluation::is_wanted() {
-            break; // What was made so far is thrown away.
+            break; // The caller drops the partial result.
         }
         let at = map.key(key);
         let mut tell = |source: &Source, code, message: String, mend: &str| {

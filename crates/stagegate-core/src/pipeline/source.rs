@@ -191,7 +191,7 @@ enum Build {
         key: Option<(String, Mark)>,
         /// Whether the next value is merged in.
         merging: bool,
-        /// What is merged in, where it stands.
+        /// The mapping that a merge key names, and its place.
         merged: Vec<(Value, Mark)>,
     },
 }

@@ -126,7 +126,7 @@ fn batch(v: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
     Ok(Value::from(batches))
 }
 
-/// What is wrong with a pattern of `format` that is too wide.
+/// The message for a pattern of `format` that is too wide.
 pub(super) const TOO_WIDE: &str = "a width or a precision of `format` is a number of at most 3 digits";
 
 /// Whether a pattern of `format` has a width or a precision that is too large, or comes with the values.

@@ -346,7 +346,7 @@ impl<'a> Walker<'a, '_> {
         }
     }
 
-    /// What is new about a filter, and a pattern that it is given as it stands.
+    /// Notes whether a filter is newer than the release before, and checks a pattern that is a constant.
     fn filter(&mut self, node: &ast::Filter<'a>) {
         if filters::NAMES.contains(&node.name) || is_join_of_attributes(node) {
             self.is_newer(|| format!("the filter `{}`", node.name));
