@@ -7,6 +7,7 @@ mod coverage;
 mod daemon;
 mod interop;
 mod quantile;
+mod ratchet;
 mod schemathesis;
 mod simulate;
 mod system;
@@ -32,6 +33,8 @@ enum Command {
     BenchEcho(bench::BenchEcho),
     /// Play seeded worlds in virtual time, with a fault at every border, and check every promise
     Simulate(simulate::Simulate),
+    /// Measure the structure of the code and hold it to ceilings that may only fall
+    Ratchet(ratchet::Ratchet),
     /// Fuzz the built daemon by its own OpenAPI document
     Schemathesis(schemathesis::Schemathesis),
     /// Hold the built daemon to clients, linters and proxies that others wrote
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
             Command::BenchProvider(command) => command.run().await,
             Command::BenchEcho(command) => command.run().await,
             Command::Simulate(command) => command.run().await,
+            Command::Ratchet(command) => command.run(),
             Command::Schemathesis(command) => command.run().await,
             Command::Interop(command) => Box::pin(command.run()).await,
             Command::Chaos(command) => Box::pin(command.run()).await,
