@@ -79,7 +79,7 @@ impl Ceilings {
         }
     }
 
-    /// What was not there when the ceiling was written; everything if that tells nothing apart.
+    /// Findings that the ceiling does not know; all findings if it knows each of them.
     pub(super) fn news<'f>(&self, figure: &'f Measure) -> Vec<&'f Found> {
         let mut known = self.0.get(figure.name).map(|ceiling| ceiling.known.clone()).unwrap_or_default();
         let is_new = |found: &&Found| match known.iter().position(|name| *name == found.name) {

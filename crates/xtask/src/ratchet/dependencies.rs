@@ -11,7 +11,7 @@ use syn::{
 
 use super::sources::{Crate, Dependency, Scope, Workspace};
 
-/// What is wrong with which line of which manifest.
+/// A line of a manifest that can go or move.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Unused {
     /// The package; none for the workspace's own manifest.
